@@ -1,0 +1,1 @@
+"""Ray only: places the plain callables of loraseg on a cluster."""

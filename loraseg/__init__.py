@@ -1,0 +1,1 @@
+"""loraseg: adapters for segmentation, trained per domain, retrieved and fused per image."""

@@ -1,0 +1,211 @@
+"""One way to configure everything: a frozen dataclass, a YAML file and ``key=value`` overrides.
+
+Parsing and type coercion are pydantic's; loraseg adds what people meet first, a readable error
+with the nearest known key.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import hashlib
+import json
+import logging
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from loraseg.errors import ConfigError, LorasegError
+
+__all__ = ["build", "digest", "load", "main", "to_dict"]
+
+ConfigT = TypeVar("ConfigT")
+
+
+def build(cls: type[ConfigT], values: Mapping[str, Any], *, where: str = "config") -> ConfigT:
+    """Build a config dataclass from plain values, nested dataclasses included.
+
+    Args:
+        cls: A dataclass.
+        values: Plain values as YAML gives them.
+        where: What the values came from, for error messages.
+
+    Raises:
+        ConfigError: A key is unknown or missing, or a value has the wrong type or range.
+    """
+    _reject_unknown(cls, values, where, "")
+    try:
+        return TypeAdapter(cls).validate_python(dict(values))
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_first_problem(error)}") from error
+
+
+def load(cls: type[ConfigT], path: str | Path | None, overrides: Sequence[str] = ()) -> ConfigT:
+    """Read a YAML file, apply ``key=value`` overrides and build the config.
+
+    Args:
+        cls: A dataclass.
+        path: A YAML file holding a mapping, or None for an empty one.
+        overrides: ``key=value`` or ``outer.inner=value``; values are read as YAML.
+
+    Raises:
+        ConfigError: The file is not a YAML mapping, or as in :func:`build`.
+    """
+    values: dict[str, Any] = {} if path is None else _read_yaml(Path(path))
+    for item in overrides:
+        key, sign, text = item.partition("=")
+        if not sign or not key:
+            raise ConfigError(f"override {item!r}: expected key=value")
+        _assign(values, key.split("."), _parse_value(item, text))
+    return build(cls, values, where=str(path) if path else "config")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return the config as plain JSON values; ``build`` of the result gives it back."""
+    return TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def digest(config: Any) -> str:
+    """Return the sha256 of the config's canonical JSON (sorted keys, no spaces)."""
+    text = json.dumps(to_dict(config), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def main(
+    run: Callable[[ConfigT], int | None],
+    cls: type[ConfigT],
+    argv: Sequence[str] | None = None,
+    *,
+    description: str | None = None,
+) -> typing.NoReturn:
+    """Run a job from the command line and exit: 0 done, 1 work failed, 2 the user's mistake.
+
+    ``--config FILE`` and ``key=value`` set fields; a boolean field ``dry_run`` may also be written
+    ``--dry-run``.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    switches = [f.name for f in dataclasses.fields(typing.cast(Any, cls)) if f.type is bool]
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=_field_help(cls),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the fields below")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="set single fields")
+    for name in switches:
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", dest=name, action="store_true", help=f"{name}=true"
+        )
+    arguments = parser.parse_intermixed_args(argv)
+    overrides = [*arguments.overrides, *(f"{s}=true" for s in switches if getattr(arguments, s))]
+    try:
+        status = run(load(cls, arguments.config, overrides))
+    except ConfigError as error:
+        sys.exit(_complain(error, 2))
+    except LorasegError as error:
+        sys.exit(_complain(error, 1))
+    sys.exit(status or 0)
+
+
+def _complain(error: LorasegError, status: int) -> int:
+    sys.stderr.write(f"error: {error}\n")
+    return status
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the config file: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a YAML file: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping at the top, got {type(values).__name__}")
+    return typing.cast(dict[str, Any], values)
+
+
+def _parse_value(item: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {item!r}: the value is not YAML: {error}") from error
+
+
+def _assign(values: dict[str, Any], path: list[str], value: Any) -> None:
+    for key in path[:-1]:
+        inner = values.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"override {'.'.join(path)}: {key!r} is not a mapping")
+        values = typing.cast(dict[str, Any], inner)
+    values[path[-1]] = value
+
+
+def _reject_unknown(cls: Any, values: Any, where: str, prefix: str) -> None:
+    """Walk nested dataclasses, also inside Optional, tuple, list and dict, for unknown keys."""
+    for inner in _dataclasses_in(cls):
+        if not isinstance(values, Mapping):
+            continue
+        hints = typing.get_type_hints(inner)
+        names = [f.name for f in dataclasses.fields(inner)]
+        for key, value in values.items():
+            if key not in names:
+                close = difflib.get_close_matches(str(key), names, n=1)
+                hint = f"; did you mean {prefix + close[0]!r}?" if close else ""
+                raise ConfigError(
+                    f"{where}: unknown key {prefix + str(key)!r}{hint} (known: {', '.join(names)})"
+                )
+            _reject_unknown(hints[key], value, where, f"{prefix}{key}.")
+        return
+    arguments = typing.get_args(cls)
+    if not arguments:
+        return
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            _reject_unknown(arguments[-1], value, where, f"{prefix}{key}.")
+    elif isinstance(values, list | tuple):
+        for index, value in enumerate(values):
+            _reject_unknown(arguments[0], value, where, f"{prefix}{index}.")
+
+
+def _dataclasses_in(cls: Any) -> list[Any]:
+    """Return the dataclasses that a plain or optional type stands for."""
+    options = (
+        typing.get_args(cls)
+        if typing.get_origin(cls) in (typing.Union, types.UnionType)
+        else (cls,)
+    )
+    return [option for option in options if dataclasses.is_dataclass(option)]
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return f"missing key {place!r}"
+    if not place:
+        return message
+    return f"{place}: {message} (got {problem['input']!r})"
+
+
+def _field_help(cls: Any) -> str:
+    lines = ["fields:"]
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        kind = hints[field.name]
+        kind_name = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+        if field.default is not dataclasses.MISSING:
+            default = f" = {field.default!r}"
+        elif field.default_factory is not dataclasses.MISSING:
+            default = " = (see source)"
+        else:
+            default = " (required)"
+        lines.append(f"  {field.name}: {kind_name}{default}")
+    return "\n".join(lines)
