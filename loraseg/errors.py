@@ -5,7 +5,7 @@ LorasegError
 ├── AdapterMismatchError  (ValueError)    an adapter does not fit the model or its mixing partners
 ├── AdapterNotFoundError  (LookupError)   no adapter of that name or version
 ├── StoreError            (OSError)       a store cannot be reached or lacks what is needed of it
-├── IntegrityError        (ValueError)    bytes differ from their digest, or a file is not as claimed
+├── IntegrityError        (ValueError)    bytes differ from their digest or claim
 ├── DatasetError          (ValueError)    an image, mask or class list is unusable
 └── StageError            (RuntimeError)  a computation stopped for its own reason (NaN loss, ...)
 """
