@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Store, library and training tests on a real durable S3 server: Ceph RGW, installed and started here
+# unless LORASEG_TEST_S3_ENDPOINT names another one.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+if [ -z "${LORASEG_TEST_S3_ENDPOINT:-}" ]; then
+    bash .ci/install_ceph.sh
+    dir=$(mktemp -d)
+    port=7480
+    trap 'bash .ci/ceph_rgw.sh stop "$dir"; rm -rf "$dir"' EXIT
+    bash .ci/ceph_rgw.sh start "$dir" "$port"
+    export LORASEG_TEST_S3_ENDPOINT="http://127.0.0.1:$port"
+    export LORASEG_TEST_S3_ACCESS_KEY=testkey LORASEG_TEST_S3_SECRET_KEY=testsecret
+    export LORASEG_TEST_S3_RESTART="bash $PWD/.ci/ceph_rgw.sh start $dir $port"
+fi
+.venv/bin/python -m pytest -rs -m durable tests/integration
