@@ -1,0 +1,18 @@
+"""Labelled images: label spaces, masks, readers, splits and joint transforms.
+
+Why 255 and names: ids differ from set to set and only names mean the same thing everywhere, so sets
+are joined by name, and what one of them lacks is 255, ignored.
+"""
+
+from loraseg.data.labels import IGNORE, LabelSpace, read_classes, write_classes
+from loraseg.data.masks import encode_mask, read_mask, write_mask
+
+__all__ = [
+    "IGNORE",
+    "LabelSpace",
+    "encode_mask",
+    "read_classes",
+    "read_mask",
+    "write_classes",
+    "write_mask",
+]

@@ -1,0 +1,132 @@
+"""Class-id masks as PNG: one channel, 255 = ignore, with a palette so that viewers show them."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from loraseg.data.labels import IGNORE, LabelSpace
+from loraseg.data.palette import IGNORE_COLOR
+from loraseg.errors import DatasetError
+from loraseg.tensor_types import UInt8, ndarray
+
+__all__ = ["DECODE_ERRORS", "MAX_PIXELS", "encode_mask", "open_checked", "read_mask", "write_mask"]
+
+# Below Pillow's own limit (89 million), so that ours is the message that people see.
+MAX_PIXELS = 64_000_000
+# What Pillow raises on hostile or broken files, found by cutting and flipping bytes of good ones.
+DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    OverflowError,
+    IndexError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+_GREY_STEPS = {2: 85, 4: 17}
+
+
+def open_checked(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Open and fully decode a PNG or JPEG.
+
+    Raises:
+        DatasetError: The file is missing, broken, cut off, of another format or has over
+            ``max_pixels`` pixels.
+    """
+    try:
+        image = Image.open(path, formats=("PNG", "JPEG"))
+        width, height = image.size
+        if width * height > max_pixels:
+            raise DatasetError(
+                f"{path}: {width} x {height} pixels; at most {max_pixels} pixels are read"
+            )
+        image.load()
+    except FileNotFoundError as error:
+        raise DatasetError(f"{path}: no such file") from error
+    except DatasetError:
+        raise
+    except DECODE_ERRORS as error:
+        raise DatasetError(f"{path}: not a complete PNG or JPEG image: {error}") from error
+    return image
+
+
+def read_mask(path: str | Path, *, classes: int | None = None) -> UInt8[ndarray, "h w"]:
+    """Read a mask of class ids.
+
+    Greyscale (1 to 16 bit) and palette images are read as ids; an EXIF orientation is not applied.
+
+    Args:
+        path: A PNG file.
+        classes: Number of classes; with it, ids other than 0..classes-1 and 255 are refused.
+
+    Raises:
+        DatasetError: The file cannot be decoded, has several channels, or holds other ids.
+    """
+    image = open_checked(path)
+    if image.format != "PNG":
+        raise DatasetError(f"{path}: a {image.format} mask has no exact ids; expected a PNG")
+    if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
+        raise DatasetError(
+            f"{path}: a mask of mode {image.mode}; expected one channel of class ids "
+            "(greyscale or palette), not colours"
+        )
+    ids = np.asarray(image)
+    if image.mode == "L" and (step := _GREY_STEPS.get(_bit_depth(path))):
+        ids = ids // step  # Pillow stretches 2 and 4 bit grey levels to 0..255
+    if ids.dtype != np.uint8 and ids.size and (ids.min() < 0 or ids.max() > IGNORE):
+        raise DatasetError(f"{path}: ids from {ids.min()} to {ids.max()}; expected 0 to {IGNORE}")
+    ids = np.ascontiguousarray(ids, dtype=np.uint8)
+    if classes is not None:
+        _check_ids(ids, classes, path)
+    return ids
+
+
+def encode_mask(mask: UInt8[ndarray, "h w"], label_space: LabelSpace | None = None) -> bytes:
+    """Return a mask as PNG bytes whose pixel values are the ids.
+
+    Args:
+        mask: Class ids, 255 = ignore.
+        label_space: Whose colours become the palette; without it the PNG is plain grey.
+
+    Raises:
+        DatasetError: An id is outside ``label_space``.
+    """
+    image = Image.fromarray(np.ascontiguousarray(mask))
+    if label_space is not None:
+        _check_ids(mask, len(label_space), "mask")
+        table = np.zeros((256, 3), dtype=np.uint8)
+        table[: len(label_space)] = label_space.palette
+        table[IGNORE] = IGNORE_COLOR
+        image.putpalette(table.tobytes())
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", bits=8)
+    return buffer.getvalue()
+
+
+def write_mask(
+    path: str | Path, mask: UInt8[ndarray, "h w"], label_space: LabelSpace | None = None
+) -> None:
+    """Write a mask as :func:`encode_mask` makes it."""
+    Path(path).write_bytes(encode_mask(mask, label_space))
+
+
+def _check_ids(mask: UInt8[ndarray, "h w"], classes: int, where: str | Path) -> None:
+    present = np.flatnonzero(np.bincount(mask.reshape(-1), minlength=256))
+    wrong = [int(index) for index in present if classes <= index != IGNORE]
+    if wrong:
+        raise DatasetError(
+            f"{where}: ids {wrong} outside the class list; expected 0 to {classes - 1} or {IGNORE}"
+        )
+
+
+def _bit_depth(path: str | Path) -> int:
+    """Return the bits a sample of a PNG: byte 8 of the IHDR chunk, which is always the first."""
+    with Path(path).open("rb") as file:
+        return file.read(25)[24]
