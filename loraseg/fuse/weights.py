@@ -1,0 +1,57 @@
+"""Mixing weights from distances: SemLA's softmax of inverse distances (methods B.4)."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from loraseg.errors import ConfigError, StageError
+from loraseg.tensor_types import Float, ndarray
+
+__all__ = ["mixing_weights"]
+
+
+def mixing_weights(
+    distances: Sequence[float] | ndarray, temperature: float
+) -> Float[ndarray, " k"]:
+    """Weigh k adapters by ``w_i = exp(1/(d_i tau)) / sum_j exp(1/(d_j tau))``.
+
+    The largest exponent is subtracted first, so the result is finite where the plain formula
+    overflows (d below about 0.028 at tau = 0.05). Exact hits, d = 0 or so close to it that
+    1/(d tau) has no float64 value, share the whole weight equally.
+
+    Args:
+        distances: (k,) Euclidean distances, >= 0 and finite; any order.
+        temperature: tau > 0. Small values favour the nearest adapter.
+
+    Returns:
+        (k,) float64 in [0, 1] with sum 1; empty for k = 0.
+
+    Raises:
+        ConfigError: The temperature is not a positive finite number.
+        StageError: A distance is negative, infinite or NaN, or they are not a vector.
+    """
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ConfigError(f"temperature: got {temperature}, expected a finite number above 0")
+    values = _checked(distances)
+    if values.size == 0:
+        return values
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        scores = 1.0 / (values * temperature)
+    exact = np.isinf(scores)
+    if exact.any():
+        return exact / exact.sum()
+    weights = np.exp(scores - scores.max())
+    return weights / weights.sum()
+
+
+def _checked(distances: Sequence[float] | ndarray) -> Float[ndarray, " k"]:
+    values = np.asarray(distances, dtype=np.float64)
+    if values.ndim != 1:
+        raise StageError(f"distances: got shape {values.shape}, expected one vector (k,)")
+    bad = np.flatnonzero(~(np.isfinite(values) & (values >= 0)))
+    if bad.size:
+        raise StageError(
+            f"distance {bad[0]}: got {values[bad[0]]}, expected a finite number of at least 0"
+        )
+    return values
