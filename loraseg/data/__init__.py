@@ -6,11 +6,16 @@ are joined by name, and what one of them lacks is 255, ignored.
 
 from loraseg.data.labels import IGNORE, LabelSpace, read_classes, write_classes
 from loraseg.data.masks import encode_mask, read_mask, write_mask
+from loraseg.data.readers.folder import DatasetFolder, Sample
+from loraseg.data.splits import few_shot
 
 __all__ = [
     "IGNORE",
+    "DatasetFolder",
     "LabelSpace",
+    "Sample",
     "encode_mask",
+    "few_shot",
     "read_classes",
     "read_mask",
     "write_classes",

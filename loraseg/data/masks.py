@@ -1,60 +1,20 @@
 """Class-id masks as PNG: one channel, 255 = ignore, with a palette so that viewers show them."""
 
 import io
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from loraseg.data.images import open_checked
 from loraseg.data.labels import IGNORE, LabelSpace
 from loraseg.data.palette import IGNORE_COLOR
 from loraseg.errors import DatasetError
 from loraseg.tensor_types import UInt8, ndarray
 
-__all__ = ["DECODE_ERRORS", "MAX_PIXELS", "encode_mask", "open_checked", "read_mask", "write_mask"]
+__all__ = ["encode_mask", "read_mask", "write_mask"]
 
-# Below Pillow's own limit (89 million), so that ours is the message that people see.
-MAX_PIXELS = 64_000_000
-# What Pillow raises on hostile or broken files, found by cutting and flipping bytes of good ones.
-DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    OverflowError,
-    IndexError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
 _GREY_STEPS = {2: 85, 4: 17}
-
-
-def open_checked(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Open and fully decode a PNG or JPEG.
-
-    Raises:
-        DatasetError: The file is missing, broken, cut off, of another format or has over
-            ``max_pixels`` pixels.
-    """
-    try:
-        image = Image.open(path, formats=("PNG", "JPEG"))
-        width, height = image.size
-        if width * height > max_pixels:
-            raise DatasetError(
-                f"{path}: {width} x {height} pixels; at most {max_pixels} pixels are read"
-            )
-        image.load()
-    except FileNotFoundError as error:
-        raise DatasetError(f"{path}: no such file") from error
-    except DatasetError:
-        raise
-    except DECODE_ERRORS as error:
-        raise DatasetError(f"{path}: not a complete PNG or JPEG image: {error}") from error
-    return image
 
 
 def read_mask(path: str | Path, *, classes: int | None = None) -> UInt8[ndarray, "h w"]:

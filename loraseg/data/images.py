@@ -1,0 +1,73 @@
+"""Images from disk, fully decoded and bounded in size."""
+
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from loraseg.errors import DatasetError
+from loraseg.tensor_types import UInt8, ndarray
+
+__all__ = ["MAX_PIXELS", "open_checked", "read_image"]
+
+# Below Pillow's own limit (89 million), so that ours is the message that people see.
+MAX_PIXELS = 64_000_000
+# What Pillow raises on broken or hostile files: the tests cut and flip bytes of good ones.
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    OverflowError,
+    IndexError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
+
+def open_checked(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Open and fully decode a PNG or JPEG; of an animated PNG, its first frame.
+
+    Raises:
+        DatasetError: The file is missing, broken, cut off, of another format or has over
+            ``max_pixels`` pixels.
+    """
+    try:
+        image = Image.open(path, formats=("PNG", "JPEG"))
+        width, height = image.size
+        if width * height > max_pixels:
+            raise DatasetError(
+                f"{path}: {width} x {height} pixels; at most {max_pixels} pixels are read"
+            )
+        image.load()
+    except FileNotFoundError as error:
+        raise DatasetError(f"{path}: no such file") from error
+    except DatasetError:
+        raise
+    except _DECODE_ERRORS as error:
+        raise DatasetError(f"{path}: not a complete PNG or JPEG image: {error}") from error
+    return image
+
+
+def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> UInt8[ndarray, "h w 3"]:
+    """Read an image as RGB.
+
+    An EXIF orientation is applied: masks are drawn on what a viewer shows, not on the sensor's
+    rows. Grey is repeated, 16-bit grey keeps its upper 8 bits, transparency is dropped.
+
+    Raises:
+        DatasetError: As in :func:`open_checked`.
+    """
+    image = open_checked(path, max_pixels=max_pixels)
+    try:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+            return np.repeat(grey[:, :, None], 3, axis=2)
+        return np.array(image.convert("RGB"))
+    except _DECODE_ERRORS as error:
+        raise DatasetError(f"{path}: the image cannot be turned to RGB: {error}") from error
