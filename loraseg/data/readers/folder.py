@@ -13,7 +13,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 from urllib.parse import unquote, urlsplit
 
 from loraseg.data.images import read_image
@@ -55,7 +54,7 @@ class DatasetFolder:
         self._samples: dict[str, tuple[Sample, ...]] = {}
 
     @classmethod
-    def open(cls, path: str | Path, *, skip_bad: bool = False) -> Self:
+    def open(cls, path: str | Path, *, skip_bad: bool = False) -> "DatasetFolder":
         """Open a folder given by path, ``file://`` or ``s3://`` URI (copied to a local cache).
 
         Args:
