@@ -1,0 +1,304 @@
+# pyright: basic
+"""An S3-compatible bucket as object store (boto3)."""
+
+import base64
+import concurrent.futures
+import hashlib
+import os
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import boto3
+import botocore.config
+import botocore.exceptions
+import urllib3.exceptions
+
+from loraseg.errors import StoreError
+from loraseg.storage.store import ObjectNotFoundError, check_key, check_prefix
+
+__all__ = ["S3Store"]
+
+MULTIPART_THRESHOLD_BYTES = 16 * 2**20
+PART_BYTES = 8 * 2**20
+_PART_THREADS = 4
+_MAX_SINGLE_PUT_BYTES = 5 * 2**30
+_ATTEMPTS = 6  # with standard back-off about 15 s: a store that restarts is worth waiting for
+_CONNECT_TIMEOUT_S = 5
+_READ_TIMEOUT_S = 30  # Ceph holds requests, rather than failing them, while a disk is down
+_BODY_ATTEMPTS = 4
+_CONFLICT_ATTEMPTS = 8
+
+_GONE = {"NoSuchKey", "404", "NotFound"}
+_FAILED_CONDITION = {"PreconditionFailed", "412"}
+_CONFLICT = {"ConditionalRequestConflict", "OperationAborted", "409"}
+_BAD_CREDENTIALS = {
+    "AccessDenied",
+    "403",
+    "Forbidden",
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "ExpiredToken",
+    "InvalidToken",
+    "RequestTimeTooSkewed",
+}
+_BROKEN_BODY = (
+    botocore.exceptions.HTTPClientError,  # read timeouts, broken chunks
+    botocore.exceptions.IncompleteReadError,
+    urllib3.exceptions.HTTPError,
+    OSError,
+)
+
+ResultT = TypeVar("ResultT")
+
+
+class S3Store:
+    """Objects below ``prefix`` of a bucket; the etag is the server's, without quotes.
+
+    Endpoint, region and credentials come from the standard AWS variables and files. Conditions
+    are only ever put on a single PutObject: some servers silently ignore them on multipart
+    uploads. Uploads carry Content-MD5, which every server checks (Ceph RGW 16 knows no other
+    checksum, and fails on the trailers that newer SDKs send by default).
+    """
+
+    def __init__(self, bucket: str, prefix: str = "", *, client: Any = None) -> None:
+        """Use ``bucket``; ``prefix`` has no slash at its ends; ``client`` is boto3's."""
+        self._bucket = bucket
+        self._prefix = f"{check_key(prefix)}/" if prefix else ""
+        self._client = client if client is not None else _new_client()
+
+    @property
+    def uri(self) -> str:
+        """Where the store is, as an ``s3://`` URI."""
+        return f"s3://{self._bucket}/{self._prefix}".rstrip("/")
+
+    def __repr__(self) -> str:
+        return f"S3Store({self.uri!r})"
+
+    def get(self, key: str) -> bytes:
+        """Return the object's bytes."""
+        return self.get_with_etag(key)[0]
+
+    def get_with_etag(self, key: str) -> tuple[bytes, str]:
+        """Return the object's bytes and etag; a broken transfer is started again."""
+        target = self._target(key)
+        attempt = 1
+        while True:
+            response = self._call("read", key, lambda: self._client.get_object(**target))
+            try:
+                return response["Body"].read(), _bare(response["ETag"])
+            except _BROKEN_BODY as error:
+                if attempt == _BODY_ATTEMPTS:
+                    raise self._failure("read", key, error) from error
+            time.sleep(0.1 * 2**attempt)
+            attempt += 1
+
+    def put(self, key: str, data: bytes) -> str:
+        """Write the object, in parts when it is big, and return its etag."""
+        target = self._target(key)
+        if len(data) > MULTIPART_THRESHOLD_BYTES:
+            return self._call("write", key, lambda: self._put_parts(target, data))
+        return self._call("write", key, lambda: self._put_whole(target, data))
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        """Write the object unless the key is taken; of any number of racing writers one wins."""
+        return self._put_on_condition(key, data, {"IfNoneMatch": "*"})
+
+    def put_if_match(self, key: str, data: bytes, etag: str) -> bool:
+        """Replace the object if it still has ``etag``; False when it has changed or is gone."""
+        # Without quotes: Ceph RGW 16 compares the header's text with the bare etag.
+        return self._put_on_condition(key, data, {"IfMatch": _bare(etag)})
+
+    def exists(self, key: str) -> bool:
+        """Return whether there is an object under the key."""
+        target = self._target(key)
+        try:
+            self._call("look up", key, lambda: self._client.head_object(**target))
+        except ObjectNotFoundError:
+            # HEAD has no body, so a missing bucket looks like a missing object.
+            self._call("reach", "", lambda: self._client.head_bucket(Bucket=self._bucket))
+            return False
+        return True
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        """Yield the keys that start with ``prefix`` in code point order, page by page."""
+        request = {"Bucket": self._bucket, "Prefix": self._prefix + check_prefix(prefix)}
+        while True:
+            page = self._call("list", prefix, lambda: self._client.list_objects_v2(**request))
+            for item in page.get("Contents", ()):
+                yield item["Key"][len(self._prefix) :]
+            if not page.get("IsTruncated"):
+                return
+            request["ContinuationToken"] = page["NextContinuationToken"]
+
+    def delete(self, key: str) -> None:
+        """Remove the object; no error when there is none."""
+        target = self._target(key)
+        self._call("delete", key, lambda: self._client.delete_object(**target))
+
+    def sub(self, prefix: str) -> "S3Store":
+        """Return the same store seen from below ``prefix``, over the same connections."""
+        return S3Store(self._bucket, self._prefix + check_key(prefix), client=self._client)
+
+    def _target(self, key: str) -> dict[str, str]:
+        return {"Bucket": self._bucket, "Key": self._prefix + check_key(key)}
+
+    def _put_whole(self, target: dict[str, str], data: bytes, **condition: str) -> str:
+        response = self._client.put_object(
+            **target, Body=data, ContentMD5=_content_md5(data), **condition
+        )
+        return _bare(response["ETag"])
+
+    def _put_parts(self, target: dict[str, str], data: bytes) -> str:
+        upload = {
+            **target,
+            "UploadId": self._client.create_multipart_upload(**target)["UploadId"],
+        }
+
+        def send(number: int) -> dict[str, Any]:
+            part = data[(number - 1) * PART_BYTES : number * PART_BYTES]
+            response = self._client.upload_part(
+                **upload, PartNumber=number, Body=part, ContentMD5=_content_md5(part)
+            )
+            return {"PartNumber": number, "ETag": response["ETag"]}
+
+        try:
+            with concurrent.futures.ThreadPoolExecutor(_PART_THREADS) as pool:
+                parts = list(pool.map(send, range(1, -(-len(data) // PART_BYTES) + 1)))
+            response = self._client.complete_multipart_upload(
+                **upload, MultipartUpload={"Parts": parts}
+            )
+        except BaseException:
+            # Parts of an upload that is neither completed nor aborted are billed for ever.
+            self._abort(upload)
+            raise
+        return _bare(response["ETag"])
+
+    def _abort(self, upload: dict[str, str]) -> None:
+        try:
+            self._client.abort_multipart_upload(**upload)
+        except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError):
+            return  # the error that led here is the one to report
+
+    def _put_on_condition(self, key: str, data: bytes, condition: dict[str, str]) -> bool:
+        if len(data) > _MAX_SINGLE_PUT_BYTES:
+            raise StoreError(
+                f"cannot write {key!r} to {self.uri} on a condition: {len(data)} bytes, at most "
+                f"{_MAX_SINGLE_PUT_BYTES} fit into the single request that this needs"
+            )
+        target = self._target(key)
+        attempt = 1
+        while True:
+            try:
+                self._put_whole(target, data, **condition)
+                return True
+            except botocore.exceptions.ClientError as error:
+                code = _code(error)
+                if code in _FAILED_CONDITION:
+                    return self._landed_before(key, data, error)
+                if code in _GONE and "IfMatch" in condition:
+                    return False
+                if code not in _CONFLICT or attempt == _CONFLICT_ATTEMPTS:
+                    raise self._failure("write", key, error) from error
+            except botocore.exceptions.BotoCoreError as error:
+                raise self._failure("write", key, error) from error
+            # Another conditional write to the key was under way: neither has failed yet.
+            time.sleep(0.025 * 2**attempt)
+            attempt += 1
+
+    def _landed_before(self, key: str, data: bytes, error: Any) -> bool:
+        """Tell a lost race from the failure of our own second attempt.
+
+        When an attempt was stored but its answer was lost, the client's retry meets the object it
+        wrote itself and is refused. What is stored decides.
+        """
+        if error.response.get("ResponseMetadata", {}).get("RetryAttempts", 0) == 0:
+            return False
+        try:
+            return self.get(key) == data
+        except ObjectNotFoundError:
+            return False
+
+    def _call(self, action: str, key: str, request: Callable[[], ResultT]) -> ResultT:
+        try:
+            return request()
+        except (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError) as error:
+            raise self._failure(action, key, error) from error
+
+    def _failure(self, action: str, key: str, error: Exception) -> StoreError:
+        """Say what failed, where, and what to do next; never any part of a credential."""
+        what = f"cannot {action} {key!r} in {self.uri}" if key else f"cannot {action} {self.uri}"
+        endpoint = _without_userinfo(self._client.meta.endpoint_url)
+        if isinstance(error, botocore.exceptions.ClientError):
+            code = _code(error)
+            if code in _GONE and key:
+                return ObjectNotFoundError(f"no object {key!r} in {self.uri}")
+            if code == "NoSuchBucket" or code in _GONE:
+                next_step = "the bucket does not exist; create it, or correct the URI"
+            elif code in _BAD_CREDENTIALS:
+                next_step = (
+                    f"the server refused the credentials ({code}); check AWS_ACCESS_KEY_ID, "
+                    "AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, and what they may do in this bucket"
+                )
+            else:
+                next_step = f"{code}: {error.response.get('Error', {}).get('Message', '')}"
+            return StoreError(f"{what} at {endpoint}: {next_step}")
+        if isinstance(
+            error,
+            botocore.exceptions.NoCredentialsError | botocore.exceptions.PartialCredentialsError,
+        ):
+            return StoreError(
+                f"{what} at {endpoint}: no credentials found; set AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+            )
+        return StoreError(
+            f"{what} at {endpoint}: no usable answer ({type(error).__name__}); check "
+            "AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, and that the server runs"
+        )
+
+
+def _new_client() -> Any:
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    session = boto3.Session()
+    region = os.environ.get("AWS_REGION") or session.region_name or "us-east-1"
+    options: dict[str, Any] = {
+        "connect_timeout": _CONNECT_TIMEOUT_S,
+        "read_timeout": _READ_TIMEOUT_S,
+        "max_pool_connections": 32,
+        "request_checksum_calculation": "when_required",
+        "response_checksum_validation": "when_required",
+    }
+    if endpoint:
+        options["s3"] = {"addressing_style": "path"}
+    if not (os.environ.get("AWS_MAX_ATTEMPTS") or os.environ.get("AWS_RETRY_MODE")):
+        options["retries"] = {"mode": "standard", "total_max_attempts": _ATTEMPTS}
+    try:
+        return session.client(
+            "s3",
+            region_name=region,
+            endpoint_url=endpoint or None,
+            config=botocore.config.Config(**options),
+        )
+    except (botocore.exceptions.BotoCoreError, ValueError) as error:
+        raise StoreError(
+            f"cannot set up the S3 client: {type(error).__name__}; check AWS_ENDPOINT_URL_S3, "
+            "AWS_ENDPOINT_URL, AWS_REGION and AWS_PROFILE"
+        ) from error
+
+
+def _bare(etag: str) -> str:
+    return etag.strip('"')
+
+
+def _code(error: Any) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def _content_md5(data: bytes) -> str:
+    return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+
+
+def _without_userinfo(url: str) -> str:
+    parts = urllib.parse.urlsplit(url)
+    return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
