@@ -1,0 +1,1 @@
+"""Open-vocabulary segmentation: model, loss, prediction, metrics."""

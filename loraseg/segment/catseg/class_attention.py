@@ -1,0 +1,111 @@
+"""Class aggregation: linear attention over the classes at each place (methods A.5, "Class")."""
+
+import torch
+from torch import Tensor, nn
+
+from loraseg.tensor_types import Float
+
+__all__ = ["ClassLayer"]
+
+
+class LinearAttention(nn.Module):
+    """Attention with the feature map elu + 1; q and k also see the text guidance."""
+
+    def __init__(self, dim: int, guidance_dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(dim + guidance_dim, dim)
+        self.k = nn.Linear(dim + guidance_dim, dim)
+        self.v = nn.Linear(dim, dim)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n t c"],
+        text: Float[Tensor, "b t a"],
+        padding: tuple[Tensor, Tensor] | None,
+        copies: int,
+    ) -> Float[Tensor, "b n t c"]:
+        """Attend over t classes and ``copies`` equal padding rows.
+
+        The rows' own outputs are dropped by the caller, and as keys they are all one vector, so
+        that they enter the two sums as ``copies`` times that vector: exact, at the cost of one.
+
+        Args:
+            x: Normed tokens of t classes at n places.
+            text: Text guidance of each class.
+            padding: Normed padding token (c,) and padding guidance (a,); None without padding.
+            copies: Number of padding rows.
+        """
+        guided = torch.cat([x, text[:, None].expand(-1, x.shape[1], -1, -1)], dim=-1)
+        query, key = nn.functional.elu(self.q(guided)) + 1, nn.functional.elu(self.k(guided)) + 1
+        length = x.shape[2] + copies
+        query, key, value = (
+            y.unflatten(-1, (self.heads, -1)) for y in (query, key, self.v(x) / length)
+        )
+        memory = torch.einsum("bnthd,bnthv->bnhdv", key, value)
+        mass = key.sum(dim=2)
+        if padding is not None and copies:
+            pad_key = nn.functional.elu(self.k(torch.cat(padding))) + 1
+            pad_key = copies * pad_key.unflatten(-1, (self.heads, -1))
+            pad_value = (self.v(padding[0]) / length).unflatten(-1, (self.heads, -1))
+            memory = memory + torch.einsum("hd,hv->hdv", pad_key, pad_value)
+            mass = mass + pad_key
+        scale = length / (torch.einsum("bnthd,bnhd->bnth", query, mass) + 1e-6)
+        return (torch.einsum("bnthd,bnhdv->bnthv", query, memory) * scale[..., None]).flatten(-2)
+
+
+class ClassLayer(nn.Module):
+    """Pooled class attention and MLP, added to its input.
+
+    The identity enters twice: y starts as the pooled input and is added to the input at the end.
+    """
+
+    padding_tokens: nn.Parameter | None
+    padding_guidance: nn.Parameter | None
+
+    def __init__(
+        self, dim: int, guidance_dim: int, heads: int, *, pad_len: int, pooling: tuple[int, int]
+    ) -> None:
+        super().__init__()
+        self.pad_len = pad_len
+        self.pooling = pooling
+        self.attention = LinearAttention(dim, guidance_dim, heads)
+        self.MLP = nn.Sequential(nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, dim))
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        padded = pad_len > 0
+        self.padding_tokens = nn.Parameter(torch.zeros(1, 1, dim)) if padded else None
+        self.padding_guidance = nn.Parameter(torch.zeros(1, 1, guidance_dim)) if padded else None
+
+    def forward(
+        self, x: Float[Tensor, "b t g g c"], text: Float[Tensor, "b t a"]
+    ) -> Float[Tensor, "b t g g c"]:
+        """Let the t classes of an image exchange at each (pooled) place."""
+        y = self._pool(x)
+        sides = y.shape[2:4]
+        y = y.flatten(2, 3).transpose(1, 2)
+        y = y + self.attention(self.norm1(y), text, self._padding(), self._copies(x.shape[1]))
+        y = y + self.MLP(self.norm2(y))
+        return x + self._unpool(y.transpose(1, 2).unflatten(2, sides), x.shape[2])
+
+    def _padding(self) -> tuple[Tensor, Tensor] | None:
+        if self.padding_tokens is None or self.padding_guidance is None:
+            return None
+        return self.norm1(self.padding_tokens).flatten(), self.padding_guidance.flatten()
+
+    def _copies(self, classes: int) -> int:
+        return max(self.pad_len - classes, 0)
+
+    def _pool(self, x: Tensor) -> Tensor:
+        size = self.pooling[0 if self.training else 1]
+        if size == 1:
+            return x
+        pooled = nn.functional.avg_pool2d(x.flatten(0, 1).permute(0, 3, 1, 2), size)
+        return pooled.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
+
+    def _unpool(self, y: Tensor, side: int) -> Tensor:
+        if y.shape[2] == side:
+            return y
+        maps = y.flatten(0, 1).permute(0, 3, 1, 2)
+        maps = nn.functional.interpolate(maps, (side, side), mode="bilinear", align_corners=True)
+        return maps.permute(0, 2, 3, 1).unflatten(0, y.shape[:2])
