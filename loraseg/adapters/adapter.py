@@ -65,6 +65,7 @@ class Adapter:
         name: What people call it.
         pairs: Corrections by full dotted module name; at least one.
         digest: sha256 (hex) of its files, as :func:`loraseg.adapters.peft_io.files_digest`.
+        base_name: What the base it was trained on is called, None if unknown.
         base_digest: sha256 (hex) of the base weights it was trained on, None if unknown.
         use_dora: The layer is re-normalised as well, which a sum of products cannot express.
         use_rslora: Scaled by alpha / sqrt(r) instead of alpha / r.
@@ -78,6 +79,7 @@ class Adapter:
     name: str
     pairs: Mapping[str, LoraPair]
     digest: str
+    base_name: str | None = None
     base_digest: str | None = None
     use_dora: bool = False
     use_rslora: bool = False

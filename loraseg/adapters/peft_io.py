@@ -1,0 +1,280 @@
+# pyright: basic
+"""Adapters as files in peft's own format; every file is read as if a stranger had made it.
+
+``adapter_config.json`` and ``adapter_model.safetensors`` with keys
+``base_model.model.<module>.lora_A.weight`` and ``.lora_B.weight`` (methods B.1). Never pickle.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from loraseg.adapters.adapter import Adapter, LoraPair
+from loraseg.adapters.peft_config import (
+    MAX_CONFIG_BYTES,
+    PeftLoraConfig,
+    parse_config,
+    render_config,
+)
+from loraseg.errors import AdapterMismatchError, IntegrityError
+from loraseg.tensor_types import Tensor
+
+__all__ = [
+    "CONFIG_FILE",
+    "WEIGHTS_FILE",
+    "adapter_files",
+    "files_digest",
+    "load_adapter",
+    "pairs_of",
+    "save_adapter",
+]
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+MAX_HEADER_BYTES = 2**24
+_PREFIX = "base_model.model."
+_KEY = re.compile(r"base_model\.model\.((?:[A-Za-z0-9_]+\.)+)lora_(A|B)\.weight")
+_DTYPES = ("F64", "F32", "F16", "BF16")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def load_adapter(
+    source: str | Path | Mapping[str, bytes],
+    *,
+    name: str | None = None,
+    base_digest: str | None = None,
+) -> Adapter:
+    """Read an adapter from a folder, or from file bytes as a library hands them out.
+
+    Matrices become float32 on the CPU, float64 stays. Files beside the two are not looked at.
+
+    Args:
+        source: A folder, or file name -> bytes.
+        name: What to call it; default the folder's name, or "adapter".
+        base_digest: sha256 of the base it is meant for, None to take what the config says.
+
+    Raises:
+        IntegrityError: A file is missing, is a pickle, is malformed or too large, a tensor has a
+            wrong name, type, shape or a value that is not finite, a pair is incomplete, or the
+            config and ``base_digest`` name different bases.
+    """
+    files = source if isinstance(source, Mapping) else _read_folder(Path(source))
+    called = name or ("adapter" if isinstance(source, Mapping) else Path(source).name)
+    _require_files(files, called)
+    try:
+        config = parse_config(files[CONFIG_FILE])
+        pairs = _read_pairs(files[WEIGHTS_FILE], config)
+    except (IntegrityError, AdapterMismatchError) as error:
+        raise IntegrityError(f"adapter {called!r}: {error}") from error
+    if base_digest and config.base_digest and base_digest != config.base_digest:
+        raise IntegrityError(
+            f"adapter {called!r}: trained on base {config.base_digest}, expected {base_digest}"
+        )
+    return Adapter(
+        name=called,
+        pairs=pairs,
+        digest=files_digest(files),
+        base_name=config.base_name,
+        base_digest=base_digest or config.base_digest,
+        use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
+        bias=config.bias,
+        modules_to_save=config.modules_to_save,
+    )
+
+
+def adapter_files(
+    pairs: Mapping[str, LoraPair],
+    *,
+    base_name: str | None = None,
+    base_digest: str | None = None,
+    use_rslora: bool = False,
+) -> dict[str, bytes]:
+    """Return the two files of an adapter; equal arguments give equal bytes.
+
+    Raises:
+        AdapterMismatchError: There is no pair.
+    """
+    if not pairs:
+        raise AdapterMismatchError("an adapter needs at least one LoRA pair, got none")
+    ranks = {module: pair.rank for module, pair in pairs.items()}
+    alphas = {
+        module: pair.scale * (pair.rank**0.5 if use_rslora else pair.rank)
+        for module, pair in pairs.items()
+    }
+    tensors: dict[str, Tensor] = {}
+    for module, pair in sorted(pairs.items()):
+        tensors[f"{_PREFIX}{module}.lora_A.weight"] = pair.down.detach().cpu().contiguous()
+        tensors[f"{_PREFIX}{module}.lora_B.weight"] = pair.up.detach().cpu().contiguous()
+    config = render_config(
+        ranks, alphas, use_rslora=use_rslora, base_name=base_name, base_digest=base_digest
+    )
+    return {CONFIG_FILE: config, WEIGHTS_FILE: safetensors.torch.save(tensors, {"format": "pt"})}
+
+
+def save_adapter(folder: str | Path, adapter: Adapter) -> None:
+    """Write an adapter so that stock ``peft.PeftModel.from_pretrained`` loads it unchanged.
+
+    Raises:
+        AdapterMismatchError: The adapter has parts beside its pairs (DoRA, biases, modules),
+            which an :class:`Adapter` does not hold.
+    """
+    reason = adapter.beyond_pairs()
+    if reason is not None:
+        raise AdapterMismatchError(f"adapter {adapter.name!r}: cannot be saved, it has {reason}")
+    files = adapter_files(
+        adapter.pairs,
+        base_name=adapter.base_name,
+        base_digest=adapter.base_digest,
+        use_rslora=adapter.use_rslora,
+    )
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for file_name, data in files.items():
+        (Path(folder) / file_name).write_bytes(data)
+
+
+def pairs_of(model: nn.Module, adapter_name: str = "default") -> dict[str, LoraPair]:
+    """Collect copies of the LoRA pairs that peft has put into a model, by the base's own names."""
+    pairs: dict[str, LoraPair] = {}
+    for name, module in model.named_modules():
+        layer: Any = module
+        if hasattr(module, "lora_A") and adapter_name in layer.lora_A:
+            pairs[name.removeprefix(_PREFIX)] = LoraPair(
+                layer.lora_A[adapter_name].weight.detach().clone(),
+                layer.lora_B[adapter_name].weight.detach().clone(),
+                float(layer.scaling[adapter_name]),
+            )
+    return pairs
+
+
+def files_digest(files: Mapping[str, bytes]) -> str:
+    """Return an adapter's digest: sha256 of canonical JSON of {file name: sha256 of its bytes}.
+
+    Only the two weight files count, so a card beside them does not change it.
+    """
+    parts = {name: hashlib.sha256(files[name]).hexdigest() for name in (CONFIG_FILE, WEIGHTS_FILE)}
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read_folder(folder: Path) -> dict[str, bytes]:
+    if not folder.is_dir():
+        raise IntegrityError(f"{folder}: no such adapter folder")
+    config = folder / CONFIG_FILE
+    if config.is_file() and config.stat().st_size > MAX_CONFIG_BYTES:
+        raise IntegrityError(f"{config}: larger than {MAX_CONFIG_BYTES} bytes")
+    known = (CONFIG_FILE, WEIGHTS_FILE)
+    # The bytes of other files are not needed, their names are, to say why a pickle is refused.
+    return {
+        path.name: path.read_bytes() if path.name in known else b""
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+    }
+
+
+def _require_files(files: Mapping[str, bytes], called: str) -> None:
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if name in files:
+            continue
+        pickles = sorted(other for other in files if other.lower().endswith(_PICKLES))
+        if name == WEIGHTS_FILE and pickles:
+            raise IntegrityError(
+                f"adapter {called!r}: {pickles[0]} is a pickle, which can run code when it is "
+                f"read; expected {WEIGHTS_FILE}"
+            )
+        raise IntegrityError(f"adapter {called!r}: {name} is missing (files: {sorted(files)})")
+
+
+def _read_pairs(data: bytes, config: PeftLoraConfig) -> dict[str, LoraPair]:
+    keys = _checked_keys(data, plain=_is_plain(config))
+    try:
+        tensors = safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise IntegrityError(f"{WEIGHTS_FILE}: {error}") from error
+    modules = sorted({module for module, _ in keys.values()})
+    if not modules:
+        raise IntegrityError(f"{WEIGHTS_FILE}: holds no LoRA pair")
+    pairs: dict[str, LoraPair] = {}
+    for module in modules:
+        sides = [_PREFIX + f"{module}.lora_{side}.weight" for side in "AB"]
+        for key in sides:
+            if key not in tensors:
+                raise IntegrityError(f"{WEIGHTS_FILE}: {key} is missing, its partner is there")
+        down, up = (_finite(tensors[key], key) for key in sides)
+        pairs[module] = _checked_pair(module, down, up, config)
+    return pairs
+
+
+def _checked_pair(module: str, down: Tensor, up: Tensor, config: PeftLoraConfig) -> LoraPair:
+    rank = config.rank_of(module)
+    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != rank or up.shape[1] != rank:
+        raise IntegrityError(
+            f"{WEIGHTS_FILE}: module {module!r}: down {tuple(down.shape)}, up {tuple(up.shape)}; "
+            f"expected down ({rank}, d_in) and up (d_out, {rank}) by the config's rank"
+        )
+    return LoraPair(down, up, config.scale_of(module))
+
+
+def _finite(tensor: Tensor, key: str) -> Tensor:
+    if not bool(torch.isfinite(tensor).all()):
+        raise IntegrityError(f"{WEIGHTS_FILE}: {key} holds NaN or infinite values")
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _is_plain(config: PeftLoraConfig) -> bool:
+    return not config.use_dora and config.bias == "none" and not config.modules_to_save
+
+
+def _checked_keys(data: bytes, *, plain: bool) -> dict[str, tuple[str, str]]:
+    """Check the header before any tensor is touched; return key -> (module, "A" | "B")."""
+    header = _read_header(data)
+    keys: dict[str, tuple[str, str]] = {}
+    for key, entry in header.items():
+        if key == "__metadata__":
+            continue
+        match = _KEY.fullmatch(key)
+        if match:
+            keys[key] = (match[1].removesuffix("."), match[2])
+        elif plain:
+            raise IntegrityError(
+                f"{WEIGHTS_FILE}: unexpected tensor {key[:200]!r}, expected names like "
+                f"{_PREFIX}<module>.lora_A.weight"
+            )
+        dtype = entry.get("dtype") if isinstance(entry, dict) else None
+        if dtype not in _DTYPES:
+            raise IntegrityError(
+                f"{WEIGHTS_FILE}: {key[:200]!r} has type {str(dtype)[:20]}, expected one of "
+                f"{', '.join(_DTYPES)}"
+            )
+    return keys
+
+
+def _read_header(data: bytes) -> dict[str, Any]:
+    size = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or not 0 < size <= min(len(data) - 8, MAX_HEADER_BYTES):
+        raise IntegrityError(
+            f"{WEIGHTS_FILE}: header of {size} bytes claimed in a file of {len(data)} "
+            f"(at most {MAX_HEADER_BYTES} allowed)"
+        )
+    try:
+        header = json.loads(data[8 : 8 + size], object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"{WEIGHTS_FILE}: header is not readable: {error}") from error
+    if not isinstance(header, dict):
+        raise IntegrityError(f"{WEIGHTS_FILE}: header is no JSON object")
+    return header
+
+
+def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(items)
+    if len(values) != len(items):
+        raise ValueError("a name occurs twice")
+    return values

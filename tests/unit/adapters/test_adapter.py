@@ -1,0 +1,52 @@
+import math
+
+import pytest
+import torch
+
+from loraseg.adapters.adapter import Adapter, LoraPair, Mix
+from loraseg.errors import AdapterMismatchError
+
+
+def test_delta_and_count():
+    pair = LoraPair(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [4.0]]), 0.5)
+    assert pair.delta().tolist() == [[1.5, 3.0], [2.0, 4.0]]
+    assert Adapter(name="a", pairs={"x": pair, "y": pair}, digest="d").parameter_count() == 8
+
+
+@pytest.mark.parametrize(
+    ("down", "up"),
+    [((2, 3), (4, 1)), ((0, 3), (4, 0)), ((2,), (4, 2)), ((2, 3), (4, 2, 1))],
+)
+def test_refuses_matrices_that_are_no_pair(down, up):
+    with pytest.raises(AdapterMismatchError, match="expected down"):
+        LoraPair(torch.ones(down), torch.ones(up), 1.0)
+
+
+def test_refuses_types_scales_and_empty_adapters():
+    with pytest.raises(AdapterMismatchError, match="one floating point type"):
+        LoraPair(torch.ones(1, 2), torch.ones(2, 1).double(), 1.0)
+    with pytest.raises(AdapterMismatchError, match="one floating point type"):
+        LoraPair(torch.ones(1, 2).long(), torch.ones(2, 1).long(), 1.0)
+    with pytest.raises(AdapterMismatchError, match="scale nan"):
+        LoraPair(torch.ones(1, 2), torch.ones(2, 1), math.nan)
+    with pytest.raises(AdapterMismatchError, match="at least one LoRA pair"):
+        Adapter(name="a", pairs={}, digest="d")
+    with pytest.raises(AdapterMismatchError, match="mix, module 'x'"):
+        Mix((), {"x": (torch.ones(2, 3), torch.ones(4, 3))})
+
+
+def test_pairs_cannot_be_changed_afterwards():
+    pair = LoraPair(torch.ones(1, 2), torch.ones(2, 1), 1.0)
+    source = {"x": pair}
+    adapter = Adapter(name="a", pairs=source, digest="d")
+    source["y"] = pair
+    assert list(adapter.pairs) == ["x"]
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        adapter.pairs["y"] = pair
+
+
+def test_a_mix_moves_to_another_type():
+    mix = Mix((("d", 1.0),), {"x": (torch.ones(1, 2), torch.ones(2, 1))})
+    moved = mix.to("cpu", torch.float64)
+    assert moved.pairs["x"][0].dtype == torch.float64
+    assert moved.digest == mix.digest
