@@ -1,0 +1,52 @@
+"""Train one adapter for each domain of a manifest, in parallel, and publish them to a library.
+
+ray job submit --working-dir . -- python -m jobs.train_adapters --config manifest.yaml images=32
+
+Exit status: 0 all published, 1 some failed (the others are published), 2 a mistake in the config.
+"""
+
+import sys
+from dataclasses import dataclass, field
+
+from actors.resources import Placement, connect, require_room
+from actors.training import train_adapters
+from loraseg import config as configuration
+from loraseg.errors import LorasegError
+from loraseg.storage import open_store, probe_conditional_writes
+from loraseg.train.manifest import Manifest
+from loraseg.train.tables import plan_table, result_table
+from loraseg.train.tasks import AdapterTask, TaskPlan, plan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config(Manifest):
+    """A manifest, and how to run it."""
+
+    resources: Placement = field(default_factory=Placement)
+    dry_run: bool = False
+
+
+def main(config: Config) -> int:
+    """Run the job; return its exit status."""
+    tasks = config.tasks()
+    if config.dry_run:
+        plans = [_plan(task) for task in tasks]
+        sys.stdout.write(plan_table(plans, str(config.resources)))
+        return int(any(isinstance(entry, tuple) for entry in plans))
+    probe_conditional_writes(open_store(tasks[0].library))
+    started_here = connect()
+    require_room(config.resources, may_grow=not started_here)
+    outcomes = list(train_adapters(tasks, config.resources))
+    sys.stdout.write(result_table([o.result or (o.name, o.error or "") for o in outcomes]))
+    return int(any(outcome.result is None for outcome in outcomes))
+
+
+def _plan(task: AdapterTask) -> TaskPlan | tuple[str, str]:
+    try:
+        return plan(task)
+    except LorasegError as error:
+        return task.name, str(error)
+
+
+if __name__ == "__main__":
+    configuration.main(main, Config, description=__doc__)
