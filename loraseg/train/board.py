@@ -73,7 +73,7 @@ def changes(before: Mapping[str, Standing], now: Mapping[str, Standing]) -> list
     for name, standing in now.items():
         earlier = before.get(name)
         if earlier is not None and earlier.takeovers < standing.takeovers:
-            lines.append(f"{name}: its worker was lost; another goes on at {standing.resumed_at}")
+            lines.append(f"{name}: its worker was lost; another goes on at step {standing.resumed_at}")
         if earlier is None or earlier.progress != standing.progress:
             lines.append(_line(standing))
     return lines

@@ -1,0 +1,49 @@
+"""What one adapter takes, and how S3 settings travel. No Ray is started."""
+
+import os
+
+import pytest
+
+from actors.resources import Placement, StoreAccess
+from loraseg.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"cpus": 0}, "cpus > 0"),
+        ({"gpus": -1}, "gpus >= 0"),
+        ({"max_parallel": 0}, "max_parallel must be >= 1, got 0"),
+        ({"retries": -1}, "retries must be >= 0, got -1"),
+    ],
+)
+def test_ranges(values, message):
+    with pytest.raises(ConfigError, match=message):
+        Placement(**values)
+
+
+@pytest.mark.parametrize(("cpus", "threads"), [(0.5, 1), (1, 1), (2.9, 2), (8, 8)])
+def test_threads_never_exceed_the_cpus_paid_for_but_are_never_none(cpus, threads):
+    assert Placement(cpus=cpus).threads == threads
+
+
+def test_in_words():
+    assert str(Placement(cpus=2, gpus=0.5, node="trainer")) == "2 CPU, 0.5 GPU on trainer"
+
+
+def test_store_settings_reach_another_environment_and_nothing_else_does(monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://localhost:9")
+    monkeypatch.setenv("AWS_PROFILE", "laptop-only")
+    access = StoreAccess.of_driver()
+    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_PROFILE"):
+        monkeypatch.delenv(name)
+    access.apply()
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] == "hidden"
+    assert os.environ["AWS_ENDPOINT_URL"] == "http://localhost:9"
+    assert "AWS_PROFILE" not in os.environ
+
+
+def test_secrets_do_not_show(monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
+    assert "hidden" not in repr(StoreAccess.of_driver())

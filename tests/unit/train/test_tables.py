@@ -1,0 +1,43 @@
+"""The tables of the training job."""
+
+from loraseg.train.tables import format_table, plan_table, result_table
+from loraseg.train.tasks import TaskPlan, TaskResult
+
+
+def test_columns_are_aligned_and_lines_have_no_trailing_space():
+    assert format_table(("a", "bb"), [("xyz", ""), ("", "q")]) == "a    bb\nxyz\n     q\n"
+
+
+def test_the_plan_tells_what_is_new_what_is_done_and_what_is_broken():
+    plans = [
+        TaskPlan(
+            name="fog", images=8, parameters=12345, steps=40, digest="d" * 64, published=False
+        ),
+        TaskPlan(name="rain", images=8, parameters=12345, steps=40, digest="e" * 64, published=True),
+        ("snow", "snow/classes.json: no such file"),
+    ]
+    header, fog, rain, snow = plan_table(plans, "1 CPU").splitlines()
+    assert header.split() == ["adapter", "images", "parameters", "steps", "resources", "state"]
+    assert "12,345" in fog
+    assert fog.endswith("to be trained")
+    assert rain.endswith("published, to be skipped")
+    assert snow.endswith("broken: snow/classes.json: no such file")
+
+
+def test_the_summary_names_the_failed_and_why():
+    results = [
+        TaskResult(
+            name="fog",
+            digest="ab" * 32,
+            version=1,
+            metrics={"miou": 0.5},
+            skipped=False,
+            resumed_from_step=20,
+            seconds=1.5,
+        ),
+        ("snow", "DatasetError: snow/classes.json: no such file"),
+    ]
+    _, fog, snow = result_table(results).splitlines()
+    assert fog.split() == ["fog", "published", "abababababab", "20", "1.5", "miou", "0.500"]
+    assert snow.split()[:2] == ["snow", "failed"]
+    assert snow.endswith("DatasetError: snow/classes.json: no such file")
