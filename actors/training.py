@@ -7,24 +7,22 @@ failures apart. ``TorchTrainer`` with DDP is for one large model and comes with 
 trainer.
 
 A task that loses its worker or node is started again by Ray and resumes by itself from the last
-checkpoint in the store. An error that the task raises would come again, so it is never retried:
-that adapter fails alone.
+checkpoint in the store.
 """
 
 import logging
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-import torch
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.resources import Placement, StoreAccess
+from actors.resources import Placement
+from actors.units import run_units
 from loraseg.errors import LorasegError
 from loraseg.train.board import ProgressBoard, Standing, changes
 from loraseg.train.tasks import AdapterTask, Progress, TaskResult, run_task
@@ -34,7 +32,6 @@ __all__ = ["Outcome", "train_adapters"]
 logger = logging.getLogger(__name__)
 
 _REPORT_EVERY_S = 0.5
-_READ_EVERY_S = 3.0
 
 Run = Callable[[AdapterTask, Callable[[Progress], None]], TaskResult]
 Watch = Callable[[Mapping[str, Standing]], None]
@@ -55,66 +52,37 @@ def train_adapters(
     *,
     run: Run = run_task,
     watch: Watch | None = None,
-    read_every_s: float = _READ_EVERY_S,
+    read_every_s: float = 3.0,
 ) -> Iterator[Outcome]:
     """Run all tasks on the connected Ray cluster and yield each as it ends, in order of arrival.
 
-    Leaving the iterator early stops what is still running.
+    A task's own error ends that task alone and is told in its outcome.
 
     Args:
-        tasks: Units of work; what does not fit the cluster yet waits in Ray's queue.
+        tasks: Units of work, safe to start again after a kill at any point.
         placement: What each takes, how many at once, how many lost workers are made up for.
-        run: The unit of work; safe to start again after a kill at any point.
-        watch: Called with the board at most every ``read_every_s`` seconds; by default each change
-            is logged in one line.
-        read_every_s: Seconds between two readings.
+        run: What a worker calls.
+        watch: Given the standing of every adapter from time to time; by default each change is
+            logged in one line.
+        read_every_s: Seconds between two readings of the progress.
     """
-    unit = _unit(placement)
     board = _start_board()
-    access = StoreAccess.of_driver()
     view = _View(board, watch or _log_changes(), read_every_s)
-    waiting, running = deque(tasks), dict[Any, AdapterTask]()
-    try:
-        while waiting or running:
-            while waiting and len(running) < (placement.max_parallel or len(tasks)):
-                task = waiting.popleft()
-                name = f"train {task.name}"
-                running[unit.options(name=name).remote(run, task, board, access)] = task
-            done, _ = ray.wait(list(running), timeout=read_every_s)
-            view.refresh(force=bool(done))
-            for reference in done:
-                yield _outcome(running.pop(reference).name, reference)
-    finally:
-        for reference in running:
-            ray.cancel(reference, force=True)
-
-
-def _unit(placement: Placement) -> Any:
-    declare: Any = ray.remote(
-        num_cpus=placement.cpus,
-        num_gpus=placement.gpus,
-        resources=placement.custom,
-        max_retries=placement.retries,
-        retry_exceptions=False,
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(placement.threads)}},
-    )
-    return declare(_run_unit)
+    calls = [(f"train {task.name}", (run, task, board)) for task in tasks]
+    for index, reference in run_units(
+        _run_reporting, calls, placement, tick=view.refresh, tick_s=read_every_s
+    ):
+        yield _outcome(tasks[index].name, reference)
 
 
 def _start_board() -> Any:
     # On the driver's own node: a node that is lost without the driver must not take the board.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return (
-        ray.remote(ProgressBoard)
-        .options(num_cpus=0, max_restarts=-1, scheduling_strategy=here)
-        .remote()
-    )
+    declare: Any = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)
+    return declare(ProgressBoard).remote()
 
 
-def _run_unit(run: Run, task: AdapterTask, board: Any, access: StoreAccess) -> TaskResult:
-    """Run in the worker: take over the driver's settings, then do the work."""
-    access.apply()
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+def _run_reporting(run: Run, task: AdapterTask, board: Any) -> TaskResult:
     return run(task, _Reporter(board))
 
 
@@ -140,12 +108,8 @@ class _View:
 
     def __init__(self, board: Any, watch: Watch, every_s: float) -> None:
         self._board, self._watch, self._every_s = board, watch, every_s
-        self._read_at = time.monotonic()
 
-    def refresh(self, *, force: bool) -> None:
-        if not force and time.monotonic() - self._read_at < self._every_s:
-            return
-        self._read_at = time.monotonic()
+    def refresh(self) -> None:
         try:
             standings = ray.get(self._board.read.remote(), timeout=self._every_s)
         except RayError as error:
