@@ -8,12 +8,15 @@ from loraseg.data.labels import IGNORE, LabelSpace, read_classes, write_classes
 from loraseg.data.masks import encode_mask, read_mask, write_mask
 from loraseg.data.readers.folder import DatasetFolder, Sample
 from loraseg.data.splits import few_shot
+from loraseg.data.transforms import AugmentConfig, augment
 
 __all__ = [
     "IGNORE",
+    "AugmentConfig",
     "DatasetFolder",
     "LabelSpace",
     "Sample",
+    "augment",
     "encode_mask",
     "few_shot",
     "read_classes",

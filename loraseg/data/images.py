@@ -37,13 +37,14 @@ def open_checked(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Ima
             ``max_pixels`` pixels.
     """
     try:
-        image = Image.open(path, formats=("PNG", "JPEG"))
-        width, height = image.size
-        if width * height > max_pixels:
-            raise DatasetError(
-                f"{path}: {width} x {height} pixels; at most {max_pixels} pixels are read"
-            )
-        image.load()
+        with Path(path).open("rb") as file:
+            image = Image.open(file, formats=("PNG", "JPEG"))
+            width, height = image.size
+            if width * height > max_pixels:
+                raise DatasetError(
+                    f"{path}: {width} x {height} pixels; at most {max_pixels} pixels are read"
+                )
+            image.load()
     except FileNotFoundError as error:
         raise DatasetError(f"{path}: no such file") from error
     except DatasetError:
