@@ -1,0 +1,77 @@
+"""Checking a whole library: what is missing, what is damaged, what nobody refers to."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from loraseg.errors import IntegrityError
+from loraseg.library import records
+from loraseg.library.snapshot import Entry
+from loraseg.storage import ObjectStore
+
+__all__ = ["Report", "audit"]
+
+_SNAPSHOT = re.compile(r"catalog/(\d{8,})\.parquet")
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The outcome of a check.
+
+    Attributes:
+        missing: Keys that the catalog refers to and the store does not hold.
+        corrupt: Keys whose bytes differ from their digest.
+        garbage: Keys that no version refers to: left by a publisher that died, or written by one
+            that is at work right now.
+        checked: How many objects were read and compared.
+    """
+
+    missing: tuple[str, ...]
+    corrupt: tuple[str, ...]
+    garbage: tuple[str, ...]
+    checked: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether every published adapter can be loaded."""
+        return not self.missing and not self.corrupt
+
+
+def audit(store: ObjectStore, entries: Iterable[Entry], generation: int) -> Report:
+    """Read every object that ``entries`` refer to; one is in memory at a time."""
+    # Listed first: what is published while the check runs must not look like garbage.
+    present = set(store.list())
+    records_of = {records.record_key(e.name, e.version): e for e in entries}
+    missing: set[str] = set()
+    corrupt: set[str] = set()
+    blobs: set[str] = set()
+    for key, entry in sorted(records_of.items()):
+        try:
+            record = records.read_record(store, entry)
+        except IntegrityError:
+            (corrupt if store.exists(key) else missing).add(key)
+            continue
+        blobs.update(blob.sha256 for blob in record.files.values())
+    for digest in sorted(blobs):
+        key = records.blob_key(digest)
+        try:
+            records.read_blob(store, digest)
+        except IntegrityError:
+            (corrupt if store.exists(key) else missing).add(key)
+    referred = set(records_of) | {records.blob_key(digest) for digest in blobs}
+    return Report(
+        missing=tuple(sorted(missing)),
+        corrupt=tuple(sorted(corrupt)),
+        garbage=tuple(sorted(key for key in present - referred if _is_garbage(key, generation))),
+        checked=len(records_of) + len(blobs),
+    )
+
+
+def _is_garbage(key: str, generation: int) -> bool:
+    if key.startswith(("blobs/", "adapters/")):
+        return True
+    match = _SNAPSHOT.fullmatch(key)
+    # The next generation may be committed and not yet pointed to.
+    if match:
+        return not 1 <= int(match.group(1)) <= generation + 1
+    return key.startswith("catalog/") and key != records.HEAD_KEY

@@ -1,0 +1,335 @@
+"""The library: publish, read, roll back and check adapters in any object store.
+
+Layout below the store's root::
+
+    blobs/sha256/<aa>/<digest>          immutable adapter files
+    adapters/<name>/<version>.json      immutable card and digests of its files
+    catalog/<generation>.parquet        immutable snapshot, see loraseg.library.snapshot
+    catalog/HEAD                        the newest generation and the sha256 of its snapshot
+"""
+
+import dataclasses
+import difflib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from loraseg import seeding
+from loraseg.adapters.peft_io import files_digest
+from loraseg.errors import AdapterNotFoundError, IntegrityError, StoreError
+from loraseg.library import records
+from loraseg.library.audit import Report, audit
+from loraseg.library.card import Card, check_name
+from loraseg.library.records import Head, Record
+from loraseg.library.snapshot import Entry, decode_snapshot, encode_snapshot
+from loraseg.storage import ObjectNotFoundError, ObjectStore, probe_conditional_writes
+
+__all__ = ["Item", "Library"]
+
+logger = logging.getLogger(__name__)
+
+Item = tuple[str, Mapping[str, bytes], Card]
+
+_COMMIT_TIMEOUT_S = 300.0
+_FIRST_PAUSE_S = 0.01
+_LONGEST_PAUSE_S = 1.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _State:
+    """The catalog at one moment; ``etag`` is that of HEAD, None while there is none."""
+
+    head: Head
+    etag: str | None
+    entries: tuple[Entry, ...]
+
+
+Change = Callable[[tuple[Entry, ...]], tuple[Entry, ...]]
+
+
+class Library:
+    """Adapters in a store, safe for any number of writers and readers in any process.
+
+    Nothing that was published is ever changed or removed; what moves is the version that a name
+    points to. One instance may be shared by threads.
+    """
+
+    def __init__(self, store: ObjectStore) -> None:
+        """Use ``store``; nothing is contacted yet."""
+        self._store = store
+        self._lock = threading.Lock()
+        self._known: tuple[Head, tuple[Entry, ...]] = (Head.empty(), ())
+        self._probed = False
+
+    @property
+    def uri(self) -> str:
+        """Where the library is."""
+        return self._store.uri
+
+    def generation(self) -> int:
+        """Return the number of the newest generation; 0 for an empty library."""
+        return self._read_head()[0].generation
+
+    def entries(self, generation: int | None = None) -> tuple[Entry, ...]:
+        """Return the current version of every adapter, ordered by name.
+
+        Args:
+            generation: Which one to read; None for the newest.
+
+        Raises:
+            AdapterNotFoundError: There is no such generation.
+            IntegrityError: The catalog is damaged.
+        """
+        return tuple(entry for entry in self._all_entries(generation) if entry.current)
+
+    def versions(self, name: str) -> tuple[Entry, ...]:
+        """Return all versions of an adapter, ascending; empty if there is none."""
+        return tuple(entry for entry in self._all_entries(None) if entry.name == name)
+
+    def entry(self, name: str, version: int | None = None) -> Entry:
+        """Return one version of an adapter.
+
+        Args:
+            name: The adapter.
+            version: None for the version that the name points to.
+
+        Raises:
+            AdapterNotFoundError: There is no such adapter or version.
+        """
+        return _find(self._all_entries(None), name, version, self.uri)
+
+    def load(self, name: str, version: int | None = None) -> tuple[dict[str, bytes], Card]:
+        """Return an adapter's files, every byte of them verified, and its card.
+
+        Raises:
+            AdapterNotFoundError: There is no such adapter or version.
+            IntegrityError: A stored object is missing or differs from its digest.
+        """
+        return self.load_entry(self.entry(name, version))
+
+    def load_entry(self, entry: Entry) -> tuple[dict[str, bytes], Card]:
+        """Return the files and card of an entry, which may be of an older generation.
+
+        Raises:
+            IntegrityError: A stored object is missing or differs from its digest.
+        """
+        record = records.read_record(self._store, entry)
+        files = {
+            file: records.read_blob(self._store, blob.sha256) for file, blob in record.files.items()
+        }
+        if files_digest(files) != entry.digest:
+            raise IntegrityError(f"{entry.name} version {entry.version}: wrong adapter digest")
+        return files, record.card
+
+    def publish(self, name: str, files: Mapping[str, bytes], card: Card) -> Entry:
+        """Publish one adapter; it becomes the version that its name points to.
+
+        An adapter whose name and digest are in the catalog already is left as it is: the entry is
+        returned, blobs that were lost or damaged are restored, and the name's pointer stays, so
+        that running a job again does not undo a rollback.
+
+        Args:
+            name: The same as ``card.name``.
+            files: What peft writes: ``adapter_config.json`` and ``adapter_model.safetensors``,
+                and at will other plain files.
+            card: Goes into the record and the catalog.
+
+        Raises:
+            IntegrityError: Name, card or files are not acceptable, or the catalog is damaged.
+            StoreError: The store cannot be reached or does not honour conditional writes.
+        """
+        return self.publish_all([(name, files, card)])[0]
+
+    def publish_all(self, items: Sequence[Item]) -> tuple[Entry, ...]:
+        """Publish several adapters, of different names, in one generation.
+
+        Raises:
+            IntegrityError: As :meth:`publish`, or a name occurs twice.
+            StoreError: As :meth:`publish`.
+        """
+        started = time.perf_counter()
+        names = [name for name, _, _ in items]
+        if len(set(names)) != len(names):
+            raise IntegrityError("cannot publish two adapters of one name in one generation")
+        prepared = [Record.of(name, files, card) for name, files, card in items]
+        self._probe()
+        for _, files, _ in items:
+            records.write_blobs(self._store, files)
+        new = tuple(entry for record in prepared if (entry := self._reserve(record)) is not None)
+        entries = self._commit(lambda known: _with_published(known, new))
+        wanted = {(record.card.name, record.digest) for record in prepared}
+        found = {e.name: e for e in entries if (e.name, e.digest) in wanted}
+        seconds = time.perf_counter() - started
+        logger.info("published %d of %d adapters in %.2f s", len(new), len(items), seconds)
+        return tuple(found[name] for name in names)
+
+    def rollback(self, name: str, version: int) -> Entry:
+        """Let a name point to another of its versions; published as a new generation.
+
+        Raises:
+            AdapterNotFoundError: There is no such adapter or version.
+        """
+        self._probe()
+        entries = self._commit(lambda known: _with_pointer(known, name, version, self.uri))
+        return _find(entries, name, version, self.uri)
+
+    def verify(self) -> Report:
+        """Read every object that the newest generation refers to and check its digest."""
+        head, _ = self._read_head()
+        return audit(self._store, self._all_entries(None), head.generation)
+
+    def _probe(self) -> None:
+        if not self._probed:
+            probe_conditional_writes(self._store)
+            self._probed = True
+
+    def _all_entries(self, generation: int | None) -> tuple[Entry, ...]:
+        head, _ = self._read_head()
+        if generation is None or generation == head.generation:
+            return self._read_snapshot(head)
+        if not 0 <= generation < head.generation:
+            raise AdapterNotFoundError(
+                f"{self.uri}: no generation {generation}; the newest is {head.generation}"
+            )
+        return self._read_snapshot(Head(generation, None))
+
+    def _read_head(self) -> tuple[Head, str | None]:
+        try:
+            data, etag = self._store.get_with_etag(records.HEAD_KEY)
+        except ObjectNotFoundError:
+            return Head.empty(), None
+        return Head.from_bytes(data), etag
+
+    def _read_snapshot(self, head: Head) -> tuple[Entry, ...]:
+        if head.generation == 0:
+            return ()
+        with self._lock:
+            known, entries = self._known
+        if known == head:
+            return entries
+        data = records.read_snapshot(self._store, head)
+        entries = decode_snapshot(data, f"{self.uri}/{records.snapshot_key(head.generation)}")
+        self._remember(Head.of(head.generation, data), entries)
+        return entries
+
+    def _remember(self, head: Head, entries: tuple[Entry, ...]) -> None:
+        with self._lock:
+            if head.generation >= self._known[0].generation:
+                self._known = (head, entries)
+
+    def _reserve(self, record: Record) -> Entry | None:
+        """Take a version number for the record; None if name and digest are published already.
+
+        A record that a publisher left behind when it died is taken over if it has the same bytes.
+        """
+        versions = self.versions(record.card.name)
+        if any(entry.digest == record.digest for entry in versions):
+            return None
+        version = max((entry.version for entry in versions), default=0) + 1
+        while not records.write_record(self._store, record, version):
+            version += 1
+        return record.entry(version)
+
+    def _commit(self, change: Change) -> tuple[Entry, ...]:
+        """Apply an idempotent change to the newest generation and publish the result.
+
+        The change is safe when HEAD was swapped from the generation that it was applied to. In
+        any other case it is applied anew to what is there then, which for a change that has
+        landed after all makes no difference.
+        """
+        deadline = time.monotonic() + _COMMIT_TIMEOUT_S
+        attempt = 0
+        while True:
+            head, etag = self._read_head()
+            state = _State(head, etag, self._read_snapshot(head))
+            entries = change(state.entries)
+            if entries == state.entries:
+                return entries
+            if self._advance(state, entries):
+                return entries
+            if time.monotonic() > deadline:
+                raise StoreError(
+                    f"{self.uri}: could not publish within {_COMMIT_TIMEOUT_S:.0f} s because of "
+                    "other writers; try again"
+                )
+            time.sleep(_pause_s(attempt))
+            attempt += 1
+            self._finish_for_others(state)
+
+    def _advance(self, state: _State, entries: tuple[Entry, ...]) -> bool:
+        """Commit ``entries`` as the next generation; False if another writer was faster."""
+        data = encode_snapshot(entries)
+        head = Head.of(state.head.generation + 1, data)
+        if not self._store.put_if_absent(records.snapshot_key(head.generation), data):
+            return False
+        if not self._swap_head(head, state.etag):
+            return False
+        self._remember(head, entries)
+        return True
+
+    def _finish_for_others(self, state: _State) -> None:
+        """Swap HEAD for a writer that committed the next generation and then went away."""
+        head, etag = self._read_head()
+        if head != state.head:
+            return
+        key = records.snapshot_key(head.generation + 1)
+        try:
+            data = self._store.get(key)
+        except ObjectNotFoundError:
+            return
+        decode_snapshot(data, f"{self.uri}/{key}")
+        self._swap_head(Head.of(head.generation + 1, data), etag)
+
+    def _swap_head(self, head: Head, etag: str | None) -> bool:
+        if etag is None:
+            return self._store.put_if_absent(records.HEAD_KEY, head.to_bytes())
+        return self._store.put_if_match(records.HEAD_KEY, head.to_bytes(), etag)
+
+
+def _with_published(known: tuple[Entry, ...], new: Sequence[Entry]) -> tuple[Entry, ...]:
+    present = {(entry.name, entry.digest) for entry in known}
+    added = [entry for entry in new if (entry.name, entry.digest) not in present]
+    names = {entry.name for entry in added}
+    kept = [
+        dataclasses.replace(entry, current=False) if entry.name in names else entry
+        for entry in known
+    ]
+    return tuple(sorted([*kept, *added], key=lambda entry: (entry.name, entry.version)))
+
+
+def _with_pointer(
+    known: tuple[Entry, ...], name: str, version: int, where: str
+) -> tuple[Entry, ...]:
+    _find(known, name, version, where)
+    return tuple(
+        dataclasses.replace(entry, current=entry.version == version)
+        if entry.name == name
+        else entry
+        for entry in known
+    )
+
+
+def _find(entries: Sequence[Entry], name: str, version: int | None, where: str) -> Entry:
+    check_name(name)
+    versions = {entry.version: entry for entry in entries if entry.name == name}
+    if not versions:
+        names = sorted({entry.name for entry in entries})
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise AdapterNotFoundError(f"{where}: no adapter {name!r} among {len(names)}{hint}")
+    if version is None:
+        return next(entry for entry in versions.values() if entry.current)
+    if version not in versions:
+        known = ", ".join(str(number) for number in sorted(versions))
+        raise AdapterNotFoundError(f"{where}: {name!r} has no version {version}; it has {known}")
+    return versions[version]
+
+
+def _pause_s(attempt: int) -> float:
+    """Return how long to wait before attempt ``attempt + 1``: exponential, bounded, jittered."""
+    longest = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(attempt, 10))
+    # Writers need different streams; nothing but the waiting depends on them.
+    stream = seeding.numpy_generator(os.getpid(), "pause", threading.get_ident(), attempt)
+    return float(stream.uniform(0.0, longest))

@@ -1,0 +1,282 @@
+"""The library's objects other than snapshots: keys, blobs, records and HEAD."""
+
+import hashlib
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from loraseg.adapters.peft_io import CONFIG_FILE, WEIGHTS_FILE, files_digest
+from loraseg.errors import IntegrityError
+from loraseg.library.card import (
+    MAX_CARD_BYTES,
+    Card,
+    canonical_json,
+    check_digest,
+    check_name,
+    parse_json,
+)
+from loraseg.library.snapshot import Entry
+from loraseg.storage import ObjectNotFoundError, ObjectStore
+
+__all__ = [
+    "HEAD_KEY",
+    "Blob",
+    "Head",
+    "Record",
+    "blob_key",
+    "read_blob",
+    "read_record",
+    "read_snapshot",
+    "record_key",
+    "snapshot_key",
+    "write_blobs",
+    "write_record",
+]
+
+logger = logging.getLogger(__name__)
+
+HEAD_KEY = "catalog/HEAD"
+MAX_FILES = 64
+MAX_FILE_BYTES = 4 * 2**30
+_SCHEMA = 1
+_MAX_HEAD_BYTES = 4096
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_CARD_FILE = "card.json"
+
+
+def blob_key(digest: str) -> str:
+    """Return where the file of that sha256 is."""
+    return f"blobs/sha256/{digest[:2]}/{digest}"
+
+
+def record_key(name: str, version: int) -> str:
+    """Return where the record of a version is."""
+    return f"adapters/{name}/{version}.json"
+
+
+def snapshot_key(generation: int) -> str:
+    """Return where a generation is; padded, so that a listing is in order."""
+    return f"catalog/{generation:08d}.parquet"
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """One file of an adapter."""
+
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The pointer to a generation; ``sha256`` of its snapshot is None when not known."""
+
+    generation: int
+    sha256: str | None
+
+    @classmethod
+    def empty(cls) -> "Head":
+        """Return the head of a library that nothing was published to."""
+        return cls(0, None)
+
+    @classmethod
+    def of(cls, generation: int, snapshot: bytes) -> "Head":
+        """Return the head for a snapshot's bytes."""
+        return cls(generation, _sha256(snapshot))
+
+    def to_bytes(self) -> bytes:
+        """Return the bytes of ``catalog/HEAD``."""
+        return canonical_json(
+            {
+                "schema": _SCHEMA,
+                "generation": self.generation,
+                "snapshot": snapshot_key(self.generation),
+                "sha256": self.sha256,
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Head":
+        """Read ``catalog/HEAD``.
+
+        Raises:
+            IntegrityError: It is not what :meth:`to_bytes` writes.
+        """
+        values = _object(parse_json(data, HEAD_KEY, _MAX_HEAD_BYTES), HEAD_KEY)
+        generation, digest = values.get("generation"), values.get("sha256")
+        if not isinstance(generation, int) or generation < 1 or not isinstance(digest, str):
+            raise IntegrityError(f"{HEAD_KEY}: expected a generation from 1 and a sha256")
+        return cls(generation, check_digest(digest, HEAD_KEY))
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What ``adapters/<name>/<version>.json`` says; the version is only in the key."""
+
+    card: Card
+    digest: str
+    files: Mapping[str, Blob]
+
+    @classmethod
+    def of(cls, name: str, files: Mapping[str, bytes], card: Card) -> "Record":
+        """Describe files that are about to be published.
+
+        Raises:
+            IntegrityError: Name, card or files are not acceptable.
+        """
+        if check_name(name) != card.name:
+            raise IntegrityError(f"cannot publish {name!r} with the card of {card.name!r}")
+        _check_files(name, files)
+        blobs = {file: Blob(_sha256(data), len(data)) for file, data in sorted(files.items())}
+        record = cls(card, files_digest(files), blobs)
+        record.to_bytes()
+        return record
+
+    def to_bytes(self) -> bytes:
+        """Return the record's JSON; equal records give equal bytes.
+
+        Raises:
+            IntegrityError: The card exceeds 4 MiB.
+        """
+        self.card.to_bytes()
+        return canonical_json(
+            {
+                "schema": _SCHEMA,
+                "digest": self.digest,
+                "files": {
+                    file: {"sha256": blob.sha256, "size_bytes": blob.size_bytes}
+                    for file, blob in self.files.items()
+                },
+                "card": self.card.to_json(),
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> "Record":
+        """Read a record.
+
+        Raises:
+            IntegrityError: It is not what :meth:`to_bytes` writes.
+        """
+        values = _object(parse_json(data, where, 2 * MAX_CARD_BYTES), where)
+        if values.get("schema") != _SCHEMA:
+            raise IntegrityError(
+                f"{where}: schema {values.get('schema')!r}; this version of loraseg reads {_SCHEMA}"
+            )
+        files = _object(values.get("files"), f"{where}: files")
+        if not {CONFIG_FILE, WEIGHTS_FILE} <= files.keys():
+            raise IntegrityError(f"{where}: lists {sorted(files)}, not both weight files")
+        return cls(
+            Card.from_json(values.get("card")),
+            check_digest(str(values.get("digest")), where),
+            {_file_name(name, where): _blob(blob, where) for name, blob in files.items()},
+        )
+
+    def entry(self, version: int) -> Entry:
+        """Return the catalog's entry for the record under a version."""
+        return Entry(
+            version=version,
+            digest=self.digest,
+            card=self.card,
+            current=True,
+            record_digest=_sha256(self.to_bytes()),
+            size_bytes=sum(blob.size_bytes for blob in self.files.values()),
+        )
+
+
+def write_blobs(store: ObjectStore, files: Mapping[str, bytes]) -> None:
+    """Store files by content; one that is there already is checked and if need be restored."""
+    for data in files.values():
+        digest = _sha256(data)
+        key = blob_key(digest)
+        if not store.put_if_absent(key, data) and _sha256(store.get(key)) != digest:
+            logger.warning("%s was damaged and is being restored", key)
+            store.put(key, data)
+
+
+def write_record(store: ObjectStore, record: Record, version: int) -> bool:
+    """Store a record; False if the version belongs to another one."""
+    key = record_key(record.card.name, version)
+    data = record.to_bytes()
+    return store.put_if_absent(key, data) or store.get(key) == data
+
+
+def read_blob(store: ObjectStore, digest: str) -> bytes:
+    """Return a file of that sha256.
+
+    Raises:
+        IntegrityError: It is missing or damaged.
+    """
+    return _read_verified(store, blob_key(digest), digest)
+
+
+def read_record(store: ObjectStore, entry: Entry) -> Record:
+    """Return the record of an entry.
+
+    Raises:
+        IntegrityError: It is missing, damaged or of another adapter.
+    """
+    key = record_key(entry.name, entry.version)
+    record = Record.from_bytes(_read_verified(store, key, entry.record_digest), key)
+    if record.card.name != entry.name or record.digest != entry.digest:
+        raise IntegrityError(f"{key}: belongs to adapter {record.card.name!r}, {record.digest}")
+    return record
+
+
+def read_snapshot(store: ObjectStore, head: Head) -> bytes:
+    """Return the snapshot of a generation, verified if the head knows its digest.
+
+    Raises:
+        IntegrityError: It is missing or damaged.
+    """
+    return _read_verified(store, snapshot_key(head.generation), head.sha256)
+
+
+def _read_verified(store: ObjectStore, key: str, digest: str | None) -> bytes:
+    try:
+        data = store.get(key)
+    except ObjectNotFoundError as error:
+        raise IntegrityError(f"{store.uri}: {key} is missing") from error
+    if digest is not None and _sha256(data) != digest:
+        raise IntegrityError(f"{store.uri}: {key} is damaged: sha256 {_sha256(data)}, not {digest}")
+    return data
+
+
+def _check_files(name: str, files: Mapping[str, bytes]) -> None:
+    missing = [file for file in (CONFIG_FILE, WEIGHTS_FILE) if file not in files]
+    if missing:
+        raise IntegrityError(f"adapter {name!r}: {', '.join(missing)} missing; got {sorted(files)}")
+    if len(files) > MAX_FILES:
+        raise IntegrityError(f"adapter {name!r}: {len(files)} files, at most {MAX_FILES}")
+    for file, data in files.items():
+        _file_name(file, f"adapter {name!r}")
+        if file == _CARD_FILE:
+            raise IntegrityError(f"adapter {name!r}: pass the card as card, not as {_CARD_FILE}")
+        if len(data) > MAX_FILE_BYTES:
+            raise IntegrityError(f"adapter {name!r}: {file}: {len(data)} bytes is too large")
+
+
+def _file_name(name: str, where: str) -> str:
+    if not _FILE_NAME.fullmatch(name):
+        raise IntegrityError(f"{where}: file name {name[:140]!r} is not allowed")
+    return name
+
+
+def _blob(values: Any, where: str) -> Blob:
+    blob = _object(values, f"{where}: file")
+    size_bytes = blob.get("size_bytes")
+    if not isinstance(size_bytes, int) or not 0 <= size_bytes <= MAX_FILE_BYTES:
+        raise IntegrityError(f"{where}: file size {size_bytes!r}")
+    return Blob(check_digest(str(blob.get("sha256")), where), size_bytes)
+
+
+def _object(values: Any, where: str) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise IntegrityError(f"{where}: expected an object, got {type(values).__name__}")
+    return cast(dict[str, Any], values)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

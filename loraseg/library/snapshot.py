@@ -1,0 +1,190 @@
+"""One generation of the catalog as a Parquet file: a row for every version of every adapter."""
+
+import dataclasses
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from loraseg.errors import IntegrityError
+from loraseg.library.card import Card, canonical_json, check_digest
+from loraseg.library.centroid import Centroid
+
+__all__ = ["SCHEMA", "Entry", "decode_snapshot", "encode_snapshot"]
+
+_FORMAT = b"loraseg-catalog-1"
+_CENTROID = pa.struct(
+    [
+        ("encoder_id", pa.string()),
+        ("normalised", pa.bool_()),
+        ("vector", pa.list_(pa.float64())),
+        ("count", pa.int64()),
+        ("spread", pa.float64()),
+    ]
+)
+_PLAIN = ("encoder_id", "normalised", "count", "spread")
+SCHEMA = pa.schema(
+    [
+        pa.field("name", pa.string(), nullable=False),
+        pa.field("version", pa.int64(), nullable=False),
+        pa.field("current", pa.bool_(), nullable=False),  # the name points to this version
+        pa.field("digest", pa.string(), nullable=False),  # of the two weight files
+        pa.field("record_digest", pa.string(), nullable=False),  # of adapters/<name>/<version>.json
+        pa.field("size_bytes", pa.int64(), nullable=False),  # of all blobs
+        pa.field("role", pa.string(), nullable=False),
+        pa.field("base_name", pa.string(), nullable=False),
+        pa.field("base_digest", pa.string(), nullable=False),
+        pa.field("classes", pa.list_(pa.string()), nullable=False),
+        pa.field("count", pa.int64()),  # training images, null if unknown
+        pa.field("centroids", pa.list_(_CENTROID), nullable=False),
+        pa.field("card", pa.string(), nullable=False),  # the card's JSON without its centroids
+    ],
+    metadata={b"format": _FORMAT},
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One version of one adapter as the catalog knows it.
+
+    Attributes:
+        version: From 1; the order of reservation, gaps are possible.
+        digest: sha256 (hex) of the weight files, see :func:`loraseg.adapters.files_digest`.
+        card: The whole card.
+        current: Whether the name points to this version.
+        record_digest: sha256 (hex) of ``adapters/<name>/<version>.json``.
+        size_bytes: All files together.
+    """
+
+    version: int
+    digest: str
+    card: Card
+    current: bool
+    record_digest: str
+    size_bytes: int
+
+    @property
+    def name(self) -> str:
+        """The adapter's name."""
+        return self.card.name
+
+
+def encode_snapshot(entries: Iterable[Entry]) -> bytes:
+    """Return the Parquet file; the same entries give the same bytes."""
+    ordered = sorted(entries, key=lambda e: (e.name, e.version))
+    rows = [_row(entry) for entry in ordered]
+    columns = [
+        _centroid_column(ordered)
+        if field.name == "centroids"
+        else pa.array([row[field.name] for row in rows], field.type)
+        for field in SCHEMA
+    ]
+    buffer = io.BytesIO()
+    table = pa.Table.from_arrays(columns, schema=SCHEMA)
+    pq.write_table(table, buffer, compression="zstd", use_dictionary=False)
+    return buffer.getvalue()
+
+
+def decode_snapshot(data: bytes, where: str) -> tuple[Entry, ...]:
+    """Read the Parquet file, ordered by name and version.
+
+    Columns that this version does not know are ignored.
+
+    Raises:
+        IntegrityError: It is not a catalog snapshot, or a row is invalid.
+    """
+    try:
+        table = pq.read_table(io.BytesIO(data))
+        metadata: dict[bytes, bytes] = table.schema.metadata or {}
+        if metadata.get(b"format") != _FORMAT:
+            raise IntegrityError(
+                f"{where}: catalog format {metadata.get(b'format')!r}; "
+                f"this version of loraseg reads {_FORMAT!r}"
+            )
+        table = table.select(SCHEMA.names).cast(SCHEMA)
+    except (pa.ArrowException, KeyError, OSError) as error:
+        raise IntegrityError(f"{where}: not a catalog snapshot ({error})") from error
+    rows = table.drop_columns(["centroids"]).to_pylist()
+    lists = table.column("centroids").combine_chunks()
+    try:
+        return tuple(
+            _entry(row, centroids) for row, centroids in zip(rows, _centroids(lists), strict=True)
+        )
+    except (ValueError, TypeError) as error:
+        raise IntegrityError(f"{where}: {error}") from error
+
+
+def _row(entry: Entry) -> dict[str, Any]:
+    card = entry.card
+    bare = dataclasses.replace(card, centroids=())
+    return {
+        "name": card.name,
+        "version": entry.version,
+        "current": entry.current,
+        "digest": entry.digest,
+        "record_digest": entry.record_digest,
+        "size_bytes": entry.size_bytes,
+        "role": card.role,
+        "base_name": card.base.name,
+        "base_digest": card.base.digest,
+        "classes": list(card.label_space),
+        "count": None if card.training is None else card.training.images,
+        "card": canonical_json(bare.to_json()).decode(),
+    }
+
+
+def _entry(row: dict[str, Any], centroids: tuple[Centroid, ...]) -> Entry:
+    card = Card.from_json(json.loads(row["card"]), centroids)
+    if card.name != row["name"] or row["version"] < 1:
+        raise IntegrityError(f"row {row['name']!r}, version {row['version']}, is not valid")
+    return Entry(
+        version=row["version"],
+        digest=check_digest(row["digest"], card.name),
+        card=card,
+        current=row["current"],
+        record_digest=check_digest(row["record_digest"], card.name),
+        size_bytes=row["size_bytes"],
+    )
+
+
+def _centroid_column(entries: Sequence[Entry]) -> pa.ListArray:
+    """Build the nested column from whole vectors: number by number it would take seconds."""
+    centroids = [centroid for entry in entries for centroid in entry.card.centroids]
+    sizes = [centroid.vector.size for centroid in centroids]
+    flat = np.concatenate([np.empty(0), *(centroid.vector for centroid in centroids)])
+    vectors = pa.ListArray.from_arrays(_offsets(sizes), pa.array(flat, pa.float64()))
+    structs = pa.StructArray.from_arrays(
+        [
+            pa.array([centroid.encoder_id for centroid in centroids], pa.string()),
+            pa.array([centroid.normalised for centroid in centroids], pa.bool_()),
+            vectors,
+            pa.array([centroid.count for centroid in centroids], pa.int64()),
+            pa.array([centroid.spread for centroid in centroids], pa.float64()),
+        ],
+        fields=list(_CENTROID),
+    )
+    return pa.ListArray.from_arrays(_offsets([len(e.card.centroids) for e in entries]), structs)
+
+
+def _centroids(lists: pa.ListArray) -> Iterator[tuple[Centroid, ...]]:
+    structs = lists.flatten()
+    vectors = structs.field("vector")
+    flat = vectors.flatten().to_numpy(zero_copy_only=False)
+    bounds = np.concatenate([[0], np.cumsum(vectors.value_lengths().to_numpy(False))])
+    plain = pa.StructArray.from_arrays(
+        [structs.field(name) for name in _PLAIN], names=list(_PLAIN)
+    ).to_pylist()
+    start = 0
+    for length in lists.value_lengths().to_pylist():
+        span = range(start, start + length)
+        yield tuple(Centroid(vector=flat[bounds[i] : bounds[i + 1]], **plain[i]) for i in span)
+        start += length
+
+
+def _offsets(sizes: Sequence[int]) -> pa.Array:
+    return pa.array(np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]), pa.int32())
