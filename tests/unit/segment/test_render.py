@@ -1,0 +1,95 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from loraseg.data.labels import LabelSpace
+from loraseg.errors import DatasetError
+from loraseg.segment.render import (
+    colorize,
+    encode_png,
+    overlay,
+    overlay_with_legend,
+    palette_png,
+)
+
+SPACE = LabelSpace(("road", "sky", "a class with a rather long name"))
+
+
+@pytest.fixture
+def labels():
+    return np.random.default_rng(0).choice(np.array([0, 1, 2, 255], np.uint8), (20, 30))
+
+
+@pytest.fixture
+def image():
+    return np.random.default_rng(1).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+
+
+def decoded(data):
+    return Image.open(io.BytesIO(data))
+
+
+def test_palette_png_keeps_ids_and_shows_colours(labels):
+    picture = decoded(palette_png(labels, SPACE))
+    assert picture.mode == "P"
+    np.testing.assert_array_equal(np.asarray(picture), labels)
+    np.testing.assert_array_equal(np.asarray(picture.convert("RGB")), colorize(labels, SPACE))
+
+
+def test_palette_png_refuses_unknown_ids(labels):
+    with pytest.raises(DatasetError, match=r"ids \[2\] outside the class list"):
+        palette_png(labels, LabelSpace(("road", "sky")))
+
+
+def test_png_is_lossless(image):
+    np.testing.assert_array_equal(np.asarray(decoded(encode_png(image))), image)
+
+
+def test_overlay_blends_pixel_by_pixel(image, labels):
+    blended = overlay(image, labels, SPACE, opacity=0.25)
+    for place in np.ndindex(labels.shape):
+        expected = image[place].astype(float)
+        if labels[place] != 255:
+            expected = 0.75 * expected + 0.25 * SPACE.palette[labels[place]]
+        assert np.abs(blended[place] - expected).max() <= 0.5 + 1e-4
+
+
+def test_overlay_at_its_ends(image, labels):
+    np.testing.assert_array_equal(overlay(image, labels, SPACE, opacity=0.0), image)
+    full = overlay(image, labels, SPACE, opacity=1.0)
+    shown = labels != 255
+    np.testing.assert_array_equal(full[shown], colorize(labels, SPACE)[shown])
+    np.testing.assert_array_equal(full[~shown], image[~shown])
+
+
+def test_overlay_refuses_another_size(image, labels):
+    with pytest.raises(DatasetError, match=r"label map \(19, 30\) over an image of \(20, 30\)"):
+        overlay(image, labels[1:], SPACE)
+
+
+@pytest.mark.parametrize("width", [30, 90, 400])
+def test_legend_is_below_and_shows_each_present_class_once(width):
+    labels = np.zeros((20, width), np.uint8)
+    labels[:, : width // 3] = 2
+    image = np.full((20, width, 3), 128, np.uint8)
+    picture = overlay_with_legend(image, labels, SPACE)
+    np.testing.assert_array_equal(picture[:20, :width], overlay(image, labels, SPACE))
+    legend = picture[20:]
+    assert len(legend) >= 22
+    swatch = 11 * 11  # inside its outline
+    counts = [(legend == SPACE.palette[index]).all(axis=2).sum() for index in range(3)]
+    assert counts[0] >= swatch
+    assert counts[1] == 0
+    assert counts[2] >= swatch
+
+
+def test_legend_of_an_empty_map_is_empty(image):
+    labels = np.full((20, 30), 255, np.uint8)
+    np.testing.assert_array_equal(overlay_with_legend(image, labels, SPACE), image)
+
+
+def test_the_same_input_gives_the_same_picture(image, labels):
+    first, second = (encode_png(overlay_with_legend(image, labels, SPACE)) for _ in range(2))
+    assert first == second
