@@ -1,0 +1,165 @@
+"""The domains of the world: what each looks like, which family it is of, how captions name it."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from loraseg.miniature import weather
+from loraseg.miniature.palette import Palette
+
+__all__ = ["BASE_DOMAINS", "DOMAINS", "FAMILIES", "LABELLED_DOMAINS", "Domain"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Domain:
+    """One look of the world.
+
+    Attributes:
+        family: Domains of one family are each other's nearest relatives.
+        phrases: How a caption names the domain.
+        effects: Applied in order to the drawn scene.
+        palette: Colours of things before the effects.
+        view: Camera position.
+    """
+
+    family: str
+    phrases: tuple[str, ...]
+    effects: tuple[weather.Effect, ...] = ()
+    palette: Palette = field(default_factory=Palette)
+    view: Literal["street", "overhead"] = "street"
+
+
+_AUTUMN = Palette(tree=(0.75, 0.42, 0.1), grass=(0.6, 0.5, 0.25))
+_DESERT = Palette(
+    sky=(0.62, 0.75, 0.88),
+    mountain=(0.75, 0.5, 0.35),
+    grass=(0.85, 0.72, 0.48),
+    sidewalk=(0.8, 0.72, 0.6),
+    tree=(0.45, 0.5, 0.25),
+)
+_EVENING = Palette(lit_windows=0.3)
+_LATE = Palette(lit_windows=0.5)
+_NIGHT = Palette(lit_windows=0.6)
+
+DOMAINS: dict[str, Domain] = {
+    "clear-day": Domain(family="day", phrases=("in daylight under a clear sky", "on a clear day")),
+    "overcast": Domain(
+        family="day",
+        phrases=("in daylight under a cloudy sky", "on an overcast day"),
+        effects=(weather.overcast,),
+    ),
+    "fog-light": Domain(
+        family="fog", phrases=("in light fog", "on a misty day"), effects=(weather.fog(0.75),)
+    ),
+    "fog-heavy": Domain(
+        family="fog", phrases=("in heavy fog", "in dense fog"), effects=(weather.fog(1.0),)
+    ),
+    "rain": Domain(
+        family="rain",
+        phrases=("in the rain", "on a rainy day"),
+        effects=(weather.rain(0.75, 0.2),),
+    ),
+    "rain-heavy": Domain(
+        family="rain",
+        phrases=("in heavy rain", "in a rain storm"),
+        effects=(weather.rain(0.6, 0.3), weather.fog(0.35)),
+    ),
+    "snow": Domain(
+        family="snow", phrases=("in the snow", "on a snowy day"), effects=(weather.snow,)
+    ),
+    "snow-fog": Domain(
+        family="snow",
+        phrases=("in a snow storm", "in snow and fog"),
+        effects=(weather.snow, weather.fog(0.7)),
+    ),
+    "dusk": Domain(
+        family="dusk",
+        phrases=("at dusk", "at sunset"),
+        effects=(weather.dusk((1.05, 0.75, 0.7), 0.62),),
+        palette=_EVENING,
+    ),
+    "dusk-dark": Domain(
+        family="dusk",
+        phrases=("at late dusk", "after sunset"),
+        effects=(weather.dusk((0.9, 0.65, 0.75), 0.45),),
+        palette=_LATE,
+    ),
+    "night": Domain(
+        family="night",
+        phrases=("at night", "in the dark"),
+        effects=(weather.night(0.42),),
+        palette=_NIGHT,
+    ),
+    "night-rain": Domain(
+        family="night",
+        phrases=("on a rainy night", "at night in the rain"),
+        effects=(weather.night(0.5), weather.rain(0.95, 0.12)),
+        palette=_NIGHT,
+    ),
+    "autumn": Domain(
+        family="warm", phrases=("in warm autumn", "in the fall season"), palette=_AUTUMN
+    ),
+    "desert": Domain(
+        family="warm", phrases=("in the warm desert", "in a sandy place"), palette=_DESERT
+    ),
+    "sketch": Domain(
+        family="drawing",
+        phrases=("as a pencil drawing", "as a line drawing"),
+        effects=(weather.sketch,),
+    ),
+    "charcoal": Domain(
+        family="drawing",
+        phrases=("as a charcoal drawing", "as a dark drawing"),
+        effects=(weather.charcoal,),
+    ),
+    "sepia": Domain(
+        family="film",
+        phrases=("as an old brown photo", "as a sepia photo"),
+        effects=(weather.sepia,),
+    ),
+    "noir": Domain(
+        family="film",
+        phrases=("as an old black and white photo", "in black and white"),
+        effects=(weather.noir,),
+    ),
+    "thermal": Domain(
+        family="thermal",
+        phrases=("from a thermal camera", "as a heat image"),
+        effects=(weather.thermal,),
+    ),
+    "thermal-dim": Domain(
+        family="thermal",
+        phrases=("from a dim thermal camera", "as a dim heat image"),
+        effects=(weather.thermal, weather.dim(0.55, 0.1)),
+    ),
+    "lowres": Domain(
+        family="lowres",
+        phrases=("as a pixelated image", "at low resolution"),
+        effects=(weather.pixelate,),
+    ),
+    "lowres-noisy": Domain(
+        family="lowres",
+        phrases=("as a noisy pixelated image", "at low resolution with noise"),
+        effects=(weather.pixelate, weather.dim(0.85, 0.0), weather.grain(0.06)),
+    ),
+    "topdown": Domain(family="above", phrases=("from above", "in top-down view"), view="overhead"),
+    "topdown-night": Domain(
+        family="above",
+        phrases=("from above at night", "in top-down view at night"),
+        effects=(weather.night(0.5),),
+        view="overhead",
+    ),
+    "negative": Domain(
+        family="negative",
+        phrases=("as a negative film", "in inverted colours"),
+        effects=(weather.negative,),
+    ),
+}
+
+# What the miniature CAT-Seg learnt masks in; everything else is for adapters.
+BASE_DOMAINS = ("clear-day", "overcast", "autumn", "fog-light")
+# Where the miniature CLIP saw which patch shows what; elsewhere it saw captions only.
+LABELLED_DOMAINS = (*BASE_DOMAINS, "desert", "dusk", "rain", "noir")
+
+FAMILIES: dict[str, tuple[str, ...]] = {}
+for _name, _domain in DOMAINS.items():
+    FAMILIES[_domain.family] = (*FAMILIES.get(_domain.family, ()), _name)
