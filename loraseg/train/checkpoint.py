@@ -1,0 +1,97 @@
+"""Checkpoints of one training run in an object store.
+
+``<step>.safetensors`` first, then ``latest.json`` that names it with its digest: a reader finds
+the last whole checkpoint or the one before. The slot's place carries the digest of the whole task,
+so a run with another config never resumes a stale one.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+
+from loraseg.errors import StoreError
+from loraseg.storage.store import ObjectNotFoundError, ObjectStore
+from loraseg.tensor_types import Tensor
+
+__all__ = ["CheckpointSlot", "Snapshot"]
+
+logger = logging.getLogger(__name__)
+
+_LATEST = "latest.json"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The state after ``step`` steps: tensors by name and the batches skipped so far."""
+
+    step: int
+    skipped_batches: int
+    tensors: dict[str, Tensor]
+
+
+class CheckpointSlot:
+    """Keeps the newest checkpoint of one run.
+
+    Several workers may hold the same slot, for instance when one was given up too early: they
+    write the same bytes, so whoever is behind does no harm.
+    """
+
+    def __init__(self, store: ObjectStore) -> None:
+        """Keep checkpoints at the root of ``store``."""
+        self._store = store
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Write a checkpoint and forget the one before.
+
+        A store that fails here is only logged: training can go on, and a later step tries again.
+        """
+        key = f"{snapshot.step:09d}.safetensors"
+        data = safetensors.torch.save({k: v.contiguous() for k, v in snapshot.tensors.items()})
+        pointer = {
+            "key": key,
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "step": snapshot.step,
+            "skipped_batches": snapshot.skipped_batches,
+        }
+        try:
+            self._store.put(key, data)
+            self._store.put(_LATEST, json.dumps(pointer, sort_keys=True).encode())
+            self._delete_data(keep=key)
+        except StoreError as error:
+            logger.warning("step %d: checkpoint not kept: %s", snapshot.step, error)
+
+    def load(self) -> Snapshot | None:
+        """Return the newest whole checkpoint, None if there is none.
+
+        A damaged one counts as none: starting again costs time, resuming it the result.
+
+        Raises:
+            StoreError: The store cannot be read.
+        """
+        try:
+            pointer: dict[str, Any] = json.loads(self._store.get(_LATEST))
+            data = self._store.get(pointer["key"])
+            if hashlib.sha256(data).hexdigest() != pointer["sha256"]:
+                raise ValueError("its bytes differ from its digest")
+            tensors = safetensors.torch.load(data)
+            return Snapshot(int(pointer["step"]), int(pointer["skipped_batches"]), tensors)
+        except ObjectNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError, SafetensorError) as error:
+            logger.warning("%s: checkpoint not usable, starting again: %s", self._store.uri, error)
+            return None
+
+    def clear(self) -> None:
+        """Delete everything in the slot; the pointer goes first."""
+        self._store.delete(_LATEST)
+        self._delete_data(keep=None)
+
+    def _delete_data(self, keep: str | None) -> None:
+        for key in list(self._store.list()):
+            if key.endswith(".safetensors") and key != keep:
+                self._store.delete(key)

@@ -1,0 +1,195 @@
+"""The training loop: AdamW, cosine after warm-up, clipping, checkpoints; nothing task-specific.
+
+What happens at step s depends on the parameters, the optimiser's state and s alone, so a run that
+is killed and resumed any number of times ends in the same bytes as one that is left alone.
+"""
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from loraseg.errors import ConfigError, StageError
+from loraseg.tensor_types import Tensor
+from loraseg.train.checkpoint import CheckpointSlot, Snapshot
+
+__all__ = ["LoopConfig", "LoopResult", "Watcher", "rate_factor", "run_loop"]
+
+logger = logging.getLogger(__name__)
+
+Watcher = Callable[[int, float], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LoopConfig:
+    """How long and how to optimise.
+
+    Attributes:
+        steps: Number of updates.
+        warmup_steps: Steps over which the rate rises linearly to the cosine.
+        warmup_factor: Share of the rate at step 0, in (0, 1].
+        clip_norm: Largest L2 norm of all gradients together.
+        precision: "bf16" runs the forward pass under autocast; parameters stay float32.
+        checkpoint_every: Steps between checkpoints; changes nothing about the result.
+    """
+
+    steps: int
+    warmup_steps: int = 0
+    warmup_factor: float = 0.01
+    clip_norm: float = 0.01
+    precision: Literal["fp32", "bf16"] = "fp32"
+    checkpoint_every: int = 500
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ConfigError: A value is out of range.
+        """
+        if self.steps < 1 or self.checkpoint_every < 1 or self.warmup_steps < 0:
+            raise ConfigError(
+                f"steps {self.steps}, checkpoint_every {self.checkpoint_every}, warmup_steps "
+                f"{self.warmup_steps}: expected at least 1, 1 and 0"
+            )
+        if not 0 < self.warmup_factor <= 1:
+            raise ConfigError(f"warmup_factor: got {self.warmup_factor}, expected in (0, 1]")
+        if not self.clip_norm > 0:
+            raise ConfigError(f"clip_norm: got {self.clip_norm}, expected above 0")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LoopResult:
+    """How a loop went: the last loss, batches without a label, and where it took up again."""
+
+    loss: float
+    skipped_batches: int
+    resumed_from_step: int
+
+
+def rate_factor(config: LoopConfig, step: int) -> float:
+    """Return the share of the peak rate at a step in [0, steps).
+
+    A cosine from 1 to 0 over all steps; before ``warmup_steps`` a straight line from
+    ``warmup_factor`` up to that cosine (methods B.2).
+    """
+    if step >= config.warmup_steps:
+        return _cosine(config, step)
+    share = step / config.warmup_steps
+    top = _cosine(config, config.warmup_steps)
+    return config.warmup_factor * (1 - share) + top * share
+
+
+def run_loop(
+    parameters: Mapping[str, nn.Parameter],
+    groups: Iterable[Mapping[str, Any]],
+    loss_of: Callable[[int], Tensor | None],
+    config: LoopConfig,
+    *,
+    slot: CheckpointSlot | None = None,
+    watch: Watcher | None = None,
+) -> LoopResult:
+    """Optimise ``parameters`` in place for ``config.steps`` steps.
+
+    Args:
+        parameters: All that trains, by a name that is stable between runs.
+        groups: AdamW groups over them with their peak ``lr`` and ``weight_decay``.
+        loss_of: The loss of a step; must be a pure function of the step and the parameters. None
+            says that the step's batch has nothing to learn from.
+        config: Steps and schedule.
+        slot: Where checkpoints are kept; a usable one is resumed from. None keeps none.
+        watch: Called after each step with (steps done, loss); the loss is nan after a skip.
+
+    Raises:
+        StageError: The loss or a gradient is not finite, or every batch was skipped.
+        StoreError: The checkpoints cannot be read.
+    """
+    optimizer = torch.optim.AdamW([dict(group) for group in groups])
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    snapshot = slot.load() if slot else None
+    if snapshot:
+        _restore(snapshot, parameters, optimizer)
+    first, skipped = (snapshot.step, snapshot.skipped_batches) if snapshot else (0, 0)
+    loss_value, started = math.nan, time.monotonic()
+    for step in range(first, config.steps):
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * rate_factor(config, step)
+        loss = loss_of(step)
+        if loss is None:
+            skipped += 1
+            loss_value = math.nan
+        else:
+            loss_value = _update(loss, parameters, optimizer, config, step)
+        done = step + 1
+        if slot and done % config.checkpoint_every == 0 and done < config.steps:
+            slot.save(_snapshot(done, skipped, parameters, optimizer))
+        if watch:
+            watch(done, loss_value)
+    if skipped == config.steps:
+        raise StageError(f"all {skipped} batches held no labelled pixel; nothing was learnt")
+    logger.info("%d steps, %.1f s", config.steps - first, time.monotonic() - started)
+    return LoopResult(loss_value, skipped, first)
+
+
+def _cosine(config: LoopConfig, step: int) -> float:
+    return 0.5 * (1 + math.cos(math.pi * min(step / config.steps, 1)))
+
+
+def _update(
+    loss: Tensor,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    config: LoopConfig,
+    step: int,
+) -> float:
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise StageError(
+            f"step {step}: the loss is {value}; expected a finite number (lower the learning "
+            f"rate, or look for broken images)"
+        )
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = float(nn.utils.clip_grad_norm_(parameters.values(), config.clip_norm))
+    if not math.isfinite(norm):
+        raise StageError(f"step {step}: the gradient norm is {norm}; expected a finite number")
+    optimizer.step()
+    return value
+
+
+def _snapshot(
+    step: int,
+    skipped: int,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> Snapshot:
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        tensors[f"value/{name}"] = parameter.detach().cpu()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{key}/{name}"] = value.detach().cpu()
+    return Snapshot(step, skipped, tensors)
+
+
+def _restore(
+    snapshot: Snapshot,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    values = {key: tensor for key, tensor in snapshot.tensors.items() if key.startswith("value/")}
+    if set(values) != {f"value/{name}" for name in parameters}:
+        raise StageError("the checkpoint holds other parameters than the model that resumes it")
+    with torch.no_grad():
+        for key, tensor in snapshot.tensors.items():
+            kind, _, name = key.partition("/")
+            parameter = parameters[name]
+            if kind == "value":
+                parameter.copy_(tensor)
+            else:
+                # AdamW counts its steps on the CPU, wherever the parameters are.
+                where = "cpu" if kind == "step" else parameter.device
+                optimizer.state[parameter][kind] = tensor.to(where)

@@ -1,0 +1,337 @@
+"""One adapter as one unit of work: plan it, run it, resume it, publish it. Safe to run twice."""
+
+import dataclasses
+import functools
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from loraseg import config as configuration
+from loraseg.adapters import Adapter, adapter_files, load_adapter
+from loraseg.backbones.clip import load_clip
+from loraseg.data import DatasetFolder, Sample, few_shot
+from loraseg.errors import ConfigError, IntegrityError
+from loraseg.fuse import fuse
+from loraseg.library import BaseModel, Card, Centroid, Entry, Library, TrainingSet
+from loraseg.library.card import check_name
+from loraseg.revision import code_revision
+from loraseg.segment.base import SegmentationBase, load_base
+from loraseg.storage import open_store
+from loraseg.tensor_types import ndarray
+from loraseg.train.checkpoint import CheckpointSlot
+from loraseg.train.lora import TrainedPairs, count_parameters, train_lora
+from loraseg.train.recipes import AdapterRecipe
+from loraseg.train.score import mean_iou
+from loraseg.train.segmentation import TrainingImages
+
+__all__ = ["AdapterTask", "Progress", "Report", "TaskPlan", "TaskResult", "plan", "run_task"]
+
+logger = logging.getLogger(__name__)
+
+# Part of every task digest: raise it when the same task would give other bytes than before.
+TRAINING_FORMAT = 1
+_EMBED_BATCH = 32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterTask:
+    """What to train on what, and where the result goes.
+
+    Attributes:
+        name: The adapter's name in the library.
+        data: Dataset folder, a path or URI.
+        split: Split to train on.
+        val_split: Split to score before and after; skipped if the folder has none of that name.
+        images: Train on so many images, chosen by seed; None for all.
+        base: The frozen segmenter, see :func:`loraseg.segment.base.load_base`.
+        encoder: The CLIP whose space the centroid lies in.
+        recipe: How to train.
+        seed: Decides the choice of images, the initial pairs and the batches.
+        library: Store URI to publish to.
+        checkpoints: Store URI for unfinished work.
+        skip_bad: Leave out unusable images rather than fail.
+    """
+
+    name: str
+    data: str
+    split: str = "train"
+    val_split: str = "val"
+    images: int | None = None
+    base: str = "miniature"
+    encoder: str = "miniature"
+    recipe: AdapterRecipe
+    seed: int = 0
+    library: str
+    checkpoints: str
+    skip_bad: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without the data.
+
+        Raises:
+            ConfigError: The name or the number of images is not possible.
+        """
+        try:
+            check_name(self.name)
+        except IntegrityError as error:
+            raise ConfigError(f"name: {error}") from error
+        if self.images is not None and self.images < 1:
+            raise ConfigError(f"images: got {self.images}, expected at least 1, or null for all")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a task stands; ``loss`` is nan when there is none, ``step`` counts finished steps."""
+
+    name: str
+    step: int
+    steps: int
+    loss: float
+    images_per_s: float
+    phase: Literal["train", "evaluate", "publish"]
+
+
+Report = Callable[[Progress], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TaskPlan:
+    """What a task would do; ``digest`` tells tasks with different results apart."""
+
+    name: str
+    images: int
+    parameters: int
+    steps: int
+    digest: str
+    published: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TaskResult:
+    """What became of a task: the published version, and whether anything had to be done.
+
+    ``digest`` is the adapter's, ``metrics`` are in [0, 1] and empty without a validation split.
+    """
+
+    name: str
+    digest: str
+    version: int
+    metrics: dict[str, float]
+    skipped: bool
+    resumed_from_step: int
+    seconds: float
+
+
+def plan(task: AdapterTask) -> TaskPlan:
+    """Look at data, base and library and say what :func:`run_task` would do.
+
+    Raises:
+        DatasetError: The data cannot be used.
+        IntegrityError: The base's weights are damaged.
+        StoreError: The library cannot be read.
+    """
+    work = _Work.prepare(task)
+    return TaskPlan(
+        name=task.name,
+        images=len(work.samples),
+        parameters=count_parameters(work.base.model, task.recipe),
+        steps=task.recipe.loop.steps,
+        digest=work.digest,
+        published=work.published() is not None,
+    )
+
+
+def run_task(task: AdapterTask, report: Report = lambda progress: None) -> TaskResult:
+    """Train, score and publish one adapter, or find that this has been done.
+
+    Killed at any point and run again, it goes on from its last checkpoint and publishes the same
+    bytes. Done before with the same digest, it does nothing.
+
+    Args:
+        task: The unit of work.
+        report: Called about once a step; should return quickly.
+
+    Raises:
+        DatasetError: The data cannot be used, or holds no labelled pixel.
+        StageError: The loss is not finite, or there was nothing to learn from.
+        StoreError: A store cannot be reached.
+        IntegrityError: The base's weights or the library are damaged.
+    """
+    started = time.monotonic()
+    work = _Work.prepare(task)
+    entry = work.published()
+    if entry is not None:
+        logger.info("%s: published as version %d already", task.name, entry.version)
+        return _result(entry, skipped=True, resumed=0, seconds=time.monotonic() - started)
+    say = functools.partial(Progress, task.name, steps=task.recipe.loop.steps)
+    slot = CheckpointSlot(open_store(task.checkpoints).sub(f"{task.name}/{work.digest}"))
+    before = work.score(None, lambda: report(_evaluating(say, 0)))
+    trained = train_lora(
+        work.base,
+        work.training_images(),
+        work.dataset.label_space.names,
+        task.recipe,
+        slot=slot,
+        watch=_Pace(say, task.recipe.batch_size, report),
+    )
+    files = adapter_files(trained.pairs, base_name=work.base.name, base_digest=work.base.digest)
+    adapter = load_adapter(files, name=task.name)
+    steps = task.recipe.loop.steps
+    after = work.score(adapter, lambda: report(_evaluating(say, steps)))
+    metrics = {} if before is None or after is None else {"miou_base": before, "miou": after}
+    report(say(step=steps, loss=trained.loop.loss, images_per_s=0.0, phase="publish"))
+    entry = Library(open_store(task.library)).publish(task.name, files, work.card(trained, metrics))
+    slot.clear()
+    seconds = time.monotonic() - started
+    logger.info("%s: published version %d after %.1f s", task.name, entry.version, seconds)
+    resumed = trained.loop.resumed_from_step
+    return _result(entry, skipped=False, resumed=resumed, seconds=seconds)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Work:
+    """A task with its data and base at hand."""
+
+    task: AdapterTask
+    dataset: DatasetFolder
+    samples: tuple[Sample, ...]
+    base: SegmentationBase
+    training_digest: str
+    digest: str
+
+    @classmethod
+    def prepare(cls, task: AdapterTask) -> "_Work":
+        dataset = DatasetFolder.open(task.data, skip_bad=task.skip_bad)
+        samples = dataset.samples(task.split)
+        if task.images is not None:
+            samples = few_shot(samples, task.images, task.seed, task.name)
+        base = load_base(task.base)
+        training_digest = dataset.digest(samples)
+        digest = _task_digest(task, training_digest, base.digest)
+        return cls(task, dataset, samples, base, training_digest, digest)
+
+    def published(self) -> Entry | None:
+        """Find the version that this very task has made."""
+        library = Library(open_store(self.task.library))
+        for entry in reversed(library.versions(self.task.name)):
+            if entry.card.recipe.get("task_digest") == self.digest:
+                return entry
+        return None
+
+    def training_images(self) -> TrainingImages:
+        return TrainingImages(
+            self.dataset,
+            self.samples,
+            self.task.recipe.augment,
+            first_resize=self.task.recipe.resize,
+            seed=self.task.seed,
+            keys=("train", self.task.name),
+        )
+
+    def score(self, adapter: Adapter | None, tell: Callable[[], None]) -> float | None:
+        """Return the mIoU on the validation split, None if there is no such split."""
+        if self.task.val_split not in self.dataset.splits:
+            return None
+        tell()
+        samples = self.dataset.samples(self.task.val_split)
+        mix = None if adapter is None else fuse([adapter], [1.0])
+        return mean_iou(self.base, self.dataset, samples, mix)
+
+    def card(self, trained: TrainedPairs, metrics: dict[str, float]) -> Card:
+        task = self.task
+        recipe: dict[str, Any] = {
+            **configuration.to_dict(task.recipe),
+            "seed": task.seed,
+            "task_digest": self.digest,
+            "skipped_batches": trained.loop.skipped_batches,
+        }
+        return Card(
+            name=task.name,
+            role="segmenter",
+            base=BaseModel(self.base.name, self.base.digest),
+            label_space=self.dataset.label_space.names,
+            centroids=(_centroid(task.encoder, self.dataset, self.samples),),
+            recipe=recipe,
+            training=TrainingSet(self.training_digest, len(self.samples)),
+            metrics=metrics,
+            code_revision=code_revision(),
+        )
+
+
+class _Pace:
+    """Turns the loop's steps into progress with a throughput since this process took over."""
+
+    def __init__(self, say: Callable[..., Progress], batch_size: int, report: Report) -> None:
+        self._say, self._batch_size, self._report = say, batch_size, report
+        self._seen = 0
+        self._started = time.monotonic()
+
+    def __call__(self, step: int, loss: float) -> None:
+        self._seen += self._batch_size
+        pace = self._seen / max(time.monotonic() - self._started, 1e-9)
+        self._report(self._say(step=step, loss=loss, images_per_s=pace, phase="train"))
+
+
+def _evaluating(say: Callable[..., Progress], step: int) -> Progress:
+    return say(step=step, loss=float("nan"), images_per_s=0.0, phase="evaluate")
+
+
+def _result(entry: Entry, *, skipped: bool, resumed: int, seconds: float) -> TaskResult:
+    metrics = {
+        key: float(value)
+        for key, value in entry.card.metrics.items()
+        if isinstance(value, int | float)
+    }
+    return TaskResult(
+        name=entry.name,
+        digest=entry.digest,
+        version=entry.version,
+        metrics=metrics,
+        skipped=skipped,
+        resumed_from_step=resumed,
+        seconds=seconds,
+    )
+
+
+def _task_digest(task: AdapterTask, training_digest: str, base_digest: str) -> str:
+    """Digest what decides the published bytes: not where things lie, nor how often they are saved.
+
+    The number of images is in the training set's digest.
+    """
+    loop = dataclasses.replace(task.recipe.loop, checkpoint_every=1)
+    return configuration.digest(
+        _TaskKey(
+            format=TRAINING_FORMAT,
+            name=task.name,
+            seed=task.seed,
+            encoder=task.encoder,
+            recipe=dataclasses.replace(task.recipe, loop=loop),
+            training_digest=training_digest,
+            base_digest=base_digest,
+        )
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _TaskKey:
+    format: int
+    name: str
+    seed: int
+    encoder: str
+    recipe: AdapterRecipe
+    training_digest: str
+    base_digest: str
+
+
+def _centroid(encoder: str, dataset: DatasetFolder, samples: Sequence[Sample]) -> Centroid:
+    """Average the embeddings of the images trained on, none normalised (methods B.3)."""
+    clip = load_clip(encoder)
+    rows: list[ndarray] = []
+    for start in range(0, len(samples), _EMBED_BATCH):
+        images = [dataset.load(sample)[0] for sample in samples[start : start + _EMBED_BATCH]]
+        rows.append(np.asarray(clip.encode_images(images)))
+    embeddings = np.concatenate(rows).astype(np.float64)
+    return Centroid.from_embeddings(embeddings, encoder_id=clip.encoder_id, normalised=False)
