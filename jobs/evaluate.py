@@ -1,0 +1,44 @@
+"""Score a library leave-one-out: table on the terminal, results.json and report.html.
+
+ray job submit --working-dir . -- python -m jobs.evaluate --config evaluation.yaml images=20
+"""
+
+import sys
+from dataclasses import dataclass, field
+
+from actors.evaluation import on_ray
+from actors.resources import Placement, connect, require_room
+from loraseg import config as configuration
+from loraseg.evaluate.output import write_results
+from loraseg.evaluate.results import table
+from loraseg.evaluate.run import EvaluationConfig, evaluate
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config(EvaluationConfig):
+    """What is evaluated, and how to run it.
+
+    Attributes:
+        resources: What one domain takes on Ray, and how many are scored at once.
+        local: Score one domain after another in this process, without Ray.
+    """
+
+    resources: Placement = field(default_factory=Placement)
+    local: bool = False
+
+
+def main(config: Config) -> None:
+    """Evaluate, write the results and print the table."""
+    evaluation = config.plain()
+    if config.local:
+        results = evaluate(evaluation)
+    else:
+        started_here = connect()
+        require_room(config.resources, may_grow=not started_here)
+        results = evaluate(evaluation, on_ray(config.resources))
+    report = write_results(results, evaluation.output)
+    sys.stdout.write(f"{table(results)}\nreport: {report}\n")
+
+
+if __name__ == "__main__":
+    configuration.main(main, Config, description=__doc__)

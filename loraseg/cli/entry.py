@@ -1,0 +1,83 @@
+"""Parse the command line, run one command, turn errors into an exit status."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from loraseg.cli import library, miniature, segment
+from loraseg.cli.console import complain, say, say_table
+from loraseg.errors import AdapterNotFoundError, ConfigError, LorasegError
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status: 0 done, 1 failed, 2 the user's mistake."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    arguments = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    try:
+        status = command(arguments)
+        sys.stdout.flush()
+    except (ConfigError, AdapterNotFoundError) as error:
+        complain(error)
+        return 2
+    except LorasegError as error:
+        complain(error)
+        return 1
+    except BrokenPipeError:
+        # Whoever read our output has seen enough, as in `loraseg library ls URI | head`. Python
+        # would complain once more while it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="loraseg",
+        description="A library of LoRA adapters for segmentation, retrieved and fused per image.",
+        epilog="On a cluster: python -m jobs.train_adapters and python -m jobs.evaluate.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    segment.add(commands)
+    library.add(commands)
+    miniature.add(commands)
+    _add_spread(commands)
+    _add_doctor(commands)
+    return parser
+
+
+def _add_spread(commands: Any) -> None:
+    parser = commands.add_parser("spread", help="mean and deviation over several results.json")
+    parser.add_argument("results", nargs="+", metavar="RESULTS")
+    parser.set_defaults(command=_spread)
+
+
+def _add_doctor(commands: Any) -> None:
+    parser = commands.add_parser("doctor", help="check versions, devices and, if named, a store")
+    parser.add_argument("--store", metavar="URI", help="probe it for conditional writes")
+    parser.set_defaults(command=_doctor)
+
+
+def _spread(arguments: argparse.Namespace) -> int:
+    from loraseg.evaluate.spread import spread
+
+    sys.stdout.write(spread(arguments.results))
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from loraseg.doctor import examine
+
+    findings = list(examine(arguments.store))
+    say_table([("ok" if f.is_well else "BAD", f.what, f.state) for f in findings])
+    unwell = [finding.what for finding in findings if not finding.is_well]
+    if unwell:
+        say(f"needs care: {', '.join(unwell)}")
+    return int(bool(unwell))

@@ -1,0 +1,42 @@
+"""``loraseg miniature write FOLDER``: the small world as dataset folders."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from loraseg.cli.console import names, say
+from loraseg.errors import ConfigError
+
+__all__ = ["add"]
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser."""
+    group = commands.add_parser("miniature", help="the small world that needs no data")
+    actions = group.add_subparsers(required=True, metavar="ACTION")
+    write = actions.add_parser("write", help="write its domains as dataset folders")
+    write.add_argument("folder", metavar="FOLDER")
+    write.add_argument("--domains", metavar="NAMES", help="comma-separated; default: all")
+    write.add_argument("--train", type=int, default=30, metavar="N", help="default: %(default)s")
+    write.add_argument("--val", type=int, default=20, metavar="N", help="default: %(default)s")
+    write.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    write.set_defaults(command=_write)
+
+
+def _write(arguments: argparse.Namespace) -> int:
+    from loraseg.miniature.dataset import write_world
+    from loraseg.miniature.domains import DOMAINS
+
+    if min(arguments.train, arguments.val) < 1:
+        raise ConfigError("--train and --val: expected at least 1")
+    wanted = names(arguments.domains) if arguments.domains else tuple(DOMAINS)
+    folders = write_world(
+        Path(arguments.folder),
+        wanted,
+        train=arguments.train,
+        val=arguments.val,
+        seed=arguments.seed,
+    )
+    for name, folder in folders.items():
+        say(f"{folder}  ({DOMAINS[name].family} family)")
+    return 0
