@@ -203,9 +203,7 @@ def swin_block(sd, name, x, a, heads, window, shift):
         for left in range(0, g, window):
             # Place (i, j) of the rolled map holds cell (i + shift, j + shift) modulo g. Tokens that
             # came round the border are no neighbours of those that did not.
-            places = [
-                (i, j) for i in range(top, top + window) for j in range(left, left + window)
-            ]
+            places = [(i, j) for i in range(top, top + window) for j in range(left, left + window)]
             cells = [((i + shift) % g, (j + shift) % g) for i, j in places]
             wrapped = [(i + shift >= g, j + shift >= g) for i, j in places]
             same = None
@@ -322,7 +320,7 @@ def forward(sd, images, text, *, clip_heads, heads, window, pad_len, pool, guida
     logits = []
     for image in images:
         features, taps = encode_image(sd, image, clip_heads, guidance_blocks)
-        guides = [conv_transpose(sd, "upsample1", taps[0]), conv_transpose(sd, "upsample2", taps[1])]
+        guides = [conv_transpose(sd, f"upsample{i + 1}", tap) for i, tap in enumerate(taps)]
         logits.append(aggregate(sd, features, text, guides, heads, window, pad_len, pool))
     return torch.stack(logits)
 

@@ -72,12 +72,19 @@ LARGE = Sizes(
 )
 
 
-def layout(z: Sizes) -> dict[str, tuple[int, ...]]:
-    keys: dict[str, tuple[int, ...]] = {}
+class Keys(dict[str, tuple[int, ...]]):
+    def both(self, name: str, weight: tuple[int, ...]) -> None:
+        self[f"{name}.weight"] = weight
+        self[f"{name}.bias"] = weight[:1]
 
-    def both(name: str, weight: tuple[int, ...]) -> None:
-        keys[f"{name}.weight"] = weight
-        keys[f"{name}.bias"] = weight[:1]
+
+def layout(z: Sizes) -> dict[str, tuple[int, ...]]:
+    return {**clip_keys(z), **aggregator_keys(z), **decoder_keys(z)}
+
+
+def clip_keys(z: Sizes) -> Keys:
+    keys = Keys()
+    both = keys.both
 
     def block(name: str, c: int) -> None:
         for part in "qkv":
@@ -89,7 +96,7 @@ def layout(z: Sizes) -> dict[str, tuple[int, ...]]:
         both(f"{name}.mlp.c_fc", (4 * c, c))
         both(f"{name}.mlp.c_proj", (c, 4 * c))
 
-    clip, agg = f"{S}clip_model.", f"{S}transformer."
+    clip = f"{S}clip_model."
     keys[f"{clip}positional_embedding"] = (z.context, z.text_width)
     keys[f"{clip}text_projection"] = (z.text_width, z.embed)
     keys[f"{clip}logit_scale"] = ()
@@ -105,8 +112,13 @@ def layout(z: Sizes) -> dict[str, tuple[int, ...]]:
         block(f"{clip}visual.transformer.resblocks.{i}", z.width)
     for i in range(z.text_layers):
         block(f"{clip}transformer.resblocks.{i}", z.text_width)
+    return keys
 
-    h, (g1, g2), (d1, d2) = z.hidden, z.decoder_guides, z.decoder
+
+def aggregator_keys(z: Sizes) -> Keys:
+    keys = Keys()
+    both, agg = keys.both, f"{S}transformer."
+    h, (g1, g2) = z.hidden, z.decoder_guides
     both(f"{agg}conv1", (h, z.prompts, 7, 7))
     both(f"{agg}guidance_projection.0", (z.appearance, z.embed, 3, 3))
     both(f"{agg}text_guidance_projection.0", (z.text, z.embed))
@@ -136,6 +148,13 @@ def layout(z: Sizes) -> dict[str, tuple[int, ...]]:
         both(f"{cls}.attention.v", (h, h))
         both(f"{cls}.MLP.0", (4 * h, h))
         both(f"{cls}.MLP.2", (h, 4 * h))
+    return keys
+
+
+def decoder_keys(z: Sizes) -> Keys:
+    keys = Keys()
+    both, agg = keys.both, f"{S}transformer."
+    h, (g1, g2), (d1, d2) = z.hidden, z.decoder_guides, z.decoder
     for name, inputs, outputs, guide in (("decoder1", h, d1, g1), ("decoder2", d1, d2, g2)):
         keys[f"{agg}{name}.up.weight"] = (inputs, inputs - guide, 2, 2)
         keys[f"{agg}{name}.up.bias"] = (inputs - guide,)

@@ -1,0 +1,1 @@
+"""What stays frozen: where weights come from, tokenizers, the CLIP of the index."""

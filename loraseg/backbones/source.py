@@ -1,0 +1,114 @@
+"""Where weights come from: a name, a path, a store or, only when named, a hub."""
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import loraseg
+from loraseg.errors import ConfigError, IntegrityError
+from loraseg.storage import open_store
+
+__all__ = ["WeightSource", "cache_dir", "resolve"]
+
+_HUB = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?:(?P<file>.+)")
+_PIN = re.compile(r"(?P<spec>.*)#sha256=(?P<digest>[0-9a-f]{64})", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSource:
+    """A weight file on this machine.
+
+    Attributes:
+        name: What the user called it, without a pinned digest.
+        path: The file.
+        digest: sha256 of its bytes, hex.
+    """
+
+    name: str
+    path: Path
+    digest: str
+
+
+def resolve(spec: str, *, miniature: str = "catseg") -> WeightSource:
+    """Find or fetch a weight file.
+
+    Args:
+        spec: ``miniature``; a path; ``file:///path``; ``s3://bucket/key``; or
+            ``hf:org/name:file`` (``hf:org/name@revision:file``). Nothing else is downloaded.
+            ``#sha256=<hex>`` behind it pins the bytes; a pinned file that was fetched before is
+            not fetched again.
+        miniature: Which of the package's weight files ``miniature`` stands for.
+
+    Raises:
+        ConfigError: There is no such file, or the spec is of no known kind.
+        IntegrityError: The bytes are not the pinned ones.
+        StoreError: The store cannot be reached or lacks the object.
+    """
+    pinned = _PIN.fullmatch(spec)
+    name, digest = (pinned["spec"], pinned["digest"]) if pinned else (spec, None)
+    if name.startswith("s3://"):
+        source = _cached(name, digest) or _fetch(name)
+    elif name.startswith("hf:"):
+        source = _local(name, _from_hub(name))
+    elif name == "miniature":
+        folder = Path(loraseg.__file__).parent / "miniature" / "weights"
+        source = _local(name, folder / f"{miniature}.safetensors")
+    else:
+        source = _local(name, Path(name.removeprefix("file://")).expanduser())
+    if digest not in (None, source.digest):
+        raise IntegrityError(f"{name}: sha256 is {source.digest}, pinned {digest}")
+    return source
+
+
+def cache_dir() -> Path:
+    """Return where fetched weights are kept: LORASEG_CACHE or ~/.cache/loraseg."""
+    return Path(os.environ.get("LORASEG_CACHE") or "~/.cache/loraseg").expanduser() / "weights"
+
+
+def _local(name: str, path: Path) -> WeightSource:
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ConfigError(
+            f"weights {name!r}: cannot read {path}: {error.strerror}; expected 'miniature', a "
+            f"path, file:///path, s3://bucket/key or hf:org/name:file"
+        ) from error
+    return WeightSource(name, path, digest)
+
+
+def _cached(uri: str, digest: str | None) -> WeightSource | None:
+    path = cache_dir() / (digest or "") / uri.rpartition("/")[2]
+    return WeightSource(uri, path, digest) if digest and path.is_file() else None
+
+
+def _fetch(uri: str) -> WeightSource:
+    prefix, _, key = uri.rpartition("/")
+    if not key or prefix == "s3:/":
+        raise ConfigError(f"weights {uri!r}: expected s3://bucket/key")
+    data = open_store(prefix).get(key)
+    digest = hashlib.sha256(data).hexdigest()
+    path = cache_dir() / digest / key
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Another process may fetch the same file: each writes its own part and renames it.
+        part = path.with_name(f"{key}.{os.getpid()}.part")
+        part.write_bytes(data)
+        part.replace(path)
+    return WeightSource(uri, path, digest)
+
+
+def _from_hub(spec: str) -> Path:
+    match = _HUB.fullmatch(spec)
+    if match is None:
+        raise ConfigError(f"weights {spec!r}: expected hf:org/name:file")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        path = hf_hub_download(match["repo"], match["file"], revision=match["revision"])
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigError(f"weights {spec!r}: the hub does not give them: {error}") from error
+    return Path(path)
