@@ -1,7 +1,7 @@
 """The one protocol of object storage, and the rules for keys that hold on every store."""
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from loraseg.errors import StoreError
 
@@ -18,6 +18,7 @@ class ObjectNotFoundError(StoreError, LookupError):
     """The store holds no object under that key."""
 
 
+@runtime_checkable
 class ObjectStore(Protocol):
     """Whole objects under relative, "/"-separated keys.
 
