@@ -1,0 +1,236 @@
+"""Render a report as one HTML file that needs neither network nor script.
+
+This module turns values into what is printed (rounding, differences, who is best); the markup is in
+``templates/``. Everything is escaped by the template engine.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeGuard, cast
+
+import jinja2
+
+from loraseg.evaluate.report_data import (
+    Example,
+    HeatTable,
+    MethodRow,
+    Report,
+    ScoreTable,
+    WeightMatrix,
+)
+from loraseg.evaluate.report_pictures import ExampleView, view_example
+
+__all__ = ["render_report"]
+
+_ABSENT = "\N{EN DASH}"
+_MINUS = "\N{MINUS SIGN}"
+_ON_HEAT = 0.55  # above this shade, text is printed in the colour made for dark ground
+
+
+def render_report(report: Report) -> str:
+    """Return the page as HTML text; the same report gives the same bytes.
+
+    Args:
+        report: What to show.
+
+    Raises:
+        DatasetError: A label map of an example holds ids outside its label space, or has another
+            size than the image.
+    """
+    tables = (report.scores, *report.more_scores)
+    return _template().render(
+        report=report,
+        tables=[_view_table(table) for table in tables],
+        matrix=report.weights and _view_matrix(report.weights),
+        heat_tables=[_view_heat(table) for table in report.heat_tables],
+        examples=_view_examples(report.examples),
+        settings=_flatten(report.settings),
+    )
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2")
+
+
+@dataclass(frozen=True, slots=True)
+class _Score:
+    """A printed score: percent, spread, difference to the baseline and its sign."""
+
+    text: str
+    spread: str
+    delta: str
+    sign: str
+    is_best: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    method: MethodRow
+    hmean: _Score
+    scores: tuple[_Score, ...]
+    bar: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    table: ScoreTable
+    rows: tuple[_Row, ...]
+    has_bound: bool
+    has_spread: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Heat:
+    """A shaded cell: text, share of the full shade in [0, 1], which colour, and which ink."""
+
+    text: str
+    share: float
+    is_negative: bool
+    on_heat: bool
+
+
+def _view_table(table: ScoreTable) -> _Table:
+    """Print every column, the h-mean's first, and find its best methods."""
+    columns = [
+        _view_column(table, [row.hmean for row in table.rows], [r.hmean_spread for r in table.rows])
+    ]
+    for place in range(len(table.domains)):
+        scores = [row.scores[place] for row in table.rows]
+        spreads = [row.spreads[place] if row.spreads else None for row in table.rows]
+        columns.append(_view_column(table, scores, spreads))
+    longest = max((row.hmean for row in table.rows if _defined(row.hmean)), default=0.0)
+    rows = tuple(
+        _Row(
+            method=row,
+            hmean=columns[0][index],
+            scores=tuple(column[index] for column in columns[1:]),
+            bar=_share(row.hmean, longest),
+        )
+        for index, row in enumerate(table.rows)
+    )
+    return _Table(
+        table=table,
+        rows=rows,
+        has_bound=any(row.is_bound for row in table.rows),
+        has_spread=any(score.spread for row in rows for score in (row.hmean, *row.scores)),
+    )
+
+
+def _view_column(
+    table: ScoreTable, values: Sequence[float | None], spreads: Sequence[float | None]
+) -> list[_Score]:
+    texts = [_percent(value) for value in values]
+    # Compared as printed: what reads the same is equally good.
+    competing = [
+        float(text)
+        for text, row in zip(texts, table.rows, strict=True)
+        if text != _ABSENT and not row.is_bound
+    ]
+    names = [row.name for row in table.rows]
+    base = values[names.index(table.baseline)] if table.baseline else None
+    view: list[_Score] = []
+    for row, value, spread, text in zip(table.rows, values, spreads, texts, strict=True):
+        is_base = row.name == table.baseline
+        delta, sign = ("", "") if is_base else _difference(value, base)
+        is_best = text != _ABSENT and not row.is_bound and float(text) == max(competing)
+        view.append(
+            _Score(text, _percent(spread) if _defined(spread) else "", delta, sign, is_best)
+        )
+    return view
+
+
+def _view_matrix(matrix: WeightMatrix) -> dict[str, Any]:
+    """Place the heat map: sizes in SVG units, which are pixels at full size."""
+    heaviest = max((w for row in matrix.weights for w in row if _defined(w)), default=1.0) or 1.0
+    longest_target = max((len(name) for name in matrix.targets), default=0)
+    longest_adapter = max((len(name) for name in matrix.adapters), default=0)
+    return {
+        "matrix": matrix,
+        "heaviest": heaviest,
+        "left": 7 * longest_target + 18,
+        "top": round(5.2 * longest_adapter) + 22,
+        "right": round(5.2 * longest_adapter) + 8,
+        "cell": 34,
+        "cells": [
+            [
+                _Heat(
+                    text=f"{weight:.2f}".removeprefix("0") if _defined(weight) else _ABSENT,
+                    share=_share(weight, heaviest),
+                    is_negative=False,
+                    on_heat=_share(weight, heaviest) > _ON_HEAT,
+                )
+                for weight in row
+            ]
+            for row in matrix.weights
+        ],
+    }
+
+
+def _view_heat(table: HeatTable) -> dict[str, Any]:
+    sizes = [abs(value) for row in table.values for value in row if _defined(value)]
+    # Differences are shaded against the largest one, shares against the whole.
+    full = (max(sizes, default=1.0) or 1.0) if table.signed else 1.0
+    cells: list[list[_Heat]] = []
+    for row in table.values:
+        line: list[_Heat] = []
+        for value in row:
+            share = _share(abs(value) if _defined(value) else None, full)
+            text = _difference(value, 0.0)[0] if table.signed else _percent(value)
+            negative = _defined(value) and value < 0
+            line.append(_Heat(text or _ABSENT, share, negative, share > _ON_HEAT))
+        cells.append(line)
+    return {"table": table, "cells": cells}
+
+
+def _view_examples(examples: Sequence[Example]) -> list[ExampleView]:
+    return [view_example(example) for example in examples]
+
+
+def _defined(value: float | None) -> TypeGuard[float]:
+    return value is not None and math.isfinite(value)
+
+
+def _percent(value: float | None) -> str:
+    return f"{100 * value:.1f}" if _defined(value) else _ABSENT
+
+
+def _difference(value: float | None, base: float | None) -> tuple[str, str]:
+    """Return the difference in points as printed, and "up", "down" or "same"."""
+    if not (_defined(value) and _defined(base)):
+        return "", ""
+    text = f"{100 * (value - base):+.1f}"
+    if float(text) == 0:
+        return "0.0", "same"
+    return text.replace("-", _MINUS), "up" if value > base else "down"
+
+
+def _share(value: float | None, full: float) -> float:
+    if not _defined(value) or full <= 0:
+        return 0.0
+    return round(min(max(value / full, 0.0), 1.0), 4)
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Return dotted keys and printed values of nested mappings, in their own order."""
+    lines: list[tuple[str, str]] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            lines += _flatten(cast(Mapping[str, Any], value), f"{prefix}{key}.")
+        elif isinstance(value, list | tuple):
+            lines.append(
+                (f"{prefix}{key}", ", ".join(str(item) for item in cast(list[Any], value)))
+            )
+        else:
+            lines.append((f"{prefix}{key}", str(value)))
+    return lines
