@@ -13,7 +13,7 @@ from loraseg.adapters.adapter import LoraPair
 from loraseg.adapters.inject import targets
 from loraseg.adapters.peft_io import pairs_of
 from loraseg.compat import prepare_torchvision
-from loraseg.errors import AdapterMismatchError
+from loraseg.errors import AdapterMismatchError, ConfigError
 from loraseg.seeding import torch_generator
 from loraseg.segment.base import SegmentationBase
 from loraseg.tensor_types import Tensor
@@ -22,8 +22,6 @@ from loraseg.train.loop import LoopResult, Watcher, run_loop
 from loraseg.train.recipes import AdapterRecipe
 from loraseg.train.segmentation import (
     TrainingImages,
-    attention_lora,
-    class_tokens,
     fixed_threads,
     segmentation_loss,
 )
@@ -61,16 +59,21 @@ def train_lora(
         watch: Called after each step with (steps done, loss).
 
     Raises:
+        ConfigError: The base's ``clip_attention_lora`` is not the recipe's.
         DatasetError: No pixel of any mask is labelled, or a file is broken.
         StageError: The loss is not finite, or no batch held a labelled pixel.
         StoreError: The checkpoints cannot be read.
     """
+    model, wanted = base.model, recipe.clip_attention_lora
+    if model.config.clip_attention_lora != wanted:
+        raise ConfigError(
+            f"clip_attention_lora: the recipe says {wanted!r}, the base was loaded as "
+            f"{model.config.clip_attention_lora!r}"
+        )
     images.require_labels()
-    tokens = class_tokens(base, classes)
-    model = base.model
+    tokens = base.tokenize(classes)
     with ExitStack() as stack:
         stack.enter_context(fixed_threads(recipe.threads))
-        stack.enter_context(attention_lora(model, recipe.clip_attention_lora))
         parameters = stack.enter_context(injected(model, recipe, images.seed))
         # Nothing in CAT-Seg but the pooling before class attention depends on the mode.
         model.train(recipe.pooled)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from loraseg import config as configuration
 from loraseg.adapters.inject import TARGET_RULES
@@ -88,7 +88,7 @@ class _Published:
     warmup_factor: float
 
 
-_SEMLA: Mapping[str, _Published] = {
+_SEMLA: Mapping[DomainKind, _Published] = {
     "acdc": _Published(2, 1e-4, 2_000, 1e-4, 0.01),
     # The authors changed the steps by hand because of over-fitting and do not say to what.
     "muses": _Published(2, 1e-5, 3_000, 1e-4, 0.01),
@@ -173,6 +173,8 @@ def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
     merged = dict(values)
     for key, change in changes.items():
         old = merged.get(key)
-        nested = isinstance(old, Mapping) and isinstance(change, Mapping)
-        merged[key] = _merged(old, change) if nested else change
+        if isinstance(old, Mapping) and isinstance(change, Mapping):
+            merged[key] = _merged(cast(Mapping[str, Any], old), cast(Mapping[str, Any], change))
+        else:
+            merged[key] = change
     return merged

@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,14 +16,7 @@ from loraseg.segment.base import SegmentationBase
 from loraseg.segment.losses import catseg_bce
 from loraseg.tensor_types import Float, Int, Tensor, UInt8, ndarray
 
-__all__ = [
-    "TrainingImages",
-    "attention_lora",
-    "class_tokens",
-    "fixed_threads",
-    "normalized",
-    "segmentation_loss",
-]
+__all__ = ["TrainingImages", "clip_input", "fixed_threads", "segmentation_loss"]
 
 _CACHE_BYTES = 2 * 2**30
 
@@ -122,17 +115,9 @@ class TrainingImages:
         return image, mask
 
 
-def class_tokens(base: SegmentationBase, classes: Sequence[str]) -> Int[Tensor, "t l"]:
-    """Return the token ids of each class name in the base's prompt.
-
-    Of a name that lists synonyms with ", " the first counts (methods A.2).
-    """
-    return base.tokenizer([base.prompt.format(name.split(", ")[0]) for name in classes])
-
-
 def segmentation_loss(
     base: SegmentationBase,
-    tokens: Tensor,
+    tokens: Int[Tensor, "t p l"],
     batch: tuple[UInt8[ndarray, "b s s 3"], UInt8[ndarray, "b s s"]],
     *,
     mask_ignored: bool = False,
@@ -142,7 +127,7 @@ def segmentation_loss(
 
     Args:
         base: Its model is run as it is, with whatever has been put into it.
-        tokens: Class prompts as token ids (t, l); encoded anew, since the text encoder trains.
+        tokens: Class prompts as token ids; encoded anew, since the text encoder trains.
         batch: Images in RGB and class ids.
         mask_ignored: Leave ignored pixels out of the mean.
         precision: "bf16" runs the forward pass under autocast.
@@ -150,42 +135,21 @@ def segmentation_loss(
     images, labels = batch
     if not (labels != IGNORE).any():
         return None
-    device = next(base.model.parameters()).device
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        text = base.model.encode_text(tokens.to(device))
-        logits = base.model(normalized(base, images).to(device), text[:, None])
-    return catseg_bce(
-        logits.float(), torch.from_numpy(labels).to(device), IGNORE, mask_ignored=mask_ignored
-    )
+    with torch.autocast(base.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        logits = base.model(clip_input(base, images), base.encode_tokens(tokens))
+    target = torch.from_numpy(labels).to(base.device)
+    return catseg_bce(logits.float(), target, IGNORE, mask_ignored=mask_ignored)
 
 
-def normalized(
+def clip_input(
     base: SegmentationBase, images: UInt8[ndarray, "b s s 3"]
 ) -> Float[Tensor, "b 3 n n"]:
     """Normalise by the base's mean and std, then resize to CLIP's input (methods A.3, A.7)."""
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float()
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (base.mean, base.std))
+    scaled = base.normalise(torch.from_numpy(images).permute(0, 3, 1, 2))
     side = base.model.config.image_size
-    scaled = (pixels - mean) / std
     if scaled.shape[-1] == side:
         return scaled
     return nn.functional.interpolate(scaled, (side, side), mode="bilinear", align_corners=False)
-
-
-@contextmanager
-def attention_lora(
-    model: nn.Module, mode: Literal["active", "inert"]
-) -> Generator[None, None, None]:
-    """Let CLIP's attention call its q, k and v modules ("active") or only read their weights."""
-    switches: list[Any] = [module for module in model.modules() if hasattr(module, "call_modules")]
-    before = [module.call_modules for module in switches]
-    for module in switches:
-        module.call_modules = mode == "active"
-    try:
-        yield
-    finally:
-        for module, value in zip(switches, before, strict=True):
-            module.call_modules = value
 
 
 @contextmanager

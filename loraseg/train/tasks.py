@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from loraseg import config as configuration
 from loraseg.adapters import Adapter, adapter_files, load_adapter
@@ -177,7 +178,7 @@ def run_task(task: AdapterTask, report: Report = lambda progress: None) -> TaskR
         slot=slot,
         watch=_Pace(say, task.recipe.batch_size, report),
     )
-    files = adapter_files(trained.pairs, base_name=work.base.name, base_digest=work.base.digest)
+    files = adapter_files(trained.pairs, base_name=work.base_name, base_digest=work.base.digest)
     adapter = load_adapter(files, name=task.name)
     steps = task.recipe.loop.steps
     after = work.score(adapter, lambda: report(_evaluating(say, steps)))
@@ -202,15 +203,31 @@ class _Work:
     training_digest: str
     digest: str
 
+    @property
+    def base_name(self) -> str:
+        """The base's name without a folder, which would differ from machine to machine."""
+        return self.base.name.rstrip("/").rpartition("/")[2]
+
     @classmethod
     def prepare(cls, task: AdapterTask) -> "_Work":
         dataset = DatasetFolder.open(task.data, skip_bad=task.skip_bad)
         samples = dataset.samples(task.split)
         if task.images is not None:
             samples = few_shot(samples, task.images, task.seed, task.name)
-        base = load_base(task.base)
+        base = load_base(task.base, clip_attention_lora=task.recipe.clip_attention_lora)
+        base.model.to(_device())
         training_digest = dataset.digest(samples)
-        digest = _task_digest(task, training_digest, base.digest)
+        digest = configuration.digest(
+            _TaskKey(
+                format=TRAINING_FORMAT,
+                name=task.name,
+                seed=task.seed,
+                encoder=load_clip(task.encoder).encoder_id,
+                recipe=_that_matters(task.recipe),
+                training_digest=training_digest,
+                base_digest=base.digest,
+            )
+        )
         return cls(task, dataset, samples, base, training_digest, digest)
 
     def published(self) -> Entry | None:
@@ -251,7 +268,7 @@ class _Work:
         return Card(
             name=task.name,
             role="segmenter",
-            base=BaseModel(self.base.name, self.base.digest),
+            base=BaseModel(self.base_name, self.base.digest),
             label_space=self.dataset.label_space.names,
             centroids=(_centroid(task.encoder, self.dataset, self.samples),),
             recipe=recipe,
@@ -296,27 +313,13 @@ def _result(entry: Entry, *, skipped: bool, resumed: int, seconds: float) -> Tas
     )
 
 
-def _task_digest(task: AdapterTask, training_digest: str, base_digest: str) -> str:
-    """Digest what decides the published bytes: not where things lie, nor how often they are saved.
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _TaskKey:
+    """What decides the published bytes: not where things lie, nor how often work is saved.
 
     The number of images is in the training set's digest.
     """
-    loop = dataclasses.replace(task.recipe.loop, checkpoint_every=1)
-    return configuration.digest(
-        _TaskKey(
-            format=TRAINING_FORMAT,
-            name=task.name,
-            seed=task.seed,
-            encoder=task.encoder,
-            recipe=dataclasses.replace(task.recipe, loop=loop),
-            training_digest=training_digest,
-            base_digest=base_digest,
-        )
-    )
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _TaskKey:
     format: int
     name: str
     seed: int
@@ -326,9 +329,19 @@ class _TaskKey:
     base_digest: str
 
 
+def _that_matters(recipe: AdapterRecipe) -> AdapterRecipe:
+    loop = dataclasses.replace(recipe.loop, checkpoint_every=1)
+    return dataclasses.replace(recipe, loop=loop)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _centroid(encoder: str, dataset: DatasetFolder, samples: Sequence[Sample]) -> Centroid:
     """Average the embeddings of the images trained on, none normalised (methods B.3)."""
     clip = load_clip(encoder)
+    clip.model.to(_device())
     rows: list[ndarray] = []
     for start in range(0, len(samples), _EMBED_BATCH):
         images = [dataset.load(sample)[0] for sample in samples[start : start + _EMBED_BATCH]]
