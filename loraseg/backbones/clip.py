@@ -55,7 +55,7 @@ class Preprocessing:
             image = np.asarray(Image.fromarray(image).resize(target, Image.Resampling.BICUBIC))
         top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
         crop = image[top : top + size, left : left + size].astype(np.float32) / 255
-        scaled = (crop - np.float32(self.mean)) / np.float32(self.std)
+        scaled = (crop - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return scaled.transpose(2, 0, 1)
 
 

@@ -14,7 +14,7 @@ from loraseg.segment.catseg.config import CATSegConfig
 from loraseg.segment.catseg.layout import check_keys
 from loraseg.segment.catseg.model import CATSeg
 
-__all__ = ["load_catseg", "read_metadata", "save_catseg"]
+__all__ = ["is_own_file", "load_catseg", "read_metadata", "save_catseg"]
 
 _FORMAT = "loraseg-catseg-1"
 
@@ -60,6 +60,14 @@ def read_metadata(path: str | Path) -> dict[str, str]:
             return dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise IntegrityError(f"{path}: cannot be read as safetensors: {error}") from error
+
+
+def is_own_file(path: str | Path) -> bool:
+    """Return whether this is a safetensors file written by :func:`save_catseg`."""
+    try:
+        return read_metadata(path).get("format") == _FORMAT
+    except IntegrityError:
+        return False
 
 
 def load_catseg(path: str | Path, **overrides: object) -> CATSeg:

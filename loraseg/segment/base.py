@@ -1,0 +1,185 @@
+"""The frozen segmenter that adapters belong to: model, tokenizer, prompt, pixel statistics."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraseg.backbones.bpe import BpeTokenizer
+from loraseg.backbones.clip import Tokenizer, word_tokenizer
+from loraseg.backbones.source import WeightSource, resolve
+from loraseg.errors import ConfigError, IntegrityError
+from loraseg.segment.catseg.checkpoint import is_own_file, load_catseg, read_metadata
+from loraseg.segment.catseg.model import CATSeg
+from loraseg.segment.catseg.official import load_official_checkpoint
+from loraseg.tensor_types import Float, Int
+
+__all__ = ["PROMPT", "SegmentationBase", "check_classes", "load_base"]
+
+PROMPT = "A photo of a {} in the scene"
+# Methods A.3; for pixels of 0 to 255.
+_MEAN = (122.7709383, 116.7460125, 104.09373615)
+_STD = (68.5005327, 66.6321579, 70.3231630)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SegmentationBase:
+    """A CAT-Seg with all that inference and training need beside its weights.
+
+    Attributes:
+        name: What the user called it.
+        digest: sha256 of the weight file, hex; adapters record it.
+        model: The network.
+        tokenizer: The one that its text encoder was trained with.
+        prompt: Template with one ``{}``.
+        mean: Of RGB pixels of 0 to 255.
+        std: Of RGB pixels of 0 to 255.
+        window: Side of the windows of sliding inference, in pixels of its canvas.
+        pad_multiple: Plain inference pads images right and below to a multiple of this and
+            stretches the padding in, as the official code does with 32; 1 pads nothing.
+        more_prompts: Further templates, if the model is one of several prompts a class.
+    """
+
+    name: str
+    digest: str
+    model: CATSeg
+    tokenizer: Tokenizer
+    prompt: str = PROMPT
+    mean: tuple[float, ...] = _MEAN
+    std: tuple[float, ...] = _STD
+    window: int = 384
+    pad_multiple: int = 32
+    more_prompts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        wanted = self.model.config.prompts
+        if len(self.prompts) != wanted or any(p.count("{}") != 1 for p in self.prompts):
+            raise ConfigError(
+                f"prompt: got {self.prompts}, expected {wanted} template(s) with one {{}} each"
+            )
+        if min(self.window, self.pad_multiple) < 1:
+            raise ConfigError(
+                f"window {self.window}, pad_multiple {self.pad_multiple}: expected at least 1"
+            )
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """All templates."""
+        return (self.prompt, *self.more_prompts)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.upsample1.weight.device
+
+    def tokenize(self, classes: Sequence[str]) -> Int[Tensor, "t p l"]:
+        """Return token ids of every class under every prompt, on the CPU.
+
+        Of a name that lists synonyms ("car, automobile") only the first is used (methods A.2).
+
+        Raises:
+            ConfigError: No class is named, one is blank, or one twice.
+        """
+        check_classes(classes)
+        names = [name.split(", ")[0] for name in classes]
+        texts = [prompt.replace("{}", name) for name in names for prompt in self.prompts]
+        return self.tokenizer(texts).unflatten(0, (len(names), len(self.prompts)))
+
+    def encode_tokens(self, ids: Int[Tensor, "t p l"]) -> Float[Tensor, "t p d"]:
+        """Return normalised text features; gradients flow into the text encoder."""
+        features = self.model.encode_text(ids.flatten(0, 1).to(self.device))
+        return features.unflatten(0, ids.shape[:2])
+
+    def encode_classes(self, classes: Sequence[str]) -> Float[Tensor, "t p d"]:
+        """Return normalised text features of class names, as :meth:`tokenize` reads them."""
+        return self.encode_tokens(self.tokenize(classes))
+
+    def normalise(self, images: Tensor) -> Float[Tensor, "*b 3 h w"]:
+        """Return (x - mean) / std of RGB pixels (..., 3, h, w) of 0 to 255, on its device."""
+        pixels = images.float()
+        mean, std = (
+            torch.tensor(values, device=pixels.device)[:, None, None]
+            for values in (self.mean, self.std)
+        )
+        return (pixels - mean) / std
+
+
+def check_classes(classes: Sequence[str]) -> None:
+    """Check a class list.
+
+    Raises:
+        ConfigError: No class is named, one is blank, or one twice.
+    """
+    if isinstance(classes, str) or not classes:
+        raise ConfigError(f"classes: got {classes!r}, expected a list of at least one name")
+    blank = [name for name in classes if not name.strip()]
+    doubled = sorted({name for name in classes if list(classes).count(name) > 1})
+    if blank or doubled:
+        raise ConfigError(
+            f"classes: expected distinct, non-blank names; doubled {doubled}, blank {len(blank)}"
+        )
+
+
+def load_base(spec: str = "miniature", **overrides: Any) -> SegmentationBase:
+    """Load a frozen segmenter.
+
+    Args:
+        spec: ``miniature``, or any weight file of :func:`~loraseg.backbones.source.resolve`: one
+            of our ``.safetensors``, or an official CAT-Seg checkpoint.
+        overrides: Fields of :class:`~loraseg.segment.catseg.config.CATSegConfig`, such as
+            ``clip_attention_lora="inert"``.
+
+    Raises:
+        ConfigError: There is no such file, or an override is wrong.
+        IntegrityError: The file is not a CAT-Seg.
+    """
+    source = resolve(spec)
+    if is_own_file(source.path):
+        return _own(source, overrides)
+    model = load_official_checkpoint(source.path, **overrides)
+    return SegmentationBase(
+        name=source.name,
+        digest=source.digest,
+        model=model.float(),
+        tokenizer=BpeTokenizer(model.config.context_length),
+    )
+
+
+def _own(source: WeightSource, overrides: dict[str, Any]) -> SegmentationBase:
+    model = load_catseg(source.path, **overrides)
+    config = model.config
+    metadata = read_metadata(source.path)
+    tokenizer: Tokenizer
+    if "vocabulary" in metadata:
+        tokenizer = word_tokenizer(metadata["vocabulary"], config.vocab_size, config.context_length)
+    else:
+        tokenizer = BpeTokenizer(config.context_length)
+    return SegmentationBase(
+        name=source.name,
+        digest=source.digest,
+        model=model,
+        tokenizer=tokenizer,
+        prompt=metadata.get("prompt", PROMPT),
+        window=config.image_size,
+        pad_multiple=1,
+        mean=_statistic(metadata, "mean", _MEAN, source),
+        std=_statistic(metadata, "std", _STD, source),
+    )
+
+
+def _statistic(
+    metadata: dict[str, str], key: str, default: tuple[float, ...], source: WeightSource
+) -> tuple[float, ...]:
+    """Read a JSON list for pixels of 0 to 1."""
+    if key not in metadata:
+        return default
+    try:
+        red, green, blue = (255 * float(value) for value in json.loads(metadata[key]))
+    except (ValueError, TypeError) as error:
+        raise IntegrityError(
+            f"{source.path}: {key} in the header is {metadata[key]!r}, expected three numbers"
+        ) from error
+    return red, green, blue
