@@ -3,6 +3,7 @@
 #
 #   ceph_rgw.sh start DIR PORT   create it in DIR at the first call, restart it at later ones
 #   ceph_rgw.sh stop DIR         kill -9 its daemons; what was acknowledged is there after `start`
+#   ceph_rgw.sh restart DIR PORT stop and start
 #
 # `start` prints the settings that the tests want: eval "$(.ci/ceph_rgw.sh start DIR PORT)".
 # It listens on 127.0.0.1 only: PORT, PORT + 1 (monitor) and ports from 6800 (disk). DIR must be on
@@ -14,7 +15,7 @@ fail() {
   exit 1
 }
 
-usage() { fail "usage: ceph_rgw.sh start DIR PORT | stop DIR"; }
+usage() { fail "usage: ceph_rgw.sh start|restart DIR PORT, or stop DIR"; }
 
 port_open() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
 
@@ -178,20 +179,22 @@ print_settings() {
   } <"$DIR/keys"
   cat <<EOF
 export LORASEG_TEST_S3_ENDPOINT=http://127.0.0.1:$PORT
-export LORASEG_TEST_S3_ACCESS_KEY_ID=$access
-export LORASEG_TEST_S3_SECRET_ACCESS_KEY=$secret
-export LORASEG_TEST_S3_SERVER_DIR=$DIR
+export LORASEG_TEST_S3_ACCESS_KEY=$access
+export LORASEG_TEST_S3_SECRET_KEY=$secret
+export LORASEG_TEST_S3_RESTART='bash "$SELF" restart "$DIR" $PORT'
 EOF
 }
 
 [ $# -ge 2 ] || usage
 DIR=$(realpath -m "$2")
 export CEPH_CONF=$DIR/ceph.conf
+SELF=$(realpath "$0")
 case $1 in
-  start)
+  start | restart)
     [ $# -eq 3 ] && [[ $3 =~ ^[0-9]+$ ]] || usage
     PORT=$3
     MON_PORT=$((PORT + 1))
+    if [ "$1" = restart ]; then kill_all; fi
     start
     print_settings
     ;;

@@ -7,6 +7,7 @@ import hashlib
 import os
 import time
 import urllib.parse
+import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -29,6 +30,9 @@ _CONNECT_TIMEOUT_S = 5
 _READ_TIMEOUT_S = 30  # Ceph holds requests, rather than failing them, while a disk is down
 _BODY_ATTEMPTS = 4
 _CONFLICT_ATTEMPTS = 8
+
+# Object metadata that names one write, so that a writer recognises what it stored.
+_MARK = "loraseg-write"
 
 _GONE = {"NoSuchKey", "404", "NotFound"}
 _FAILED_CONDITION = {"PreconditionFailed", "412"}
@@ -144,17 +148,16 @@ class S3Store:
     def _target(self, key: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._prefix + check_key(key)}
 
-    def _put_whole(self, target: dict[str, str], data: bytes, **condition: str) -> str:
+    def _put_whole(self, target: dict[str, str], data: bytes, **options: Any) -> str:
         response = self._client.put_object(
-            **target, Body=data, ContentMD5=_content_md5(data), **condition
+            **target, Body=data, ContentMD5=_content_md5(data), **options
         )
         return _bare(response["ETag"])
 
     def _put_parts(self, target: dict[str, str], data: bytes) -> str:
-        upload = {
-            **target,
-            "UploadId": self._client.create_multipart_upload(**target)["UploadId"],
-        }
+        mark = uuid.uuid4().hex
+        created = self._client.create_multipart_upload(**target, Metadata={_MARK: mark})
+        upload = {**target, "UploadId": created["UploadId"]}
 
         def send(number: int) -> dict[str, Any]:
             part = data[(number - 1) * PART_BYTES : number * PART_BYTES]
@@ -166,14 +169,15 @@ class S3Store:
         try:
             with concurrent.futures.ThreadPoolExecutor(_PART_THREADS) as pool:
                 parts = list(pool.map(send, range(1, -(-len(data) // PART_BYTES) + 1)))
-            response = self._client.complete_multipart_upload(
-                **upload, MultipartUpload={"Parts": parts}
-            )
+            self._client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts})
         except BaseException:
             # Parts of an upload that is neither completed nor aborted are billed for ever.
             self._abort(upload)
             raise
-        return _bare(response["ETag"])
+        # Ceph RGW 16 completes an upload with an empty etag in its answer.
+        found = self._client.head_object(**target)
+        is_ours = found["Metadata"].get(_MARK) == mark
+        return _bare(found["ETag"]) if is_ours else f"replaced-{mark}"
 
     def _abort(self, upload: dict[str, str]) -> None:
         try:
@@ -188,15 +192,16 @@ class S3Store:
                 f"{_MAX_SINGLE_PUT_BYTES} fit into the single request that this needs"
             )
         target = self._target(key)
+        mark = uuid.uuid4().hex
         attempt = 1
         while True:
             try:
-                self._put_whole(target, data, **condition)
+                self._put_whole(target, data, Metadata={_MARK: mark}, **condition)
                 return True
             except botocore.exceptions.ClientError as error:
                 code = _code(error)
                 if code in _FAILED_CONDITION:
-                    return self._landed_before(key, data, error)
+                    return self._landed_before(key, mark, error)
                 if code in _GONE and "IfMatch" in condition:
                     return False
                 if code not in _CONFLICT or attempt == _CONFLICT_ATTEMPTS:
@@ -207,18 +212,22 @@ class S3Store:
             time.sleep(0.025 * 2**attempt)
             attempt += 1
 
-    def _landed_before(self, key: str, data: bytes, error: Any) -> bool:
+    def _landed_before(self, key: str, mark: str, error: Any) -> bool:
         """Tell a lost race from the failure of our own second attempt.
 
-        When an attempt was stored but its answer was lost, the client's retry meets the object it
-        wrote itself and is refused. What is stored decides.
+        When an attempt was stored but its answer was lost or a server error (Ceph RGW 16 gives 500
+        to some of the writers in a race), the client's retry meets the object that it wrote itself
+        and is refused. The mark of the object that is stored tells whose it is; its bytes do not,
+        since another writer may have put the same.
         """
         if error.response.get("ResponseMetadata", {}).get("RetryAttempts", 0) == 0:
             return False
+        target = self._target(key)
         try:
-            return self.get(key) == data
+            found = self._call("look up", key, lambda: self._client.head_object(**target))
         except ObjectNotFoundError:
             return False
+        return found["Metadata"].get(_MARK) == mark
 
     def _call(self, action: str, key: str, request: Callable[[], ResultT]) -> ResultT:
         try:

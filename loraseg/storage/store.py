@@ -53,12 +53,7 @@ class ObjectStore(Protocol):
         ...
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Write the object unless the key is taken; of any number of racing writers one wins.
-
-        Writers that race with the same bytes may each be told that they won: after a broken
-        connection a store can only be asked what it holds. Put something unique into the bytes
-        where the winner matters rather than the content.
-        """
+        """Write the object unless the key is taken; of any number of racing writers one wins."""
         ...
 
     def put_if_match(self, key: str, data: bytes, etag: str) -> bool:

@@ -1,0 +1,83 @@
+"""S3 servers for all integration tests.
+
+``s3_env``: a fresh bucket on moto, which needs nothing and forgets everything.
+``durable_env``: a fresh bucket on the durable server that LORASEG_TEST_S3_ENDPOINT names (with
+LORASEG_TEST_S3_ACCESS_KEY and _SECRET_KEY, or the usual AWS variables); skipped without it.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.integration.s3_endpoint import S3Endpoint, S3Space
+
+_AWS_SETTINGS = (
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_PROFILE",
+    "AWS_SESSION_TOKEN",
+    "AWS_MAX_ATTEMPTS",
+    "AWS_RETRY_MODE",
+)
+# A process of its own: moto patches nothing here, and Ray workers can reach it.
+_SERVE_MOTO = """
+import sys
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="session")
+def moto_endpoint():
+    """A moto server on a free port. It checks no credentials and keeps everything in memory."""
+    with subprocess.Popen(
+        [sys.executable, "-c", _SERVE_MOTO],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as server:
+        port = server.stdout.readline().strip()
+        assert port.isdigit(), "moto did not start; run `python -m moto.server` to see why"
+        yield S3Endpoint(f"http://127.0.0.1:{port}", "testing", "testing")
+        server.kill()
+
+
+@pytest.fixture(scope="session")
+def durable_endpoint():
+    """The durable server that the environment names."""
+    url = os.environ.get("LORASEG_TEST_S3_ENDPOINT")
+    if not url:
+        pytest.skip(
+            "no durable S3 server: set LORASEG_TEST_S3_ENDPOINT, or run .ci/durable_tests.sh"
+        )
+    return S3Endpoint(
+        url,
+        os.environ.get("LORASEG_TEST_S3_ACCESS_KEY") or os.environ["AWS_ACCESS_KEY_ID"],
+        os.environ.get("LORASEG_TEST_S3_SECRET_KEY") or os.environ["AWS_SECRET_ACCESS_KEY"],
+        os.environ.get("LORASEG_TEST_S3_RESTART"),
+    )
+
+
+@pytest.fixture
+def s3_env(moto_endpoint, monkeypatch):
+    """A fresh bucket on moto, with the environment set to reach it."""
+    return _space(moto_endpoint, monkeypatch)
+
+
+@pytest.fixture
+def durable_env(durable_endpoint, monkeypatch):
+    """A fresh bucket on the durable server, with the environment set to reach it."""
+    return _space(durable_endpoint, monkeypatch)
+
+
+def _space(endpoint, monkeypatch):
+    for name in _AWS_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in endpoint.environment.items():
+        monkeypatch.setenv(name, value)
+    return S3Space(endpoint, endpoint.create_bucket())
