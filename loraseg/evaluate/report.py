@@ -27,7 +27,7 @@ __all__ = ["render_report"]
 
 _ABSENT = "\N{EN DASH}"
 _MINUS = "\N{MINUS SIGN}"
-_ON_HEAT = 0.55  # above this shade, text is printed in the colour made for dark ground
+_ON_HEAT = 0.72  # from here the colour made for full shades reads better, on light and dark pages
 
 
 def render_report(report: Report) -> str:

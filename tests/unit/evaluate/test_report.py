@@ -1,0 +1,298 @@
+import base64
+import io
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from loraseg.data.labels import LabelSpace
+from loraseg.errors import ConfigError, DatasetError
+from loraseg.evaluate.report import render_report
+from loraseg.evaluate.report_data import (
+    Example,
+    HeatTable,
+    MethodRow,
+    Prediction,
+    Report,
+    Retrieval,
+    ScoreTable,
+    Tile,
+    WeightMatrix,
+)
+
+SPACE = LabelSpace(("road", "sky", "car"))
+MINUS = "\N{MINUS SIGN}"
+DASH = "\N{EN DASH}"
+VOID = {"meta", "link", "img", "br", "hr"}
+
+
+class Page(HTMLParser):
+    """The page as rows of cell texts, attributes of all tags, and a check that tags nest."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.rows, self.bold, self.text, self._open = [], [], [], "", []
+        self.feed(text)
+        self.close()
+        assert not self._open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+        if "b" in self._open:
+            self.bold.append(data)
+        if self.rows and {"td", "th"} & set(self._open):
+            self.rows[-1][-1] = " ".join((self.rows[-1][-1] + " " + data).split())
+
+    def row(self, name):
+        return next(row for row in self.rows if row and row[0].startswith(name))
+
+    def attributes(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def scores(**changes):
+    values = {
+        "title": "Leave one out",
+        "domains": ("fog", "night"),
+        "rows": (
+            MethodRow(name="zero-shot", scores=(0.40, 0.301), hmean=0.343),
+            MethodRow(name="uniform", scores=(0.50, 0.2999), hmean=0.375),
+            MethodRow(name="ours", scores=(0.4996, None), hmean=math.nan, note="per image"),
+            MethodRow(name="oracle", scores=(0.7, 0.6), hmean=0.646, is_bound=True),
+        ),
+        "baseline": "zero-shot",
+    }
+    return ScoreTable(**{**values, **changes})
+
+
+def example(size=(20, 30), **changes):
+    generator = np.random.default_rng(0)
+    labels = generator.choice(np.array([0, 1, 255], np.uint8), size)
+    values = {
+        "title": "fog, image 1",
+        "image": generator.integers(0, 256, (*size, 3), dtype=np.uint8),
+        "label_space": SPACE,
+        "predictions": (
+            Prediction(title="truth", labels=labels),
+            Prediction(title="ours", labels=np.zeros(size, np.uint8), score=0.5),
+        ),
+        "retrieved": (
+            Retrieval(adapter="rain", weight=0.75, distance=4.5),
+            Retrieval(adapter="snow", weight=0.25),
+        ),
+    }
+    return Example(**{**values, **changes})
+
+
+def report(**changes):
+    values = {"title": "A report", "summary": "It went well.", "scores": scores()}
+    return Report(**{**values, **changes})
+
+
+def full():
+    return report(
+        tiles=(Tile(label="h-mean", value="54.2", note="3 seeds"),),
+        more_scores=(scores(title="Ablation", baseline=""),),
+        weights=WeightMatrix(
+            targets=("fog", "night"),
+            adapters=("fog", "night", "rain"),
+            weights=((None, 0.25, 0.75), (1.0, None, 0.0)),
+        ),
+        heat_tables=(
+            HeatTable(
+                title="IoU by class",
+                rows=("fog", "night"),
+                columns=("road", "sky"),
+                values=((0.8, math.nan), (0.05, None)),
+            ),
+            HeatTable(
+                title="Gain",
+                rows=("fog",),
+                columns=("road", "sky", "car"),
+                values=((-0.2, 0.1, 0.00001),),
+                signed=True,
+            ),
+        ),
+        examples=(example(),),
+        settings={"k": 5, "recipe": {"rank": 8, "targets": ["q", "v"]}, "empty": {}},
+        provenance={"code revision": "abc"},
+        notes=("A note.",),
+    )
+
+
+def test_scores_are_printed_with_differences_and_the_best_in_bold():
+    page = Page(render_report(report()))
+    assert page.row("zero-shot") == ["zero-shot", "34.3", "40.0", "30.1"]
+    assert page.row("uniform") == ["uniform", "37.5 +3.2", "50.0 +10.0", f"30.0 {MINUS}0.1"]
+    assert page.row("ours") == ["ours per image", DASH, "50.0 +10.0", DASH]
+    # Equal as printed is equally good; the oracle is a bound and wins nothing.
+    assert page.bold == ["30.1", "37.5", "50.0", "50.0"]
+
+
+def test_spreads_are_printed_beside_their_scores():
+    rows = (MethodRow(name="ours", scores=(0.5, 0.4), hmean=0.44, spreads=(0.012, None)),)
+    page = Page(render_report(report(scores=scores(rows=rows, baseline=""))))
+    assert page.row("ours") == ["ours", "44.0", "50.0 ± 1.2", "40.0"]
+    assert "standard deviation over seeds" in page.text
+
+
+def test_heat_tables_and_weights_show_their_numbers():
+    page = Page(render_report(full()))
+    assert ["fog", "80.0", DASH] in page.rows
+    assert ["night", "5.0", DASH] in page.rows
+    assert ["fog", f"{MINUS}20.0", "+10.0", "0.0"] in page.rows
+    assert ["fog", DASH, ".25", ".75"] in page.rows
+    assert ["night", "1.00", DASH, ".00"] in page.rows
+
+
+def test_shades_follow_the_values():
+    html = render_report(full())
+    shares = [float(value) for value in re.findall(r"--share: ([\d.]+)%", html)]
+    assert shares == [80.0, 0.0, 5.0, 0.0, 100.0, 50.0, 0.0]
+    opacities = [float(value) for value in re.findall(r'fill-opacity="([\d.]+)"', html)]
+    assert opacities == [0.25, 0.75, 1.0]
+
+
+def test_page_loads_nothing_and_runs_nothing():
+    html = render_report(full())
+    page = Page(html)
+    assert not page.attributes("script")
+    sources = [a.get("src") or a.get("href") for _, a in page.tags if "src" in a or "href" in a]
+    assert sources
+    assert all(source.startswith(("data:", "#")) for source in sources)
+    assert "url(" not in html
+    assert "@import" not in html
+    assert re.findall(r"https?://[^\s\"'<]+", html) == ["http://www.w3.org/2000/svg"]
+
+
+def test_links_and_references_lead_somewhere():
+    page = Page(render_report(full()))
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    named = [a["href"][1:] for a in page.attributes("a")]
+    named += [a["aria-describedby"] for a in page.attributes("table") if "aria-describedby" in a]
+    named += [a["aria-labelledby"] for a in page.attributes("svg")]
+    assert set(named) <= set(ids)
+    assert len(page.attributes("h1")) == 1
+
+
+def test_everything_is_escaped():
+    evil = "<script>alert(1)</script>\"'&"
+    page = Page(
+        render_report(
+            report(
+                title=evil,
+                summary=evil,
+                scores=scores(title=evil, domains=(evil, "night"), note=evil),
+                examples=(example(title=evil, note=evil),),
+                heat_tables=(
+                    HeatTable(title=evil, rows=(evil,), columns=(evil,), values=((0.5,),)),
+                ),
+                weights=WeightMatrix(targets=(evil,), adapters=(evil,), weights=((1.0,),)),
+                settings={evil: evil},
+                provenance={evil: evil},
+                notes=(evil,),
+            )
+        )
+    )
+    assert not page.attributes("script")
+    assert page.text.count("<script>alert(1)</script>") >= 15
+
+
+def test_example_pictures_are_the_pixels():
+    shown = example()
+    page = Page(render_report(report(examples=(shown,))))
+    pictures = page.attributes("img")
+    assert [picture["alt"] for picture in pictures] == [
+        "fog, image 1: the image",
+        "fog, image 1: label map of truth",
+        "fog, image 1: label map of ours",
+    ]
+    decoded = [
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(picture["src"].partition(",")[2]))))
+        for picture in pictures
+    ]
+    np.testing.assert_array_equal(decoded[0], shown.image)
+    np.testing.assert_array_equal(decoded[1], shown.predictions[0].labels)
+    np.testing.assert_array_equal(decoded[2], shown.predictions[1].labels)
+    assert "mIoU 50.0" in page.text
+    assert page.row("rain") == ["rain", "", "0.750", "4.500"]
+    assert page.row("snow") == ["snow", "", "0.250", DASH]
+    assert re.findall(r"road|sky|car|not labelled", page.text.partition("Examples")[2])[:3] == [
+        "road",
+        "sky",
+        "not labelled",
+    ]
+
+
+def test_large_pictures_are_shrunk_and_keep_their_ids():
+    page = Page(render_report(report(examples=(example(size=(900, 1200)),))))
+    for picture in page.attributes("img"):
+        assert (picture["width"], picture["height"]) == ("480", "360")
+    assert picture["src"].startswith("data:image/png")
+    assert page.attributes("img")[0]["src"].startswith("data:image/jpeg")
+
+
+def test_settings_are_flattened():
+    page = Page(render_report(full()))
+    assert ["k", "5"] in page.rows
+    assert ["recipe.rank", "8"] in page.rows
+    assert ["recipe.targets", "q, v"] in page.rows
+    assert ["empty", "{}"] in page.rows
+    assert ["code revision", "abc"] in page.rows
+
+
+def test_the_same_report_gives_the_same_bytes():
+    assert render_report(full()) == render_report(full())
+
+
+def test_smallest_report():
+    table = ScoreTable(title="t", domains=(), rows=())
+    assert "A report" in render_report(report(scores=table))
+
+
+@pytest.mark.parametrize(
+    ("build", "match"),
+    [
+        (lambda: scores(domains=("fog",)), r"scores of 'zero-shot': got 2 values, expected 1"),
+        (lambda: scores(baseline="base"), r"baseline 'base' not in \['zero-shot'"),
+        (
+            lambda: WeightMatrix(targets=("a",), adapters=("b",), weights=((0.5, 0.5),)),
+            r"weight matrix, row 'a': got 2 values, expected 1",
+        ),
+        (
+            lambda: HeatTable(title="t", rows=("a",), columns=("b",), values=()),
+            r"heat table 't': got 0 values, expected 1",
+        ),
+    ],
+)
+def test_mismatched_tables_are_refused(build, match):
+    with pytest.raises(ConfigError, match=match):
+        build()
+
+
+def test_mismatched_label_maps_are_refused():
+    wrong = Prediction(title="ours", labels=np.zeros((3, 3), np.uint8))
+    with pytest.raises(DatasetError, match=r"map 'ours' of \(3, 3\) for an image of \(20, 30\)"):
+        render_report(report(examples=(example(predictions=(wrong,)),)))
+    wrong = Prediction(title="ours", labels=np.full((20, 30), 9, np.uint8))
+    with pytest.raises(DatasetError, match=r"ids \[9\] outside the class list"):
+        render_report(report(examples=(example(predictions=(wrong,)),)))
