@@ -1,0 +1,222 @@
+import dataclasses
+import math
+import shutil
+
+import numpy as np
+import peft
+import pytest
+import torch
+from PIL import Image
+
+from loraseg.adapters import load_adapter
+from loraseg.adapters.peft_io import CONFIG_FILE, WEIGHTS_FILE
+from loraseg.backbones.clip import load_clip
+from loraseg.data import DatasetFolder
+from loraseg.errors import ConfigError, DatasetError, StageError
+from loraseg.library import Library
+from loraseg.segment.base import load_base
+from loraseg.segment.predictor import Predictor
+from loraseg.storage import open_store
+from loraseg.train.recipes import named_recipe
+from loraseg.train.tasks import plan, run_task
+from tests.unit.train.tiny_files import RECIPE, tiny_task
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(step):
+    def report(progress):
+        if progress.phase == "train" and progress.step == step:
+            raise Killed
+
+    return report
+
+
+def published(task):
+    return Library(open_store(task.library)).load(task.name)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """One finished task, shared by the tests that only look at it."""
+    task = tiny_task(tmp_path_factory.mktemp("done"))
+    reports = []
+    return task, run_task(task, reports.append), reports
+
+
+def test_publishes_an_adapter_with_a_full_card(done):
+    task, result, _ = done
+    files, card = published(task)
+    dataset = DatasetFolder.open(task.data)
+    assert load_adapter(files).digest == result.digest
+    assert (result.name, result.version, result.skipped) == ("fog", 1, False)
+    assert card.label_space == ("sky", "road", "car")
+    assert card.base.digest == load_base(task.base).digest
+    assert card.base.name == "base.safetensors"
+    assert (card.training.images, card.training.digest) == (
+        4,
+        dataset.digest(dataset.samples("train")),
+    )
+    assert card.recipe["rank"] == 2
+    assert card.recipe["loop"]["steps"] == 6
+    assert card.recipe["task_digest"] == plan(task).digest
+    assert set(card.metrics) == {"miou", "miou_base"} == set(result.metrics)
+    assert card.code_revision
+
+
+def test_the_centroid_is_the_mean_of_the_training_images(done):
+    task, _, _ = done
+    (centroid,) = published(task)[1].centroids
+    dataset = DatasetFolder.open(task.data)
+    images = [dataset.load(sample)[0] for sample in dataset.samples("train")]
+    clip = load_clip(task.encoder)
+    expected = clip.encode_images(images).astype(np.float64).mean(axis=0)
+    np.testing.assert_allclose(centroid.vector, expected, rtol=0, atol=1e-7)
+    assert (centroid.encoder_id, centroid.normalised, centroid.count) == (clip.encoder_id, False, 4)
+
+
+def test_reports_every_step_and_phase(done):
+    _, _, reports = done
+    assert [p.phase for p in reports] == ["evaluate", *["train"] * 6, "evaluate", "publish"]
+    assert [p.step for p in reports if p.phase == "train"] == [1, 2, 3, 4, 5, 6]
+    assert all(p.steps == 6 and p.name == "fog" for p in reports)
+    assert all(math.isfinite(p.loss) and p.images_per_s > 0 for p in reports[1:7])
+
+
+def test_the_score_is_that_of_the_published_adapter(done):
+    task, result, _ = done
+    files, _ = published(task)
+    dataset = DatasetFolder.open(task.data)
+    for mix, name in ((None, "miou_base"), (load_adapter(files), "miou")):
+        hits, unions = np.zeros(3), np.zeros(3)
+        images, masks = zip(*map(dataset.load, dataset.samples("val")), strict=True)
+        predictor = Predictor(load_base(task.base))
+        for mask, scores in zip(
+            masks, predictor.predict(images, dataset.label_space.names, mix), strict=True
+        ):
+            label = scores.numpy().argmax(axis=0)
+            for c in range(3):
+                hits[c] += ((label == c) & (mask == c)).sum()
+                unions[c] += ((label == c) | (mask == c)).sum()
+        assert result.metrics[name] == pytest.approx((hits / unions).mean(), abs=1e-12)
+
+
+def test_stock_peft_gives_the_logits_of_the_slots(done, tmp_path):
+    task, _, _ = done
+    files, _ = published(task)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        (tmp_path / name).write_bytes(files[name])
+    ours, theirs = load_base(task.base), load_base(task.base)
+    image = np.random.default_rng(0).integers(0, 255, (20, 24, 3), dtype=np.uint8)
+    expected = Predictor(ours).predict([image], ["road", "car"], load_adapter(files))[0]
+    peft.PeftModel.from_pretrained(theirs.model, tmp_path)
+    plain = Predictor(theirs).predict([image], ["road", "car"])[0]
+    torch.testing.assert_close(plain, expected, rtol=1e-5, atol=1e-5)
+    assert (expected - Predictor(ours).predict([image], ["road", "car"])[0]).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("kills", [(1,), (3, 5)])
+def test_ends_in_the_same_bytes_whatever_kills_it(done, tmp_path, kills):
+    task = tiny_task(tmp_path)
+    for step in kills:
+        with pytest.raises(Killed):
+            run_task(task, kill_at(step))
+    result = run_task(task)
+    assert result.resumed_from_step == max(kills) // 2 * 2
+    assert result.digest == done[1].digest
+    assert published(task)[0] == published(done[0])[0]
+    assert list(open_store(task.checkpoints).list()) == []
+
+
+def test_is_skipped_when_done_and_run_again_when_anything_changed(tmp_path):
+    task = tiny_task(tmp_path)
+    assert not plan(task).published
+    first = run_task(task)
+    again = run_task(task, kill_at(1))
+    assert (again.skipped, again.version, again.digest) == (True, 1, first.digest)
+    assert again.metrics == first.metrics
+    assert plan(task).published
+    often = named_recipe("miniature", {**RECIPE, "loop": {**RECIPE["loop"], "checkpoint_every": 1}})
+    assert plan(dataclasses.replace(task, recipe=often)).published
+    rank = named_recipe("miniature", {**RECIPE, "rank": 3})
+    for change in ({"seed": 1}, {"recipe": rank}, {"images": 2}):
+        assert not plan(dataclasses.replace(task, **change)).published
+    other = run_task(dataclasses.replace(task, seed=1))
+    assert (other.version, other.skipped) == (2, False)
+    assert run_task(task).version == 1
+
+
+def test_a_changed_config_never_resumes_a_stale_run(tmp_path):
+    task = tiny_task(tmp_path)
+    with pytest.raises(Killed):
+        run_task(task, kill_at(5))
+    assert run_task(dataclasses.replace(task, seed=1)).resumed_from_step == 0
+
+
+def test_a_plan_says_what_will_be_done(tmp_path):
+    task = tiny_task(tmp_path, images=3)
+    todo = plan(task)
+    # 3 CLIP blocks of width 16 and one aggregator layer, r = 2: see methods B.1 for the list.
+    clip = 3 * (3 * (16 + 16) + 2 * (16 + 64))
+    swin = 2 * (2 * (16 + 8 + 16) + 2 * (16 + 16) + 2 * (16 + 64))
+    attention = 2 * (16 + 8 + 16) + (16 + 16) + 2 * (16 + 64)
+    assert todo.parameters == 2 * (clip + swin + attention)
+    assert (todo.name, todo.images, todo.steps) == ("fog", 3, 6)
+
+
+def test_without_a_validation_split_there_are_no_metrics(tmp_path):
+    task = tiny_task(tmp_path)
+    shutil.rmtree(tmp_path / "fog" / "images" / "val")
+    assert run_task(task).metrics == {}
+
+
+def test_all_ignored_masks_are_refused(tmp_path):
+    task = tiny_task(tmp_path)
+    for path in (tmp_path / "fog" / "masks" / "train").iterdir():
+        Image.fromarray(np.full((64, 64), 255, np.uint8)).save(path)
+    with pytest.raises(DatasetError, match="no labelled pixel in any of 4 masks"):
+        run_task(task)
+
+
+def test_single_ignored_masks_are_skipped_and_counted(tmp_path):
+    task = tiny_task(tmp_path, recipe={**RECIPE, "batch_size": 1})
+    path = tmp_path / "fog" / "masks" / "train" / "0.png"
+    Image.fromarray(np.full((64, 64), 255, np.uint8)).save(path)
+    run_task(task)
+    # Six batches of one image each: the first round of four holds the empty one once.
+    assert published(task)[1].recipe["skipped_batches"] in (1, 2)
+
+
+def test_unlabelled_and_broken_data_are_refused(tmp_path):
+    task = tiny_task(tmp_path)
+    (tmp_path / "fog" / "images" / "train" / "1.png").write_bytes(b"not an image")
+    with pytest.raises(DatasetError, match=r"1\.png"):
+        run_task(task)
+    shutil.rmtree(tmp_path / "fog" / "masks" / "train")
+    with pytest.raises(DatasetError, match="4 without a mask"):
+        run_task(task)
+
+
+def test_bad_images_are_left_out_on_request(tmp_path):
+    task = tiny_task(tmp_path, skip_bad=True)
+    (tmp_path / "fog" / "images" / "train" / "1.png").write_bytes(b"not an image")
+    assert plan(task).images == 3
+    assert run_task(task).version == 1
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
+    task = tiny_task(tmp_path, recipe={**RECIPE, "learning_rate": 1e38, "alpha": 1e8})
+    with pytest.raises(StageError, match=r"step [0-9]+: the (loss|gradient norm) is"):
+        run_task(task)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"name": "../x"}, "name: "), ({"name": "A"}, "name: "), ({"images": 0}, "images: got 0")],
+)
+def test_refuses_a_task_that_cannot_be(tmp_path, changes, reason):
+    task = tiny_task(tmp_path)
+    with pytest.raises(ConfigError, match=reason):
+        dataclasses.replace(task, **changes)
