@@ -151,11 +151,11 @@ class LocalStore:
         temporary = path.parent / f"{RESERVED_PREFIX}tmp-{uuid.uuid4().hex}"
         try:
             _make_folder(path.parent)
-            with temporary.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
             try:
+                with temporary.open("xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
                 yield temporary
             finally:
                 temporary.unlink(missing_ok=True)

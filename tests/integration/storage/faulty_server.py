@@ -1,0 +1,101 @@
+"""A tiny S3 server whose answers can be made to fail, one scripted fault a request."""
+
+import base64
+import contextlib
+import hashlib
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class FaultyServer:
+    """Keeps objects in ``objects`` (path -> (bytes, metadata)); takes a fault from ``faults``.
+
+    Faults: a status code is answered before anything is done; "drop" closes the connection before,
+    "lose" after the work was done, so that only the answer is lost; "cut" sends half a body.
+    """
+
+    def __init__(self):
+        self.objects = {}
+        self.faults = []
+        self.seen = []
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self):
+                owner._serve(self)
+
+            do_PUT = do_HEAD = do_DELETE = do_GET
+
+            def log_message(self, *_):
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    @contextlib.contextmanager
+    def running(self):
+        thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            yield self
+        finally:
+            self._server.shutdown()
+            thread.join()
+            self._server.server_close()
+
+    def _serve(self, request):
+        body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
+        self.seen.append(request)
+        fault = self.faults.pop(0) if self.faults else None
+        if fault == "drop":
+            request.close_connection = True
+            return
+        if isinstance(fault, int):
+            status, answer, headers = fault, _error("SlowDown"), {}
+        else:
+            status, answer, headers = self._work(request, body)
+        if fault == "lose":
+            request.close_connection = True
+            return
+        request.send_response(status)
+        for name, value in headers.items():
+            request.send_header(name, value)
+        request.send_header("Content-Length", str(len(answer)))
+        request.end_headers()
+        if fault == "cut":
+            request.wfile.write(answer[: len(answer) // 2])
+            request.close_connection = True
+        elif request.command != "HEAD":
+            request.wfile.write(answer)
+
+    def _work(self, request, body):
+        data, metadata = self.objects.get(request.path, (None, {}))
+        if request.command == "PUT":
+            return self._put(request, body, data)
+        if data is None:
+            return 404, _error("NoSuchKey"), {}
+        return 200, data, {"ETag": _etag(data), **metadata}
+
+    def _put(self, request, body, data):
+        claimed = request.headers["Content-MD5"]
+        if claimed != base64.b64encode(hashlib.md5(body).digest()).decode():
+            return 400, _error("BadDigest"), {}
+        expected = request.headers.get("If-Match")
+        if request.headers.get("If-None-Match") == "*" and data is not None:
+            return 412, _error("PreconditionFailed"), {}
+        if expected is not None and (data is None or expected != _etag(data).strip('"')):
+            return 412, _error("PreconditionFailed"), {}
+        metadata = {k: v for k, v in request.headers.items() if k.lower().startswith("x-amz-meta")}
+        self.objects[request.path] = (body, metadata)
+        return 200, b"", {"ETag": _etag(body)}
+
+
+def _etag(data):
+    return f'"{hashlib.md5(data).hexdigest()}"'
+
+
+def _error(code):
+    return f"<Error><Code>{code}</Code><Message>scripted</Message></Error>".encode()
