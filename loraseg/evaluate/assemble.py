@@ -1,7 +1,7 @@
 """Bring base, encoder and library together: what it takes to segment adaptively."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +14,6 @@ from loraseg.library.catalog import Library
 from loraseg.library.retrieve import Retriever
 from loraseg.library.snapshot import Entry
 from loraseg.segment.base import SegmentationBase, load_base
-from loraseg.segment.catseg.model import CATSeg
 from loraseg.segment.pool import AdapterCache, AdapterPool
 from loraseg.storage import open_store
 from loraseg.tensor_types import Float, ndarray
@@ -97,7 +96,9 @@ def equip(wanted: Wanted) -> Equipment:
         Retriever(fitting, encoder_id=encoder.encoder_id) if fitting else None,
         _vacancy(library.uri, published, base),
     )
-    return Equipment(_with_attention(base, kind), encoder, pool, generation)
+    if base.model.config.clip_attention_lora != kind:
+        base = load_base(wanted.base, clip_attention_lora=kind)
+    return Equipment(base, encoder, pool, generation)
 
 
 def _vacancy(uri: str, published: Sequence[Entry], base: SegmentationBase) -> str:
@@ -131,12 +132,3 @@ def _trained_kind(entries: Sequence[Entry]) -> Literal["active", "inert"]:
             "set clip_attention_lora to one of them"
         )
     return "inert" if kinds == {"inert"} else "active"
-
-
-def _with_attention(base: SegmentationBase, kind: Literal["active", "inert"]) -> SegmentationBase:
-    config = base.model.config
-    if config.clip_attention_lora == kind:
-        return base
-    model = CATSeg(replace(config, clip_attention_lora=kind))
-    model.load_state_dict(base.model.state_dict())
-    return replace(base, model=model.eval().requires_grad_(False))

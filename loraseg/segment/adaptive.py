@@ -5,13 +5,14 @@ The method is SemLA's (methods B.4 and B.5).
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from loraseg.adapters.adapter import Mix
 from loraseg.errors import AdapterMismatchError, ConfigError
 from loraseg.fuse.concat import fuse
+from loraseg.segment.base import check_classes
 from loraseg.segment.pool import AdapterPool, EntryLike
 from loraseg.segment.predictor import Predictor
 from loraseg.tensor_types import ndarray
@@ -109,10 +110,13 @@ class Segmentation:
     scores: ndarray | None = None
 
 
+@runtime_checkable
 class ImageEncoder(Protocol):
     """The encoder that the centroids of the library were made with."""
 
-    def encode_images(self, images: Sequence[ndarray]) -> ndarray: ...
+    def encode_images(self, images: Sequence[ndarray]) -> ndarray:
+        """Return embeddings (n, d) of uint8 RGB images, not normalised."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,9 +163,9 @@ class AdaptiveSegmenter:
 
         Raises:
             AdapterMismatchError: A chosen adapter was trained on another base.
-            ConfigError: No class is named, or one twice.
+            ConfigError: No class is named, one is blank, or one twice.
         """
-        _check_classes(classes)
+        check_classes(classes)
         chosen = self._choose(images, exclude)
         mixes = [self._fuse(parts) for parts in chosen]
         # Images with the same mix share one forward pass.
@@ -235,9 +239,3 @@ def label_map(scores: Any) -> ndarray:
     kind = np.uint8 if scores.shape[0] <= 255 else np.int32
     # numpy's argmax names the first of equal values; torch leaves the choice open.
     return scores.cpu().numpy().argmax(axis=0).astype(kind)
-
-
-def _check_classes(classes: Sequence[str]) -> None:
-    doubled = sorted({name for name in classes if list(classes).count(name) > 1})
-    if not classes or doubled:
-        raise ConfigError(f"classes: expected distinct names, at least one; got {list(classes)}")

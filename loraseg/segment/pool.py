@@ -7,13 +7,14 @@ that a store, a cache shared by a cluster or a list in a test can stand behind t
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from loraseg.adapters.adapter import Adapter
 
 __all__ = ["AdapterCache", "AdapterPool", "EntryLike", "Neighbour", "Retriever"]
 
 
+@runtime_checkable
 class EntryLike(Protocol):
     """What names one published adapter."""
 
@@ -33,6 +34,7 @@ class EntryLike(Protocol):
         ...
 
 
+@runtime_checkable
 class Neighbour(Protocol):
     """One retrieved adapter."""
 
@@ -52,6 +54,7 @@ class Neighbour(Protocol):
         ...
 
 
+@runtime_checkable
 class Retriever(Protocol):
     """Finds the adapters nearest to an image embedding, nearest first, weights summing to one."""
 

@@ -1,0 +1,197 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from loraseg.backbones.clip import load_clip
+from loraseg.errors import AdapterMismatchError, AdapterNotFoundError, ConfigError
+from loraseg.evaluate.assemble import Wanted, equip
+from loraseg.evaluate.leave_one_out import Scoring
+from loraseg.evaluate.output import write_results
+from loraseg.evaluate.run import Domain, EvaluationConfig, Work, _equip_once, evaluate
+from loraseg.evaluate.tuning import Grid, Setting
+from loraseg.library import Library
+from loraseg.segment.base import load_base
+from loraseg.storage import open_store
+from tests.unit.tiny import (
+    DOMAINS,
+    ColorEncoder,
+    domain_images,
+    publish,
+    write_domain,
+    write_models,
+)
+
+FAMILIES = {"day": "bright", "fog": "bright", "night": "dark", "dusk": "dark"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return write_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def base(models):
+    return load_base(models[0])
+
+
+@pytest.fixture(scope="module")
+def encoder(models):
+    return load_clip(models[1])
+
+
+@pytest.fixture
+def config(tmp_path, models, base, encoder):
+    publish(tmp_path / "library", base, encoder)
+    domains = tuple(
+        Domain(name=name, data=str(write_domain(tmp_path / name, name)), family=FAMILIES[name])
+        for name in DOMAINS
+    )
+    return EvaluationConfig(
+        library=str(tmp_path / "library"),
+        base=models[0],
+        encoder=models[1],
+        output=str(tmp_path / "out"),
+        domains=domains,
+        grid=Grid(k=(1, 3), temperature=(0.3,)),
+        scoring=Scoring(late=False),
+        lonely=("dusk",),
+    )
+
+
+def test_scores_every_domain_with_settings_from_the_other_fold(config):
+    results = evaluate(config)
+    folds, miou = results.tuning["folds"], results.tuning["miou"]
+    assert [target.name for target in results.targets] == list(DOMAINS)
+    assert folds["day"] == folds["fog"] != folds["night"] == folds["dusk"]
+    for target in results.targets:
+        others = [name for name in DOMAINS if folds[name] != folds[target.name]]
+        means = [len(others) / sum(1 / miou[name][i] for name in others) for i in range(2)]
+        assert target.setting.k == (1, 3)[means.index(max(means))]
+        assert set(target.methods) == {"zero_shot", "uniform", "semla", "oracle"}
+
+
+def test_the_same_inputs_give_the_same_bytes_whatever_the_spread(config, base):
+    def backwards(function, works):
+        return [function(work) for work in works[::-1]][::-1]
+
+    first = evaluate(config)
+    _equip_once.cache_clear()
+    second = evaluate(config, backwards)
+    assert first.to_json() == second.to_json()
+    content = json.loads(first.to_json())
+    assert content["config"]["domains"][0]["name"] == "day"
+    assert content["library_generation"] == 4
+    assert content["base"]["digest"] == base.digest
+    assert len(content["adapters"]["day"]["digest"]) == 64
+    page = write_results(first, config.output).read_text()
+    assert "night" in page
+
+
+def test_given_settings_skip_the_grid(config):
+    results = evaluate(replace(config, k=2, temperature=0.5))
+    assert results.tuning == {}
+    assert {target.setting for target in results.targets} == {Setting(k=2, temperature=0.5)}
+
+
+def test_work_is_pinned_to_a_generation_and_knows_no_working_folder(
+    config, base, encoder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    relative = replace(
+        config,
+        library="library",
+        domains=tuple(replace(domain, data=domain.name) for domain in config.domains),
+    )
+    seen = []
+
+    def watching(function, works):
+        seen.extend(works)
+        publish(tmp_path / "library", base, encoder, names=("day",), parents=("ef" * 32,))
+        monkeypatch.chdir("/")
+        return [function(work) for work in works]
+
+    evaluate(replace(relative, k=1, temperature=1.0), watching)
+    assert {work.generation for work in seen} == {4}
+    assert all(isinstance(work, Work) for work in seen)
+    assert seen[0].config.library == str(tmp_path / "library")
+
+
+def wanted(models, uri, **options):
+    return Wanted(library=str(uri), base=models[0], encoder=models[1], **options)
+
+
+def test_distances_are_those_to_the_centroids(config, models, encoder):
+    equipment = equip(wanted(models, config.library))
+    images = list(domain_images("fog", 4))
+    distances = equipment.measure(images)
+    embeddings = encoder.encode_images(images).astype(np.float64)
+    for column, entry in enumerate(equipment.pool.entries):
+        [centroid] = entry.card.centroids
+        naive = ((embeddings - centroid.vector) ** 2).sum(axis=1) ** 0.5
+        assert distances[:, column] == pytest.approx(naive, abs=1e-12)
+    assert equipment.measure([]).shape == (0, 4)
+
+
+def test_adapters_of_other_bases_and_roles_are_left_out(config, models):
+    library = Library(open_store(config.library))
+    files, card = library.load("day")
+    library.publish("picture", files, replace(card, name="picture", role="generator"))
+    other = replace(card.base, digest="ff" * 32)
+    library.publish("other", files, replace(card, name="other", base=other))
+    names = [entry.name for entry in equip(wanted(models, config.library)).pool.entries]
+    assert names == ["day", "dusk", "fog", "night"]
+
+
+def test_says_why_no_adapter_fits(tmp_path, models, base, encoder):
+    assert "is empty" in equip(wanted(models, tmp_path)).pool.vacancy
+    other = replace(base, name="large", digest="ff" * 32)
+    publish(tmp_path, other, encoder, names=("day",))
+    pool = equip(wanted(models, tmp_path)).pool
+    assert pool.retriever is None
+    assert pool.vacancy.endswith("they are for large (ffffffffffff)")
+    assert f"({base.digest[:12]})" in pool.vacancy
+    assert equip(Wanted(library=None, base=models[0], encoder=models[1])).pool.entries == ()
+
+
+@pytest.mark.parametrize("kind", ["active", "inert"])
+def test_attention_follows_the_recipes(tmp_path, models, base, encoder, kind):
+    publish(tmp_path, base, encoder, recipe={"clip_attention_lora": kind})
+    for asked, expected in (("as_trained", kind), ("active", "active"), ("inert", "inert")):
+        equipment = equip(wanted(models, tmp_path, clip_attention_lora=asked))
+        assert equipment.base.model.config.clip_attention_lora == expected
+        assert equipment.base.digest == base.digest
+
+
+def test_attention_of_both_kinds_must_be_settled(tmp_path, models, base, encoder):
+    for name, kind in (("day", "active"), ("fog", "inert")):
+        publish(tmp_path, base, encoder, names=(name,), recipe={"clip_attention_lora": kind})
+    with pytest.raises(AdapterMismatchError, match="active and inert"):
+        equip(wanted(models, tmp_path))
+
+
+def test_adapters_of_another_encoder_are_refused(tmp_path, models, base):
+    publish(tmp_path, base, ColorEncoder())
+    with pytest.raises(AdapterMismatchError, match="no centroid of encoder"):
+        equip(wanted(models, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"domains": ()}, "at least one"),
+        ({"lonely": ("nowhere",)}, "nowhere not among"),
+        ({"k": 3}, "give both"),
+    ],
+)
+def test_config_is_checked(config, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        replace(config, **changes)
+    with pytest.raises(ConfigError, match="day named twice"):
+        replace(config, domains=config.domains[:1] * 2)
+
+
+def test_unknown_candidates_are_named(config):
+    with pytest.raises(AdapterNotFoundError, match=r"candidates nobody: .*day, dusk"):
+        evaluate(replace(config, candidates=("nobody", "day")))

@@ -1,0 +1,210 @@
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from loraseg.errors import AdapterMismatchError, ConfigError
+from loraseg.segment.adaptive import (
+    PRESETS,
+    AdaptiveSegmenter,
+    AdaptiveSettings,
+    label_map,
+    preset,
+)
+from loraseg.segment.pool import AdapterCache, AdapterPool
+from loraseg.segment.predictor import Predictor
+from tests.unit.tiny import (
+    CLASSES,
+    DOMAINS,
+    ColorEncoder,
+    domain_images,
+    merged_base,
+    random_adapter,
+    tiny_base,
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    name: str
+    digest: str
+    version: int = 1
+
+
+@dataclass(frozen=True)
+class Near:
+    entry: Entry
+    distance: float
+    weight: float
+
+
+class NaiveRetriever:
+    """Methods B.4 in plain Python."""
+
+    def __init__(self, entries, centroids):
+        self._known = list(zip(entries, centroids, strict=True))
+
+    def retrieve(self, embedding, k, temperature, exclude=()):
+        known = [(float(np.linalg.norm(embedding - c)), e) for e, c in self._known]
+        nearest = sorted((d, e.name, e) for d, e in known if e.name not in exclude)[:k]
+        total = sum(np.exp(1 / (d * temperature)) for d, _, _ in nearest)
+        return [Near(e, d, np.exp(1 / (d * temperature)) / total) for d, _, e in nearest]
+
+
+@pytest.fixture(scope="module")
+def base():
+    return tiny_base()
+
+
+@pytest.fixture(scope="module")
+def adapters(base):
+    return {name: random_adapter(base, name, seed) for seed, name in enumerate(DOMAINS)}
+
+
+@pytest.fixture
+def pool(adapters):
+    entries = [Entry(name, adapter.digest) for name, adapter in adapters.items()]
+    centroids = [np.array(color, dtype=np.float64) / 64 for color in DOMAINS.values()]
+    return AdapterPool(entries, lambda e: adapters[e.name], NaiveRetriever(entries, centroids))
+
+
+def images():
+    return [domain_images("day", 1)[0], domain_images("night", 1, size=(17, 30))[0]]
+
+
+def segmenter(base, pool, **settings):
+    return AdaptiveSegmenter(Predictor(base), ColorEncoder(), pool, AdaptiveSettings(**settings))
+
+
+@pytest.mark.parametrize("settings", [{"k": 3, "temperature": 0.6}, {"mode": "uniform"}])
+def test_equals_the_base_with_the_weighted_corrections_merged_in(base, adapters, pool, settings):
+    results = segmenter(base, pool, **settings).segment(images(), CLASSES, keep_scores=True)
+    for image, result in zip(images(), results, strict=True):
+        parts = [(adapters[used.name], used.weight) for used in result.explanation.adapters]
+        [dense] = Predictor(merged_base(base, parts)).predict([image], CLASSES, None)
+        [bare] = Predictor(base).predict([image], CLASSES, None)
+        assert result.scores.shape == (3, *image.shape[:2])
+        np.testing.assert_allclose(result.scores, dense.numpy(), rtol=0, atol=1e-5)
+        assert np.abs(result.scores - bare.numpy()).max() > 1e-2
+        assert (result.label_map == result.scores.argmax(axis=0)).all()
+
+
+def test_every_image_gets_its_own_mix_and_says_so(base, adapters, pool):
+    day, night = segmenter(base, pool, k=2, temperature=0.3).segment(images(), CLASSES)
+    assert [used.name for used in day.explanation.adapters] == ["day", "fog"]
+    assert [used.name for used in night.explanation.adapters] == ["night", "dusk"]
+    for result in (day, night):
+        used = result.explanation.adapters
+        assert sum(part.weight for part in used) == pytest.approx(1.0, abs=1e-12)
+        assert used[0].distance < used[1].distance
+        assert used[0].digest == adapters[used[0].name].digest
+    assert day.explanation.mix != night.explanation.mix
+    assert json.loads(json.dumps(day.explanation.to_json()))["adapters"][0]["name"] == "day"
+
+
+def test_batch_and_order_do_not_matter(base, pool):
+    both = segmenter(base, pool, k=2, temperature=0.3).segment(images(), CLASSES)
+    alone = [
+        segmenter(base, pool, k=2, temperature=0.3).segment([image], CLASSES)[0]
+        for image in images()
+    ]
+    for one, other in zip(both, alone, strict=True):
+        assert (one.label_map == other.label_map).all()
+        assert one.explanation == other.explanation
+
+
+def test_the_base_mode_uses_no_adapter(base, pool):
+    [result] = segmenter(base, pool, mode="base").segment(images()[:1], CLASSES)
+    [bare] = Predictor(base).predict(images()[:1], CLASSES, None)
+    assert (result.label_map == bare.numpy().argmax(axis=0)).all()
+    assert result.explanation.adapters == ()
+    assert result.explanation.fallback is None
+    assert result.explanation.mix is None
+
+
+@pytest.mark.parametrize("mode", ["fused", "uniform"])
+def test_falls_back_to_the_base_with_a_reason(base, pool, mode):
+    empty = AdapterPool((), pool.load, None, "the library is empty")
+    [result] = segmenter(base, empty, mode=mode).segment(images()[:1], CLASSES)
+    [bare] = Predictor(base).predict(images()[:1], CLASSES, None)
+    assert (result.label_map == bare.numpy().argmax(axis=0)).all()
+    assert result.explanation.fallback == "the library is empty"
+    [result] = segmenter(base, pool, mode=mode).segment(images()[:1], CLASSES, exclude=DOMAINS)
+    assert result.explanation.fallback == "every adapter was excluded"
+
+
+def test_excluded_adapters_are_not_used(base, pool):
+    results = segmenter(base, pool, k=9).segment(images(), CLASSES, exclude={"day", "dusk"})
+    for result in results:
+        assert {used.name for used in result.explanation.adapters} == {"fog", "night"}
+
+
+def test_refuses_an_adapter_of_another_base(base, pool):
+    other = random_adapter(merged_base(base, []), "day", 0)
+    wrong = AdapterPool(pool.entries, lambda entry: other, pool.retriever)
+    with pytest.raises(AdapterMismatchError, match="'day' was trained on base cdcd"):
+        segmenter(base, wrong, k=1).segment(images()[:1], CLASSES)
+
+
+@pytest.mark.parametrize("classes", [[], ["road", "car", "road"]])
+def test_refuses_class_lists_that_make_no_label_map(base, pool, classes):
+    with pytest.raises(ConfigError, match="classes: "):
+        segmenter(base, pool).segment(images(), classes)
+
+
+def test_no_images_give_no_results(base, pool):
+    assert segmenter(base, pool).segment([], CLASSES) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"k": 0}, "k: got 0"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"temperature": float("nan")}, "nan"),
+    ],
+)
+def test_settings_are_checked(values, message):
+    with pytest.raises(ConfigError, match=message):
+        AdaptiveSettings(**values)
+
+
+def test_presets():
+    assert (preset("ViT-L-14/openai").k, preset("ViT-L-14/openai").temperature) == (5, 0.05)
+    assert preset("miniature") is PRESETS["miniature"]
+
+
+def test_label_map_takes_the_first_of_equal_scores_and_grows_beyond_255_classes():
+    scores = torch.zeros(300, 2, 2)
+    scores[299, 0, 0] = 1
+    labels = label_map(scores)
+    assert labels.dtype == np.int32
+    assert labels.tolist() == [[299, 0], [0, 0]]
+    assert label_map(torch.ones(3, 2, 2)).dtype == np.uint8
+    assert label_map(torch.ones(3, 2, 2)).max() == 0
+
+
+def test_cache_keeps_the_latest_within_its_budget(adapters):
+    loaded = []
+
+    def load(entry):
+        loaded.append(entry.name)
+        return adapters[entry.name]
+
+    entries = {name: Entry(name, adapter.digest) for name, adapter in adapters.items()}
+    one = sum(p.down.nbytes + p.up.nbytes for p in adapters["day"].pairs.values())
+    cache = AdapterCache(load, limit_bytes=2 * one)
+    for name in ("day", "fog", "day", "night", "day", "fog"):
+        assert cache(entries[name]) is adapters[name]
+        assert cache.size_bytes <= 2 * one
+    assert loaded == ["day", "fog", "night", "fog"]
+    assert len(cache) == 2
+
+
+def test_cache_serves_an_adapter_larger_than_its_budget(adapters):
+    cache = AdapterCache(lambda entry: adapters[entry.name], limit_bytes=1)
+    for name in ("day", "fog"):
+        assert cache(Entry(name, adapters[name].digest)) is adapters[name]
+        assert len(cache) == 1
