@@ -4,6 +4,7 @@
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ __all__ = ["ClipEncoder", "Preprocessing", "Tokenizer", "load_clip", "word_token
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
+_NAMED = re.compile(r"(?P<model>[\w.-]+)=(?P<weights>.+)", re.DOTALL)
 
 
 @runtime_checkable
@@ -140,9 +142,9 @@ def load_clip(spec: str) -> ClipEncoder:
         ConfigError: The spec is of no known kind, or the file does not exist.
         IntegrityError: The weights do not fit the model that they are said to be.
     """
-    model_name, sign, weights = spec.partition("=")
-    if sign and "#" not in model_name:
-        return _from_weights(spec, model_name, resolve(weights))
+    named = _NAMED.fullmatch(spec)
+    if named is not None and not Path(spec).exists():
+        return _from_weights(spec, named["model"], resolve(named["weights"]))
     if _is_pair(spec):
         return _from_pair(spec, *spec.split("/"))
     return _from_own_file(resolve(spec, miniature="clip"))
@@ -163,13 +165,13 @@ def _from_own_file(source: WeightSource) -> ClipEncoder:
         config = json.loads(metadata["config"])
         text = config["text_cfg"]
         size = config["vision_cfg"]["image_size"]
-        mean, std = tuple(config.get("mean", _MEAN)), tuple(config.get("std", _STD))
+        mean, std = _floats(config.get("mean", _MEAN)), _floats(config.get("std", _STD))
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise IntegrityError(
             f"{source.path}: no CLIP file of ours (its header holds no CLIP config); "
             f"write open_clip's model name before it: 'ViT-B-32={source.name}'"
         ) from error
-    model = _build(config)
+    model = _build(config, source.path)
     state = safetensors.torch.load_file(source.path)
     _load(model, {key: value.float() for key, value in state.items()}, source.path)
     tokenizer: Tokenizer
@@ -184,16 +186,23 @@ def _from_own_file(source: WeightSource) -> ClipEncoder:
     )
 
 
-def _build(config: dict[str, Any]) -> nn.Module:
+def _floats(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(float(value) for value in values)
+
+
+def _build(config: dict[str, Any], path: Path) -> nn.Module:
     prepare_torchvision()
     from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
-    return CLIP(
-        config["embed_dim"],
-        CLIPVisionCfg(**config["vision_cfg"]),
-        CLIPTextCfg(**config["text_cfg"]),
-        quick_gelu=config.get("quick_gelu", False),
-    )
+    try:
+        return CLIP(
+            config["embed_dim"],
+            CLIPVisionCfg(**config["vision_cfg"]),
+            CLIPTextCfg(**config["text_cfg"]),
+            quick_gelu=config.get("quick_gelu", False),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise IntegrityError(f"{path}: its config makes no CLIP: {error}") from error
 
 
 def _load(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
@@ -236,7 +245,7 @@ def _from_weights(spec: str, model_name: str, source: WeightSource) -> ClipEncod
         )
     try:
         model = open_clip.create_model(model_name, pretrained=str(source.path))
-    except (RuntimeError, ValueError, OSError, KeyError) as error:
+    except (RuntimeError, ValueError, OSError, KeyError, AssertionError) as error:
         raise IntegrityError(
             f"{source.path}: the weights do not fit open_clip's {model_name}: {error}"
         ) from error
@@ -246,7 +255,7 @@ def _from_weights(spec: str, model_name: str, source: WeightSource) -> ClipEncod
 def _wrap(spec: str, model: Any, digest: str) -> ClipEncoder:
     size = model.visual.image_size
     edge = size if isinstance(size, int) else size[0]
-    mean = tuple(getattr(model.visual, "image_mean", None) or _MEAN)
-    std = tuple(getattr(model.visual, "image_std", None) or _STD)
+    mean = _floats(getattr(model.visual, "image_mean", None) or _MEAN)
+    std = _floats(getattr(model.visual, "image_std", None) or _STD)
     tokenizer = BpeTokenizer(model.context_length)
     return ClipEncoder(model, tokenizer, Preprocessing(edge, mean, std), name=spec, digest=digest)

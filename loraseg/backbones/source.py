@@ -80,23 +80,27 @@ def _local(name: str, path: Path) -> WeightSource:
 
 
 def _cached(uri: str, digest: str | None) -> WeightSource | None:
-    path = cache_dir() / (digest or "") / uri.rpartition("/")[2]
-    return WeightSource(uri, path, digest) if digest and path.is_file() else None
+    if digest is None:
+        return None
+    path = cache_dir() / digest / uri.rpartition("/")[2]
+    if not path.is_file():
+        return None
+    found = _local(uri, path)
+    return found if found.digest == digest else None
 
 
 def _fetch(uri: str) -> WeightSource:
     prefix, _, key = uri.rpartition("/")
-    if not key or prefix == "s3:/":
+    if not key or prefix in ("s3:", "s3:/"):
         raise ConfigError(f"weights {uri!r}: expected s3://bucket/key")
     data = open_store(prefix).get(key)
     digest = hashlib.sha256(data).hexdigest()
     path = cache_dir() / digest / key
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Another process may fetch the same file: each writes its own part and renames it.
-        part = path.with_name(f"{key}.{os.getpid()}.part")
-        part.write_bytes(data)
-        part.replace(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Another process may fetch the same file: each writes its own part and renames it.
+    part = path.with_name(f"{key}.{os.getpid()}.part")
+    part.write_bytes(data)
+    part.replace(path)
     return WeightSource(uri, path, digest)
 
 
