@@ -171,6 +171,42 @@ def test_shades_follow_the_values():
     assert opacities == [0.25, 0.75, 1.0]
 
 
+def luminance(rgb):
+    """WCAG 2 relative luminance of levels in 0..255."""
+    parts = np.array(rgb, dtype=float) / 255
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    return float(linear @ (0.2126, 0.7152, 0.0722))
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("signed", [False, True])
+def test_figures_keep_their_contrast_on_every_shade(theme, signed):
+    """At least 4.5 : 1 on shades in steps of a hundredth, colours read from the page itself."""
+    sign = -1 if signed else 1
+    table = HeatTable(
+        title="t",
+        rows=("r",),
+        columns=tuple(str(share) for share in range(101)),
+        values=(tuple(sign * share / 100 for share in range(101)),),
+        signed=signed,
+    )
+    html = render_report(report(heat_tables=(table,)))
+    style = html.partition("<style>")[2].split("@media")[0 if theme == "light" else 1]
+    colors = {
+        name: np.array([int(digits[i : i + 2], 16) for i in (0, 2, 4)])
+        for name, digits in re.findall(r"--([a-z-]+): #([0-9a-f]{6});", style)
+    }
+    tint = colors["heat-down" if signed else "heat"]
+    cells = [a for a in Page(html).attributes("td") if "--share" in a.get("style", "")]
+    assert len(cells) == 101
+    for cell in cells:
+        share = float(re.search(r"[\d.]+", cell["style"])[0]) / 100
+        ink = colors["on-heat" if "on-heat" in cell.get("class", "") else "heat-ink"]
+        ground = luminance(tint * share + colors["surface"] * (1 - share))
+        light, dark = sorted((ground, luminance(ink)), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5
+
+
 def test_page_loads_nothing_and_runs_nothing():
     html = render_report(full())
     page = Page(html)
