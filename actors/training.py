@@ -10,11 +10,11 @@ A task that loses its worker or node is started again by Ray and resumes by itse
 checkpoint in the store.
 """
 
+import dataclasses
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors.resources import Placement
 from actors.units import run_units
 from loraseg.errors import LorasegError
-from loraseg.train.board import ProgressBoard, Standing, changes
+from loraseg.train.board import ProgressBoard, Report, Standing, changes
 from loraseg.train.tasks import AdapterTask, Progress, TaskResult, run_task
 
 __all__ = ["Outcome", "train_adapters"]
@@ -37,7 +37,7 @@ Run = Callable[[AdapterTask, Callable[[Progress], None]], TaskResult]
 Watch = Callable[[Mapping[str, Standing]], None]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Outcome:
     """How one adapter ended: with a result, or with the reason of its failure."""
 
@@ -78,8 +78,8 @@ def train_adapters(
 def _start_board() -> Any:
     # On the driver's own node: a node that is lost without the driver must not take the board.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    declare: Any = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)
-    return declare(ProgressBoard).remote()
+    actor: Any = ray.remote(ProgressBoard)
+    return actor.options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
 
 
 def _run_reporting(run: Run, task: AdapterTask, board: Any) -> TaskResult:
@@ -100,7 +100,7 @@ class _Reporter:
         if progress.phase == self._phase and now - self._sent_at < _REPORT_EVERY_S:
             return
         self._phase, self._sent_at = progress.phase, now
-        self._board.put.remote(progress, self._worker)
+        self._board.put.remote(Report(**dataclasses.asdict(progress), worker=self._worker))
 
 
 class _View:
@@ -111,7 +111,7 @@ class _View:
 
     def refresh(self) -> None:
         try:
-            standings = ray.get(self._board.read.remote(), timeout=self._every_s)
+            standings: Any = ray.get(self._board.read.remote(), timeout=self._every_s)
         except RayError as error:
             logger.debug("the progress board did not answer: %s", error)
             return

@@ -1,36 +1,48 @@
-"""What every running adapter is doing, kept in one place and said in one line each."""
+"""What every running adapter is doing, kept in one place and said in one line each.
+
+Free of torch, so that the process that keeps the board stays small.
+"""
 
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from loraseg.train.tasks import Progress
+__all__ = ["ProgressBoard", "Report", "Standing", "changes"]
 
-__all__ = ["ProgressBoard", "Standing", "changes"]
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """The fields of :class:`loraseg.train.tasks.Progress`, and who sends them (``node:pid``)."""
+
+    name: str
+    step: int
+    steps: int
+    loss: float
+    images_per_s: float
+    phase: str
+    worker: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Standing:
-    """The last word of one adapter.
+    """The last report of one adapter.
 
-    ``worker`` names the process at work (``node:pid``), ``takeovers`` counts the workers that were
-    lost before it, ``resumed_at`` is the first step that this worker reported and ``remaining_s``
-    the seconds left at the pace it kept since then, None before there is a pace.
+    ``takeovers`` counts the workers lost before the present one; ``remaining_s`` is the time that
+    the rest of the training takes at the present worker's pace, None before there is a pace.
     """
 
-    progress: Progress
-    worker: str
+    report: Report
     takeovers: int
-    resumed_at: int
     remaining_s: float | None
 
 
 @dataclass(slots=True)
 class _Track:
+    """One worker's stay with an adapter, and where its training began: (step, time)."""
+
     worker: str
-    first_step: int
-    first_time: float
-    takeovers: int = 0
+    takeovers: int
+    began: tuple[int, float] | None = None
 
 
 @dataclass(slots=True)
@@ -44,27 +56,30 @@ class ProgressBoard:
     _tracks: dict[str, _Track] = field(default_factory=dict[str, _Track])
     _standings: dict[str, Standing] = field(default_factory=dict[str, Standing])
 
-    def put(self, progress: Progress, worker: str) -> None:
-        """Replace what is known of ``progress.name``; ``worker`` is the process that reports."""
-        now = self.clock()
-        track = self._tracks.get(progress.name)
-        if track is None or track.worker != worker:
-            takeovers = 0 if track is None else track.takeovers + 1
-            track = _Track(worker, progress.step, now, takeovers)
-            self._tracks[progress.name] = track
-        done, elapsed = progress.step - track.first_step, now - track.first_time
-        pace = done / elapsed if done > 0 and elapsed > 0 else None
-        self._standings[progress.name] = Standing(
-            progress=progress,
-            worker=worker,
-            takeovers=track.takeovers,
-            resumed_at=track.first_step,
-            remaining_s=None if pace is None else (progress.steps - progress.step) / pace,
+    def put(self, report: Report) -> None:
+        """Replace what is known of ``report.name``."""
+        track = self._tracks.get(report.name)
+        if track is None or track.worker != report.worker:
+            track = _Track(report.worker, 0 if track is None else track.takeovers + 1)
+            self._tracks[report.name] = track
+        self._standings[report.name] = Standing(
+            report=report, takeovers=track.takeovers, remaining_s=self._remaining_s(report, track)
         )
 
     def read(self) -> dict[str, Standing]:
         """Return the standings by adapter name."""
         return dict(self._standings)
+
+    def _remaining_s(self, report: Report, track: _Track) -> float | None:
+        if report.phase != "train":
+            return None
+        now = self.clock()
+        if track.began is None:
+            track.began = report.step, now
+        first_step, first_time = track.began
+        if report.step == first_step:
+            return None
+        return (report.steps - report.step) * (now - first_time) / (report.step - first_step)
 
 
 def changes(before: Mapping[str, Standing], now: Mapping[str, Standing]) -> list[str]:
@@ -73,20 +88,20 @@ def changes(before: Mapping[str, Standing], now: Mapping[str, Standing]) -> list
     for name, standing in now.items():
         earlier = before.get(name)
         if earlier is not None and earlier.takeovers < standing.takeovers:
-            lines.append(f"{name}: its worker was lost; another goes on at step {standing.resumed_at}")
-        if earlier is None or earlier.progress != standing.progress:
+            lines.append(f"{name}: its worker was lost, another took over")
+        if earlier is None or earlier.report != standing.report:
             lines.append(_line(standing))
     return lines
 
 
 def _line(standing: Standing) -> str:
-    progress = standing.progress
-    words = [f"{progress.name}: {progress.phase} {progress.step}/{progress.steps}"]
-    if progress.phase == "train":
-        if progress.step:
-            words.append(f"loss {progress.loss:.4f}  {progress.images_per_s:.1f} images/s")
-        if standing.remaining_s is not None:
-            words.append(f"{_duration(standing.remaining_s)} left")
+    report = standing.report
+    words = [f"{report.name}: {report.phase} {report.step}/{report.steps}"]
+    if report.phase == "train":
+        words.append(f"loss {report.loss:.4f}")
+        words.append(f"{report.images_per_s:.1f} images/s")
+    if standing.remaining_s is not None:
+        words.append(f"{_duration(standing.remaining_s)} left")
     return "  ".join(words)
 
 

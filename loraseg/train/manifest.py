@@ -42,7 +42,7 @@ class Manifest:
     checkpoints: str
     base: str = "miniature"
     encoder: str = "miniature"
-    recipe: str = "semla"
+    recipe: str = "miniature"
     overrides: dict[str, Any] = field(default_factory=dict[str, Any])
     seed: int = 0
     images: int | None = None

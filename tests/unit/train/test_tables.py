@@ -8,12 +8,20 @@ def test_columns_are_aligned_and_lines_have_no_trailing_space():
     assert format_table(("a", "bb"), [("xyz", ""), ("", "q")]) == "a    bb\nxyz\n     q\n"
 
 
+def planned(name, *, published):
+    return TaskPlan(
+        name=name, images=8, parameters=12345, steps=40, digest="d" * 64, published=published
+    )
+
+
 def test_the_plan_tells_what_is_new_what_is_done_and_what_is_broken():
     plans = [
         TaskPlan(
             name="fog", images=8, parameters=12345, steps=40, digest="d" * 64, published=False
         ),
-        TaskPlan(name="rain", images=8, parameters=12345, steps=40, digest="e" * 64, published=True),
+        TaskPlan(
+            name="rain", images=8, parameters=12345, steps=40, digest="e" * 64, published=True
+        ),
         ("snow", "snow/classes.json: no such file"),
     ]
     header, fog, rain, snow = plan_table(plans, "1 CPU").splitlines()
