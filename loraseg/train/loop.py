@@ -35,7 +35,8 @@ class LoopConfig:
         warmup_factor: Share of the rate at step 0, in (0, 1].
         clip_norm: Largest L2 norm of all gradients together.
         precision: "bf16" runs the forward pass under autocast; parameters stay float32.
-        checkpoint_every: Steps between checkpoints; changes nothing about the result.
+        checkpoint_every: Steps between checkpoints; the last step has one too, for what comes
+            after the loop may be killed as well. Changes nothing about the result.
     """
 
     steps: int
@@ -125,7 +126,7 @@ def run_loop(
         else:
             loss_value = _update(loss, parameters, optimizer, config, step)
         done = step + 1
-        if slot and done % config.checkpoint_every == 0 and done < config.steps:
+        if slot and (done % config.checkpoint_every == 0 or done == config.steps):
             slot.save(_snapshot(done, skipped, parameters, optimizer))
         if watch:
             watch(done, loss_value)

@@ -1,11 +1,10 @@
 """One adapter as one unit of work: plan it, run it, resume it, publish it. Safe to run twice."""
 
 import dataclasses
-import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from loraseg.storage import open_store
 from loraseg.tensor_types import ndarray
 from loraseg.train.checkpoint import CheckpointSlot
 from loraseg.train.lora import TrainedPairs, count_parameters, train_lora
+from loraseg.train.progress import Pace, Progress, Report
 from loraseg.train.recipes import AdapterRecipe
 from loraseg.train.score import mean_iou
 from loraseg.train.segmentation import TrainingImages
@@ -81,21 +81,6 @@ class AdapterTask:
             raise ConfigError(f"name: {error}") from error
         if self.images is not None and self.images < 1:
             raise ConfigError(f"images: got {self.images}, expected at least 1, or null for all")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Progress:
-    """Where a task stands; ``loss`` is nan when there is none, ``step`` counts finished steps."""
-
-    name: str
-    step: int
-    steps: int
-    loss: float
-    images_per_s: float
-    phase: Literal["train", "evaluate", "publish"]
-
-
-Report = Callable[[Progress], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,23 +152,24 @@ def run_task(task: AdapterTask, report: Report = lambda progress: None) -> TaskR
     if entry is not None:
         logger.info("%s: published as version %d already", task.name, entry.version)
         return _result(entry, skipped=True, resumed=0, seconds=time.monotonic() - started)
-    say = functools.partial(Progress, task.name, steps=task.recipe.loop.steps)
+    steps = task.recipe.loop.steps
+    pace = Pace(task.name, steps, task.recipe.batch_size, report)
     slot = CheckpointSlot(open_store(task.checkpoints).sub(f"{task.name}/{work.digest}"))
-    before = work.score(None, lambda: report(_evaluating(say, 0)))
+    work.check_validation()
+    pace.restart()
     trained = train_lora(
         work.base,
         work.training_images(),
         work.dataset.label_space.names,
         task.recipe,
         slot=slot,
-        watch=_Pace(say, task.recipe.batch_size, report),
+        watch=pace,
     )
     files = adapter_files(trained.pairs, base_name=work.base_name, base_digest=work.base.digest)
     adapter = load_adapter(files, name=task.name)
-    steps = task.recipe.loop.steps
-    after = work.score(adapter, lambda: report(_evaluating(say, steps)))
-    metrics = {} if before is None or after is None else {"miou_base": before, "miou": after}
-    report(say(step=steps, loss=trained.loop.loss, images_per_s=0.0, phase="publish"))
+    pace.enter("evaluate", steps)
+    metrics = work.score(adapter)
+    pace.enter("publish", steps)
     entry = Library(open_store(task.library)).publish(task.name, files, work.card(trained, metrics))
     slot.clear()
     seconds = time.monotonic() - started
@@ -248,14 +234,29 @@ class _Work:
             keys=("train", self.task.name),
         )
 
-    def score(self, adapter: Adapter | None, tell: Callable[[], None]) -> float | None:
-        """Return the mIoU on the validation split, None if there is no such split."""
-        if self.task.val_split not in self.dataset.splits:
-            return None
-        tell()
-        samples = self.dataset.samples(self.task.val_split)
-        mix = None if adapter is None else fuse([adapter], [1.0])
-        return mean_iou(self.base, self.dataset, samples, mix)
+    def check_validation(self) -> None:
+        """Find what is wrong with the validation images before, not after, the long work.
+
+        Raises:
+            DatasetError: An image or mask is broken.
+        """
+        self.dataset.check(self.validation())
+
+    def validation(self) -> tuple[Sample, ...]:
+        """Return what to score on; nothing if there is no such split."""
+        split = self.task.val_split
+        return self.dataset.samples(split) if split in self.dataset.splits else ()
+
+    def score(self, adapter: Adapter) -> dict[str, float]:
+        """Return the mIoU of the bare base and with the adapter; empty without validation."""
+        samples = self.validation()
+        if not samples:
+            return {}
+        mix = fuse([adapter], [1.0])
+        return {
+            "miou_base": mean_iou(self.base, self.dataset, samples, None),
+            "miou": mean_iou(self.base, self.dataset, samples, mix),
+        }
 
     def card(self, trained: TrainedPairs, metrics: dict[str, float]) -> Card:
         task = self.task
@@ -276,24 +277,6 @@ class _Work:
             metrics=metrics,
             code_revision=code_revision(),
         )
-
-
-class _Pace:
-    """Turns the loop's steps into progress with a throughput since this process took over."""
-
-    def __init__(self, say: Callable[..., Progress], batch_size: int, report: Report) -> None:
-        self._say, self._batch_size, self._report = say, batch_size, report
-        self._seen = 0
-        self._started = time.monotonic()
-
-    def __call__(self, step: int, loss: float) -> None:
-        self._seen += self._batch_size
-        pace = self._seen / max(time.monotonic() - self._started, 1e-9)
-        self._report(self._say(step=step, loss=loss, images_per_s=pace, phase="train"))
-
-
-def _evaluating(say: Callable[..., Progress], step: int) -> Progress:
-    return say(step=step, loss=float("nan"), images_per_s=0.0, phase="evaluate")
 
 
 def _result(entry: Entry, *, skipped: bool, resumed: int, seconds: float) -> TaskResult:

@@ -101,17 +101,26 @@ def test_checkpoints_change_nothing_and_only_the_last_is_kept(tmp_path):
     with_slot.run(slot=slot)
     without.run()
     assert torch.equal(with_slot.state(), without.state())
-    assert list(store.list()) == ["000000008.safetensors", "latest.json"]
+    assert list(store.list()) == ["000000012.safetensors", "latest.json"]
     slot.clear()
     assert list(store.list()) == []
     assert slot.load() is None
+
+
+def test_a_finished_run_is_not_run_again(tmp_path):
+    slot = CheckpointSlot(open_store(str(tmp_path)))
+    whole, again = Problem(), Problem()
+    whole.run(slot=slot)
+    assert again.run(slot=slot).resumed_from_step == 12
+    assert again.seen == []
+    assert torch.equal(again.state(), whole.state())
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove", "pointer"])
 def test_a_damaged_checkpoint_starts_again(tmp_path, damage, caplog):
     slot = CheckpointSlot(open_store(str(tmp_path)))
     Problem().run(slot=slot)
-    data = tmp_path / "000000008.safetensors"
+    data = tmp_path / "000000012.safetensors"
     if damage == "truncate":
         data.write_bytes(data.read_bytes()[:-1])
     elif damage == "remove":

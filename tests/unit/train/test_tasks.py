@@ -79,10 +79,10 @@ def test_the_centroid_is_the_mean_of_the_training_images(done):
 
 def test_reports_every_step_and_phase(done):
     _, _, reports = done
-    assert [p.phase for p in reports] == ["evaluate", *["train"] * 6, "evaluate", "publish"]
+    assert [p.phase for p in reports] == [*["train"] * 6, "evaluate", "publish"]
     assert [p.step for p in reports if p.phase == "train"] == [1, 2, 3, 4, 5, 6]
     assert all(p.steps == 6 and p.name == "fog" for p in reports)
-    assert all(math.isfinite(p.loss) and p.images_per_s > 0 for p in reports[1:7])
+    assert all(math.isfinite(p.loss) and p.images_per_s > 0 for p in reports[:6])
 
 
 def test_the_score_is_that_of_the_published_adapter(done):
@@ -146,6 +146,26 @@ def test_is_skipped_when_done_and_run_again_when_anything_changed(tmp_path):
     other = run_task(dataclasses.replace(task, seed=1))
     assert (other.version, other.skipped) == (2, False)
     assert run_task(task).version == 1
+
+
+def test_killed_while_scoring_it_does_not_train_again(done, tmp_path):
+    task = tiny_task(tmp_path)
+
+    def kill_when_scoring(progress):
+        if progress.phase == "evaluate":
+            raise Killed
+
+    with pytest.raises(Killed):
+        run_task(task, kill_when_scoring)
+    result = run_task(task)
+    assert (result.resumed_from_step, result.digest) == (6, done[1].digest)
+
+
+def test_broken_validation_images_are_found_before_training(tmp_path):
+    task = tiny_task(tmp_path)
+    (tmp_path / "fog" / "images" / "val" / "0.png").write_bytes(b"not an image")
+    with pytest.raises(DatasetError, match=r"0\.png"):
+        run_task(task, kill_at(1))
 
 
 def test_a_changed_config_never_resumes_a_stale_run(tmp_path):
