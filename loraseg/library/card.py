@@ -86,8 +86,7 @@ class Card:
             IntegrityError: A field is out of range or is not JSON.
         """
         check_name(self.name)
-        if self.role not in get_args(Role):
-            raise IntegrityError(f"card {self.name!r}: role {self.role!r}, expected {Role}")
+        _check_role(self.role)
         if len(self.label_space) > _MAX_CLASSES or len(self.centroids) > _MAX_CENTROIDS:
             raise IntegrityError(
                 f"card {self.name!r}: {len(self.label_space)} classes, {len(self.centroids)} "
@@ -152,7 +151,7 @@ class Card:
             )
         return cls(
             name=_text(card, "name"),
-            role=cast(Role, _text(card, "role")),
+            role=_check_role(_text(card, "role")),
             base=BaseModel(_text(base, "name"), _text(base, "digest")),
             label_space=_texts(card, "label_space"),
             centroids=centroids,
@@ -237,6 +236,12 @@ def _check_json(values: Any, where: str) -> None:
             raise IntegrityError(f"{where}: {values} is not a finite number")
     elif not isinstance(values, str | int | None):
         raise IntegrityError(f"{where}: {type(values).__name__} is not a JSON value")
+
+
+def _check_role(role: str) -> Role:
+    if role not in get_args(Role):
+        raise IntegrityError(f"card: role {role!r}, expected one of {', '.join(get_args(Role))}")
+    return cast(Role, role)
 
 
 def _mapping(values: Any, where: str) -> dict[str, Any]:

@@ -106,7 +106,7 @@ class Head:
         """
         values = _object(parse_json(data, HEAD_KEY, _MAX_HEAD_BYTES), HEAD_KEY)
         generation, digest = values.get("generation"), values.get("sha256")
-        if not isinstance(generation, int) or generation < 1 or not isinstance(digest, str):
+        if type(generation) is not int or generation < 1 or not isinstance(digest, str):
             raise IntegrityError(f"{HEAD_KEY}: expected a generation from 1 and a sha256")
         return cls(generation, check_digest(digest, HEAD_KEY))
 

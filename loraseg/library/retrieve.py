@@ -62,7 +62,7 @@ class Retriever:
 
     def retrieve(
         self,
-        embedding: Float[ndarray, " d"],
+        embedding: ndarray,
         k: int,
         temperature: float,
         exclude: Collection[str] = (),
@@ -70,7 +70,7 @@ class Retriever:
         """Return the ``k`` nearest adapters, nearest first, with weights that sum to one.
 
         Args:
-            embedding: The image's embedding as the centroids' encoder gives it.
+            embedding: (d,) as the centroids' encoder gives it.
             k: How many; fewer come back when there are fewer.
             temperature: tau of :func:`loraseg.fuse.mixing_weights`.
             exclude: Names to leave out, such as the image's own domain.
@@ -106,12 +106,17 @@ class Retriever:
 
 
 def top_k(
-    query: Float[ndarray, " d"], centroids: Float[ndarray, "n d"], k: int
-) -> tuple[Int[ndarray, " k"], Float[ndarray, " k"]]:
+    query: ndarray, centroids: ndarray, k: int
+) -> tuple[Int[ndarray, " found"], Float[ndarray, " found"]]:
     """Find the nearest rows by Euclidean distance, exactly; ties go to the lower index.
 
     Large matrices are first narrowed down by ``|c|^2 - 2 c q``, one pass over the bytes, with a
     margin that covers its rounding; what remains is compared in float64.
+
+    Args:
+        query: (d,) floats.
+        centroids: (n, d) floats, finite.
+        k: How many.
 
     Returns:
         Indices (int64) and float64 distances, ascending, ``min(k, n)`` of each.
