@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from loraseg.segment.catseg.attention import attend
 from loraseg.tensor_types import Float
 
 __all__ = ["SwinPair"]
@@ -62,7 +63,7 @@ class WindowAttention(nn.Module):
             for y in (self.q(guided), self.k(guided), self.v(x))
         )
         bias = None if mask is None else mask.repeat_interleave(self.heads, dim=0)[None]
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        mixed = attend(q, k, v, bias)
         mixed = mixed.unflatten(1, (x.shape[2], self.heads)).transpose(-3, -2).flatten(-2)
         return self.proj(mixed.unflatten(0, x.shape[:2]))
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from loraseg.segment.catseg.attention import attend
 from loraseg.segment.catseg.config import CATSegConfig
 from loraseg.tensor_types import Float, Int
 
@@ -35,7 +36,7 @@ class Attention(nn.Module):
             self._project(proj, x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        mixed = attend(q, k, v, causal=causal)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))
 
     def values(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
