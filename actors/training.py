@@ -24,8 +24,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors.resources import Placement
 from actors.units import run_units
 from loraseg.errors import LorasegError
-from loraseg.train.board import ProgressBoard, Report, Standing, changes
-from loraseg.train.tasks import AdapterTask, Progress, TaskResult, run_task
+from loraseg.train.board import ProgressBoard, Standing, changes
+from loraseg.train.progress import Progress, Report
+from loraseg.train.tasks import AdapterTask, TaskResult, run_task
 
 __all__ = ["Outcome", "train_adapters"]
 
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 _REPORT_EVERY_S = 0.5
 
-Run = Callable[[AdapterTask, Callable[[Progress], None]], TaskResult]
+Run = Callable[[AdapterTask, Report], TaskResult]
 Watch = Callable[[Mapping[str, Standing]], None]
 
 
@@ -100,7 +101,7 @@ class _Reporter:
         if progress.phase == self._phase and now - self._sent_at < _REPORT_EVERY_S:
             return
         self._phase, self._sent_at = progress.phase, now
-        self._board.put.remote(Report(**dataclasses.asdict(progress), worker=self._worker))
+        self._board.put.remote(progress, self._worker)
 
 
 class _View:

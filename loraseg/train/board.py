@@ -7,31 +7,21 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["ProgressBoard", "Report", "Standing", "changes"]
+from loraseg.train.progress import Progress
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Report:
-    """The fields of :class:`loraseg.train.tasks.Progress`, and who sends them (``node:pid``)."""
-
-    name: str
-    step: int
-    steps: int
-    loss: float
-    images_per_s: float
-    phase: str
-    worker: str
+__all__ = ["ProgressBoard", "Standing", "changes"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Standing:
-    """The last report of one adapter.
+    """The last word of one adapter.
 
-    ``takeovers`` counts the workers lost before the present one; ``remaining_s`` is the time that
-    the rest of the training takes at the present worker's pace, None before there is a pace.
+    ``worker`` is the process at work, ``takeovers`` counts those lost before it. ``remaining_s`` is
+    the time that the rest of the training takes at its pace, None before there is a pace.
     """
 
-    report: Report
+    progress: Progress
+    worker: str
     takeovers: int
     remaining_s: float | None
 
@@ -56,30 +46,34 @@ class ProgressBoard:
     _tracks: dict[str, _Track] = field(default_factory=dict[str, _Track])
     _standings: dict[str, Standing] = field(default_factory=dict[str, Standing])
 
-    def put(self, report: Report) -> None:
-        """Replace what is known of ``report.name``."""
-        track = self._tracks.get(report.name)
-        if track is None or track.worker != report.worker:
-            track = _Track(report.worker, 0 if track is None else track.takeovers + 1)
-            self._tracks[report.name] = track
-        self._standings[report.name] = Standing(
-            report=report, takeovers=track.takeovers, remaining_s=self._remaining_s(report, track)
+    def put(self, progress: Progress, worker: str) -> None:
+        """Replace what is known of ``progress.name``; ``worker`` names the process that reports."""
+        track = self._tracks.get(progress.name)
+        if track is None or track.worker != worker:
+            track = _Track(worker, 0 if track is None else track.takeovers + 1)
+            self._tracks[progress.name] = track
+        self._standings[progress.name] = Standing(
+            progress=progress,
+            worker=worker,
+            takeovers=track.takeovers,
+            remaining_s=self._remaining_s(progress, track),
         )
 
     def read(self) -> dict[str, Standing]:
         """Return the standings by adapter name."""
         return dict(self._standings)
 
-    def _remaining_s(self, report: Report, track: _Track) -> float | None:
-        if report.phase != "train":
+    def _remaining_s(self, progress: Progress, track: _Track) -> float | None:
+        if progress.phase != "train":
             return None
         now = self.clock()
         if track.began is None:
-            track.began = report.step, now
+            track.began = progress.step, now
         first_step, first_time = track.began
-        if report.step == first_step:
+        if progress.step == first_step:
             return None
-        return (report.steps - report.step) * (now - first_time) / (report.step - first_step)
+        step_s = (now - first_time) / (progress.step - first_step)
+        return (progress.steps - progress.step) * step_s
 
 
 def changes(before: Mapping[str, Standing], now: Mapping[str, Standing]) -> list[str]:
@@ -89,17 +83,22 @@ def changes(before: Mapping[str, Standing], now: Mapping[str, Standing]) -> list
         earlier = before.get(name)
         if earlier is not None and earlier.takeovers < standing.takeovers:
             lines.append(f"{name}: its worker was lost, another took over")
-        if earlier is None or earlier.report != standing.report:
+        if earlier is None or _place(earlier) != _place(standing):
             lines.append(_line(standing))
     return lines
 
 
+def _place(standing: Standing) -> tuple[str, str, int]:
+    # Not the whole progress: a loss that is nan differs from itself.
+    return standing.worker, standing.progress.phase, standing.progress.step
+
+
 def _line(standing: Standing) -> str:
-    report = standing.report
-    words = [f"{report.name}: {report.phase} {report.step}/{report.steps}"]
-    if report.phase == "train":
-        words.append(f"loss {report.loss:.4f}")
-        words.append(f"{report.images_per_s:.1f} images/s")
+    progress = standing.progress
+    words = [f"{progress.name}: {progress.phase} {progress.step}/{progress.steps}"]
+    if progress.phase == "train":
+        words.append(f"loss {progress.loss:.4f}")
+        words.append(f"{progress.images_per_s:.1f} images/s")
     if standing.remaining_s is not None:
         words.append(f"{_duration(standing.remaining_s)} left")
     return "  ".join(words)

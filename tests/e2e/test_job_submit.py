@@ -12,12 +12,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from loraseg.library import Library
 from loraseg.storage import open_store
-from tests.integration.ray_cluster import end
+from tests.integration.ray_cluster import end_starter
 from tests.tiny_world import write_domain, write_manifest, write_models
 
 pytestmark = pytest.mark.e2e
@@ -62,11 +61,7 @@ def head():
         wait_for_port(ports[1], starter)
         yield {**environment, "RAY_ADDRESS": f"http://127.0.0.1:{ports[1]}"}
     finally:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            root = psutil.Process(starter.pid)
-            family = [root, *root.children(recursive=True)]
-            starter.terminate()
-            end(family)
+        end_starter(starter)
         shutil.rmtree(session, ignore_errors=True)
 
 

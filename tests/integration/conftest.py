@@ -3,6 +3,7 @@
 ``s3_env``: a fresh bucket on moto, which needs nothing and forgets everything.
 ``durable_env``: a fresh bucket on the durable server that LORASEG_TEST_S3_ENDPOINT names (with
 LORASEG_TEST_S3_ACCESS_KEY and _SECRET_KEY, or the usual AWS variables); skipped without it.
+``store_uri``: an empty store of each kind.
 """
 
 import os
@@ -73,6 +74,15 @@ def s3_env(moto_endpoint, monkeypatch):
 def durable_env(durable_endpoint, monkeypatch):
     """A fresh bucket on the durable server, with the environment set to reach it."""
     return _space(durable_endpoint, monkeypatch)
+
+
+@pytest.fixture(params=["file", "moto", pytest.param("durable", marks=pytest.mark.durable)])
+def store_uri(request, tmp_path):
+    """The URI of an empty store of each kind, below a prefix with a blank in it."""
+    if request.param == "file":
+        return (tmp_path / "a store").as_uri()
+    space = request.getfixturevalue("s3_env" if request.param == "moto" else "durable_env")
+    return f"{space.uri}/a store"
 
 
 def _space(endpoint, monkeypatch):

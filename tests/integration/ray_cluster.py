@@ -1,5 +1,6 @@
 """One small Ray for all integration tests; every process that it starts is ended by its pid."""
 
+import contextlib
 import os
 import secrets
 from dataclasses import dataclass
@@ -39,6 +40,16 @@ def ray_cluster():
     family = [process for child in started for process in (child, *child.children(recursive=True))]
     ray.shutdown()
     end(family)
+
+
+def end_starter(starter):
+    """End a ``ray start --block`` and all that it started."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root = psutil.Process(starter.pid)
+        family = [root, *root.children(recursive=True)]
+        starter.terminate()
+        end(family)
+    starter.wait()
 
 
 def end(processes, patience_s=5.0):

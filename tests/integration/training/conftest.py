@@ -8,13 +8,12 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import ray
 
 import jobs.train_adapters as job
 from loraseg import config as configuration
-from tests.integration.ray_cluster import end, ray_cluster
+from tests.integration.ray_cluster import end_starter, ray_cluster
 from tests.tiny_world import write_domain, write_manifest, write_models
 
 __all__ = ["ray_cluster"]
@@ -60,7 +59,6 @@ def extra_nodes(ray_cluster):
 
     @contextlib.contextmanager
     def add(count, *, resource):
-        before = set(psutil.Process().children())
         ray_command = str(Path(sys.executable).with_name("ray"))
         command = [ray_command, "start", "--block", f"--address={ray_cluster.address}"]
         command += ["--num-cpus=1", f"--resources={json.dumps({resource: 1})}"]
@@ -74,15 +72,8 @@ def extra_nodes(ray_cluster):
                 wait_for_resource(resource, number)
             yield
         finally:
-            started = [child for child in psutil.Process().children() if child not in before]
-            family = [
-                process for child in started for process in (child, *child.children(recursive=True))
-            ]
             for starter in starters:
-                starter.terminate()
-            end(family)
-            for starter in starters:
-                starter.wait()
+                end_starter(starter)
 
     return add
 

@@ -141,7 +141,7 @@ def test_progress_is_told_while_it_runs(ray_cluster, make_manifest):
         config.tasks(), Placement(), watch=lambda now: seen.append(now), read_every_s=0.1
     )
     assert outcome.error is None
-    reports = [standings["fog"].report for standings in seen if "fog" in standings]
+    reports = [standings["fog"].progress for standings in seen if "fog" in standings]
     steps = [report.step for report in reports if report.phase == "train"]
     assert steps == sorted(steps)
     assert any(0 < step < 60 for step in steps)

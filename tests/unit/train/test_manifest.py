@@ -1,0 +1,67 @@
+"""From a manifest file to units of work."""
+
+from pathlib import Path
+
+import pytest
+
+from loraseg import config as configuration
+from loraseg.errors import ConfigError
+from loraseg.train.manifest import Manifest, absolute
+
+
+def manifest(**changes):
+    values = {
+        "library": "s3://bucket/library",
+        "checkpoints": "state",
+        "images": 8,
+        "domains": [
+            {"name": "fog", "data": "data/fog"},
+            {"name": "rain", "data": "s3://bucket/rain", "images": 3, "split": "all"},
+        ],
+    }
+    return configuration.build(Manifest, {**values, **changes})
+
+
+def test_a_domain_overrides_what_all_share():
+    fog, rain = manifest().tasks()
+    assert (fog.images, fog.split) == (8, "train")
+    assert (rain.images, rain.split) == (3, "all")
+
+
+def test_addresses_hold_in_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("base.safetensors").touch()
+    fog, rain = manifest(base="base.safetensors").tasks()
+    assert fog.data == str(tmp_path.resolve() / "data" / "fog")
+    assert fog.checkpoints == str(tmp_path.resolve() / "state")
+    assert fog.base == str(tmp_path.resolve() / "base.safetensors")
+    assert (rain.data, rain.library) == ("s3://bucket/rain", "s3://bucket/library")
+
+
+def test_names_of_models_are_no_paths():
+    fog, _ = manifest(encoder="ViT-L-14/openai").tasks()
+    assert (fog.base, fog.encoder) == ("miniature", "ViT-L-14/openai")
+
+
+def test_a_home_folder_is_spelt_out():
+    assert absolute("~/library") == str(Path.home() / "library")
+
+
+def test_fields_of_the_recipe_can_be_set():
+    fog, _ = manifest(recipe="semla", overrides={"rank": 4, "loop": {"steps": 7}}).tasks()
+    assert (fog.recipe.rank, fog.recipe.loop.steps) == (4, 7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"domains": []}, "at least one, got none"),
+        ({"domains": [{"name": "fog", "data": "a"}] * 2}, "got fog more than once"),
+        ({"recipe": "simla"}, "got 'simla', known: miniature"),
+        ({"overrides": {"rnk": 4}}, "unknown key 'rnk'; did you mean 'rank'"),
+        ({"domains": [{"name": "fog", "dat": "a"}]}, "did you mean 'domains.0.data'"),
+    ],
+)
+def test_mistakes_are_named(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        manifest(**changes).tasks()
