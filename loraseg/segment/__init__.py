@@ -1,1 +1,15 @@
-"""Open-vocabulary segmentation: model, loss, prediction, metrics."""
+"""Open-vocabulary segmentation: the frozen base, its loss, prediction, metrics."""
+
+__all__ = [
+    "ConfusionMatrix",
+    "Predictor",
+    "SegmentationBase",
+    "catseg_bce",
+    "hmean",
+    "load_base",
+]
+
+from loraseg.segment.base import SegmentationBase, load_base
+from loraseg.segment.losses import catseg_bce
+from loraseg.segment.metrics import ConfusionMatrix, hmean
+from loraseg.segment.predictor import Predictor

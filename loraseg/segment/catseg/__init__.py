@@ -16,3 +16,23 @@ How ambiguous wordings of the method are read:
 * A guidance block that happens to be the last one gives the changed block's output.
 * Group norm of a stage narrower than 16 channels has one group.
 """
+
+__all__ = [
+    "CATSeg",
+    "CATSegConfig",
+    "catseg_from_clip",
+    "freeze_clip",
+    "load_catseg",
+    "load_official_checkpoint",
+    "official_state_dict",
+    "parameter_groups",
+    "save_catseg",
+]
+
+from loraseg.segment.catseg.checkpoint import load_catseg, save_catseg
+from loraseg.segment.catseg.config import CATSegConfig
+from loraseg.segment.catseg.from_clip import catseg_from_clip
+from loraseg.segment.catseg.layout import official_state_dict
+from loraseg.segment.catseg.model import CATSeg
+from loraseg.segment.catseg.official import load_official_checkpoint
+from loraseg.segment.catseg.trainable import freeze_clip, parameter_groups
