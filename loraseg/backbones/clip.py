@@ -186,7 +186,7 @@ def _from_own_file(source: WeightSource) -> ClipEncoder:
     )
 
 
-def _floats(values: Sequence[float]) -> tuple[float, ...]:
+def _floats(values: Sequence[float | int]) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
 
 

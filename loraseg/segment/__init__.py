@@ -7,9 +7,10 @@ __all__ = [
     "catseg_bce",
     "hmean",
     "load_base",
+    "save_base",
 ]
 
-from loraseg.segment.base import SegmentationBase, load_base
+from loraseg.segment.base import SegmentationBase, load_base, save_base
 from loraseg.segment.losses import catseg_bce
 from loraseg.segment.metrics import ConfusionMatrix, hmean
 from loraseg.segment.predictor import Predictor

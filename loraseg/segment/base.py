@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,18 +12,25 @@ from torch import Tensor
 from loraseg.backbones.bpe import BpeTokenizer
 from loraseg.backbones.clip import Tokenizer, word_tokenizer
 from loraseg.backbones.source import WeightSource, resolve
+from loraseg.backbones.tokenizer import WordTokenizer
 from loraseg.errors import ConfigError, IntegrityError
-from loraseg.segment.catseg.checkpoint import is_own_file, load_catseg, read_metadata
+from loraseg.segment.catseg.checkpoint import (
+    is_own_file,
+    load_catseg,
+    read_metadata,
+    save_catseg,
+)
 from loraseg.segment.catseg.model import CATSeg
 from loraseg.segment.catseg.official import load_official_checkpoint
 from loraseg.tensor_types import Float, Int
 
-__all__ = ["PROMPT", "SegmentationBase", "check_classes", "load_base"]
+__all__ = ["PROMPT", "SegmentationBase", "check_classes", "load_base", "save_base"]
 
 PROMPT = "A photo of a {} in the scene"
 # Methods A.3; for pixels of 0 to 255.
 _MEAN = (122.7709383, 116.7460125, 104.09373615)
 _STD = (68.5005327, 66.6321579, 70.3231630)
+_NUMBERS = ("window", "pad_multiple", "mean", "std")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -148,38 +156,59 @@ def load_base(spec: str = "miniature", **overrides: Any) -> SegmentationBase:
     )
 
 
+def save_base(
+    base: SegmentationBase, path: str | Path, *, dtype: torch.dtype | None = None
+) -> None:
+    """Write a base, for instance one trained further, so that :func:`load_base` gives it back.
+
+    Args:
+        base: Name and digest are not written; they follow from the file.
+        path: A ``.safetensors`` file, replaced whole.
+        dtype: Stored type of the weights; None keeps theirs.
+    """
+    metadata = {
+        "prompt": base.prompt,
+        "more_prompts": json.dumps(base.more_prompts),
+        "mean": json.dumps([value / 255 for value in base.mean]),
+        "std": json.dumps([value / 255 for value in base.std]),
+        "window": json.dumps(base.window),
+        "pad_multiple": json.dumps(base.pad_multiple),
+    }
+    if isinstance(base.tokenizer, WordTokenizer):
+        metadata["vocabulary"] = json.dumps(base.tokenizer.vocabulary)
+    save_catseg(base.model, path, metadata, dtype=dtype)
+
+
 def _own(source: WeightSource, overrides: dict[str, Any]) -> SegmentationBase:
     model = load_catseg(source.path, **overrides)
     config = model.config
     metadata = read_metadata(source.path)
     tokenizer: Tokenizer
-    if "vocabulary" in metadata:
-        tokenizer = word_tokenizer(metadata["vocabulary"], config.vocab_size, config.context_length)
-    else:
-        tokenizer = BpeTokenizer(config.context_length)
-    return SegmentationBase(
-        name=source.name,
-        digest=source.digest,
-        model=model,
-        tokenizer=tokenizer,
-        prompt=metadata.get("prompt", PROMPT),
-        window=config.image_size,
-        pad_multiple=1,
-        mean=_statistic(metadata, "mean", _MEAN, source),
-        std=_statistic(metadata, "std", _STD, source),
-    )
-
-
-def _statistic(
-    metadata: dict[str, str], key: str, default: tuple[float, ...], source: WeightSource
-) -> tuple[float, ...]:
-    """Read a JSON list for pixels of 0 to 1."""
-    if key not in metadata:
-        return default
     try:
-        red, green, blue = (255 * float(value) for value in json.loads(metadata[key]))
+        if "vocabulary" in metadata:
+            tokenizer = word_tokenizer(
+                metadata["vocabulary"], config.vocab_size, config.context_length
+            )
+        else:
+            tokenizer = BpeTokenizer(config.context_length)
+        numbers = {key: json.loads(metadata[key]) for key in _NUMBERS if key in metadata}
+        return SegmentationBase(
+            name=source.name,
+            digest=source.digest,
+            model=model,
+            tokenizer=tokenizer,
+            prompt=metadata.get("prompt", PROMPT),
+            more_prompts=tuple(json.loads(metadata.get("more_prompts", "[]"))),
+            window=int(numbers.get("window", config.image_size)),
+            pad_multiple=int(numbers.get("pad_multiple", 1)),
+            mean=_of_bytes(numbers["mean"]) if "mean" in numbers else _MEAN,
+            std=_of_bytes(numbers["std"]) if "std" in numbers else _STD,
+        )
     except (ValueError, TypeError) as error:
-        raise IntegrityError(
-            f"{source.path}: {key} in the header is {metadata[key]!r}, expected three numbers"
-        ) from error
+        raise IntegrityError(f"{source.path}: its header makes no base: {error}") from error
+
+
+def _of_bytes(values: Sequence[float | int]) -> tuple[float, ...]:
+    """Turn a statistic of pixels of 0 to 1 into one of pixels of 0 to 255."""
+    red, green, blue = (255 * float(value) for value in values)
     return red, green, blue

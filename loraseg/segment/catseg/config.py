@@ -108,6 +108,12 @@ class CATSegConfig:
                 f"window: got {self.window}, expected a divisor of the grid {self.grid} "
                 f"or at least {self.grid}"
             )
+        for width in self.decoder_dims:
+            if width % max(1, width // 16):
+                raise ConfigError(
+                    f"decoder_dims: got {self.decoder_dims}, expected widths that "
+                    f"width // 16 groups divide"
+                )
         inputs = (self.hidden, self.decoder_dims[0])
         for width, taken in zip(inputs, self.decoder_guidance_dims, strict=True):
             if taken >= width:

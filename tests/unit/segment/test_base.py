@@ -1,5 +1,6 @@
 """Loading the frozen segmenter, and its text side."""
 
+import dataclasses
 import hashlib
 import json
 
@@ -9,7 +10,7 @@ import torch
 from loraseg.backbones.bpe import BpeTokenizer
 from loraseg.backbones.tokenizer import WordTokenizer
 from loraseg.errors import ConfigError, IntegrityError
-from loraseg.segment.base import load_base
+from loraseg.segment.base import load_base, save_base
 from loraseg.segment.catseg.checkpoint import save_catseg
 from loraseg.segment.catseg.official import load_official_checkpoint
 from tests.unit.segment.official_layout import Sizes, random_state
@@ -66,8 +67,26 @@ def test_wrong_files(tmp_path):
     with pytest.raises(IntegrityError, match="cannot be read as a checkpoint"):
         load_base(str(tmp_path / "m.pth"))
     path = write_own(tmp_path / "m.safetensors", mean="[1, 2]")
-    with pytest.raises(IntegrityError, match="mean in the header"):
+    with pytest.raises(IntegrityError, match="its header makes no base: not enough values"):
         load_base(str(path))
     path = write_own(tmp_path / "m.safetensors", prompt="no slot")
-    with pytest.raises(ConfigError, match="template"):
+    with pytest.raises(IntegrityError, match="its header makes no base: prompt: got"):
         load_base(str(path))
+
+
+def test_a_base_trained_further_comes_back(tmp_path):
+    first = write_own(
+        tmp_path / "first.safetensors",
+        vocabulary=json.dumps(WORDS.vocabulary),
+        mean="[0.1, 0.2, 0.3]",
+    )
+    base = dataclasses.replace(load_base(str(first)), window=24, pad_multiple=4, prompt="see {}")
+    with torch.no_grad():
+        base.model.upsample1.bias.add_(1)
+    save_base(base, tmp_path / "second.safetensors")
+    again = load_base(str(tmp_path / "second.safetensors"))
+    assert again.digest != base.digest
+    assert (again.window, again.pad_multiple, again.prompt) == (24, 4, "see {}")
+    assert again.mean == pytest.approx(base.mean, rel=1e-15)
+    assert torch.equal(again.tokenize(["sky", "sea"]), base.tokenize(["sky", "sea"]))
+    assert torch.equal(again.model.upsample1.bias, base.model.upsample1.bias)

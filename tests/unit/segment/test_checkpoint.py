@@ -245,6 +245,7 @@ def test_clip_of_open_clip():
         ({"guidance_blocks": (3, 12)}, "below vision_layers = 12"),
         ({"pooling": (25, 1)}, "at most the grid 24"),
         ({"decoder_guidance_dims": (128, 16)}, "less than"),
+        ({"decoder_dims": (64, 50)}, "groups divide"),
         ({"vision_heads": 7}, "multiple of vision_heads"),
     ],
 )
