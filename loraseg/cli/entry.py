@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from loraseg.cli import library, miniature, segment
+from loraseg.cli import library, miniature, segment, train_base
 from loraseg.cli.console import complain, say, say_table
 from loraseg.errors import AdapterNotFoundError, ConfigError, LorasegError
 
@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     segment.add(commands)
     library.add(commands)
+    train_base.add(commands)
     miniature.add(commands)
     _add_spread(commands)
     _add_doctor(commands)

@@ -187,7 +187,9 @@ class TargetScorer:
     def score(self, setting: Setting) -> TargetScores:
         """Score every method with K and tau of ``setting``."""
         target = self._target
-        counts = {method: ConfusionMatrix(len(target.classes)) for method in self._methods()}
+        counts: dict[Method, ConfusionMatrix] = {
+            method: ConfusionMatrix(len(target.classes)) for method in self._methods()
+        }
         per_image = self._per_image_predictor()
         all_weights: list[ndarray] = []
         all_distances: list[ndarray] = []
@@ -326,6 +328,6 @@ class TargetScorer:
         return image, mask
 
 
-def _score(count: Any) -> MethodScore:
+def _score(count: ConfusionMatrix) -> MethodScore:
     iou = tuple(None if np.isnan(value) else float(value) for value in count.iou())
     return MethodScore(miou=float(count.miou()), iou=iou)

@@ -73,10 +73,10 @@ class Results:
         return json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
-def hmeans(targets: Iterable[TargetScores]) -> dict[str, float]:
+def hmeans(targets: Iterable[TargetScores]) -> dict[Method, float]:
     """Return the harmonic mean of mIoU for every method, over the domains that have it."""
     listed = list(targets)
-    means: dict[str, float] = {}
+    means: dict[Method, float] = {}
     for method in METHODS:
         values = [target.methods[method].miou for target in listed if method in target.methods]
         if values:
@@ -97,7 +97,9 @@ def gap_closed(targets: Iterable[TargetScores]) -> float | None:
 
 def table(results: Results) -> str:
     """Return the leave-one-out table as aligned text, mIoU in per cent, the paper's row beneath."""
-    methods = [m for m in METHODS if any(m in target.methods for target in results.targets)]
+    methods: list[Method] = [
+        m for m in METHODS if any(m in target.methods for target in results.targets)
+    ]
     head = ["domain", *(LABELS[method] for method in methods), "K", "tau", "nearest"]
     rows = [_row(target, methods) for target in results.targets]
     summary = results.summary()

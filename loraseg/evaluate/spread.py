@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loraseg.errors import ConfigError
-from loraseg.evaluate.leave_one_out import METHODS
+from loraseg.evaluate.leave_one_out import METHODS, Method
 from loraseg.evaluate.results import LABELS, PAPER, align
 
 __all__ = ["spread"]
@@ -24,7 +24,9 @@ def spread(paths: Sequence[str | Path]) -> str:
     if not paths:
         raise ConfigError("results: expected at least one results.json")
     summaries = [_summary(Path(path)) for path in paths]
-    methods = [m for m in METHODS if all(m in summary["hmean"] for summary in summaries)]
+    methods: list[Method] = [
+        m for m in METHODS if all(m in summary["hmean"] for summary in summaries)
+    ]
     columns = [[summary["hmean"][method] for summary in summaries] for method in methods]
     gaps = [summary["gap_closed"] for summary in summaries]
     closed = [gap for gap in gaps if gap is not None]
@@ -52,12 +54,14 @@ def spread(paths: Sequence[str | Path]) -> str:
 
 def _summary(path: Path) -> dict[str, Any]:
     try:
-        summary = json.loads(path.read_bytes())["summary"]
-        summary["hmean"]["semla"], summary["gap_closed"]
+        summary: dict[str, Any] = json.loads(path.read_bytes())["summary"]
+        complete = "semla" in summary["hmean"] and "gap_closed" in summary
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: not the results.json of an evaluation") from error
+    if not complete:
+        raise ConfigError(f"{path}: not the results.json of an evaluation")
     return summary
 
 

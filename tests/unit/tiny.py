@@ -169,13 +169,13 @@ def publish(uri, base, encoder, names=tuple(DOMAINS), **card):
     return library
 
 
-def write_domain(folder, name, count=3):
+def write_domain(folder, name, count=3, split="val"):
     """Write a dataset folder with random masks, some pixels ignored."""
     masks = seeding.numpy_generator(1, "tiny", name).integers(0, 3, size=(count, 20, SIDE))
     masks[:, :2] = 255
     for number, image in enumerate(domain_images(name, count)):
         for kind, array in (("images", image), ("masks", masks[number].astype(np.uint8))):
-            path = folder / kind / "val" / f"{number}.png"
+            path = folder / kind / split / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(array).save(path)
     (folder / "classes.json").write_text(json.dumps(list(CLASSES)))

@@ -1,0 +1,62 @@
+"""``loraseg train-base``: train a segmenter further on a dataset folder."""
+
+import argparse
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from loraseg.cli.console import say
+
+if TYPE_CHECKING:
+    from loraseg.train.progress import Progress
+
+__all__ = ["add"]
+
+_REPORT_EVERY_S = 10.0
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser(
+        "train-base",
+        help="train a segmenter further, to become the base of a library",
+        description="Any other field of the task is set by key=value, for instance "
+        "recipe.loop.steps=400 recipe.augment.crop=64 seed=1 images=50.",
+    )
+    parser.add_argument("--data", metavar="FOLDER", help="dataset folder, a path or URI")
+    parser.add_argument("--out", metavar="FILE", help="the .safetensors file to write")
+    parser.add_argument("--base", metavar="BASE", help="what to start from; default: miniature")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with fields of the task")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="set single fields")
+    parser.set_defaults(command=_train_base)
+
+
+def _train_base(arguments: argparse.Namespace) -> int:
+    from loraseg import config as configuration
+    from loraseg.train.base import BaseTask, train_base
+
+    named = {"data": arguments.data, "output": arguments.out, "base": arguments.base}
+    # As JSON, so that a path such as 2026 or a:b stays text.
+    overrides = [f"{key}={json.dumps(value)}" for key, value in named.items() if value]
+    task = configuration.load(BaseTask, arguments.config, [*overrides, *arguments.overrides])
+    result = train_base(task, _Meter())
+    scores = ", ".join(f"{name} {100 * value:.1f}" for name, value in result.metrics.items())
+    say(f"{result.path}  sha256 {result.digest}  {scores}")
+    if result.skipped:
+        say("nothing to do: the file was made by the same task")
+    return 0
+
+
+class _Meter:
+    """Prints progress on stderr every ten seconds."""
+
+    def __init__(self) -> None:
+        self._said_at = 0.0
+
+    def __call__(self, progress: "Progress") -> None:
+        now = time.monotonic()
+        if now - self._said_at < _REPORT_EVERY_S:
+            return
+        self._said_at = now
+        sys.stderr.write(f"step {progress.step} of {progress.steps}  loss {progress.loss:.4f}\n")

@@ -1,0 +1,232 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from loraseg.backbones.clip import load_clip
+from loraseg.cli import main
+from loraseg.data.masks import read_mask
+from loraseg.segment.base import load_base
+from loraseg.segment.predictor import Predictor
+from tests.unit.tiny import CLASSES, DOMAINS, domain_images, publish, write_domain, write_models
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return write_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def library(models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("library")
+    publish(folder, load_base(models[0]), load_clip(models[1]), metrics={"miou": 0.42})
+    return str(folder)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    paths = []
+    for name in ("day", "night"):
+        Image.fromarray(domain_images(name, 1)[0]).save(tmp_path / f"{name}.png")
+        paths.append(str(tmp_path / f"{name}.png"))
+    return paths
+
+
+@pytest.fixture
+def segment(models, library, photos, tmp_path):
+    def run(*more, images=photos, uri=library, classes="road, car, sky"):
+        options = ["--base", models[0], "--encoder", models[1], "--out", str(tmp_path / "out")]
+        named = ["--library", uri] if uri else []
+        return main(["segment", *images, "--classes", classes, *named, *options, *more])
+
+    return run
+
+
+def test_segment_writes_mask_overlay_and_explanation(segment, photos, tmp_path, capsys):
+    assert segment("--top-k", "2", "--temperature", "0.3") == 0
+    for name, path in zip(("day", "night"), photos, strict=True):
+        with Image.open(tmp_path / "out" / f"{name}.png") as mask:
+            assert (mask.mode, mask.size) == ("P", (24, 20))
+            assert set(np.unique(np.asarray(mask))) <= {0, 1, 2}
+        with Image.open(tmp_path / "out" / f"{name}_overlay.png") as overlay:
+            assert overlay.mode == "RGB"
+        told = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+        assert told["image"] == path
+        assert len({used["name"] for used in told["adapters"]} & set(DOMAINS)) == 2
+        assert sum(used["weight"] for used in told["adapters"]) == pytest.approx(1.0)
+        assert told["settings"] == {"k": 2, "temperature": 0.3, "mode": "fused"}
+        assert sum(told["shares"].values()) == pytest.approx(1.0)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith(f"{photos[0]} -> ")
+
+
+def test_segment_without_a_library_needs_mode_base(segment, models, photos, tmp_path, capsys):
+    assert segment(uri=None) == 2
+    assert "--library: expected" in capsys.readouterr().err
+    assert segment("--mode", "base", uri=None) == 0
+    [scores] = Predictor(load_base(models[0])).predict(list(domain_images("day", 1)), CLASSES, None)
+    written = read_mask(tmp_path / "out" / "day.png")
+    assert (written == scores.numpy().argmax(axis=0)).all()
+
+
+def test_segment_falls_back_on_an_empty_library_and_says_so(segment, tmp_path, capsys):
+    assert segment(uri=str(tmp_path / "nothing")) == 0
+    assert "is empty" in capsys.readouterr().out
+    assert "is empty" in json.loads((tmp_path / "out" / "day.json").read_text())["fallback"]
+
+
+def test_one_broken_image_does_not_cost_the_others(segment, photos, tmp_path, capsys):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    assert segment(images=[str(broken), *photos]) == 1
+    told = capsys.readouterr()
+    assert told.err.startswith(f"error: {broken}: ")
+    assert len(told.err.splitlines()) == 1
+    assert len(told.out.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"classes": " , "}, "--classes: "),
+        ({"classes": "car, Car"}, "'Car' appears twice"),
+        ({"images": ["absent.png"]}, "no such image: absent.png"),
+        ({"uri": "ftp://x"}, "store URI of kind 'ftp'"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(segment, arguments, message, capsys):
+    assert segment(**arguments) == 2
+    told = capsys.readouterr()
+    assert message in told.err
+    assert len(told.err.splitlines()) == 1
+    assert told.out == ""
+
+
+def test_images_of_one_name_are_refused(segment, photos, tmp_path, capsys):
+    (tmp_path / "other").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "other" / "day.png")
+    assert segment(images=[*photos, str(tmp_path / "other" / "day.png")]) == 2
+    assert "2 images are called 'day'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [("--top-k", "0"), ("--temperature", "-1")])
+def test_settings_out_of_range(segment, option, capsys):
+    assert segment(*option) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_unknown_options_leave_with_2(segment, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["segment"])
+    with pytest.raises(SystemExit, match="2"):
+        main([])
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    assert "library" in capsys.readouterr().out
+
+
+def test_library_ls(library, capsys):
+    assert main(["library", "ls", library]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:4] == ["NAME", "VERSION", "ROLE", "BASE"]
+    assert [line.split()[0] for line in lines[1:]] == ["day", "dusk", "fog", "night"]
+    assert "42.0" in lines[1]
+
+
+def test_library_ls_by_base(library, models, tmp_path, capsys):
+    digest = load_base(models[0]).digest
+    assert main(["library", "ls", library, "--base", digest[:8]]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 5
+    assert main(["library", "ls", library, "--base", "x"]) == 0
+    assert "no adapters for base x" in capsys.readouterr().out
+    assert main(["library", "ls", str(tmp_path / "nowhere")]) == 0
+    assert "no adapters" in capsys.readouterr().out
+
+
+def test_library_show(library, capsys):
+    assert main(["library", "show", library, "fog"]) == 0
+    first, _, card = capsys.readouterr().out.partition("\n")
+    assert first.startswith("* version 1")
+    card = json.loads(card)
+    assert card["name"] == "fog"
+    assert card["centroids"][0]["vector"] == "8 numbers"
+    assert main(["library", "show", library, "fgo"]) == 2
+    assert "did you mean 'fog'" in capsys.readouterr().err
+    assert main(["library", "show", library, "fog", "--version", "7"]) == 2
+
+
+def test_library_rollback(models, tmp_path, capsys):
+    base, encoder = load_base(models[0]), load_clip(models[1])
+    library = publish(tmp_path, base, encoder, names=("day",))
+    files, card = library.load("day")
+    library.publish(
+        "day", {**files, "adapter_config.json": files["adapter_config.json"] + b" "}, card
+    )
+    assert library.entry("day").version == 2
+    assert main(["library", "rollback", str(tmp_path), "day", "1"]) == 0
+    assert library.entry("day").version == 1
+    assert capsys.readouterr().out.startswith("day is version 1 now")
+    assert main(["library", "rollback", str(tmp_path), "day", "9"]) == 2
+
+
+def test_library_verify_finds_damage(models, tmp_path, capsys):
+    publish(tmp_path, load_base(models[0]), load_clip(models[1]), names=("day", "fog"))
+    assert main(["library", "verify", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("objects checked, ok")
+    [blob, *_] = sorted((tmp_path / "blobs").rglob("sha256/*/*"))
+    blob.write_bytes(b"rust")
+    assert main(["library", "verify", str(tmp_path)]) == 1
+    assert "corrupt: blobs/sha256/" in capsys.readouterr().out
+
+
+def test_miniature_write(tmp_path, capsys):
+    counts = ["--train", "2", "--val", "1", "--domains", "snow, dusk"]
+    assert main(["miniature", "write", str(tmp_path), *counts]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dusk", "snow"]
+    assert len(list((tmp_path / "snow" / "images" / "train").iterdir())) == 2
+    assert "(snow family)" in capsys.readouterr().out
+    assert main(["miniature", "write", str(tmp_path), "--domains", "mars"]) == 2
+    assert main(["miniature", "write", str(tmp_path), "--val", "0"]) == 2
+
+
+def test_train_base_writes_a_base_that_loads(models, tmp_path, capsys):
+    for split in ("train", "val"):
+        write_domain(tmp_path / "data", "day", count=2, split=split)
+    out = str(tmp_path / "further.safetensors")
+    command = ["train-base", "--data", str(tmp_path / "data"), "--out", out, "--base", models[0]]
+    quick = ["recipe.loop.steps=2", "recipe.augment.crop=16", "recipe.batch_size=2"]
+    assert main([*command, *quick]) == 0
+    assert load_base(out).digest in capsys.readouterr().out
+    assert main([*command, *quick]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert main([*command, "recipe.loop.stepz=2"]) == 2
+    assert "did you mean 'recipe.loop.steps'" in capsys.readouterr().err
+
+
+def test_doctor(tmp_path, capsys):
+    assert main(["doctor", "--store", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "conditional writes work" in told
+    assert "torch" in told
+    assert main(["doctor", "--store", "ftp://x"]) == 1
+    assert "BAD" in capsys.readouterr().out
+
+
+def test_spread_of_no_results(tmp_path, capsys):
+    assert main(["spread", str(tmp_path / "absent.json")]) == 2
+    assert "absent.json: cannot be read" in capsys.readouterr().err
+
+
+def test_a_closed_pipe_is_no_traceback(library):
+    command = [sys.executable, "-c", "import sys; from loraseg.cli import main; sys.exit(main())"]
+    process = subprocess.Popen(
+        [*command, "library", "ls", library], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    with process.stderr as stream:
+        assert b"Traceback" not in stream.read()
+    assert process.wait() != 0
