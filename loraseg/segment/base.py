@@ -1,7 +1,7 @@
 """The frozen segmenter that adapters belong to: model, tokenizer, prompt, pixel statistics."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,16 +157,22 @@ def load_base(spec: str = "miniature", **overrides: Any) -> SegmentationBase:
 
 
 def save_base(
-    base: SegmentationBase, path: str | Path, *, dtype: torch.dtype | None = None
+    base: SegmentationBase,
+    path: str | Path,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write a base, for instance one trained further, so that :func:`load_base` gives it back.
 
     Args:
         base: Name and digest are not written; they follow from the file.
         path: A ``.safetensors`` file, replaced whole.
+        metadata: Further strings for the header, such as how it was trained.
         dtype: Stored type of the weights; None keeps theirs.
     """
-    metadata = {
+    header = {
+        **(metadata or {}),
         "prompt": base.prompt,
         "more_prompts": json.dumps(base.more_prompts),
         "mean": json.dumps([value / 255 for value in base.mean]),
@@ -175,8 +181,8 @@ def save_base(
         "pad_multiple": json.dumps(base.pad_multiple),
     }
     if isinstance(base.tokenizer, WordTokenizer):
-        metadata["vocabulary"] = json.dumps(base.tokenizer.vocabulary)
-    save_catseg(base.model, path, metadata, dtype=dtype)
+        header["vocabulary"] = json.dumps(base.tokenizer.vocabulary)
+    save_catseg(base.model, path, header, dtype=dtype)
 
 
 def _own(source: WeightSource, overrides: dict[str, Any]) -> SegmentationBase:

@@ -11,7 +11,7 @@ from loraseg.backbones.bpe import BpeTokenizer
 from loraseg.backbones.tokenizer import WordTokenizer
 from loraseg.errors import ConfigError, IntegrityError
 from loraseg.segment.base import load_base, save_base
-from loraseg.segment.catseg.checkpoint import save_catseg
+from loraseg.segment.catseg.checkpoint import read_metadata, save_catseg
 from loraseg.segment.catseg.official import load_official_checkpoint
 from tests.unit.segment.official_layout import Sizes, random_state
 
@@ -83,7 +83,8 @@ def test_a_base_trained_further_comes_back(tmp_path):
     base = dataclasses.replace(load_base(str(first)), window=24, pad_multiple=4, prompt="see {}")
     with torch.no_grad():
         base.model.upsample1.bias.add_(1)
-    save_base(base, tmp_path / "second.safetensors")
+    save_base(base, tmp_path / "second.safetensors", {"training": "one step"})
+    assert read_metadata(tmp_path / "second.safetensors")["training"] == "one step"
     again = load_base(str(tmp_path / "second.safetensors"))
     assert again.digest != base.digest
     assert (again.window, again.pad_multiple, again.prompt) == (24, 4, "see {}")
