@@ -92,7 +92,6 @@ def train_catseg(config: CatsegTraining, clip: nn.Module) -> CATSeg:
     class" they would teach the model to reject what it has no name for.
     """
     images, labels = _scenes(config)
-    generator = numpy_generator(config.seed, "pretrain-catseg", "batches")
     torch.manual_seed(derive(config.seed, "pretrain-catseg", "weights"))
     words = tokenizer()
     model = catseg_from_clip(clip, catseg_config(words.vocab_size)).train()
@@ -101,6 +100,7 @@ def train_catseg(config: CatsegTraining, clip: nn.Module) -> CATSeg:
     total, started = 0.0, time.perf_counter()
     for step in range(1, config.steps + 1):
         _set_rate(optimiser, step, config.steps)
+        generator = numpy_generator(config.seed, "pretrain-catseg", "batch", step)
         batch = _draw(images, labels, config, generator)
         loss = _loss(model, words(_prompts(generator)), *batch)
         optimiser.zero_grad()

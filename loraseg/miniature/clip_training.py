@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from loraseg.miniature.captions import TEMPLATES, class_word, tokenizer
 from loraseg.miniature.clip_batches import Batch, ScenePool, draw_batch
 from loraseg.miniature.clip_model import build_clip, encode_dense, encode_text
 from loraseg.miniature.domains import DOMAINS
+from loraseg.miniature.weights_io import read_clip
 from loraseg.seeding import derive, numpy_generator
 
 __all__ = ["ClipTraining", "contrastive", "multi_positive", "train_clip"]
@@ -42,6 +44,8 @@ class ClipTraining:
         learning_rate: Peak, after 60 steps of warm-up; cosine to a hundredth of it.
         weight_decay: On matrices only.
         log_every: Steps between two lines of the log.
+        init: Weights of an interrupted run to go on from, with fresh optimiser state.
+        first_step: The step to go on with; batches depend on the step alone.
     """
 
     seed: int = 0
@@ -50,6 +54,8 @@ class ClipTraining:
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
     log_every: int = 50
+    init: Path | None = None
+    first_step: int = 1
 
 
 class _Scales(nn.Module):
@@ -66,17 +72,18 @@ class _Scales(nn.Module):
 def train_clip(
     config: ClipTraining, checkpoint: Callable[[nn.Module, int], None] = lambda model, step: None
 ) -> nn.Module:
-    """Train from scratch and return the model; ``checkpoint`` is called every 500 steps."""
-    pool = ScenePool(config.scenes, config.seed)
-    generator = numpy_generator(config.seed, "pretrain-clip", "batches")
+    """Train and return the model; ``checkpoint`` is called every 250 steps."""
+    pool, words = ScenePool(config.scenes, config.seed), tokenizer()
     torch.manual_seed(derive(config.seed, "pretrain-clip", "weights"))
-    words = tokenizer()
-    model, scales = build_clip(words.vocab_size), _Scales()
+    model = build_clip(words.vocab_size) if config.init is None else read_clip(config.init).train()
+    scales = _Scales()
     optimiser = _optimiser(model, scales, config)
     totals, started = np.zeros(5), time.perf_counter()
-    for step in range(1, config.steps + 1):
+    for step in range(config.first_step, config.steps + 1):
         progress = (step - 1) / config.steps
-        _set_rate(optimiser, config.learning_rate, step, progress)
+        warm = min(1.0, (step + 1 - config.first_step) / 60)
+        _set_rate(optimiser, config.learning_rate * warm, progress)
+        generator = numpy_generator(config.seed, "pretrain-clip", "batch", step)
         terms = _losses(model, scales, draw_batch(pool, progress, generator), words, generator)
         optimiser.zero_grad()
         torch.stack(terms).sum().backward()
@@ -90,7 +97,7 @@ def train_clip(
                 "step %d, %.0f s: caption class dense region domain %s", step, seconds, shown
             )
             totals[:] = 0
-        if step % 500 == 0:
+        if step % 250 == 0:
             checkpoint(model, step)
     return model.eval()
 
@@ -185,7 +192,7 @@ def _optimiser(model: nn.Module, scales: nn.Module, config: ClipTraining) -> tor
     return torch.optim.AdamW(groups, config.learning_rate, betas=(0.9, 0.98))
 
 
-def _set_rate(optimiser: torch.optim.Optimizer, peak: float, step: int, progress: float) -> None:
-    rate = peak * min(1.0, step / 60) * (0.495 * (1 + math.cos(math.pi * progress)) + 0.01)
+def _set_rate(optimiser: torch.optim.Optimizer, peak: float, progress: float) -> None:
+    rate = peak * (0.495 * (1 + math.cos(math.pi * progress)) + 0.01)
     for group in optimiser.param_groups:
         group["lr"] = rate

@@ -15,7 +15,7 @@ class Dice:
         self.generator = generator
         self.count = count
 
-    def uniform(self, low: float, high: float) -> ndarray:
+    def uniform(self, low: float | int, high: float | int) -> ndarray:
         """Draw (n,) numbers in [low, high)."""
         return self.generator.uniform(low, high, self.count).astype(np.float32)
 
@@ -27,7 +27,7 @@ class Dice:
         """Draw (n,) values of -1 (left) or 1 (right)."""
         return np.where(self.chance(0.5), 1.0, -1.0).astype(np.float32)
 
-    def pick(self, options: Sequence[float]) -> ndarray:
+    def pick(self, options: Sequence[float | int]) -> ndarray:
         """Draw (n,) of the given numbers, each as likely as the others."""
         return self.generator.choice(np.asarray(options, np.float32), self.count)
 

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def make_clip(config: ClipTraining, folder: Path) -> None:
-    """Train the CLIP and write ``clip.safetensors``; a copy goes there every 500 steps."""
+    """Train the CLIP and write ``clip.safetensors``; a copy goes there every 250 steps."""
     path = folder / "clip.safetensors"
     write_clip(train_clip(config, lambda model, step: write_clip(model, path)), path)
 
@@ -77,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     steps = {} if arguments.steps is None else {"steps": arguments.steps}
     if arguments.command == "clip":
-        config = ClipTraining(seed=arguments.seed, **steps)
+        going_on = {"init": arguments.init, "first_step": arguments.first_step}
+        config = ClipTraining(seed=arguments.seed, **steps, **going_on)
         make_clip(config, folder)
     else:
         config = CatsegTraining(seed=arguments.seed, **steps)
@@ -93,6 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("command", choices=["clip", "catseg", "gates"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="optimiser steps; the default made the weights")
+    parser.add_argument("--init", type=Path, help="clip: weights of an interrupted run")
+    parser.add_argument("--first-step", type=int, default=1, help="clip: where to go on with it")
     parser.add_argument("--folder", type=Path, default=WEIGHTS, help="where the weights lie")
     parser.add_argument("--threads", type=int, default=1)
     return parser
