@@ -1,0 +1,93 @@
+"""The evaluation on a real Ray: same bytes as without it, errors as they were."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+import jobs.evaluate as job
+from actors.evaluation import on_ray
+from actors.resources import Placement
+from loraseg import config as configuration
+from loraseg.backbones.clip import load_clip
+from loraseg.errors import DatasetError
+from loraseg.evaluate.run import evaluate
+from loraseg.segment.base import load_base
+from tests.integration.ray_cluster import ray_cluster
+from tests.unit.tiny import DOMAINS, publish, write_domain, write_models
+
+__all__ = ["ray_cluster"]
+
+pytestmark = pytest.mark.ray
+FAMILIES = {"day": "bright", "fog": "bright", "night": "dark", "dusk": "dark"}
+
+
+@pytest.fixture
+def config(tmp_path):
+    base, clip = write_models(tmp_path)
+    publish(tmp_path / "library", load_base(base), load_clip(clip))
+    domains = [
+        {"name": name, "family": family, "data": str(write_domain(tmp_path / name, name))}
+        for name, family in FAMILIES.items()
+    ]
+    values = {
+        "library": str(tmp_path / "library"),
+        "output": str(tmp_path / "out"),
+        "base": base,
+        "encoder": clip,
+        "domains": domains,
+        "grid": {"k": [1, 2], "temperature": [0.3]},
+        "resources": {"max_parallel": 2},
+    }
+    return configuration.build(job.Config, values)
+
+
+def test_the_job_writes_what_a_plain_loop_would(config, ray_cluster, capsys):
+    job.main(config)
+    table = capsys.readouterr().out
+    for name in DOMAINS:
+        assert name in table
+    out = Path(config.output)
+    assert (out / "report.html").stat().st_size > 10_000
+    alone = evaluate(config.plain())
+    # Only the number of CPU threads may differ, and with it the last bits of a score.
+    ours, theirs = json.loads((out / "results.json").read_text()), json.loads(alone.to_json())
+    assert ours["tuning"]["folds"] == theirs["tuning"]["folds"]
+    for one, other in zip(ours["targets"], theirs["targets"], strict=True):
+        assert one["setting"] == other["setting"]
+        assert one["methods"]["semla"]["miou"] == pytest.approx(
+            other["methods"]["semla"]["miou"], abs=5e-3
+        )
+
+
+def test_a_lost_worker_is_made_up_for(ray_cluster, tmp_path):
+    spread = on_ray(Placement(max_parallel=1))
+    assert list(spread(_die_once, [_Errand(tmp_path, n) for n in range(3)])) == [0, 1, 2]
+    assert (tmp_path / "1.died").exists()
+
+
+def test_an_error_of_the_work_comes_out_as_it_was(ray_cluster, tmp_path):
+    with pytest.raises(DatasetError, match="no masks here"):
+        list(on_ray(Placement())(_fail, [_Errand(tmp_path, n) for n in range(2)]))
+
+
+class _Errand:
+    def __init__(self, folder, number):
+        self.folder, self.number = folder, number
+
+    @property
+    def domain(self):
+        return type("Named", (), {"name": str(self.number)})
+
+
+def _die_once(errand):
+    mark = errand.folder / f"{errand.number}.died"
+    if errand.number == 1 and not mark.exists():
+        mark.touch()
+        os._exit(1)
+    return errand.number
+
+
+def _fail(errand):
+    raise DatasetError("no masks here")
