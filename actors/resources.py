@@ -36,7 +36,8 @@ class Placement:
     """What one adapter takes and how many run at once.
 
     Attributes:
-        cpus: CPUs of each adapter, also its torch threads.
+        cpus: CPUs set aside for each adapter. A recipe says itself how many threads it trains
+            with, because the last bits depend on that; ``threads`` is for all other work.
         gpus: GPUs of each adapter; 0.5 lets two share one.
         node: A custom resource that the node must offer, such as ``trainer`` in cluster.yaml; None
             for any node.

@@ -53,7 +53,7 @@ def train_adapters(
     *,
     run: Run = run_task,
     watch: Watch | None = None,
-    read_every_s: float = 3.0,
+    read_every_s: float = 5.0,
 ) -> Iterator[Outcome]:
     """Run all tasks on the connected Ray cluster and yield each as it ends, in order of arrival.
 
@@ -67,6 +67,8 @@ def train_adapters(
             logged in one line.
         read_every_s: Seconds between two readings of the progress.
     """
+    _warn(tasks, placement)
+    logger.info("training %d adapters, %s each", len(tasks), placement)
     board = _start_board()
     view = _View(board, watch or _log_changes(), read_every_s)
     calls = [(f"train {task.name}", (run, task, board)) for task in tasks]
@@ -74,6 +76,22 @@ def train_adapters(
         _run_reporting, calls, placement, tick=view.refresh, tick_s=read_every_s
     ):
         yield _outcome(tasks[index].name, reference)
+
+
+def _warn(tasks: Sequence[AdapterTask], placement: Placement) -> None:
+    """Say what works but is hardly meant."""
+    threads = max((task.recipe.threads for task in tasks), default=0)
+    if threads > placement.cpus:
+        logger.warning(
+            "an adapter trains with %d threads but only %g CPUs are set aside for it",
+            threads,
+            placement.cpus,
+        )
+    hosts = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    places = {place for task in tasks for place in (task.data, task.library, task.checkpoints)}
+    local = sorted(place for place in places if not place.startswith("s3://"))
+    if len(hosts) > 1 and local:
+        logger.warning("%d machines must all find %s: use s3:// or share it", len(hosts), local[0])
 
 
 def _start_board() -> Any:
@@ -132,11 +150,18 @@ def _log_changes() -> Watch:
 
 def _outcome(name: str, reference: Any) -> Outcome:
     try:
-        return Outcome(name, ray.get(reference), None)
+        result: TaskResult = ray.get(reference)
     except RayTaskError as error:
         cause = error.cause
         if not isinstance(cause, LorasegError):
             logger.error("%s: unexpected error in its worker:\n%s", name, error)
-        return Outcome(name, None, f"{type(cause).__name__}: {cause}")
+        return _failure(name, f"{type(cause).__name__}: {cause}")
     except RayError as error:
-        return Outcome(name, None, f"{type(error).__name__}: lost by the cluster: {error}")
+        return _failure(name, f"{type(error).__name__}: lost by the cluster: {error}")
+    logger.info("%s: %s", name, "published before" if result.skipped else "published")
+    return Outcome(name, result, None)
+
+
+def _failure(name: str, reason: str) -> Outcome:
+    logger.error("%s: failed: %s", name, reason)
+    return Outcome(name, None, reason)

@@ -18,13 +18,13 @@ from loraseg.segment.catseg.model import CATSeg
 
 LABELS = LabelSpace(("sky", "road", "car"))
 _COLORS = np.array([[90, 140, 220], [90, 90, 90], [200, 40, 40]], dtype=np.float64)
-_TINTS = {"fog": (0.4, 1.0, 120.0), "night": (0.3, 0.9, 0.0), "dusk": (0.9, 0.6, 30.0)}
+_TINTS = {"fog": (0.4, 1.0, 120.0), "night": (0.3, 0.9, 0.0)}
 
 
 def write_domain(
     folder: Path, domain: str, *, train: int = 4, val: int = 2, side: int = 64
 ) -> Path:
-    """Write sky over road with a car, in the colours of one of fog, night and dusk."""
+    """Write sky over road with a car, in the colours of fog or night."""
     write_classes(_parent(folder / "classes.json"), LABELS)
     scale, blue, offset = _TINTS[domain]
     generator = np.random.default_rng(list(domain.encode()))
@@ -95,7 +95,7 @@ def write_manifest(path: Path, uri: str, data: dict[str, Path], **fields) -> Pat
     values = {
         "library": f"{uri}/library",
         "checkpoints": f"{uri}/checkpoints",
-        "overrides": {"batch_size": 2, "loop": {"steps": 60, "checkpoint_every": 20}},
+        "overrides": {"batch_size": 2, "loop": {"steps": 30, "checkpoint_every": 10}},
         "domains": [{"name": name, "data": str(folder)} for name, folder in data.items()],
     }
     path.write_text(yaml.safe_dump({**values, **fields}), encoding="utf-8")
