@@ -13,8 +13,8 @@ from loraseg.data import DatasetFolder, few_shot
 from loraseg.data.transforms import AugmentConfig
 from loraseg.errors import ConfigError
 from loraseg.revision import code_revision
-from loraseg.segment.base import SegmentationBase, load_base
-from loraseg.segment.catseg.checkpoint import is_own_file, read_metadata, save_catseg
+from loraseg.segment.base import SegmentationBase, load_base, save_base
+from loraseg.segment.catseg.checkpoint import read_metadata
 from loraseg.segment.catseg.trainable import freeze_clip, parameter_groups
 from loraseg.storage import open_store
 from loraseg.tensor_types import Tensor
@@ -131,8 +131,7 @@ class BaseResult:
 def train_base(task: BaseTask, report: Report = lambda progress: None) -> BaseResult:
     """Train a base further and write it with its recipe, or find that this has been done.
 
-    The file loads with :func:`loraseg.segment.base.load_base`; its header keeps what the file it
-    came from says of tokenizer, prompt and pixels.
+    The file loads with :func:`loraseg.segment.base.load_base`.
 
     Args:
         task: What to do.
@@ -229,8 +228,6 @@ def _save(
     loop: LoopResult,
     metrics: dict[str, float],
 ) -> None:
-    source = resolve(task.base).path
-    header = read_metadata(source) if is_own_file(source) else {}
     history = {
         "task_digest": digest,
         "base_digest": base.digest,
@@ -241,8 +238,7 @@ def _save(
         "code_revision": code_revision(),
     }
     Path(task.output).parent.mkdir(parents=True, exist_ok=True)
-    training = {"training": json.dumps(history, sort_keys=True)}
-    save_catseg(base.model, task.output, {**header, **training})
+    save_base(base, task.output, {"training": json.dumps(history, sort_keys=True)})
 
 
 def _done(output: str, digest: str) -> bool:

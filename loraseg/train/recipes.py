@@ -140,7 +140,9 @@ def miniature() -> AdapterRecipe:
         learning_rate=1e-3,
         batch_size=6,
         augment=AugmentConfig(crop=64, shortest_edge=(64,), jitter=False),
-        loop=LoopConfig(steps=60, warmup_steps=6, clip_norm=1.0, checkpoint_every=20),
+        loop=LoopConfig(
+            steps=60, warmup_steps=6, clip_norm=1.0, precision="bf16", checkpoint_every=20
+        ),
     )
 
 
