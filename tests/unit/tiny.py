@@ -150,7 +150,7 @@ def publish(uri, base, encoder, names=tuple(DOMAINS), **card):
         files = adapter_files(
             random_pairs(base.model, list(DOMAINS).index(name)), base_digest=base.digest
         )
-        embeddings = encoder.encode_images(domain_images(name, 6))
+        embeddings = encoder.encode_images(list(domain_images(name, 6)))
         centroid = Centroid.from_embeddings(
             embeddings, encoder_id=encoder.encoder_id, normalised=False
         )
