@@ -1,0 +1,50 @@
+"""Time rivals in turn, so that a drifting machine hits all of them alike."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+
+__all__ = ["Times", "interleave", "ratio", "setting"]
+
+Times = dict[str, list[float]]
+
+
+def interleave(rivals: Mapping[str, Callable[[], object]], *, rounds: int) -> Times:
+    """Run every rival once per round after one warm-up; return CPU seconds by name."""
+    for rival in rivals.values():
+        rival()
+    times: Times = {name: [] for name in rivals}
+    for _ in range(rounds):
+        for name, rival in rivals.items():
+            started = time.process_time()
+            rival()
+            times[name].append(time.process_time() - started)
+    return times
+
+
+def ratio(times: Times, ours: str, other: str) -> float:
+    """Return the ratio of the minima, ours over the other."""
+    return round(min(times[ours]) / min(times[other]), 4)
+
+
+def setting(times: Times, **more: object) -> dict[str, object]:
+    """Describe the machine and give minimum and median of every rival in milliseconds."""
+    milliseconds = {
+        name: {
+            "min_ms": round(1e3 * min(seconds), 4),
+            "median_ms": round(1e3 * statistics.median(seconds), 4),
+        }
+        for name, seconds in times.items()
+    }
+    return {
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "threads": torch.get_num_threads(),
+        "times": milliseconds,
+        **more,
+    }
