@@ -27,6 +27,7 @@ _CENTROID = pa.struct(
         ("spread", pa.float64()),
     ]
 )
+_IDENTITY = ["name", "version", "record_digest"]
 _PLAIN = ("encoder_id", "normalised", "count", "spread")
 SCHEMA = pa.schema(
     [
@@ -59,6 +60,7 @@ class Entry:
         current: Whether the name points to this version.
         record_digest: sha256 (hex) of ``adapters/<name>/<version>.json``.
         size_bytes: All files together.
+        card_json: The card without its centroids, written once for all snapshots it goes into.
     """
 
     version: int
@@ -67,6 +69,13 @@ class Entry:
     current: bool
     record_digest: str
     size_bytes: int
+    card_json: str = dataclasses.field(default="", repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Write the card, unless it is known from a snapshot."""
+        if not self.card_json:
+            bare = dataclasses.replace(self.card, centroids=())
+            object.__setattr__(self, "card_json", canonical_json(bare.to_json()).decode())
 
     @property
     def name(self) -> str:
@@ -90,10 +99,16 @@ def encode_snapshot(entries: Iterable[Entry]) -> bytes:
     return buffer.getvalue()
 
 
-def decode_snapshot(data: bytes, where: str) -> tuple[Entry, ...]:
+def decode_snapshot(data: bytes, where: str, known: Iterable[Entry] = ()) -> tuple[Entry, ...]:
     """Read the Parquet file, ordered by name and version.
 
     Columns that this version does not know are ignored.
+
+    Args:
+        data: The file.
+        where: What to call it in errors.
+        known: Entries of another generation; what is in both is not parsed again, so that a
+            generation costs what is new in it.
 
     Raises:
         IntegrityError: It is not a catalog snapshot, or a row is invalid.
@@ -109,19 +124,33 @@ def decode_snapshot(data: bytes, where: str) -> tuple[Entry, ...]:
         table = table.select(SCHEMA.names).cast(SCHEMA)
     except (pa.ArrowException, KeyError, OSError) as error:
         raise IntegrityError(f"{where}: not a catalog snapshot ({error})") from error
-    rows = table.drop_columns(["centroids"]).to_pylist()
-    lists = table.column("centroids").combine_chunks()
+    # A record's digest stands for everything in its row but the pointer.
+    parsed = {(entry.name, entry.version, entry.record_digest): entry for entry in known}
+    keys = [column.to_pylist() for column in table.select(_IDENTITY).columns]
+    current: list[bool] = table.column("current").to_pylist()
+    entries = [parsed.get(key) for key in zip(*keys, strict=True)]
+    new = [index for index, entry in enumerate(entries) if entry is None]
     try:
-        return tuple(
-            _entry(row, centroids) for row, centroids in zip(rows, _centroids(lists), strict=True)
-        )
+        for index, entry in zip(new, _parse(table.take(pa.array(new, pa.int64()))), strict=True):
+            entries[index] = entry
     except (ValueError, TypeError) as error:
         raise IntegrityError(f"{where}: {error}") from error
+    return tuple(
+        entry if entry.current == points else dataclasses.replace(entry, current=points)
+        for entry, points in zip(entries, current, strict=True)
+        if entry is not None
+    )
+
+
+def _parse(table: pa.Table) -> Iterator[Entry]:
+    rows = table.drop_columns(["centroids"]).to_pylist()
+    lists = table.column("centroids").combine_chunks()
+    for row, centroids in zip(rows, _centroids(lists), strict=True):
+        yield _entry(row, centroids)
 
 
 def _row(entry: Entry) -> dict[str, Any]:
     card = entry.card
-    bare = dataclasses.replace(card, centroids=())
     return {
         "name": card.name,
         "version": entry.version,
@@ -134,7 +163,7 @@ def _row(entry: Entry) -> dict[str, Any]:
         "base_digest": card.base.digest,
         "classes": list(card.label_space),
         "count": None if card.training is None else card.training.images,
-        "card": canonical_json(bare.to_json()).decode(),
+        "card": entry.card_json,
     }
 
 
@@ -149,6 +178,7 @@ def _entry(row: dict[str, Any], centroids: tuple[Centroid, ...]) -> Entry:
         current=row["current"],
         record_digest=check_digest(row["record_digest"], card.name),
         size_bytes=row["size_bytes"],
+        card_json=row["card"],
     )
 
 

@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +29,15 @@ def test_round_trip(entries):
 
 def test_same_entries_same_bytes():
     assert encode_snapshot(ENTRIES) == encode_snapshot(reversed(ENTRIES))
+
+
+def test_known_entries_are_taken_over_and_only_the_pointer_is_read():
+    data = encode_snapshot([replace(ENTRIES[0], current=False), *ENTRIES[1:]])
+    found = decode_snapshot(data, "here", ENTRIES[:2])
+    assert found == (replace(ENTRIES[0], current=False), *ENTRIES[1:])
+    assert found[1] is ENTRIES[1]
+    other = replace(ENTRIES[1], record_digest="f" * 64, card=make_card("a", code_revision="x"))
+    assert decode_snapshot(data, "here", [other])[1] == ENTRIES[1]
 
 
 def test_other_readers_find_plain_columns():
