@@ -29,8 +29,8 @@ class AdapterRecipe:
         learning_rate: One rate for all pairs, at its peak.
         weight_decay: Of AdamW, on every pair.
         batch_size: Images per step.
-        resize: (height, width) that image and mask are resized to before augmentation; None keeps
-            their size.
+        resize: (height, width) that image and mask are resized to before augmentation, both by
+            the nearest pixel; None keeps their size.
         augment: Crop, flip and colour jitter.
         mask_ignored: Leave ignored pixels out of the loss. The official loss (False) gives them
             an all-zero target, which pushes every class down (methods A.6).

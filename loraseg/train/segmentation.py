@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from loraseg.data import IGNORE, DatasetFolder, Sample
-from loraseg.data.transforms import AugmentConfig, augment, resize, resize_shortest_edge
+from loraseg.data.transforms import AugmentConfig, augment, resize_shortest_edge
 from loraseg.errors import DatasetError
 from loraseg.seeding import numpy_generator
 from loraseg.segment.base import SegmentationBase
@@ -44,7 +44,8 @@ class TrainingImages:
             dataset: Where the samples are from.
             samples: All with masks.
             augmentation: What happens to each image each time.
-            first_resize: (height, width) that every image is resized to before that.
+            first_resize: (height, width) that image and mask are resized to before that, both by
+                the nearest pixel as SemLA does for Cityscapes (methods B.2).
             seed: The user's seed.
             keys: What the batches are for, such as the adapter's name.
 
@@ -105,7 +106,7 @@ class TrainingImages:
         if mask is None:
             raise DatasetError(f"{self._samples[index].image}: has no mask")
         if self._resize is not None:
-            image, mask = resize(image, mask, self._resize)
+            image, mask = (_nearest(pixels, self._resize) for pixels in (image, mask))
         if len(self._augment.shortest_edge) == 1:
             # What augmentation would do first, and the same each time.
             image, mask = resize_shortest_edge(image, mask, self._augment.shortest_edge[0])
@@ -150,6 +151,15 @@ def clip_input(
     if scaled.shape[-1] == side:
         return scaled
     return nn.functional.interpolate(scaled, (side, side), mode="bilinear", align_corners=False)
+
+
+def _nearest(pixels: ndarray, size: tuple[int, int]) -> ndarray:
+    """Resize (h, w, ...) by the pixel nearest to each new pixel's centre ("nearest-exact")."""
+    rows, columns = (
+        ((np.arange(new) + 0.5) * old / new).astype(np.intp)
+        for new, old in zip(size, pixels.shape[:2], strict=True)
+    )
+    return pixels[rows][:, columns]
 
 
 @contextmanager

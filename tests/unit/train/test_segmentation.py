@@ -63,11 +63,17 @@ def test_resizing_once_equals_resizing_each_time(dataset, monkeypatch):
             assert np.array_equal(x, y)
 
 
-def test_first_resize_comes_first(dataset):
-    images = batches(dataset, dataclasses.replace(PLAIN, crop=32), first_resize=(32, 32))
-    image, mask = images.batch(0, 1)
-    assert image.shape == (1, 32, 32, 3)
-    assert mask.shape == (1, 32, 32)
+@pytest.mark.parametrize("size", [(32, 48), (64, 64), (80, 33)])
+def test_first_resize_takes_the_nearest_pixel_of_image_and_mask(dataset, size):
+    side = max(size)
+    images = batches(dataset, dataclasses.replace(PLAIN, crop=side), first_resize=size)
+    got = images.batch(0, 5)
+    originals = batches(dataset, PLAIN).batch(0, 5)
+    for new, old in zip(got, originals, strict=True):
+        maps = torch.from_numpy(old).reshape(5, 64, 64, -1).permute(0, 3, 1, 2).float()
+        exact = torch.nn.functional.interpolate(maps, size, mode="nearest-exact")
+        expected = exact.permute(0, 2, 3, 1).reshape(5, *size, *old.shape[3:]).numpy()
+        assert np.array_equal(new[:, : size[0], : size[1]], expected)
 
 
 def test_refuses_images_without_masks(dataset):
