@@ -1,12 +1,14 @@
 """The domains of the world: what each looks like, which family it is of, how captions name it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from loraseg.errors import ConfigError
 from loraseg.miniature import weather
 from loraseg.miniature.palette import Palette
 
-__all__ = ["BASE_DOMAINS", "DOMAINS", "FAMILIES", "LABELLED_DOMAINS", "Domain"]
+__all__ = ["BASE_DOMAINS", "DOMAINS", "FAMILIES", "LABELLED_DOMAINS", "Domain", "new_domains"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,3 +165,21 @@ LABELLED_DOMAINS = (*BASE_DOMAINS, "desert", "dusk", "rain", "noir")
 FAMILIES: dict[str, tuple[str, ...]] = {}
 for _name, _domain in DOMAINS.items():
     FAMILIES[_domain.family] = (*FAMILIES.get(_domain.family, ()), _name)
+
+
+def new_domains(families: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the domains that the miniature CAT-Seg has not seen, those that adapters are for.
+
+    Args:
+        families: Only these families; all if empty.
+
+    Raises:
+        ConfigError: There is no such family.
+    """
+    if unknown := sorted(set(families) - set(FAMILIES)):
+        raise ConfigError(f"families: unknown {', '.join(unknown)} (known: {', '.join(FAMILIES)})")
+    return tuple(
+        name
+        for name, domain in DOMAINS.items()
+        if name not in BASE_DOMAINS and domain.family in (families or FAMILIES)
+    )

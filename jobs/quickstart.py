@@ -1,0 +1,74 @@
+"""The whole way on the miniature world: adapters for its domains, a library, a scored report.
+
+python -m jobs.quickstart [output=FOLDER] [seed=N]
+"""
+
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from actors.evaluation import on_ray
+from actors.resources import Placement, connect
+from actors.training import train_adapters
+from loraseg import config as configuration
+from loraseg.evaluate.output import write_results
+from loraseg.evaluate.results import table
+from loraseg.evaluate.run import Domain, EvaluationConfig, evaluate
+from loraseg.miniature.dataset import write_world
+from loraseg.miniature.domains import DOMAINS, new_domains
+from loraseg.train import manifest
+from loraseg.train.tables import result_table
+
+logger = logging.getLogger(__name__)
+
+_FAMILIES = ("night", "snow", "drawing", "thermal", "above")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """Which families of domains; images of each to learn from (train) and to score (val)."""
+
+    output: str = "runs/quickstart"
+    families: tuple[str, ...] = _FAMILIES
+    train: int = 30
+    val: int = 16
+    seed: int = 0
+
+
+def main(config: Config) -> int:
+    """Write the domains, train their adapters, score them leave-one-out and say where to look."""
+    chosen = new_domains(config.families)
+    output, placement = Path(config.output).resolve(), Placement()
+    logger.info("1/3 drawing %d domains of the miniature world", len(chosen))
+    world = output / "world"
+    folders = write_world(world, chosen, train=config.train, val=config.val, seed=config.seed)
+
+    logger.info("2/3 training one adapter a domain on Ray")
+    connect()
+    domains = tuple(manifest.Domain(name=name, data=str(folders[name])) for name in chosen)
+    library = str(output / "library")
+    work = manifest.Manifest(
+        library=library, checkpoints=str(output / "state"), seed=config.seed, domains=domains
+    )
+    outcomes = list(train_adapters(work.tasks(), placement))
+    sys.stdout.write(result_table([o.result or (o.name, o.error or "") for o in outcomes]))
+    if any(outcome.result is None for outcome in outcomes):
+        return 1
+
+    logger.info("3/3 scoring every domain without its own adapter")
+    scored = tuple(Domain(name=n, data=str(folders[n]), family=DOMAINS[n].family) for n in chosen)
+    report = output / "report"
+    evaluation = EvaluationConfig(library=library, output=str(report), domains=scored)
+    results = evaluate(evaluation, on_ray(placement))
+    page = write_results(results, evaluation.output)
+    image = next((world / chosen[0] / "images" / "val").glob("*.png"))
+    sys.stdout.write(
+        f"{table(results)}\nreport: {page}\nnext: .venv/bin/loraseg segment {image} "
+        f'--library {library} --classes "road, car, person, sky" --out {output / "segmented"}\n'
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    configuration.main(main, Config, description=__doc__)
