@@ -59,7 +59,9 @@ def main(config: Config) -> int:
     logger.info("3/3 scoring every domain without its own adapter")
     scored = tuple(Domain(name=n, data=str(folders[n]), family=DOMAINS[n].family) for n in chosen)
     report = output / "report"
-    evaluation = EvaluationConfig(library=library, output=str(report), domains=scored)
+    evaluation = EvaluationConfig(
+        library=library, output=str(report), domains=scored, candidates=chosen
+    )
     results = evaluate(evaluation, on_ray(placement))
     page = write_results(results, evaluation.output)
     image = next((world / chosen[0] / "images" / "val").glob("*.png"))

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from loraseg.errors import IntegrityError
 from loraseg.miniature.captions import tokenizer
 from loraseg.miniature.clip_model import CLIP_CONFIG, build_clip
+from loraseg.storage.tensors import encode_tensors
 
 __all__ = ["WEIGHTS", "read_clip", "write_clip"]
 
@@ -30,12 +30,12 @@ def write_clip(model: nn.Module, path: Path) -> None:
         "text_cfg": {**CLIP_CONFIG["text_cfg"], "vocab_size": words.vocab_size},
     }
     tensors = {
-        name: tensor.detach().half().contiguous() if tensor.is_floating_point() else tensor
+        name: tensor.detach().half() if tensor.is_floating_point() else tensor
         for name, tensor in model.state_dict().items()
     }
     header = {"config": json.dumps(config), "vocabulary": json.dumps(words.vocabulary)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata=header)
+    path.write_bytes(encode_tensors(tensors, header))
 
 
 def read_clip(path: Path) -> nn.Module:

@@ -13,6 +13,7 @@ from loraseg.errors import IntegrityError
 from loraseg.segment.catseg.config import CATSegConfig
 from loraseg.segment.catseg.layout import check_keys
 from loraseg.segment.catseg.model import CATSeg
+from loraseg.storage.tensors import encode_tensors
 
 __all__ = ["is_own_file", "load_catseg", "read_metadata", "save_catseg"]
 
@@ -41,11 +42,10 @@ def save_catseg(
         "config": json.dumps(to_dict(model.config), sort_keys=True),
     }
     tensors = {
-        key: value.detach().to("cpu", dtype or value.dtype).contiguous()
-        for key, value in model.state_dict().items()
+        key: value.detach().to(dtype or value.dtype) for key, value in model.state_dict().items()
     }
     part = path.with_name(path.name + ".part")
-    safetensors.torch.save_file(tensors, part, metadata=header)
+    part.write_bytes(encode_tensors(tensors, header))
     part.replace(path)
 
 

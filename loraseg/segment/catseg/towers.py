@@ -1,6 +1,7 @@
 """The two CLIP encoders as CAT-Seg uses them (methods A.1 to A.3); names as in its checkpoints."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,8 @@ class Attention(nn.Module):
         """Return W_o (W_v x + b_v) + b_o: every token attends to itself alone."""
         return self.out_proj(self._project(self.v_proj, x))
 
-    def _project(self, proj: nn.Linear, x: Tensor) -> Tensor:
+    def _project(self, proj: Any, x: Tensor) -> Tensor:
+        # Any: while adapters train, peft's layers stand where the Linears were.
         # "inert": the official code reads the weights, so adapters on these modules never act.
         return proj(x) if self.call_modules else nn.functional.linear(x, proj.weight, proj.bias)
 

@@ -1,4 +1,3 @@
-import jaxtyping
 import peft
 import pytest
 import torch
@@ -44,14 +43,6 @@ VIT_L = {
     "text_width": 768,
     "text_heads": 12,
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _without_shape_hook():
-    """peft's LoRA layer is no ``nn.Linear``, which a signature inside CAT-Seg asks for."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def tiny(**changes):

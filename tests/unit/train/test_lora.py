@@ -1,4 +1,3 @@
-import jaxtyping
 import pytest
 import torch
 
@@ -12,14 +11,6 @@ from loraseg.train.segmentation import TrainingImages
 from tests.tiny_world import LABELS, write_domain
 from tests.unit.tiny import tiny_base
 from tests.unit.train.tiny_files import RECIPE
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _without_shape_hook():
-    """peft's LoRA layer is no ``nn.Linear``, which a signature inside CAT-Seg asks for."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@ import dataclasses
 import math
 import shutil
 
-import jaxtyping
 import numpy as np
 import peft
 import pytest
@@ -21,14 +20,6 @@ from loraseg.storage import open_store
 from loraseg.train.recipes import named_recipe
 from loraseg.train.tasks import plan, run_task
 from tests.unit.train.tiny_files import RECIPE, tiny_task
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _without_shape_hook():
-    """peft's LoRA layer is no ``nn.Linear``, which a signature inside CAT-Seg asks for."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 class Killed(Exception):
