@@ -15,22 +15,26 @@ from tests.integration.library import publishers
 
 logger = logging.getLogger(__name__)
 
-PROCESSES, THREADS, ADAPTERS = 4, 4, 25
+# Processes, threads in each, adapters of each thread. Moto serves one request at a time.
+FULL_SIZE = (4, 4, 25)
+SMALL_SIZE = (2, 2, 10)
 
 
-def test_sixteen_publishers_lose_nothing(store_uri):
+def test_publishers_lose_nothing(store_uri, request):
+    is_durable = request.node.get_closest_marker("durable") is not None
+    processes, threads, adapters = FULL_SIZE if is_durable else SMALL_SIZE
     started = time.perf_counter()
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(PROCESSES, context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
         futures = [
-            pool.submit(publishers.publish_many, store_uri, process, THREADS, ADAPTERS)
-            for process in range(PROCESSES)
+            pool.submit(publishers.publish_many, store_uri, process, threads, adapters)
+            for process in range(processes)
         ]
         seen = _watch(store_uri, futures)
         results = [future.result() for future in futures]
     seconds = np.array([each for _, each in results]).ravel()
     names = {name for published, _ in results for name in published}
-    assert len(names) == PROCESSES * THREADS * ADAPTERS
+    assert len(names) == processes * threads * adapters
     library = Library(open_store(store_uri))
     assert {entry.name for entry in library.entries()} == names
     assert library.generation() == len(names)
@@ -78,11 +82,11 @@ def _watch(uri, futures):
 
 def _check_growth(library, seen):
     """One adapter more in every generation, and every earlier one still there."""
-    assert len(seen) > 3
+    assert seen
     previous = set()
     for generation, names in sorted(seen.items()):
         assert len(names) == generation
         assert names >= previous
         previous = names
-    for generation in (1, 200, 399):
+    for generation in (0, 1, max(seen) // 2):
         assert len(library.entries(generation)) == generation
