@@ -11,6 +11,6 @@ if [ -z "${LORASEG_TEST_S3_ENDPOINT:-}" ]; then
     bash .ci/ceph_rgw.sh start "$dir" "$port"
     export LORASEG_TEST_S3_ENDPOINT="http://127.0.0.1:$port"
     export LORASEG_TEST_S3_ACCESS_KEY=testkey LORASEG_TEST_S3_SECRET_KEY=testsecret
-    export LORASEG_TEST_S3_RESTART="bash $PWD/.ci/ceph_rgw.sh start $dir $port"
+    export LORASEG_TEST_S3_RESTART="bash $PWD/.ci/ceph_rgw.sh restart $dir $port"
 fi
 .venv/bin/python -m pytest -rs -m durable tests/integration
