@@ -6,6 +6,8 @@ ray job submit --working-dir . -- python -m jobs.evaluate --config evaluation.ya
 import sys
 from dataclasses import dataclass, field
 
+import torch
+
 from actors.evaluation import on_ray
 from actors.resources import Placement, connect, require_room
 from loraseg import config as configuration
@@ -31,6 +33,8 @@ def main(config: Config) -> None:
     """Evaluate, write the results and print the table."""
     evaluation = config.plain()
     if config.local:
+        # As many as a worker has: sums split over another number differ in their last bits.
+        torch.set_num_threads(config.resources.threads)
         results = evaluate(evaluation)
     else:
         started_here = connect()

@@ -26,8 +26,8 @@ class Setting:
 class Grid:
     """All combinations of K and tau that are tried."""
 
-    k: tuple[int, ...] = (1, 2, 3, 5, 8)
-    temperature: tuple[float, ...] = (0.05, 0.1, 0.3, 1.0)
+    k: tuple[int, ...] = (1, 2, 3, 5)
+    temperature: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.3)
 
     def __post_init__(self) -> None:
         if not self.k or min(self.k) < 1:
