@@ -126,9 +126,9 @@ class Library:
     def publish(self, name: str, files: Mapping[str, bytes], card: Card) -> Entry:
         """Publish one adapter; it becomes the version that its name points to.
 
-        An adapter whose name and digest are in the catalog already is left as it is: the entry is
-        returned, blobs that were lost or damaged are restored, and the name's pointer stays, so
-        that running a job again does not undo a rollback.
+        An adapter that is in the catalog already, with the same files, base and index encoders, is
+        left as it is: the entry is returned, blobs that were lost or damaged are restored, and the
+        name's pointer stays, so that running a job again does not undo a rollback.
 
         Args:
             name: The same as ``card.name``.
@@ -159,8 +159,8 @@ class Library:
             records.write_blobs(self._store, files)
         new = tuple(entry for record in prepared if (entry := self._reserve(record)) is not None)
         entries = self._commit(lambda known: _with_published(known, new))
-        wanted = {(record.card.name, record.digest) for record in prepared}
-        found = {e.name: e for e in entries if (e.name, e.digest) in wanted}
+        wanted = {_identity(record) for record in prepared}
+        found = {entry.name: entry for entry in entries if _identity(entry) in wanted}
         seconds = time.perf_counter() - started
         logger.info("published %d of %d adapters in %.2f s", len(new), len(items), seconds)
         return tuple(found[name] for name in names)
@@ -226,7 +226,7 @@ class Library:
         A record that a publisher left behind when it died is taken over if it has the same bytes.
         """
         versions = self.versions(record.card.name)
-        if any(entry.digest == record.digest for entry in versions):
+        if any(_identity(entry) == _identity(record) for entry in versions):
             return None
         version = max((entry.version for entry in versions), default=0) + 1
         while not records.write_record(self._store, record, version):
@@ -292,9 +292,18 @@ class Library:
         return self._store.put_if_match(records.HEAD_KEY, head.to_bytes(), etag)
 
 
+def _identity(item: Entry | Record) -> tuple[str, ...]:
+    """Tell whether publishing is a repetition: same name, files, base and index encoders.
+
+    Not the whole card, whose metrics and code revision may differ without being news.
+    """
+    encoders = (centroid.encoder_id for centroid in item.card.centroids)
+    return item.card.name, item.digest, item.card.base.digest, *encoders
+
+
 def _with_published(known: tuple[Entry, ...], new: Sequence[Entry]) -> tuple[Entry, ...]:
-    present = {(entry.name, entry.digest) for entry in known}
-    added = [entry for entry in new if (entry.name, entry.digest) not in present]
+    present = {_identity(entry) for entry in known}
+    added = [entry for entry in new if _identity(entry) not in present]
     names = {entry.name for entry in added}
     kept = [
         dataclasses.replace(entry, current=False) if entry.name in names else entry

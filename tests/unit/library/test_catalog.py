@@ -7,7 +7,7 @@ from loraseg.errors import AdapterNotFoundError, IntegrityError, StoreError
 from loraseg.library import Library
 from loraseg.library.records import blob_key
 from loraseg.storage import LocalStore
-from tests.unit.library.making import make_card, make_files
+from tests.unit.library.making import make_card, make_centroid, make_files
 
 
 @pytest.fixture
@@ -103,6 +103,15 @@ def test_publishing_the_same_again_changes_nothing(library, store):
     assert list(store.list()) == before
     assert library.rollback("fog", 2).current
     assert list(store.list()) == before, "the pointer was there already"
+
+
+def test_the_same_weights_indexed_by_another_encoder_are_news(library):
+    files = make_files("one")
+    library.publish("fog", files, make_card("fog"))
+    other = make_card("fog", centroids=[make_centroid(encoder_id="other clip")])
+    assert library.publish("fog", files, other).version == 2
+    assert library.publish("fog", files, other).version == 2
+    assert library.entry("fog").card.centroids[0].encoder_id == "other clip"
 
 
 def test_several_at_once_make_one_generation(library):
