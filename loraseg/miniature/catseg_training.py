@@ -39,7 +39,7 @@ class CatsegTraining:
 
     Attributes:
         seed: Of scenes, batches and the initial weights.
-        steps: Optimiser steps; about 0.4 s each on one core.
+        steps: Optimiser steps; about 0.6 s each on one core.
         scenes: Rendered scenes of each base domain.
         batch: Pictures a step.
         learning_rate: Of all but the CLIP; warm-up of 30 steps, then cosine to a hundredth.
@@ -49,7 +49,7 @@ class CatsegTraining:
     """
 
     seed: int = 0
-    steps: int = 1000
+    steps: int = 450
     scenes: int = 600
     batch: int = 8
     learning_rate: float = 3e-3

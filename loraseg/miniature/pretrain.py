@@ -1,7 +1,7 @@
 """Make the shipped weights and measure them.
 
 python -m loraseg.miniature.pretrain clip      # about 25 minutes of one core
-python -m loraseg.miniature.pretrain catseg    # about 7, needs the CLIP
+python -m loraseg.miniature.pretrain catseg    # about 5, needs the CLIP
 python -m loraseg.miniature.pretrain gates     # measures both, prints JSON and writes gates.json
 """
 
@@ -60,7 +60,8 @@ def gates(folder: Path, seed: int = 0) -> dict[str, Any]:
         "held_out_iou_mean >= .3": catseg["held_out_iou_mean"] >= 0.3,
         "held_out_iou_renamed_max <= .05": catseg["held_out_iou_renamed_max"] <= 0.05,
     }
-    return {"checks": checks, "clip": clip, "catseg": catseg}
+    met = {gate: bool(value) for gate, value in checks.items()}
+    return {"checks": met, "clip": clip, "catseg": catseg}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -93,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("command", choices=["clip", "catseg", "gates"])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="optimiser steps; the default made the weights")
+    parser.add_argument("--steps", type=int, help="optimiser steps; default as in the code")
     parser.add_argument("--init", type=Path, help="clip: weights of an interrupted run")
     parser.add_argument("--first-step", type=int, default=1, help="clip: where to go on with it")
     parser.add_argument("--folder", type=Path, default=WEIGHTS, help="where the weights lie")

@@ -33,10 +33,22 @@ __all__ = [
 
 Effect = Callable[[Scene, Dice], ndarray]
 
-# Apparent warmth of each class, in class order.
-_WARMTH = np.array(
-    [0.05, 0.2, 0.44, 0.26, 0.34, 0.5, 0.58, 0.75, 0.82, 0.98, 0.14, 0.22], np.float32
-)
+# Apparent warmth of each class.
+_WARMTH_OF = {
+    "sky": 0.05,
+    "mountain": 0.2,
+    "building": 0.44,
+    "tree": 0.26,
+    "grass": 0.34,
+    "sidewalk": 0.5,
+    "road": 0.58,
+    "car": 0.75,
+    "bus": 0.82,
+    "person": 0.98,
+    "pole": 0.14,
+    "sign": 0.22,
+}
+_WARMTH = np.array([_WARMTH_OF[name] for name in CLASSES], np.float32)
 
 
 def grey(image: ndarray) -> ndarray:
@@ -207,7 +219,3 @@ def grain(deviation: float) -> Effect:
 def negative(scene: Scene, dice: Dice) -> ndarray:
     """Invert every channel, as on developed film."""
     return 1 - scene.image
-
-
-if len(_WARMTH) != len(CLASSES):
-    raise ImportError("every class of the world needs a warmth")

@@ -10,7 +10,9 @@ from loraseg.miniature.canvas import class_id
 from loraseg.miniature.captions import tokenizer
 from loraseg.miniature.clip_batches import NO_LABEL, ScenePool, crop_plan, draw_batch
 from loraseg.miniature.clip_model import build_clip
-from loraseg.miniature.world import DOMAINS, LABELLED_DOMAINS, presence
+from loraseg.miniature.domains import DOMAINS, LABELLED_DOMAINS
+from loraseg.miniature.weights_io import write_clip
+from loraseg.miniature.world import presence
 
 
 @pytest.fixture(scope="module")
@@ -56,19 +58,25 @@ def test_early_batches_come_from_labelled_domains(pool):
         assert set(draw_batch(pool, 0.1, np.random.default_rng(seed)).domains) <= labelled
 
 
-def test_clip_training_is_reproducible_and_goes_on_from_weights(tmp_path, caplog):
-    config = clip_training.ClipTraining(steps=2, scenes=2, log_every=1)
+def test_clip_training_is_reproducible(caplog):
+    config = clip_training.ClipTraining(steps=1, scenes=2, log_every=1)
     with caplog.at_level(logging.INFO):
         first, second = clip_training.train_clip(config), clip_training.train_clip(config)
-    assert caplog.text.count("caption class dense region domain") == 4
-    torch.manual_seed(1)
-    fresh = build_clip(tokenizer().vocab_size).state_dict()
-    moved = 0
+    assert caplog.text.count("caption class dense region domain") == 2
     for name, tensor in first.state_dict().items():
         torch.testing.assert_close(tensor, second.state_dict()[name], rtol=0, atol=0)
         assert torch.isfinite(tensor).all()
-        moved += not torch.equal(tensor, fresh[name])
-    assert moved > 10
+
+
+def test_clip_training_goes_on_from_weights(tmp_path):
+    clip = build_clip(tokenizer().vocab_size)
+    write_clip(clip, tmp_path / "clip.safetensors")
+    config = clip_training.ClipTraining(
+        steps=2, scenes=2, init=tmp_path / "clip.safetensors", first_step=2, learning_rate=1e-6
+    )
+    after = clip_training.train_clip(config).state_dict()
+    for name, tensor in clip.state_dict().items():
+        torch.testing.assert_close(after[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_the_held_out_class_never_reaches_the_loss():

@@ -1,0 +1,55 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from loraseg.miniature.catseg_gates import catseg_report, score
+from loraseg.miniature.clip_gates import clip_report
+from loraseg.miniature.weights_io import WEIGHTS, read_clip
+from loraseg.miniature.world import BASE_DOMAINS, CLASSES, DOMAINS
+from loraseg.segment.catseg.checkpoint import load_catseg
+
+FILES = ("clip.safetensors", "catseg.safetensors")
+
+
+@pytest.fixture(scope="module")
+def report():
+    return json.loads((WEIGHTS / "gates.json").read_text())
+
+
+def test_the_weights_are_small_and_half_precision():
+    assert sum((WEIGHTS / name).stat().st_size for name in FILES) <= 8e6
+    for name in FILES:
+        with safe_open(WEIGHTS / name, "pt") as file:
+            kinds = {file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118
+        assert kinds == {torch.float16}
+
+
+def test_the_report_covers_all_domains_and_classes(report):
+    assert set(report["catseg"]["miou_by_domain"]) == set(DOMAINS)
+    assert set(report["clip"]["dense_presence_auc"]) == set(CLASSES)
+    assert report["checks"]
+
+
+def test_the_clip_is_the_one_that_the_report_measured(report):
+    small = clip_report(read_clip(WEIGHTS / "clip.safetensors"), seed=1, scenes=16)
+    told = report["clip"]
+    assert small["domain_centroid_accuracy"] > told["domain_centroid_accuracy"] - 0.15
+    mean = np.mean(list(small["dense_presence_auc"].values()))
+    assert mean == pytest.approx(np.mean(list(told["dense_presence_auc"].values())), abs=0.03)
+
+
+def test_the_catseg_is_the_one_that_the_report_measured(report):
+    model = load_catseg(WEIGHTS / "catseg.safetensors")
+    miou, iou = score(model, BASE_DOMAINS[0], CLASSES, seed=1, scenes=20)
+    assert miou == pytest.approx(report["catseg"]["miou_by_domain"][BASE_DOMAINS[0]], abs=0.08)
+    assert iou.shape == (12,)
+
+
+def test_a_report_names_the_controls():
+    model = load_catseg(WEIGHTS / "catseg.safetensors")
+    domains = catseg_report(model, scenes=1)
+    assert set(domains["held_out_iou_renamed"]) == {"photo", "night", "car"}
+    assert set(domains["held_out_iou"]) == set(BASE_DOMAINS)
