@@ -48,6 +48,7 @@ def head():
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_worker_niceness": "0",
     }
     environment.pop("RAY_ADDRESS", None)
     names = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")

@@ -31,8 +31,9 @@ def ray_cluster():
         object_store_memory=200 * 1024**2,
         include_dashboard=False,
         log_to_driver=False,
-        # A lost node counts as dead after about 5 s instead of 15 s.
-        _system_config={"health_check_period_ms": 1000},
+        # A lost node counts as dead after about 5 s instead of 15 s, and workers do not give way
+        # to whatever else the machine does: tests wait for them.
+        _system_config={"health_check_period_ms": 1000, "worker_niceness": 0},
     )
     started = [child for child in own.children() if child not in others]
     address = ray.get_runtime_context().gcs_address
