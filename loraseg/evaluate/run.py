@@ -59,7 +59,8 @@ class EvaluationConfig:
         k: K for all domains; with ``temperature`` it replaces the choice by cross-validation.
         temperature: tau for all domains.
         grid: What is tried otherwise.
-        folds: Number of folds of domains.
+        folds: Number of folds of domains; None for one a family, so that each family is scored with
+            what is best for all others.
         tuning_images: First images of each domain that the choice looks at; None for all.
         images: First images of each domain that are scored; None for all.
         skip_bad: Leave out unusable images rather than stop.
@@ -78,7 +79,7 @@ class EvaluationConfig:
     k: int | None = None
     temperature: float | None = None
     grid: Grid = field(default_factory=Grid)
-    folds: int = 2
+    folds: int | None = None
     tuning_images: int | None = 8
     images: int | None = None
     skip_bad: bool = False

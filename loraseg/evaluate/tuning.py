@@ -59,7 +59,7 @@ def weights_matrix(
 
 
 def folds_by_family(
-    families: Mapping[str, str], *, count: int = 2, seed: int = 0
+    families: Mapping[str, str], *, count: int | None = None, seed: int = 0
 ) -> dict[str, int]:
     """Split domains into folds so that no family is in two of them.
 
@@ -67,7 +67,7 @@ def folds_by_family(
 
     Args:
         families: Family of every domain.
-        count: Number of folds, at least 2.
+        count: Number of folds, at least 2; None for one a family.
         seed: For the order of the families.
 
     Returns:
@@ -79,6 +79,7 @@ def folds_by_family(
     members: dict[str, list[str]] = {}
     for domain, family in families.items():
         members.setdefault(family, []).append(domain)
+    count = len(members) if count is None else count
     if not 2 <= count <= len(members):
         raise ConfigError(
             f"folds: got {count} for {len(members)} families of domains, expected 2 to the number "

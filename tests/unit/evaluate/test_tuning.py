@@ -77,7 +77,15 @@ def test_folds_do_not_depend_on_the_order_of_domains():
 
 def test_folds_need_enough_families():
     with pytest.raises(ConfigError, match="2 for 1 families"):
+        folds_by_family({"a": "x", "b": "x"}, count=2)
+    with pytest.raises(ConfigError, match="1 for 1 families"):
         folds_by_family({"a": "x", "b": "x"})
+
+
+def test_by_default_every_family_is_a_fold_of_its_own():
+    folds = folds_by_family(FAMILIES)
+    pairs = {(FAMILIES[domain], fold) for domain, fold in folds.items()}
+    assert len(pairs) == len(set(FAMILIES.values())) == len(set(folds.values()))
 
 
 SETTINGS = tuple(Setting(k=k, temperature=0.1) for k in (1, 2, 3))
