@@ -1,15 +1,13 @@
 """Score several domains at once on Ray."""
 
-import os
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
-import torch
 from ray.exceptions import RayTaskError
 
-from actors.resources import Placement, StoreAccess
+from actors.resources import Placement
+from actors.units import run_units
 from loraseg.evaluate.run import Spread, Work
 
 __all__ = ["on_ray"]
@@ -26,41 +24,13 @@ def on_ray(placement: Placement) -> Spread:
     """
 
     def spread(function: Callable[[Work], Any], works: Sequence[Work]) -> Iterator[Any]:
-        unit, access = _unit(placement), StoreAccess.of_driver()
-        waiting, running = deque(enumerate(works)), dict[Any, int]()
+        calls = [(f"evaluate {work.domain.name}", (work,)) for work in works]
         results: dict[int, Any] = {}
-        try:
-            while waiting or running:
-                while waiting and len(running) < (placement.max_parallel or len(works)):
-                    index, work = waiting.popleft()
-                    name = f"evaluate {work.domain.name}"
-                    running[unit.options(name=name).remote(function, work, access)] = index
-                done, _ = ray.wait(list(running))
-                for reference in done:
-                    results[running.pop(reference)] = _result(reference)
-        finally:
-            for reference in running:
-                ray.cancel(reference, force=True)
+        for index, reference in run_units(function, calls, placement):
+            results[index] = _result(reference)
         return (results[index] for index in range(len(works)))
 
     return spread
-
-
-def _unit(placement: Placement) -> Any:
-    declare: Any = ray.remote(
-        num_cpus=placement.cpus,
-        num_gpus=placement.gpus,
-        max_retries=placement.retries,
-        retry_exceptions=False,
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(placement.threads)}},
-    )
-    return declare(_run_unit)
-
-
-def _run_unit(function: Callable[[Work], Any], work: Work, access: StoreAccess) -> Any:
-    access.apply()
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    return function(work)
 
 
 def _result(reference: Any) -> Any:

@@ -155,7 +155,7 @@ def run_task(task: AdapterTask, report: Report = lambda progress: None) -> TaskR
     steps = task.recipe.loop.steps
     pace = Pace(task.name, steps, task.recipe.batch_size, report)
     slot = CheckpointSlot(open_store(task.checkpoints).sub(f"{task.name}/{work.digest}"))
-    work.check_validation()
+    work.check_images()
     pace.restart()
     trained = train_lora(
         work.base,
@@ -234,13 +234,13 @@ class _Work:
             keys=("train", self.task.name),
         )
 
-    def check_validation(self) -> None:
-        """Find what is wrong with the validation images before, not after, the long work.
+    def check_images(self) -> None:
+        """Find broken images and masks before the long work, not in the middle or after it.
 
         Raises:
             DatasetError: An image or mask is broken.
         """
-        self.dataset.check(self.validation())
+        self.dataset.check((*self.samples, *self.validation()))
 
     def validation(self) -> tuple[Sample, ...]:
         """Return what to score on; nothing if there is no such split."""
