@@ -209,11 +209,15 @@ def test_single_ignored_masks_are_skipped_and_counted(tmp_path):
     assert published(task)[1].recipe["skipped_batches"] in (1, 2)
 
 
-def test_unlabelled_and_broken_data_are_refused(tmp_path):
+def test_broken_images_are_refused(tmp_path):
     task = tiny_task(tmp_path)
     (tmp_path / "fog" / "images" / "train" / "1.png").write_bytes(b"not an image")
     with pytest.raises(DatasetError, match=r"1\.png"):
         run_task(task)
+
+
+def test_images_without_masks_are_refused(tmp_path):
+    task = tiny_task(tmp_path)
     shutil.rmtree(tmp_path / "fog" / "masks" / "train")
     with pytest.raises(DatasetError, match="4 without a mask"):
         run_task(task)
