@@ -1,1 +1,1 @@
-"""Measurements as ratios within one process; ``python -m tests.bench NAME`` prints one JSON line."""
+"""Measurements as ratios within one process: ``python -m tests.bench NAME`` prints JSON lines."""
