@@ -31,7 +31,7 @@ class Config:
 
     output: str = "runs/quickstart"
     families: tuple[str, ...] = _FAMILIES
-    train: int = 30
+    train: int = 60
     val: int = 16
     seed: int = 0
 

@@ -58,7 +58,7 @@ class AdaptiveSettings:
 # The same sharpness of 1/(d tau) needs another tau where distances have another scale.
 PRESETS: Mapping[str, AdaptiveSettings] = {
     "semla": AdaptiveSettings(k=5, temperature=0.05),
-    "miniature": AdaptiveSettings(k=3, temperature=0.02),
+    "miniature": AdaptiveSettings(k=2, temperature=0.04),
 }
 
 
