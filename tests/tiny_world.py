@@ -13,8 +13,8 @@ from loraseg.backbones.tokenizer import WordTokenizer
 from loraseg.compat import prepare_torchvision
 from loraseg.data import LabelSpace, write_classes, write_mask
 from loraseg.segment.catseg.checkpoint import save_catseg
-from loraseg.segment.catseg.config import CATSegConfig
 from loraseg.segment.catseg.model import CATSeg
+from tests.tiny_sizes import tiny_config
 
 LABELS = LabelSpace(("sky", "road", "car"))
 _COLORS = np.array([[90, 140, 220], [90, 90, 90], [200, 40, 40]], dtype=np.float64)
@@ -46,30 +46,7 @@ def write_models(folder: Path) -> dict[str, str]:
     tokenizer = WordTokenizer(words, context_length=12, buckets=4)
     torch.manual_seed(0)
     base, encoder = folder / "base.safetensors", folder / "encoder.safetensors"
-    config = CATSegConfig(
-        image_size=64,
-        patch=16,
-        position_grid=4,
-        vision_width=16,
-        vision_layers=2,
-        vision_heads=2,
-        embed_dim=12,
-        text_width=16,
-        text_layers=1,
-        text_heads=2,
-        context_length=12,
-        vocab_size=tokenizer.vocab_size,
-        guidance_dims=(8, 8),
-        hidden=16,
-        layers=1,
-        heads=2,
-        window=2,
-        appearance_dim=8,
-        text_dim=8,
-        pad_len=4,
-        decoder_dims=(8, 8),
-        decoder_guidance_dims=(4, 4),
-    )
+    config = tiny_config(tokenizer.vocab_size, image_size=64, patch=16)
     save_catseg(CATSeg(config), base, {"vocabulary": json.dumps(words)})
     _write_clip(encoder, words, tokenizer.vocab_size)
     return {"base": str(base), "encoder": str(encoder)}

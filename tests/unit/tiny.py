@@ -18,9 +18,9 @@ from loraseg.compat import prepare_torchvision
 from loraseg.library import BaseModel, Card, Centroid, Library
 from loraseg.segment.base import SegmentationBase
 from loraseg.segment.catseg.checkpoint import save_catseg
-from loraseg.segment.catseg.config import CATSegConfig
 from loraseg.segment.catseg.model import CATSeg
 from loraseg.storage import open_store
+from tests.tiny_sizes import tiny_config
 
 CLASSES = ("road", "car", "sky")
 SIDE = 24
@@ -30,31 +30,7 @@ WORDS = ("a", "photo", "of", "in", "the", "scene", *CLASSES)
 def tiny_base(clip_attention_lora="active"):
     """A random model whose predictions differ from place to place and from adapter to adapter."""
     tokenizer = WordTokenizer(WORDS, context_length=12, buckets=4)
-    config = CATSegConfig(
-        image_size=16,
-        patch=4,
-        position_grid=4,
-        vision_width=16,
-        vision_layers=2,
-        vision_heads=2,
-        embed_dim=12,
-        text_width=16,
-        text_layers=1,
-        text_heads=2,
-        context_length=12,
-        vocab_size=tokenizer.vocab_size,
-        guidance_dims=(8, 8),
-        hidden=16,
-        layers=1,
-        heads=2,
-        window=2,
-        appearance_dim=8,
-        text_dim=8,
-        pad_len=4,
-        decoder_dims=(8, 8),
-        decoder_guidance_dims=(4, 4),
-        clip_attention_lora=clip_attention_lora,
-    )
+    config = tiny_config(tokenizer.vocab_size, clip_attention_lora=clip_attention_lora)
     model = CATSeg(config)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
