@@ -67,7 +67,7 @@ def main(config: Config) -> int:
     image = next((world / chosen[0] / "images" / "val").glob("*.png"))
     sys.stdout.write(
         f"{table(results)}\nreport: {page}\nnext: .venv/bin/loraseg segment {image} "
-        f'--library {library} --classes "road, car, person, sky" --out {output / "segmented"}\n'
+        f'--library {library} --classes "road, vehicle, pedestrian, sky" --out {output / "segmented"}\n'
     )
     return 0
 

@@ -9,7 +9,16 @@ from loraseg.backbones.tokenizer import WordTokenizer, split_words
 from loraseg.miniature.canvas import CLASSES
 from loraseg.miniature.domains import DOMAINS
 
-__all__ = ["PROMPT", "SYNONYMS", "TEMPLATES", "caption", "class_word", "tokenizer", "vocabulary"]
+__all__ = [
+    "LABEL_NAMES",
+    "PROMPT",
+    "SYNONYMS",
+    "TEMPLATES",
+    "caption",
+    "class_word",
+    "tokenizer",
+    "vocabulary",
+]
 
 PROMPT = "A photo of a {} in the scene"
 TEMPLATES = (PROMPT, "a street with a {}", "a {}", "a scene with a {}", "a photo of a {}")
@@ -29,6 +38,20 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "pole": ("post",),
     "sign": ("traffic sign", "sign board"),
 }
+
+# What the world's dataset folders call the classes. Whoever labels a new domain uses other names
+# than those a base was trained with: here synonyms that only the CLIP has read, and "vehicle",
+# which no model has. This is the shift of words that adapters bridge beside that of looks.
+_RENAMED = {
+    "mountain": "hill",
+    "tree": "vegetation",
+    "grass": "terrain",
+    "sidewalk": "pavement",
+    "car": "vehicle",
+    "person": "pedestrian",
+    "sign": "traffic sign",
+}
+LABEL_NAMES = tuple(_RENAMED.get(name, name) for name in CLASSES)
 
 # Words of usual label lists. The miniature was not trained on them, but each keeps a vector of its
 # own that an adapter may learn.

@@ -8,7 +8,7 @@ from PIL import Image
 
 from loraseg.data import LabelSpace, write_classes, write_mask
 from loraseg.errors import ConfigError
-from loraseg.miniature.canvas import CLASSES
+from loraseg.miniature.captions import LABEL_NAMES
 from loraseg.miniature.world import render
 
 __all__ = ["write_dataset", "write_world"]
@@ -16,6 +16,8 @@ __all__ = ["write_dataset", "write_world"]
 
 def write_dataset(domain: str, folder: Path, *, train: int, val: int, seed: int = 0) -> Path:
     """Write one domain as ``images/<split>/``, ``masks/<split>/`` and ``classes.json``.
+
+    The classes have the names of ``LABEL_NAMES``, their ids are those of :func:`render`.
 
     The splits are different streams of scenes: a larger ``train`` takes nothing from ``val`` and
     keeps its first scenes.
@@ -33,7 +35,7 @@ def write_dataset(domain: str, folder: Path, *, train: int, val: int, seed: int 
     Raises:
         ConfigError: The domain is unknown or a count negative.
     """
-    space = LabelSpace(CLASSES)
+    space = LabelSpace(LABEL_NAMES)
     for split, count in (("train", train), ("val", val)):
         images, masks = render(domain, count, seed, split)
         _write_split(folder, split, (images, masks), space)

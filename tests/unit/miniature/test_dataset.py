@@ -4,14 +4,15 @@ from PIL import Image
 
 from loraseg.data import DatasetFolder, read_mask
 from loraseg.errors import ConfigError
+from loraseg.miniature.captions import LABEL_NAMES
 from loraseg.miniature.dataset import write_dataset, write_world
-from loraseg.miniature.world import CLASSES, render
+from loraseg.miniature.world import render
 
 
 def test_the_folder_reads_back_as_rendered(tmp_path):
     write_dataset("snow", tmp_path, train=3, val=2, seed=5)
     folder = DatasetFolder.open(tmp_path)
-    assert folder.label_space.names == CLASSES
+    assert folder.label_space.names == LABEL_NAMES
     for split, count in (("train", 3), ("val", 2)):
         images, masks = render("snow", count, 5, split)
         samples = folder.samples(split)
