@@ -114,7 +114,8 @@ def decode_snapshot(data: bytes, where: str, known: Iterable[Entry] = ()) -> tup
         IntegrityError: It is not a catalog snapshot, or a row is invalid.
     """
     try:
-        table = pq.read_table(io.BytesIO(data))
+        # One thread: a pool that pyarrow has started now and then aborts the process at its exit.
+        table = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(use_threads=False)
         metadata: dict[bytes, bytes] = table.schema.metadata or {}
         if metadata.get(b"format") != _FORMAT:
             raise IntegrityError(
