@@ -66,8 +66,9 @@ def main(config: Config) -> int:
     page = write_results(results, evaluation.output)
     image = next((world / chosen[0] / "images" / "val").glob("*.png"))
     sys.stdout.write(
-        f"{table(results)}\nreport: {page}\nnext: .venv/bin/loraseg segment {image} "
-        f'--library {library} --classes "road, vehicle, pedestrian, sky" --out {output / "segmented"}\n'
+        f"{table(results)}\nreport: {page}\n"
+        f'next: .venv/bin/loraseg segment {image} --classes "road, vehicle, pedestrian, sky" '
+        f"--library {library} --out {output / 'segmented'}\n"
     )
     return 0
 
