@@ -88,7 +88,9 @@ def main(
     ``--config FILE`` and ``key=value`` set fields; a boolean field ``dry_run`` may also be written
     ``--dry-run``.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    for name in ("loraseg", "actors", "jobs", "__main__"):
+        logging.getLogger(name).setLevel(logging.INFO)
     switches = [f.name for f in dataclasses.fields(typing.cast(Any, cls)) if f.type is bool]
     parser = argparse.ArgumentParser(
         description=description,
