@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 if [ -z "${LORASEG_TEST_S3_ENDPOINT:-}" ]; then
     bash .ci/install_ceph.sh
     dir=$(mktemp -d)
-    port=7480
+    port=${LORASEG_CEPH_PORT:-7480}
     trap 'bash .ci/ceph_rgw.sh stop "$dir"; rm -rf "$dir"' EXIT
     bash .ci/ceph_rgw.sh start "$dir" "$port"
     export LORASEG_TEST_S3_ENDPOINT="http://127.0.0.1:$port"

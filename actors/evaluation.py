@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from actors.resources import Placement
 from actors.units import run_units
+from loraseg.errors import StageError
 from loraseg.evaluate.run import Spread, Work
 
 __all__ = ["on_ray"]
@@ -39,3 +40,5 @@ def _result(reference: Any) -> Any:
     except RayTaskError as error:
         # The wrapper carries the worker's whole traceback; its cause says what went wrong.
         raise error.cause from error
+    except RayError as error:
+        raise StageError(f"a piece of the evaluation was lost for good: {error}") from error

@@ -28,6 +28,9 @@ _STORE_VARIABLES = (
     "AWS_REQUEST_CHECKSUM_CALCULATION",
     "AWS_RESPONSE_CHECKSUM_VALIDATION",
     "AWS_CA_BUNDLE",
+    "AWS_MAX_ATTEMPTS",
+    "AWS_RETRY_MODE",
+    "LORASEG_CACHE",
 )
 
 
@@ -109,7 +112,12 @@ def connect() -> bool:
         return False
     options: dict[str, Any] = {"log_to_driver": False}
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(**options)
+        try:
+            ray.init(**options)
+        except (ConnectionError, ValueError) as error:
+            raise ConfigError(
+                f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: cannot join that cluster: {error}"
+            ) from error
         return False
     # Ray listens on all interfaces and asks for a token by default. One of our own, in memory,
     # keeps it from leaving one in the home folder, where it would change how later clusters start.

@@ -14,7 +14,7 @@ from loraseg import config as configuration
 from loraseg.errors import LorasegError
 from loraseg.storage import open_store, probe_conditional_writes
 from loraseg.train.manifest import Manifest
-from loraseg.train.tables import plan_table, result_table
+from loraseg.train.tables import left_out_lines, plan_table, result_table
 from loraseg.train.tasks import AdapterTask, TaskPlan, plan
 
 
@@ -37,7 +37,8 @@ def main(config: Config) -> int:
     started_here = connect()
     require_room(config.resources, may_grow=not started_here)
     outcomes = list(train_adapters(tasks, config.resources))
-    sys.stdout.write(result_table([o.result or (o.name, o.error or "") for o in outcomes]))
+    results = [o.result or (o.name, o.error or "") for o in outcomes]
+    sys.stdout.write(result_table(results) + left_out_lines(results))
     return int(any(outcome.result is None for outcome in outcomes))
 
 

@@ -10,7 +10,7 @@ import loraseg
 from loraseg.errors import ConfigError, IntegrityError
 from loraseg.storage import open_store
 
-__all__ = ["WeightSource", "cache_dir", "resolve"]
+__all__ = ["WeightSource", "absolute_spec", "cache_dir", "resolve"]
 
 _HUB = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?:(?P<file>.+)")
 _PIN = re.compile(r"(?P<spec>.*)#sha256=(?P<digest>[0-9a-f]{64})", re.DOTALL)
@@ -60,6 +60,14 @@ def resolve(spec: str, *, miniature: str = "catseg") -> WeightSource:
     if digest not in (None, source.digest):
         raise IntegrityError(f"{name}: sha256 is {source.digest}, pinned {digest}")
     return source
+
+
+def absolute_spec(spec: str) -> str:
+    """Return a spec that means the same in any folder: a path to a file becomes absolute."""
+    path, mark, pin = spec.partition("#")
+    if spec == "miniature" or not Path(path).expanduser().is_file():
+        return spec
+    return str(Path(path).expanduser().resolve()) + mark + pin
 
 
 def cache_dir() -> Path:

@@ -9,6 +9,7 @@ import numpy as np
 from loraseg.adapters.adapter import Adapter
 from loraseg.adapters.peft_io import load_adapter
 from loraseg.backbones.clip import ClipEncoder, load_clip
+from loraseg.backbones.device import best_device
 from loraseg.errors import AdapterMismatchError, AdapterNotFoundError
 from loraseg.library.catalog import Library
 from loraseg.library.retrieve import Retriever
@@ -73,7 +74,10 @@ def equip(wanted: Wanted) -> Equipment:
             ``as_trained`` meets both kinds.
         LorasegError: As raised by store, catalog, base or encoder.
     """
+    device = best_device()
     base, encoder = load_base(wanted.base), load_clip(wanted.encoder)
+    base.model.to(device)
+    encoder.model.to(device)
     if wanted.library is None:
         pool = AdapterPool((), _no_adapter, None, "no library was named")
         return Equipment(base, encoder, pool, 0)
@@ -98,6 +102,7 @@ def equip(wanted: Wanted) -> Equipment:
     )
     if base.model.config.clip_attention_lora != kind:
         base = load_base(wanted.base, clip_attention_lora=kind)
+        base.model.to(device)
     return Equipment(base, encoder, pool, generation)
 
 

@@ -5,10 +5,10 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
 from loraseg import config as configuration
+from loraseg.backbones.source import absolute_spec
 from loraseg.data.readers.folder import DatasetFolder
 from loraseg.errors import AdapterNotFoundError, ConfigError
 from loraseg.evaluate.assemble import AttentionLora, Equipment, Wanted, equip
@@ -17,6 +17,7 @@ from loraseg.evaluate.results import Results
 from loraseg.evaluate.tuning import Grid, Setting, choose, folds_by_family
 from loraseg.revision import code_revision
 from loraseg.segment.metrics import hmean
+from loraseg.storage import absolute
 
 __all__ = ["Domain", "EvaluationConfig", "Work", "evaluate", "run_work"]
 
@@ -109,10 +110,10 @@ class EvaluationConfig:
         """Return the config with addresses that hold in any process, whatever its folder."""
         return replace(
             self,
-            library=_absolute(self.library),
-            base=_absolute(self.base) if Path(self.base).exists() else self.base,
-            encoder=_absolute(self.encoder) if Path(self.encoder).exists() else self.encoder,
-            domains=tuple(replace(item, data=_absolute(item.data)) for item in self.domains),
+            library=absolute(self.library),
+            base=absolute_spec(self.base),
+            encoder=absolute_spec(self.encoder),
+            domains=tuple(replace(item, data=absolute(item.data)) for item in self.domains),
         )
 
     def fixed(self) -> Setting | None:
@@ -257,7 +258,3 @@ def _provenance(config: EvaluationConfig, equipment: Equipment) -> dict[str, Any
             for entry in equipment.pool.entries
         },
     }
-
-
-def _absolute(uri: str) -> str:
-    return uri if "://" in uri else str(Path(uri).expanduser().resolve())

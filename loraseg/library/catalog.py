@@ -126,9 +126,10 @@ class Library:
     def publish(self, name: str, files: Mapping[str, bytes], card: Card) -> Entry:
         """Publish one adapter; it becomes the version that its name points to.
 
-        An adapter that is in the catalog already, with the same files, base and index encoders, is
-        left as it is: the entry is returned, blobs that were lost or damaged are restored, and the
-        name's pointer stays, so that running a job again does not undo a rollback.
+        An adapter that is in the catalog already, with the same files, base, task and index
+        encoders, is left as it is: the entry is returned, blobs that were lost or damaged are
+        restored, and the name's pointer stays, so that running a job again does not undo a
+        rollback.
 
         Args:
             name: The same as ``card.name``.
@@ -293,12 +294,13 @@ class Library:
 
 
 def _identity(item: Entry | Record) -> tuple[str, ...]:
-    """Tell whether publishing is a repetition: same name, files, base and index encoders.
+    """Tell whether publishing is a repetition: same name, files, base, task and index encoders.
 
     Not the whole card, whose metrics and code revision may differ without being news.
     """
     encoders = (centroid.encoder_id for centroid in item.card.centroids)
-    return item.card.name, item.digest, item.card.base.digest, *encoders
+    task = str(item.card.recipe.get("task_digest"))
+    return item.card.name, item.digest, item.card.base.digest, task, *encoders
 
 
 def _with_published(known: tuple[Entry, ...], new: Sequence[Entry]) -> tuple[Entry, ...]:

@@ -10,9 +10,10 @@ from loraseg.errors import ConfigError, StoreError
 from loraseg.storage.local import LocalStore
 from loraseg.storage.store import ObjectStore
 
-__all__ = ["open_store", "probe_conditional_writes"]
+__all__ = ["absolute", "open_store", "probe_conditional_writes"]
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}")
+_ONE_SLASH = re.compile(r"([A-Za-z0-9]{2,}):/(?!/)")
 
 
 def open_store(uri: str) -> ObjectStore:
@@ -27,9 +28,7 @@ def open_store(uri: str) -> ObjectStore:
     """
     scheme, separator, rest = uri.partition("://")
     if not separator:
-        if not uri:
-            raise ConfigError("store URI is empty; expected a path, file:///folder or s3://bucket")
-        return LocalStore(Path(uri).expanduser())
+        return LocalStore(Path(absolute(uri)))
     if scheme == "file":
         return LocalStore(_file_path(rest))
     if scheme == "s3":
@@ -37,6 +36,22 @@ def open_store(uri: str) -> ObjectStore:
     raise ConfigError(
         f"store URI of kind {scheme!r}; known kinds: a path, file:///folder, s3://bucket/prefix"
     )
+
+
+def absolute(uri: str) -> str:
+    """Return a URI with a scheme unchanged, and a plain path made absolute.
+
+    A worker's current directory is not the driver's.
+
+    Raises:
+        ConfigError: It is empty, or one slash short of a URI.
+    """
+    if not uri:
+        raise ConfigError("store URI is empty; expected a path, file:///folder or s3://bucket")
+    if mistyped := _ONE_SLASH.match(uri):
+        kind = mistyped[1]
+        raise ConfigError(f"{uri!r}: did you mean {kind}://{uri[mistyped.end() :].lstrip('/')!r}?")
+    return uri if "://" in uri else str(Path(uri).expanduser().resolve())
 
 
 def probe_conditional_writes(store: ObjectStore) -> None:

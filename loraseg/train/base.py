@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from loraseg import config as configuration
+from loraseg.backbones.device import best_device
 from loraseg.backbones.source import resolve
 from loraseg.data import DatasetFolder, few_shot
 from loraseg.data.transforms import AugmentConfig
@@ -149,6 +150,7 @@ def train_base(task: BaseTask, report: Report = lambda progress: None) -> BaseRe
     if task.images is not None:
         samples = few_shot(samples, task.images, task.seed)
     base = load_base(task.base)
+    base.model.to(best_device())
     digest = configuration.digest(
         _TaskKey(TRAINING_FORMAT, task.seed, task.recipe, dataset.digest(samples), base.digest)
     )

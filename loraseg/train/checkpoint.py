@@ -59,6 +59,8 @@ class CheckpointSlot:
             "skipped_batches": snapshot.skipped_batches,
         }
         try:
+            if self._latest_step() > snapshot.step:
+                return  # another worker is ahead; its checkpoint must not lose its pointer
             self._store.put(key, data)
             self._store.put(_LATEST, json.dumps(pointer, sort_keys=True).encode())
             self._delete_data(keep=key)
@@ -91,7 +93,13 @@ class CheckpointSlot:
         self._store.delete(_LATEST)
         self._delete_data(keep=None)
 
+    def _latest_step(self) -> int:
+        try:
+            return int(json.loads(self._store.get(_LATEST))["step"])
+        except (ObjectNotFoundError, ValueError, KeyError, TypeError):
+            return -1
+
     def _delete_data(self, keep: str | None) -> None:
         for key in list(self._store.list()):
-            if key.endswith(".safetensors") and key != keep:
+            if key.endswith(".safetensors") and (keep is None or key < keep):
                 self._store.delete(key)

@@ -1,14 +1,15 @@
 """A manifest of domains: what to train, into which library, one adapter a domain."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from loraseg.backbones.source import absolute_spec
 from loraseg.errors import ConfigError
+from loraseg.storage import absolute
 from loraseg.train.recipes import named_recipe
 from loraseg.train.tasks import AdapterTask
 
-__all__ = ["Domain", "Manifest", "absolute"]
+__all__ = ["Domain", "Manifest"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,8 +73,8 @@ class Manifest:
                 split=domain.split,
                 val_split=domain.val_split,
                 images=self.images if domain.images is None else domain.images,
-                base=absolute(self.base) if Path(self.base).exists() else self.base,
-                encoder=absolute(self.encoder) if Path(self.encoder).exists() else self.encoder,
+                base=absolute_spec(self.base),
+                encoder=absolute_spec(self.encoder),
                 recipe=recipe,
                 seed=self.seed,
                 library=absolute(self.library),
@@ -82,11 +83,3 @@ class Manifest:
             )
             for domain in self.domains
         )
-
-
-def absolute(uri: str) -> str:
-    """Return ``uri`` unchanged if it has a scheme, else as an absolute path.
-
-    A worker's current directory is not the driver's.
-    """
-    return uri if "://" in uri else str(Path(uri).expanduser().resolve())

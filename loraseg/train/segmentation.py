@@ -146,7 +146,7 @@ def clip_input(
     base: SegmentationBase, images: UInt8[ndarray, "b s s 3"]
 ) -> Float[Tensor, "b 3 n n"]:
     """Normalise by the base's mean and std, then resize to CLIP's input (methods A.3, A.7)."""
-    scaled = base.normalise(torch.from_numpy(images).permute(0, 3, 1, 2))
+    scaled = base.normalise(torch.from_numpy(images).to(base.device).permute(0, 3, 1, 2))
     side = base.model.config.image_size
     if scaled.shape[-1] == side:
         return scaled

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from loraseg.train.tasks import TaskPlan, TaskResult
 
-__all__ = ["format_table", "plan_table", "result_table"]
+__all__ = ["format_table", "left_out_lines", "plan_table", "result_table"]
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -48,13 +48,24 @@ def result_table(results: Sequence[TaskResult | tuple[str, str]]) -> str:
     return format_table(header, [_result_row(result) for result in results])
 
 
+def left_out_lines(results: Sequence[TaskResult | tuple[str, str]]) -> str:
+    """List every file that was left out as unusable, one a line; empty if none was."""
+    return "".join(
+        f"left out of {result.name}: {reason}\n"
+        for result in results
+        if isinstance(result, TaskResult)
+        for reason in result.left_out
+    )
+
+
 def _result_row(result: TaskResult | tuple[str, str]) -> tuple[str, ...]:
     if isinstance(result, tuple):
         name, reason = result
         return (name, "failed", "-", "-", "-", reason)
     return (
         result.name,
-        "skipped" if result.skipped else "published",
+        ("skipped" if result.skipped else "published")
+        + ("" if result.current else ", not current"),
         result.digest[:12],
         str(result.resumed_from_step) if result.resumed_from_step else "-",
         f"{result.seconds:.1f}",

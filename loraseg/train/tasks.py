@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from loraseg import config as configuration
 from loraseg.adapters import Adapter, adapter_files, load_adapter
 from loraseg.backbones.clip import load_clip
+from loraseg.backbones.device import best_device
 from loraseg.data import DatasetFolder, Sample, few_shot
-from loraseg.errors import ConfigError, IntegrityError
+from loraseg.errors import ConfigError, IntegrityError, StoreError
 from loraseg.fuse import fuse
 from loraseg.library import BaseModel, Card, Centroid, Entry, Library, TrainingSet
 from loraseg.library.card import check_name
@@ -99,7 +99,12 @@ class TaskPlan:
 class TaskResult:
     """What became of a task: the published version, and whether anything had to be done.
 
-    ``digest`` is the adapter's, ``metrics`` are in [0, 1] and empty without a validation split.
+    Attributes:
+        digest: The adapter's.
+        current: Whether the library hands out this version under the name; not so after a
+            rollback, or when another task has published since.
+        metrics: In [0, 1]; empty without a validation split.
+        left_out: Unusable files that ``skip_bad`` left out, each with its reason.
     """
 
     name: str
@@ -109,6 +114,8 @@ class TaskResult:
     skipped: bool
     resumed_from_step: int
     seconds: float
+    current: bool = True
+    left_out: tuple[str, ...] = ()
 
 
 def plan(task: AdapterTask) -> TaskPlan:
@@ -120,6 +127,7 @@ def plan(task: AdapterTask) -> TaskPlan:
         StoreError: The library cannot be read.
     """
     work = _Work.prepare(task)
+    work.check_images()
     return TaskPlan(
         name=task.name,
         images=len(work.samples),
@@ -151,10 +159,11 @@ def run_task(task: AdapterTask, report: Report = lambda progress: None) -> TaskR
     entry = work.published()
     if entry is not None:
         logger.info("%s: published as version %d already", task.name, entry.version)
-        return _result(entry, skipped=True, resumed=0, seconds=time.monotonic() - started)
+        _clear(work.slot())  # a kill between publishing and clearing leaves checkpoints behind
+        return _result(work, entry, skipped=True, resumed=0, started=started)
     steps = task.recipe.loop.steps
     pace = Pace(task.name, steps, task.recipe.batch_size, report)
-    slot = CheckpointSlot(open_store(task.checkpoints).sub(f"{task.name}/{work.digest}"))
+    slot = work.slot()
     work.check_images()
     pace.restart()
     trained = train_lora(
@@ -171,11 +180,11 @@ def run_task(task: AdapterTask, report: Report = lambda progress: None) -> TaskR
     metrics = work.score(adapter)
     pace.enter("publish", steps)
     entry = Library(open_store(task.library)).publish(task.name, files, work.card(trained, metrics))
-    slot.clear()
-    seconds = time.monotonic() - started
-    logger.info("%s: published version %d after %.1f s", task.name, entry.version, seconds)
+    _clear(slot)
     resumed = trained.loop.resumed_from_step
-    return _result(entry, skipped=False, resumed=resumed, seconds=seconds)
+    result = _result(work, entry, skipped=False, resumed=resumed, started=started)
+    logger.info("%s: published version %d after %.1f s", task.name, entry.version, result.seconds)
+    return result
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -201,7 +210,7 @@ class _Work:
         if task.images is not None:
             samples = few_shot(samples, task.images, task.seed, task.name)
         base = load_base(task.base, clip_attention_lora=task.recipe.clip_attention_lora)
-        base.model.to(_device())
+        base.model.to(best_device())
         training_digest = dataset.digest(samples)
         digest = configuration.digest(
             _TaskKey(
@@ -215,6 +224,11 @@ class _Work:
             )
         )
         return cls(task, dataset, samples, base, training_digest, digest)
+
+    def slot(self) -> CheckpointSlot:
+        """Return where this very task keeps its checkpoints."""
+        store = open_store(self.task.checkpoints)
+        return CheckpointSlot(store.sub(f"{self.task.name}/{self.digest}"))
 
     def published(self) -> Entry | None:
         """Find the version that this very task has made."""
@@ -279,7 +293,17 @@ class _Work:
         )
 
 
-def _result(entry: Entry, *, skipped: bool, resumed: int, seconds: float) -> TaskResult:
+def _clear(slot: CheckpointSlot) -> None:
+    """Remove what is not needed any more; the adapter is published, whatever the store answers."""
+    try:
+        slot.clear()
+    except StoreError as error:
+        logger.warning("checkpoints not removed: %s", error)
+
+
+def _result(
+    work: _Work, entry: Entry, *, skipped: bool, resumed: int, started: float
+) -> TaskResult:
     metrics = {
         key: float(value)
         for key, value in entry.card.metrics.items()
@@ -292,7 +316,9 @@ def _result(entry: Entry, *, skipped: bool, resumed: int, seconds: float) -> Tas
         metrics=metrics,
         skipped=skipped,
         resumed_from_step=resumed,
-        seconds=seconds,
+        seconds=time.monotonic() - started,
+        current=entry.current,
+        left_out=tuple(f"{path}: {reason}" for path, reason in work.dataset.skipped),
     )
 
 
@@ -317,14 +343,10 @@ def _that_matters(recipe: AdapterRecipe) -> AdapterRecipe:
     return dataclasses.replace(recipe, loop=loop)
 
 
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _centroid(encoder: str, dataset: DatasetFolder, samples: Sequence[Sample]) -> Centroid:
     """Average the embeddings of the images trained on, none normalised (methods B.3)."""
     clip = load_clip(encoder)
-    clip.model.to(_device())
+    clip.model.to(best_device())
     rows: list[ndarray] = []
     for start in range(0, len(samples), _EMBED_BATCH):
         images = [dataset.load(sample)[0] for sample in samples[start : start + _EMBED_BATCH]]

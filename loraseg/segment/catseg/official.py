@@ -127,6 +127,11 @@ class _Shapes:
         found = [int(match[1]) for key in self._state if (match := pattern.match(key))]
         if not found:
             raise IntegrityError(f"{self._where}: not an official CAT-Seg: 1 missing: {prefix}0")
+        if max(found) + 1 != len(set(found)):
+            raise IntegrityError(
+                f"{self._where}: {prefix} has {len(set(found))} different indices up to "
+                f"{max(found)}; expected all from 0"
+            )
         return max(found) + 1
 
     def window_and_grid(self, position_grid: int) -> tuple[int | None, int]:

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 from statistics import harmonic_mean
 
 import pytest
@@ -90,9 +91,9 @@ def test_table_shows_every_domain_the_means_and_the_paper(results):
 
 
 def test_written_folder_holds_json_table_and_report(results, tmp_path):
-    report = write_results(results, tmp_path / "out")
+    report = Path(write_results(results, str(tmp_path / "out")))
     assert report == tmp_path / "out" / "report.html"
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "out").glob("[!.]*")) == [
         "report.html",
         "results.json",
         "table.txt",

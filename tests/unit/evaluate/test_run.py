@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def test_the_same_inputs_give_the_same_bytes_whatever_the_spread(config, base):
     assert content["library_generation"] == 4
     assert content["base"]["digest"] == base.digest
     assert len(content["adapters"]["day"]["digest"]) == 64
-    page = write_results(first, config.output).read_text()
+    page = Path(write_results(first, config.output)).read_text()
     assert "night" in page
 
 

@@ -1,4 +1,5 @@
 import concurrent.futures
+import dataclasses
 
 import pytest
 
@@ -112,6 +113,14 @@ def test_the_same_weights_indexed_by_another_encoder_are_news(library):
     assert library.publish("fog", files, other).version == 2
     assert library.publish("fog", files, other).version == 2
     assert library.entry("fog").card.centroids[0].encoder_id == "other clip"
+
+
+def test_the_same_weights_by_another_task_are_news(library):
+    files = make_files("one")
+    library.publish("fog", files, make_card("fog"))
+    again = dataclasses.replace(make_card("fog"), recipe={"task_digest": "other"})
+    assert library.publish("fog", files, again).version == 2
+    assert library.publish("fog", files, again).version == 2
 
 
 def test_several_at_once_make_one_generation(library):

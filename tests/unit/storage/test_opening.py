@@ -28,6 +28,7 @@ def test_a_relative_path_stays_where_it_was_opened(tmp_path, monkeypatch):
         ("gs://bucket", "kind 'gs'; known kinds: a path, file:///folder, s3://bucket/prefix"),
         ("file://host/folder", "expected file:///absolute/folder"),
         ("file://", "expected file:///absolute/folder"),
+        ("s3:/bucket/prefix", "did you mean s3://'bucket/prefix'"),
         ("s3://", "expected s3://bucket/prefix"),
         ("s3:///prefix", "expected s3://bucket/prefix"),
         ("s3://AKIA:secret@bucket/prefix", "credentials belong into AWS_ACCESS_KEY_ID"),

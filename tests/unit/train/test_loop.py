@@ -6,7 +6,7 @@ from torch import nn
 
 from loraseg.errors import ConfigError, StageError
 from loraseg.storage import open_store
-from loraseg.train.checkpoint import CheckpointSlot
+from loraseg.train.checkpoint import CheckpointSlot, Snapshot
 from loraseg.train.loop import LoopConfig, rate_factor, run_loop
 
 CONFIG = LoopConfig(steps=12, warmup_steps=3, clip_norm=0.5, checkpoint_every=4)
@@ -105,6 +105,14 @@ def test_checkpoints_change_nothing_and_only_the_last_is_kept(tmp_path):
     slot.clear()
     assert list(store.list()) == []
     assert slot.load() is None
+
+
+def test_a_worker_that_is_behind_leaves_the_newest_checkpoint(tmp_path):
+    slot = CheckpointSlot(open_store(str(tmp_path)))
+    ahead, behind = (Snapshot(step, 0, {"value/w": torch.ones(1) * step}) for step in (40, 20))
+    slot.save(ahead)
+    slot.save(behind)
+    assert slot.load().step == 40
 
 
 def test_a_finished_run_is_not_run_again(tmp_path):

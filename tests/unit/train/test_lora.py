@@ -52,7 +52,7 @@ def test_all_pairs_train_and_the_loss_falls(images):
     last = "clip_model.visual.transformer.resblocks.1.attn."
     idle = {name for name, pair in trained.pairs.items() if not pair.up.any()}
     assert idle == {f"sem_seg_head.predictor.{last}{x}_proj" for x in "qk"}
-    assert {pair.scale for pair in trained.pairs.values()} == {8.0}
+    assert {pair.scale for pair in trained.pairs.values()} == {recipe.alpha / recipe.rank}
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 

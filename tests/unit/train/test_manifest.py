@@ -6,7 +6,8 @@ import pytest
 
 from loraseg import config as configuration
 from loraseg.errors import ConfigError
-from loraseg.train.manifest import Manifest, absolute
+from loraseg.storage import absolute
+from loraseg.train.manifest import Manifest
 
 
 def manifest(**changes):

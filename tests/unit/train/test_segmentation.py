@@ -129,6 +129,13 @@ def test_images_of_clips_own_size_are_not_resampled():
     assert torch.equal(clip_input(base, images), expected)
 
 
+def test_images_go_where_the_model_is():
+    base = tiny_base()
+    base.model.to("meta")
+    images = np.zeros((1, 24, 24, 3), dtype=np.uint8)
+    assert clip_input(base, images).device == base.device == torch.device("meta")
+
+
 def test_threads_are_given_back():
     before = torch.get_num_threads()
     with fixed_threads(before + 1):
