@@ -1,4 +1,4 @@
-"""S3 servers for all integration tests.
+"""S3 servers and one Ray for all integration tests.
 
 ``s3_env``: a fresh bucket on moto, which needs nothing and forgets everything.
 ``durable_env``: a fresh bucket on the durable server that LORASEG_TEST_S3_ENDPOINT names (with
@@ -12,7 +12,11 @@ import sys
 
 import pytest
 
+from tests.integration.ray_cluster import ray_cluster
 from tests.integration.s3_endpoint import S3Endpoint, S3Space
+
+# Here and nowhere else: a fixture that two modules import is two fixtures, and so two clusters.
+__all__ = ["ray_cluster"]
 
 _AWS_SETTINGS = (
     "AWS_ENDPOINT_URL_S3",

@@ -14,10 +14,7 @@ from loraseg.backbones.clip import load_clip
 from loraseg.errors import DatasetError
 from loraseg.segment.base import load_base
 from loraseg.train.segmentation import fixed_threads
-from tests.integration.ray_cluster import ray_cluster
 from tests.unit.tiny import DOMAINS, publish, write_domain, write_models
-
-__all__ = ["ray_cluster"]
 
 pytestmark = pytest.mark.ray
 FAMILIES = {"day": "bright", "fog": "bright", "night": "dark", "dusk": "dark"}

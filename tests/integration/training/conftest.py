@@ -13,10 +13,8 @@ import ray
 
 import jobs.train_adapters as job
 from loraseg import config as configuration
-from tests.integration.ray_cluster import end_starter, ray_cluster
+from tests.integration.ray_cluster import end_starter
 from tests.tiny_world import write_domain, write_manifest, write_models
-
-__all__ = ["ray_cluster"]
 
 
 @pytest.fixture(scope="session")
