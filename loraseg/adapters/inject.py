@@ -120,7 +120,11 @@ class _Correction:
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         # F.linear rather than @, so that autocast treats it like the layer itself.
-        return output + F.linear(F.linear(inputs[0], self._down), self._up)
+        x, *guide = inputs
+        hidden = F.linear(x, self._down[:, : x.shape[-1]])
+        if guide:  # a guided layer: the last columns belong to what axis 1 of x shares
+            hidden = hidden + F.linear(guide[0], self._down[:, x.shape[-1] :]).unsqueeze(1)
+        return output + F.linear(hidden, self._up)
 
 
 def _pairs(mix: Mix | Adapter) -> Mapping[str, tuple[Tensor, Tensor]]:

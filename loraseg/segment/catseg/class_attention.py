@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from loraseg.segment.catseg.guided import GuidedLinear, guided
 from loraseg.tensor_types import Float
 
 __all__ = ["ClassLayer"]
@@ -14,8 +15,8 @@ class LinearAttention(nn.Module):
     def __init__(self, dim: int, guidance_dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.q = nn.Linear(dim + guidance_dim, dim)
-        self.k = nn.Linear(dim + guidance_dim, dim)
+        self.q = GuidedLinear(dim + guidance_dim, dim)
+        self.k = GuidedLinear(dim + guidance_dim, dim)
         self.v = nn.Linear(dim, dim)
 
     def forward(
@@ -33,11 +34,12 @@ class LinearAttention(nn.Module):
         Args:
             x: Normed tokens of t classes at n places.
             text: Text guidance of each class.
-            padding: Normed padding token (c,) and padding guidance (a,); None without padding.
+            padding: Normed padding token (b, 1, c) and padding guidance (b, a), one row an image
+                since adapters may differ between images; None without padding.
             copies: Number of padding rows.
         """
-        guided = torch.cat([x, text[:, None].expand(-1, x.shape[1], -1, -1)], dim=-1)
-        query, key = nn.functional.elu(self.q(guided)) + 1, nn.functional.elu(self.k(guided)) + 1
+        query = nn.functional.elu(guided(self.q, x, text)) + 1
+        key = nn.functional.elu(guided(self.k, x, text)) + 1
         length = x.shape[2] + copies
         query, key, value = (
             y.unflatten(-1, (self.heads, -1)) for y in (query, key, self.v(x) / length)
@@ -45,10 +47,10 @@ class LinearAttention(nn.Module):
         memory = torch.einsum("bnthd,bnthv->bnhdv", key, value)
         mass = key.sum(dim=2)
         if padding is not None and copies:
-            pad_key = nn.functional.elu(self.k(torch.cat(padding))) + 1
+            pad_key = nn.functional.elu(guided(self.k, *padding)) + 1
             pad_key = copies * pad_key.unflatten(-1, (self.heads, -1))
             pad_value = (self.v(padding[0]) / length).unflatten(-1, (self.heads, -1))
-            memory = memory + torch.einsum("hd,hv->hdv", pad_key, pad_value)
+            memory = memory + torch.einsum("bnhd,bnhv->bnhdv", pad_key, pad_value)
             mass = mass + pad_key
         scale = length / (torch.einsum("bnthd,bnhd->bnth", query, mass) + 1e-6)
         return (torch.einsum("bnthd,bnhdv->bnthv", query, memory) * scale[..., None]).flatten(-2)
@@ -84,14 +86,15 @@ class ClassLayer(nn.Module):
         y = self._pool(x)
         sides = y.shape[2:4]
         y = y.flatten(2, 3).transpose(1, 2)
-        y = y + self.attention(self.norm1(y), text, self._padding(), self._copies(x.shape[1]))
+        y = y + self.attention(self.norm1(y), text, self._padding(len(x)), self._copies(x.shape[1]))
         y = y + self.MLP(self.norm2(y))
         return x + self._unpool(y.transpose(1, 2).unflatten(2, sides), x.shape[2])
 
-    def _padding(self) -> tuple[Tensor, Tensor] | None:
+    def _padding(self, images: int) -> tuple[Tensor, Tensor] | None:
         if self.padding_tokens is None or self.padding_guidance is None:
             return None
-        return self.norm1(self.padding_tokens).flatten(), self.padding_guidance.flatten()
+        token = self.norm1(self.padding_tokens).expand(images, -1, -1)
+        return token, self.padding_guidance[0].expand(images, -1)
 
     def _copies(self, classes: int) -> int:
         return max(self.pad_len - classes, 0)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from loraseg.segment.catseg.attention import attend
+from loraseg.segment.catseg.guided import GuidedLinear, guided
 from loraseg.tensor_types import Float
 
 __all__ = ["SwinPair"]
@@ -44,8 +45,8 @@ class WindowAttention(nn.Module):
     def __init__(self, dim: int, guidance_dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.q = nn.Linear(dim + guidance_dim, dim)
-        self.k = nn.Linear(dim + guidance_dim, dim)
+        self.q = GuidedLinear(dim + guidance_dim, dim)
+        self.k = GuidedLinear(dim + guidance_dim, dim)
         self.v = nn.Linear(dim, dim)
         self.proj = nn.Linear(dim, dim)
 
@@ -55,12 +56,10 @@ class WindowAttention(nn.Module):
         guidance: Float[Tensor, "b m n a"],
         mask: Float[Tensor, "m n n"] | None,
     ) -> Float[Tensor, "b t m n c"]:
-        spread = guidance[:, None].expand(-1, x.shape[1], -1, -1, -1)
-        guided = torch.cat([x, spread], dim=-1)
         # Windows stand beside the heads: the fused kernel takes four axes and one mask an image.
         q, k, v = (
             y.unflatten(-1, (self.heads, -1)).transpose(-3, -2).flatten(2, 3).flatten(0, 1)
-            for y in (self.q(guided), self.k(guided), self.v(x))
+            for y in (guided(self.q, x, guidance), guided(self.k, x, guidance), self.v(x))
         )
         bias = None if mask is None else mask.repeat_interleave(self.heads, dim=0)[None]
         mixed = attend(q, k, v, bias)
