@@ -1,20 +1,21 @@
-"""Adapters: what they are, how they are stored (peft's format) and how they act on a model."""
+"""Adapters: what they are, how they are stored (peft's format) and which layers they change."""
 
 __all__ = [
     "Adapter",
-    "AdapterSlots",
     "LoraPair",
-    "Mix",
+    "PackedAdapter",
     "adapter_files",
     "files_digest",
     "load_adapter",
+    "pack",
     "pairs_of",
     "save_adapter",
     "targets",
 ]
 
-from loraseg.adapters.adapter import Adapter, LoraPair, Mix
-from loraseg.adapters.inject import AdapterSlots, targets
+from loraseg.adapters.adapter import Adapter, LoraPair
+from loraseg.adapters.inject import targets
+from loraseg.adapters.packed import PackedAdapter, pack
 from loraseg.adapters.peft_io import (
     adapter_files,
     files_digest,

@@ -1,18 +1,14 @@
-"""What an adapter is: low-rank corrections by module name, and mixes of them."""
+"""What an adapter is: low-rank corrections by module name."""
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-import torch
-
 from loraseg.errors import AdapterMismatchError
 from loraseg.tensor_types import Float, Tensor
 
-__all__ = ["Adapter", "LoraPair", "Mix", "digest_of_parts"]
+__all__ = ["Adapter", "LoraPair"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,49 +100,3 @@ class Adapter:
     def parameter_count(self) -> int:
         """Count the values in all pairs."""
         return sum(pair.down.numel() + pair.up.numel() for pair in self.pairs.values())
-
-
-@dataclass(frozen=True, eq=False)
-class Mix:
-    """Several adapters fused into one: ``delta W = up @ down``, all weights already inside.
-
-    Attributes:
-        parts: (adapter digest, weight) in the order they were fused.
-        pairs: By module name, down (R, d_in) and up (d_out, R); R is the sum of the ranks of the
-            adapters that have the module.
-
-    Raises:
-        AdapterMismatchError: A pair does not share its rank R.
-    """
-
-    parts: tuple[tuple[str, float], ...]
-    pairs: Mapping[str, tuple[Tensor, Tensor]]
-
-    def __post_init__(self) -> None:
-        for module, (down, up) in self.pairs.items():
-            if not (down.ndim == up.ndim == 2 and down.shape[0] == up.shape[1]):
-                raise AdapterMismatchError(
-                    f"mix, module {module!r}: down {tuple(down.shape)}, up {tuple(up.shape)}; "
-                    f"expected down (R, d_in) and up (d_out, R)"
-                )
-        object.__setattr__(self, "pairs", MappingProxyType(dict(self.pairs)))
-
-    @property
-    def digest(self) -> str:
-        """The sha256 of the parts: equal digests mean equal weights on equal adapters."""
-        return digest_of_parts(self.parts)
-
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> "Mix":
-        """Return the mix on a device and in a type."""
-        moved = {
-            module: (down.to(device, dtype), up.to(device, dtype))
-            for module, (down, up) in self.pairs.items()
-        }
-        return Mix(self.parts, moved)
-
-
-def digest_of_parts(parts: tuple[tuple[str, float], ...]) -> str:
-    """Return the sha256 of canonical JSON of (adapter digest, weight) in this order."""
-    # repr of a float is its shortest exact form, so nearly equal weights keep apart.
-    text = json.dumps([[digest, repr(float(weight))] for digest, weight in parts])
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,20 +1,22 @@
 """Bring base, encoder and library together: what it takes to segment adaptively."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
-from loraseg.adapters.adapter import Adapter
+from loraseg.adapters.packed import PackedAdapter, pack
 from loraseg.adapters.peft_io import load_adapter
 from loraseg.backbones.clip import ClipEncoder, load_clip
 from loraseg.backbones.device import best_device
+from loraseg.cache_folder import cache_folder
 from loraseg.errors import AdapterMismatchError, AdapterNotFoundError
 from loraseg.library.catalog import Library
 from loraseg.library.retrieve import Retriever
 from loraseg.library.snapshot import Entry
 from loraseg.segment.base import SegmentationBase, load_base
+from loraseg.segment.pack_folder import PackFolder
 from loraseg.segment.pool import AdapterCache, AdapterPool
 from loraseg.storage import open_store
 from loraseg.tensor_types import Float, ndarray
@@ -55,15 +57,9 @@ class Equipment:
 
     def measure(self, images: Sequence[ndarray]) -> Float[ndarray, "images entries"]:
         """Return the Euclidean distance of every image to every entry's domain."""
-        columns = {entry.name: index for index, entry in enumerate(self.pool.entries)}
-        distances = np.zeros((len(images), len(columns)), dtype=np.float64)
         if self.pool.retriever is None or not images:
-            return distances
-        for row, embedding in zip(distances, self.encoder.encode_images(images), strict=True):
-            # Any temperature does: only the distances are used.
-            for found in self.pool.retriever.retrieve(embedding, len(columns), 1.0):
-                row[columns[found.entry.name]] = found.distance
-        return distances
+            return np.zeros((len(images), len(self.pool.entries)), dtype=np.float64)
+        return self.pool.retriever.distances(self.encoder.encode_images(images))
 
 
 def equip(wanted: Wanted) -> Equipment:
@@ -90,9 +86,15 @@ def equip(wanted: Wanted) -> Equipment:
     if kind == "as_trained":
         kind = _trained_kind(fitting)
 
-    def load(entry: Entry) -> Adapter:
-        files, card = library.load_entry(entry)
-        return load_adapter(files, name=entry.name, base_digest=card.base.digest)
+    folder = PackFolder(cache_folder("packed"))
+
+    def load(entry: Entry) -> PackedAdapter:
+        packed = folder.get(entry.digest)
+        if packed is None:
+            files, _ = library.load_entry(entry)
+            packed = folder.put(pack(load_adapter(files, name=entry.name)))
+        # The same files may be published under several names, and know no base.
+        return replace(packed, name=entry.name, base_digest=entry.card.base.digest)
 
     pool = AdapterPool(
         fitting,
@@ -117,7 +119,7 @@ def _vacancy(uri: str, published: Sequence[Entry], base: SegmentationBase) -> st
     )
 
 
-def _no_adapter(entry: Any) -> Adapter:
+def _no_adapter(entry: Any) -> PackedAdapter:
     raise AdapterNotFoundError(f"adapter {entry.name!r}: no library was named")
 
 

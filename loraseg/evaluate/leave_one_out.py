@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from loraseg.adapters.adapter import Adapter, Mix
+from loraseg.adapters.packed import PackedAdapter
 from loraseg.data.readers.folder import Sample
 from loraseg.errors import ConfigError, DatasetError
 from loraseg.evaluate.tuning import Setting, weights_matrix
-from loraseg.fuse.concat import fuse
+from loraseg.fuse.late import LateSum
+from loraseg.fuse.mix import Mix, fuse
 from loraseg.segment.adaptive import label_map
 from loraseg.segment.base import SegmentationBase
 from loraseg.segment.metrics import ConfusionMatrix
@@ -85,7 +86,7 @@ class Bench:
 
     base: SegmentationBase
     entries: Sequence[EntryLike]
-    load: Callable[[Any], Adapter]
+    load: Callable[[Any], PackedAdapter]
     measure: Callable[[Sequence[ndarray]], ndarray]
     candidates: frozenset[str] | None = None
 
@@ -171,16 +172,21 @@ class TargetScorer:
         for pictures, masks, _ in self._batches(self._target.samples[:images]):
             distances = self._distances(pictures)
             rows = [weights_matrix(distances, setting) for setting in settings]
-            for index, (picture, mask) in enumerate(zip(pictures, masks, strict=True)):
-                seen: dict[bytes, ndarray] = {}
-                for setting, weights, count in zip(settings, rows, counts, strict=True):
-                    key = weights[index].tobytes()
+            seen: dict[tuple[int, bytes], ndarray] = {}
+            for setting, weights, count in zip(settings, rows, counts, strict=True):
+                if not shared:
                     # With the first image's text, equal weights on this image do not make equal
                     # predictions: the text stems from another image, weighed by the setting.
-                    if key not in seen or not shared:
-                        mix = self._mix(weights[index])
-                        scores = predictors[setting].predict([picture], self._target.classes, mix)
-                        seen[key] = label_map(scores[0])
+                    seen.clear()
+                keys = [(index, row.tobytes()) for index, row in enumerate(weights)]
+                new = [index for index, key in enumerate(keys) if key not in seen]
+                scores = predictors[setting].predict(
+                    [pictures[index] for index in new],
+                    self._target.classes,
+                    [self._mix(weights[index]) for index in new],
+                )
+                seen |= {keys[i]: label_map(one) for i, one in zip(new, scores, strict=True)}
+                for mask, key in zip(masks, keys, strict=True):
                     count.add(mask, seen[key])
         return [count.miou() for count in counts]
 
@@ -247,10 +253,7 @@ class TargetScorer:
             "uniform": self._steady.predict(
                 pictures, classes, self._mix(np.full(count, 1.0 / count))
             ),
-            "semla": [
-                per_image.predict([picture], classes, self._mix(row))[0]
-                for picture, row in zip(pictures, weights, strict=True)
-            ],
+            "semla": per_image.predict(pictures, classes, [self._mix(row) for row in weights]),
         }
         if self._own is not None:
             own = fuse([self._bench.load(self._own)], [1.0])
@@ -268,18 +271,15 @@ class TargetScorer:
 
         Both sums grow while the adapters pass by, so memory does not depend on their number.
         """
-        uniform: list[Tensor] = []
-        weighted: list[Tensor] = []
+        uniform = [LateSum() for _ in pictures]
+        weighted = [LateSum() for _ in pictures]
         for column, entry in enumerate(self._others):
             alone = fuse([self._bench.load(entry)], [1.0])
             maps = self._steady.predict(pictures, self._target.classes, alone)
-            if column == 0:
-                uniform = [scores.new_zeros(scores.shape) for scores in maps]
-                weighted = [scores.new_zeros(scores.shape) for scores in maps]
             for index, scores in enumerate(maps):
-                uniform[index].add_(scores, alpha=1.0 / len(self._others))
-                weighted[index].add_(scores, alpha=float(weights[index, column]))
-        return uniform, weighted
+                uniform[index].add(scores, 1.0 / len(self._others))
+                weighted[index].add(scores, float(weights[index, column]))
+        return [late.total for late in uniform], [late.total for late in weighted]
 
     def _mix(self, weights: Float[ndarray, " others"]) -> Mix:
         used = np.flatnonzero(weights)

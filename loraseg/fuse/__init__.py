@@ -1,7 +1,9 @@
-"""Mixing adapters: weights from distances, exact concatenation, late fusion of score maps."""
+"""Mixing adapters: weights from distances, mixes, and the bank that lets them act per image."""
 
-__all__ = ["concat_lora", "fuse", "late_fusion", "mixing_weights"]
+__all__ = ["AdapterBank", "LateSum", "Mix", "concat_lora", "fuse", "late_fusion", "mixing_weights"]
 
-from loraseg.fuse.concat import concat_lora, fuse
-from loraseg.fuse.late import late_fusion
+from loraseg.fuse.bank import AdapterBank
+from loraseg.fuse.concat import concat_lora
+from loraseg.fuse.late import LateSum, late_fusion
+from loraseg.fuse.mix import Mix, fuse
 from loraseg.fuse.weights import mixing_weights

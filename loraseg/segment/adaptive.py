@@ -3,15 +3,17 @@
 The method is SemLA's (methods B.4 and B.5).
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 
-from loraseg.adapters.adapter import Mix
 from loraseg.errors import AdapterMismatchError, ConfigError
-from loraseg.fuse.concat import fuse
+from loraseg.fuse.mix import Mix, fuse
 from loraseg.segment.base import check_classes
 from loraseg.segment.pool import AdapterPool, EntryLike
 from loraseg.segment.predictor import Predictor
@@ -126,6 +128,15 @@ class _Part:
     distance: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A batch that has only to go through the model."""
+
+    images: Sequence[ndarray]
+    chosen: list[tuple[_Part, ...]]
+    mixes: list[Mix | None]
+
+
 class AdaptiveSegmenter:
     """Segments each image with the adapters nearest to it. One thread at a time."""
 
@@ -166,23 +177,56 @@ class AdaptiveSegmenter:
             ConfigError: No class is named, one is blank, or one twice.
         """
         check_classes(classes)
-        chosen = self._choose(images, exclude)
-        mixes = [self._fuse(parts) for parts in chosen]
-        # Images with the same mix share one forward pass.
-        groups: dict[str | None, list[int]] = {}
-        for index, mix in enumerate(mixes):
-            groups.setdefault(mix.digest if mix else None, []).append(index)
-        results: dict[int, Segmentation] = {}
-        for members in groups.values():
-            batch = [images[index] for index in members]
-            maps = self._predictor.predict(batch, classes, mixes[members[0]])
-            for index, scores in zip(members, maps, strict=True):
-                results[index] = Segmentation(
-                    label_map=label_map(scores),
-                    explanation=self._explain(chosen[index], mixes[index]),
-                    scores=scores.cpu().numpy() if keep_scores else None,
-                )
-        return [results[index] for index in range(len(images))]
+        ready = self._prepare(images, exclude)
+        return self._run(ready, classes, keep_scores=keep_scores)
+
+    def segment_stream(
+        self,
+        batches: Iterable[Sequence[ndarray]],
+        classes: Sequence[str],
+        *,
+        exclude: Collection[str] = (),
+        keep_scores: bool = False,
+    ) -> Generator[list[Segmentation], None, None]:
+        """Segment batch after batch like :meth:`segment`, one batch ahead of itself.
+
+        While a batch is in the model, the next one is taken from ``batches`` (which may decode
+        files), embedded, and its adapters are read, in a thread of its own.
+
+        Raises:
+            Whatever ``batches`` raises, and what :meth:`segment` does, at the batch concerned.
+        """
+        check_classes(classes)
+        source = iter(batches)
+
+        def ahead() -> _Ready | None:
+            images = next(source, None)
+            return None if images is None else self._prepare(images, exclude)
+
+        with ThreadPoolExecutor(1, thread_name_prefix="embed") as thread:
+            upcoming = thread.submit(ahead)
+            while (ready := upcoming.result()) is not None:
+                upcoming = thread.submit(ahead)
+                yield self._run(ready, classes, keep_scores=keep_scores)
+
+    def _prepare(self, images: Sequence[ndarray], exclude: Collection[str]) -> "_Ready":
+        """Embed, retrieve and read adapters: all that does not need the segmenter."""
+        with _own_stream(self._predictor.base.device):
+            chosen = self._choose(images, exclude)
+        return _Ready(images, chosen, [self._fuse(parts) for parts in chosen])
+
+    def _run(
+        self, ready: "_Ready", classes: Sequence[str], *, keep_scores: bool
+    ) -> list[Segmentation]:
+        maps = self._predictor.predict(ready.images, classes, ready.mixes)
+        return [
+            Segmentation(
+                label_map=label_map(scores),
+                explanation=self._explain(parts, mix),
+                scores=scores.numpy() if keep_scores else None,
+            )
+            for scores, parts, mix in zip(maps, ready.chosen, ready.mixes, strict=True)
+        ]
 
     def _choose(
         self, images: Sequence[ndarray], exclude: Collection[str]
@@ -193,10 +237,9 @@ class AdaptiveSegmenter:
             return [tuple(_Part(entry, 1.0 / len(rest), None) for entry in rest)] * len(images)
         if mode == "base" or retriever is None or not images:
             return [()] * len(images)
-        found = [
-            retriever.retrieve(e, self._settings.k, self._settings.temperature, exclude=exclude)
-            for e in self._encoder.encode_images(images)
-        ]
+        embeddings = self._encoder.encode_images(images)
+        k, temperature = self._settings.k, self._settings.temperature
+        found = retriever.retrieve_batch(embeddings, k, temperature, exclude=exclude)
         return [tuple(_Part(n.entry, n.weight, n.distance) for n in near) for near in found]
 
     def _fuse(self, parts: Sequence[_Part]) -> Mix | None:
@@ -239,3 +282,13 @@ def label_map(scores: Any) -> ndarray:
     kind = np.uint8 if scores.shape[0] <= 255 else np.int32
     # numpy's argmax names the first of equal values; torch leaves the choice open.
     return scores.cpu().numpy().argmax(axis=0).astype(kind)
+
+
+@contextmanager
+def _own_stream(device: torch.device) -> Generator[None, None, None]:
+    """On a GPU, keep off the stream that the segmenter fills, so that both run at once."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        yield

@@ -83,6 +83,11 @@ class SegmentationBase:
         """Where the model is."""
         return self.model.upsample1.weight.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the model computes in."""
+        return self.model.upsample1.weight.dtype
+
     def tokenize(self, classes: Sequence[str]) -> Int[Tensor, "t p l"]:
         """Return token ids of every class under every prompt, on the CPU.
 
@@ -96,10 +101,21 @@ class SegmentationBase:
         texts = [prompt.replace("{}", name) for name in names for prompt in self.prompts]
         return self.tokenizer(texts).unflatten(0, (len(names), len(self.prompts)))
 
-    def encode_tokens(self, ids: Int[Tensor, "t p l"]) -> Float[Tensor, "t p d"]:
-        """Return normalised text features; gradients flow into the text encoder."""
-        features = self.model.encode_text(ids.flatten(0, 1).to(self.device))
-        return features.unflatten(0, ids.shape[:2])
+    def encode_tokens(
+        self, ids: Int[Tensor, "t p l"], *, groups: int | None = None
+    ) -> Float[Tensor, "*m t p d"]:
+        """Return normalised text features; gradients flow into the text encoder.
+
+        Args:
+            ids: As :meth:`tokenize` gives them.
+            groups: Encode all of them so many times, once for each adapter mix in use; the result
+                then has this axis in front.
+        """
+        rows = ids.flatten(0, 1).to(self.device)
+        if groups is None:
+            return self.model.encode_text(rows).unflatten(0, ids.shape[:2])
+        features = self.model.encode_text(rows.repeat(groups, 1))
+        return features.unflatten(0, (groups, *ids.shape[:2]))
 
     def encode_classes(self, classes: Sequence[str]) -> Float[Tensor, "t p d"]:
         """Return normalised text features of class names, as :meth:`tokenize` reads them."""

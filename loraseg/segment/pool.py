@@ -9,7 +9,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from loraseg.adapters.adapter import Adapter
+from loraseg.adapters.packed import PackedAdapter
+from loraseg.tensor_types import ndarray
 
 __all__ = ["AdapterCache", "AdapterPool", "EntryLike", "Neighbour", "Retriever"]
 
@@ -56,12 +57,16 @@ class Neighbour(Protocol):
 
 @runtime_checkable
 class Retriever(Protocol):
-    """Finds the adapters nearest to an image embedding, nearest first, weights summing to one."""
+    """Finds the adapters nearest to image embeddings, nearest first, weights summing to one."""
 
-    def retrieve(
-        self, embedding: Any, k: int, temperature: float, exclude: Collection[str] = ()
-    ) -> Sequence[Neighbour]:
-        """Return at most k neighbours, none of the names in ``exclude``."""
+    def retrieve_batch(
+        self, embeddings: Any, k: int, temperature: float, exclude: Collection[str] = ()
+    ) -> Sequence[Sequence[Neighbour]]:
+        """Return at most k neighbours an embedding, none of the names in ``exclude``."""
+        ...
+
+    def distances(self, embeddings: Any) -> ndarray:
+        """Return the distance of every embedding to every entry, (n, entries)."""
         ...
 
 
@@ -77,7 +82,7 @@ class AdapterPool:
     """
 
     entries: Sequence[EntryLike]
-    load: Callable[[Any], Adapter]
+    load: Callable[[Any], PackedAdapter]
     retriever: Retriever | None
     vacancy: str = "the library is empty"
 
@@ -88,28 +93,26 @@ class AdapterCache:
     Keyed by content, so a name that moves to another version never yields the old weights.
     """
 
-    def __init__(self, load: Callable[[Any], Adapter], *, limit_bytes: int = 512 * 2**20) -> None:
+    def __init__(
+        self, load: Callable[[Any], PackedAdapter], *, limit_bytes: int = 512 * 2**20
+    ) -> None:
         self._load = load
         self._limit_bytes = limit_bytes
-        self._kept: OrderedDict[str, Adapter] = OrderedDict()
+        self._kept: OrderedDict[str, PackedAdapter] = OrderedDict()
         self.size_bytes = 0
 
-    def __call__(self, entry: EntryLike) -> Adapter:
+    def __call__(self, entry: EntryLike) -> PackedAdapter:
         """Return the entry's adapter, loading it when it is not at hand."""
         if entry.digest not in self._kept:
             adapter = self._load(entry)
             self._kept[entry.digest] = adapter
-            self.size_bytes += _size_bytes(adapter)
+            self.size_bytes += adapter.nbytes
         self._kept.move_to_end(entry.digest)
         # The newest always stays, even if it is larger than the budget by itself.
         while self.size_bytes > self._limit_bytes and len(self._kept) > 1:
             _, oldest = self._kept.popitem(last=False)
-            self.size_bytes -= _size_bytes(oldest)
+            self.size_bytes -= oldest.nbytes
         return self._kept[entry.digest]
 
     def __len__(self) -> int:
         return len(self._kept)
-
-
-def _size_bytes(adapter: Adapter) -> int:
-    return sum(pair.down.nbytes + pair.up.nbytes for pair in adapter.pairs.values())

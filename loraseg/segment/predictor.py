@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from loraseg.adapters.adapter import Adapter, Mix
-from loraseg.adapters.inject import AdapterSlots
-from loraseg.errors import ConfigError, DatasetError
+from loraseg.errors import AdapterMismatchError, ConfigError, DatasetError
+from loraseg.fuse.bank import AdapterBank
+from loraseg.fuse.mix import Mix
 from loraseg.segment.base import SegmentationBase, check_classes
 from loraseg.segment.tiling import Tiling
 from loraseg.tensor_types import Float, ndarray
@@ -19,6 +19,8 @@ from loraseg.tensor_types import Float, ndarray
 __all__ = ["Predictor"]
 
 _BANKS = 256
+# More would need more buffers than they save time: a merged weight serves one mix anyway.
+_MIXES_PER_BATCH = 8
 
 
 class Predictor:
@@ -61,7 +63,7 @@ class Predictor:
         self.mode = mode
         self.text_cache = text_cache
         self.windows_per_batch = windows_per_batch
-        self._slots = AdapterSlots(base.model)
+        self._bank = AdapterBank(base.model)
         self._tokens: OrderedDict[tuple[str, ...], Tensor] = OrderedDict()
         self._banks: OrderedDict[tuple[tuple[str, ...], str | None], Tensor] = OrderedDict()
 
@@ -70,79 +72,158 @@ class Predictor:
         self,
         images: Sequence[ndarray],
         classes: Sequence[str],
-        mix: Mix | Adapter | None = None,
+        mixes: Mix | Sequence[Mix | None] | None = None,
     ) -> list[Float[Tensor, "t _ _"]]:
-        """Return sigmoid scores in [0, 1] at each image's own size, on the CPU.
+        """Return sigmoid scores in [0, 1] at each image's own size, float32 on the CPU.
 
         Args:
             images: RGB, uint8 (h, w, 3); sizes may differ.
             classes: Distinct names; of "car, automobile" only the first synonym is used.
-            mix: The adapters in use for all these images; None for the bare base.
+            mixes: The adapters in use, one mix for all images or one for each; None for the bare
+                base. Images of different mixes go through the model together.
 
         Raises:
             ConfigError: No class is named, one is blank, or one twice.
             DatasetError: An image is not of that kind.
-            AdapterMismatchError: The mix does not fit the model.
+            AdapterMismatchError: A mix does not fit the model, or there is not one an image.
         """
         check_classes(classes)
         for index, image in enumerate(images):
             _check_image(index, image)
-        if not images:
-            return []
-        with self._slots.use(mix), _evaluating(self.base.model):
-            text = self._text(tuple(classes), None if mix is None else mix.digest)
-            pixels = [torch.from_numpy(_planes(image)).to(self.base.device) for image in images]
-            if self.mode == "sliding":
-                return self._sliding(pixels, text)
-            return self._plain(pixels, text)
+        each = _one_each(mixes, len(images))
+        # Stable, so that images of one mix stand together and share its merged weights.
+        first = {_digest(mix): index for index, mix in reversed(list(enumerate(each)))}
+        order = sorted(range(len(images)), key=lambda index: first[_digest(each[index])])
+        with _evaluating(self.base.model):
+            texts = self._texts(tuple(classes), [each[index] for index in order])
+            pixels = [self._pixels(images[index]) for index in order]
+            run = self._sliding if self.mode == "sliding" else self._plain
+            results = run(pixels, [each[index] for index in order], texts)
+        return [result for _, result in sorted(zip(order, results, strict=True), key=_place)]
 
-    def _text(self, classes: tuple[str, ...], digest: str | None) -> Float[Tensor, "t p d"]:
-        """Return the text bank; called with the mix in use."""
-        key = (classes, digest if self.text_cache == "per_adapter" else None)
-        bank = self._banks.get(key)
-        if bank is None:
-            tokens = self._tokens.get(classes)
-            if tokens is None:
-                tokens = _keep(self._tokens, classes, self.base.tokenize(classes))
-            bank = _keep(self._banks, key, self.base.encode_tokens(tokens))
-        self._banks.move_to_end(key)
-        return bank
+    def _pixels(self, image: ndarray) -> Float[Tensor, "3 h w"]:
+        return torch.from_numpy(_planes(image)).to(self.base.device)
 
-    def _plain(self, images: list[Tensor], text: Tensor) -> list[Tensor]:
+    def _texts(
+        self, classes: tuple[str, ...], mixes: Sequence[Mix | None]
+    ) -> dict[str | None, Float[Tensor, "t p d"]]:
+        """Return the text features of every mix, by its digest."""
+        stale = self.text_cache == "first_image"
+        if stale and mixes:
+            first = self._banks.get((classes, None))
+            if first is None:
+                first = self._encode(classes, mixes[:1])[0]
+                _keep(self._banks, (classes, None), first)
+            self._banks.move_to_end((classes, None))
+            return {_digest(mix): first for mix in mixes}
+        wanted = {_digest(mix): mix for mix in mixes}
+        found: dict[str | None, Tensor] = {}
+        missing = [digest for digest in wanted if (classes, digest) not in self._banks]
+        for digest in wanted:
+            if digest not in missing:
+                self._banks.move_to_end((classes, digest))
+                found[digest] = self._banks[classes, digest]
+        for start in range(0, len(missing), _MIXES_PER_BATCH):
+            some = missing[start : start + _MIXES_PER_BATCH]
+            banks = self._encode(classes, [wanted[digest] for digest in some])
+            for digest, bank in zip(some, banks, strict=True):
+                found[digest] = _keep(self._banks, (classes, digest), bank)
+        return found
+
+    def _encode(
+        self, classes: tuple[str, ...], mixes: Sequence[Mix | None]
+    ) -> Float[Tensor, "m t p d"]:
+        tokens = self._tokens.get(classes)
+        if tokens is None:
+            tokens = _keep(self._tokens, classes, self.base.tokenize(classes))
+        with self._bank.use(mixes):
+            return self.base.encode_tokens(tokens, groups=len(mixes))
+
+    def _plain(
+        self, images: list[Tensor], mixes: list[Mix | None], texts: dict[str | None, Tensor]
+    ) -> list[Tensor]:
         padded = [_pad(self.base.normalise(image), self.base.pad_multiple) for image in images]
-        maps = self._logits(padded, text).sigmoid_()
+        maps = self._logits(padded, mixes, texts)
         results: list[Tensor] = []
-        for image, scores in zip(images, maps, strict=True):
+        for image, logits in zip(images, maps, strict=True):
+            scores = logits.sigmoid_()
             height, width = image.shape[1:]
             # The official code cuts the map, not the padding: it only acts on very small images.
             shown = scores[:, :height, :width] if self.base.pad_multiple > 1 else scores
             results.append(_resize(shown, (height, width)).cpu())
         return results
 
-    def _sliding(self, images: list[Tensor], text: Tensor) -> list[Tensor]:
+    def _sliding(
+        self, images: list[Tensor], mixes: list[Mix | None], texts: dict[str | None, Tensor]
+    ) -> list[Tensor]:
         tiling = Tiling(self.base.window)
         windows: list[Tensor] = []
         for image in images:
             canvas = _resize(image, (tiling.canvas, tiling.canvas))
             windows += tiling.cut(canvas)
             windows.append(_resize(image, (tiling.window, tiling.window)))
-        maps = self._logits([self.base.normalise(window) for window in windows], text)
+        each = len(tiling.corners) + 1
+        spread = [mix for mix in mixes for _ in range(each)]
+        maps = self._logits([self.base.normalise(window) for window in windows], spread, texts)
         results: list[Tensor] = []
-        for image, logits in zip(images, maps.split(len(tiling.corners) + 1), strict=True):
+        for index, image in enumerate(images):
+            logits = torch.stack(maps[index * each : (index + 1) * each])
             *parts, whole = _resize(logits, (tiling.window, tiling.window)).sigmoid_()
             both = tiling.average(parts).add_(_resize(whole, (tiling.canvas, tiling.canvas)))
             results.append(_resize(both.div_(2), tuple(image.shape[1:])).cpu())
         return results
 
-    def _logits(self, windows: list[Tensor], text: Tensor) -> Float[Tensor, "n t s s"]:
-        """Run all windows through the model, each resized to CLIP's input."""
+    def _logits(
+        self,
+        windows: list[Tensor],
+        mixes: Sequence[Mix | None],
+        texts: dict[str | None, Tensor],
+    ) -> list[Float[Tensor, "t s s"]]:
+        """Run all windows through the model, each resized to CLIP's input, with its own mix."""
         side = self.base.model.config.image_size
-        rows = [_resize(window, (side, side)) for window in windows]
-        batches = [
-            torch.stack(rows[start : start + self.windows_per_batch])
-            for start in range(0, len(rows), self.windows_per_batch)
-        ]
-        return torch.cat([self.base.model(batch, text) for batch in batches])
+        logits: list[Tensor] = []
+        for some in _batches([_digest(mix) for mix in mixes], self.windows_per_batch):
+            rows = torch.stack([_resize(windows[index], (side, side)) for index in some])
+            used = [mixes[index] for index in some]
+            banks = [texts[_digest(mix)] for mix in used]
+            shared = all(bank is banks[0] for bank in banks)
+            with self._bank.use(used):
+                maps = self.base.model(
+                    rows.to(self.base.dtype), banks[0] if shared else torch.stack(banks)
+                )
+            logits += maps.float()
+        return logits
+
+
+def _one_each(mixes: Mix | Sequence[Mix | None] | None, count: int) -> list[Mix | None]:
+    if mixes is None or isinstance(mixes, Mix):
+        return [mixes] * count
+    if len(mixes) != count:
+        raise AdapterMismatchError(f"mixes: got {len(mixes)} for {count} images, expected one each")
+    return list(mixes)
+
+
+def _digest(mix: Mix | None) -> str | None:
+    return mix.digest if mix else None
+
+
+def _place(numbered: tuple[int, Tensor]) -> int:
+    return numbered[0]
+
+
+def _batches(digests: Sequence[str | None], limit: int) -> Generator[list[int], None, None]:
+    """Cut windows into batches of at most ``limit``, and of a limited number of mixes."""
+    batch: list[int] = []
+    seen: set[str | None] = set()
+    for index, digest in enumerate(digests):
+        full = digest not in seen and len(seen) == _MIXES_PER_BATCH
+        if batch and (len(batch) == limit or full):
+            yield batch
+            batch, seen = [], set()
+        batch.append(index)
+        seen.add(digest)
+    if batch:
+        yield batch
 
 
 def _keep(cache: OrderedDict[Any, Tensor], key: Any, value: Tensor) -> Tensor:

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from loraseg.adapters.adapter import Mix
 from loraseg.data import DatasetFolder, Sample
 from loraseg.errors import DatasetError
+from loraseg.fuse.mix import Mix
 from loraseg.segment.adaptive import label_map
 from loraseg.segment.base import SegmentationBase
 from loraseg.segment.metrics import ConfusionMatrix

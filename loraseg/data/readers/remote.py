@@ -3,13 +3,13 @@
 import hashlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Protocol, runtime_checkable
 
+from loraseg.cache_folder import cache_folder
 from loraseg.errors import DatasetError
 
 __all__ = ["ReadableStore", "mirror"]
@@ -54,7 +54,7 @@ def mirror(store: ReadableStore, cache: Path | None = None) -> Path:
     keys = [key for key in store.list() if _belongs(key)]
     if not keys:
         raise DatasetError(f"{store.uri}: no images/, masks/ or classes.json; not a dataset folder")
-    cache = cache or _default_cache()
+    cache = cache or cache_folder("datasets")
     cache.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache))
     try:
@@ -95,9 +95,3 @@ def _belongs(key: str) -> bool:
         return False
     top, _, rest = key.partition("/")
     return top in ("images", "masks") if rest else top == "classes.json" or top.endswith(".txt")
-
-
-def _default_cache() -> Path:
-    if named := os.environ.get("LORASEG_CACHE"):
-        return Path(named) / "datasets"
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "loraseg" / "datasets"

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from loraseg.adapters.adapter import Adapter, LoraPair, Mix
+from loraseg.adapters.adapter import Adapter, LoraPair
 from loraseg.errors import AdapterMismatchError
 
 
@@ -31,8 +31,6 @@ def test_refuses_types_scales_and_empty_adapters():
         LoraPair(torch.ones(1, 2), torch.ones(2, 1), math.nan)
     with pytest.raises(AdapterMismatchError, match="at least one LoRA pair"):
         Adapter(name="a", pairs={}, digest="d")
-    with pytest.raises(AdapterMismatchError, match="mix, module 'x'"):
-        Mix((), {"x": (torch.ones(2, 3), torch.ones(4, 3))})
 
 
 def test_pairs_cannot_be_changed_afterwards():
@@ -43,10 +41,3 @@ def test_pairs_cannot_be_changed_afterwards():
     assert list(adapter.pairs) == ["x"]
     with pytest.raises(TypeError, match="does not support item assignment"):
         adapter.pairs["y"] = pair
-
-
-def test_a_mix_moves_to_another_type():
-    mix = Mix((("d", 1.0),), {"x": (torch.ones(1, 2), torch.ones(2, 1))})
-    moved = mix.to("cpu", torch.float64)
-    assert moved.pairs["x"][0].dtype == torch.float64
-    assert moved.digest == mix.digest

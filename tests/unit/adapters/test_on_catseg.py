@@ -2,9 +2,9 @@ import peft
 import pytest
 import torch
 
-from loraseg.adapters import Adapter, AdapterSlots, LoraPair, adapter_files, load_adapter, targets
+from loraseg.adapters import Adapter, LoraPair, adapter_files, load_adapter, targets
 from loraseg.adapters.peft_io import save_adapter
-from loraseg.fuse import fuse
+from loraseg.fuse import AdapterBank, fuse
 from loraseg.segment.catseg.config import CATSegConfig
 from loraseg.segment.catseg.model import CATSeg
 
@@ -89,11 +89,11 @@ def test_depth_decides_how_many_targets_there_are():
     assert len(targets(tiny(vision_layers=3, text_layers=1, layers=2))) == 5 * 4 + 2 * 17
 
 
-def test_stock_peft_gives_the_same_logits_as_the_slots(tmp_path, inputs):
+def test_stock_peft_gives_the_same_logits_as_the_bank(tmp_path, inputs):
     model = tiny()
     adapter = random_adapter(model)
     plain = run(model, inputs)
-    with AdapterSlots(model).use(adapter):
+    with AdapterBank(model).use([fuse([adapter], [1.0])]):
         ours = run(model, inputs)
     assert torch.equal(run(model, inputs), plain)
     assert (ours - plain).abs().max() > 1e-3
@@ -106,7 +106,7 @@ def test_stock_peft_gives_the_same_logits_as_the_slots(tmp_path, inputs):
 def test_a_mix_acts_like_stock_peft_cat(tmp_path, inputs):
     model = tiny()
     adapters = [random_adapter(model, rank=2, seed=1), random_adapter(model, rank=3, seed=2)]
-    with AdapterSlots(model).use(fuse(adapters, [0.3, 0.7])):
+    with AdapterBank(model).use([fuse(adapters, [0.3, 0.7])]):
         ours = run(model, inputs)
     for adapter in adapters:
         save_adapter(tmp_path / adapter.name, adapter)
@@ -123,7 +123,7 @@ def test_inert_attention_ignores_its_pairs(inputs):
         adapter = random_adapter(model)
         only = {n: p for n, p in adapter.pairs.items() if n.endswith(("q_proj", "v_proj"))}
         plain = run(model, inputs)
-        with AdapterSlots(model).use(Adapter(name="q", pairs=only, digest="d")):
+        with AdapterBank(model).use([fuse([Adapter(name="q", pairs=only, digest="d")], [1.0])]):
             return (run(model, inputs) - plain).abs().max()
 
     assert difference("inert") == 0

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from loraseg.adapters.adapter import Mix
+from loraseg.adapters.adapter import Adapter, LoraPair
 from loraseg.backbones.tokenizer import WordTokenizer
 from loraseg.errors import AdapterMismatchError, ConfigError, DatasetError
+from loraseg.fuse.mix import fuse
 from loraseg.segment.base import SegmentationBase
 from loraseg.segment.catseg.official import load_official_checkpoint
 from loraseg.segment.predictor import Predictor
@@ -45,7 +46,7 @@ def mix(module=TEXT_MLP, size=1.0, name="a"):
     down, up = (
         torch.randn(shape, generator=generator) for shape in ((2, columns), (4 * columns, 2))
     )
-    return Mix(((name, 1.0),), {module: (down, size * up)})
+    return fuse([Adapter(name=name, pairs={module: LoraPair(down, up, size)}, digest=name)], [1.0])
 
 
 def naive_logits(state, pixels, classes):
@@ -152,6 +153,45 @@ def test_mix_acts_on_text_and_image_and_leaves_no_trace(state):
     assert torch.equal(before, after)
 
 
+@pytest.mark.parametrize("mode", ["plain", "sliding"])
+@pytest.mark.parametrize("windows_per_batch", [3, 64])
+def test_every_image_of_a_batch_has_its_own_mix(state, mode, windows_per_batch):
+    text, picture = mix(TEXT_MLP, name="t"), mix(IMAGE_MLP, name="i")
+    mixes = [text, None, picture, text, picture, None]
+    pictures = [image(20 + 3 * index, 30, index) for index in range(6)]
+    predictor = Predictor(make_base(state), mode=mode, windows_per_batch=windows_per_batch)
+    together = predictor.predict(pictures, CLASSES, mixes)
+    for one, used, scores in zip(pictures, mixes, together, strict=True):
+        (alone,) = Predictor(make_base(state), mode=mode).predict([one], CLASSES, used)
+        torch.testing.assert_close(scores, alone, rtol=0, atol=1e-6)
+
+
+def test_more_mixes_than_fit_one_batch(state):
+    pictures = [image(16, 16, index) for index in range(20)]
+    mixes = [mix(IMAGE_MLP, size=1.0 + index, name=str(index)) for index in range(20)]
+    together = Predictor(make_base(state)).predict(pictures, CLASSES, mixes)
+    for one, used, scores in zip(pictures, mixes, together, strict=True):
+        (alone,) = Predictor(make_base(state)).predict([one], CLASSES, used)
+        torch.testing.assert_close(scores, alone, rtol=0, atol=1e-6)
+
+
+def test_there_must_be_one_mix_an_image(state):
+    with pytest.raises(AdapterMismatchError, match="got 1 for 2 images"):
+        Predictor(make_base(state)).predict([image(16, 16)] * 2, CLASSES, [mix()])
+
+
+def test_bfloat16_scores_are_float32_and_close(state):
+    picture, exact = image(20, 30), make_base(state)
+    rough = make_base(state)
+    rough.model.to(torch.bfloat16)
+    (expected,) = Predictor(exact).predict([picture], CLASSES, mix(IMAGE_MLP))
+    (got,) = Predictor(rough).predict([picture], CLASSES, mix(IMAGE_MLP))
+    assert got.dtype == torch.float32
+    # 8 bits of mantissa through a dozen layers.
+    torch.testing.assert_close(got, expected, rtol=0, atol=0.1)
+    assert float((got - expected).abs().mean()) < 0.02
+
+
 def test_text_is_kept_by_class_list_and_mix(state):
     base = make_base(state)
     calls = []
@@ -237,7 +277,8 @@ def test_images_are_checked(state, picture):
 
 
 def test_a_mix_of_another_model_is_refused(state):
-    wrong = Mix((("a", 1.0),), {"nowhere": (torch.zeros(1, 4), torch.zeros(4, 1))})
+    nowhere = {"nowhere": LoraPair(torch.ones(1, 4), torch.ones(4, 1), 1.0)}
+    wrong = fuse([Adapter(name="a", pairs=nowhere, digest="a")], [1.0])
     with pytest.raises(AdapterMismatchError, match="nowhere"):
         Predictor(make_base(state)).predict([image(16, 16)], CLASSES, wrong)
 
@@ -245,7 +286,7 @@ def test_a_mix_of_another_model_is_refused(state):
 def test_inert_attention_is_deaf_to_adapters(state):
     module = TEXT_MLP.replace("mlp.c_fc", "attn.v_proj")
     down, up = torch.ones(1, SIZES.text_width), torch.ones(SIZES.text_width, 1)
-    one = Mix((("a", 1.0),), {module: (down, up)})
+    one = fuse([Adapter(name="a", pairs={module: LoraPair(down, up, 1.0)}, digest="a")], [1.0])
     settings = {"vision_heads": 2, "text_heads": 2, "heads": 2, "pad_len": 6}
     features = {}
     for kind in ("active", "inert"):

@@ -13,6 +13,7 @@ from loraseg.adapters.peft_io import CONFIG_FILE, WEIGHTS_FILE
 from loraseg.backbones.clip import load_clip
 from loraseg.data import DatasetFolder
 from loraseg.errors import ConfigError, DatasetError, StageError
+from loraseg.fuse import fuse
 from loraseg.library import Library
 from loraseg.segment.base import load_base
 from loraseg.segment.predictor import Predictor
@@ -110,7 +111,8 @@ def test_stock_peft_gives_the_logits_of_the_slots(done, tmp_path):
         (tmp_path / name).write_bytes(files[name])
     ours, theirs = load_base(task.base), load_base(task.base)
     image = np.random.default_rng(0).integers(0, 255, (20, 24, 3), dtype=np.uint8)
-    expected = Predictor(ours).predict([image], ["road", "car"], load_adapter(files))[0]
+    mix = fuse([load_adapter(files)], [1.0])
+    expected = Predictor(ours).predict([image], ["road", "car"], mix)[0]
     peft.PeftModel.from_pretrained(theirs.model, tmp_path)
     plain = Predictor(theirs).predict([image], ["road", "car"])[0]
     torch.testing.assert_close(plain, expected, rtol=1e-5, atol=1e-5)

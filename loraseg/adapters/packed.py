@@ -1,0 +1,215 @@
+"""An adapter laid out for mixing: few large blocks instead of hundreds of small matrices.
+
+All layers of one weight shape form a block, scaling is folded into the up side, and layers whose
+correction is exactly zero are left out (those of published SemLA adapters' CLIP attention are,
+methods B.1). On disk it is a safetensors file, read by mapping it into memory: what is not looked
+at costs nothing, and processes of one machine share the pages.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+
+from loraseg.adapters.adapter import Adapter, LoraPair
+from loraseg.errors import AdapterMismatchError, IntegrityError
+from loraseg.tensor_types import Tensor
+
+__all__ = ["PackedAdapter", "Shape", "SiteBlock", "pack", "read_packed", "write_packed"]
+
+# (d_out, d_in) of a weight.
+Shape = tuple[int, int]
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class SiteBlock:
+    """The corrections of n layers of one weight shape: ``delta W_s = up[s].T @ down[s]``.
+
+    Attributes:
+        sites: Module names, sorted.
+        down: A, (n, r, d_in).
+        up: B transposed, scaling folded in, (n, r, d_out). Both sides have the rank first, so that
+            several adapters stack into one contiguous matrix.
+    """
+
+    sites: tuple[str, ...]
+    down: Tensor
+    up: Tensor
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of its layers; the others are padded with zeros."""
+        return self.down.shape[1]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedAdapter:
+    """One adapter as blocks by weight shape; immutable, told apart by its digest.
+
+    Attributes:
+        name: What people call it.
+        digest: sha256 (hex) of the adapter's files.
+        base_digest: sha256 (hex) of the base weights it was trained on, None if unknown.
+        blocks: By (d_out, d_in), in ascending order; empty if the adapter changes nothing.
+    """
+
+    name: str
+    digest: str
+    base_digest: str | None
+    blocks: Mapping[Shape, SiteBlock]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "blocks", MappingProxyType(dict(self.blocks)))
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of any layer, 0 if the adapter changes nothing."""
+        return max((block.rank for block in self.blocks.values()), default=0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks."""
+        return sum(block.down.nbytes + block.up.nbytes for block in self.blocks.values())
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> "PackedAdapter":
+        """Return it on a device and in a type; itself if it is so already."""
+        blocks = {
+            shape: SiteBlock(b.sites, b.down.to(device, dtype), b.up.to(device, dtype))
+            for shape, b in self.blocks.items()
+        }
+        return PackedAdapter(
+            name=self.name, digest=self.digest, base_digest=self.base_digest, blocks=blocks
+        )
+
+
+def pack(adapter: Adapter) -> PackedAdapter:
+    """Lay an adapter out for mixing, in the type and on the device of its pairs.
+
+    Raises:
+        AdapterMismatchError: It is more than a sum of products or scaled otherwise (DoRA, rsLoRA,
+            trained biases or whole modules).
+    """
+    reason = adapter.beyond_pairs()
+    if adapter.use_rslora:
+        reason = "rsLoRA scaling (alpha / sqrt(r))"
+    if reason is not None:
+        raise AdapterMismatchError(
+            f"adapter {adapter.name!r}: cannot be fused, it has {reason}; expected plain LoRA"
+        )
+    members: dict[Shape, list[str]] = {}
+    for site in sorted(adapter.pairs):
+        pair = adapter.pairs[site]
+        if pair.scale and pair.down.any() and pair.up.any():
+            members.setdefault((pair.up.shape[0], pair.down.shape[1]), []).append(site)
+    return PackedAdapter(
+        name=adapter.name,
+        digest=adapter.digest,
+        base_digest=adapter.base_digest,
+        blocks={
+            s: _block(members[s], [adapter.pairs[m] for m in members[s]], s)
+            for s in sorted(members)
+        },
+    )
+
+
+def _block(sites: list[str], pairs: list[LoraPair], shape: Shape) -> SiteBlock:
+    rank = max(pair.rank for pair in pairs)
+    down = pairs[0].down.new_zeros(len(pairs), rank, shape[1])
+    up = pairs[0].down.new_zeros(len(pairs), rank, shape[0])
+    for index, pair in enumerate(pairs):
+        down[index, : pair.rank] = pair.down
+        torch.mul(pair.up.T, pair.scale, out=up[index, : pair.rank])
+    return SiteBlock(tuple(sites), down, up)
+
+
+def write_packed(path: Path, packed: PackedAdapter) -> None:
+    """Write a file that :func:`read_packed` reads, whole or not at all.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    for shape, block in packed.blocks.items():
+        tensors[_key("down", shape)] = block.down.contiguous()
+        tensors[_key("up", shape)] = block.up.contiguous()
+    header = {
+        "format": str(_FORMAT),
+        "name": packed.name,
+        "digest": packed.digest,
+        "base_digest": packed.base_digest or "",
+        "sites": json.dumps([[list(s), list(b.sites)] for s, b in packed.blocks.items()]),
+        "sha256": _checksum(tensors),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(safetensors.torch.save(tensors, header))
+        Path(partial).replace(path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+def read_packed(path: Path) -> PackedAdapter:
+    """Map a file of :func:`write_packed` into memory and check that its bytes are whole.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        IntegrityError: It is damaged, of another format, or does not fit together.
+    """
+    try:
+        with safe_open(str(path), "pt") as file:
+            header: Mapping[str, str] = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+        if header["format"] != str(_FORMAT):
+            raise IntegrityError(f"{path}: got format {header['format']}, expected {_FORMAT}")
+        if _checksum(tensors) != header["sha256"]:
+            raise IntegrityError(f"{path}: its bytes differ from its checksum")
+        blocks: dict[Shape, SiteBlock] = {}
+        for (d_out, d_in), sites in json.loads(header["sites"]):
+            shape = (int(d_out), int(d_in))
+            down, up = tensors.pop(_key("down", shape)), tensors.pop(_key("up", shape))
+            blocks[shape] = _checked_block(tuple(sites), down, up, shape)
+        return PackedAdapter(
+            name=header["name"],
+            digest=header["digest"],
+            base_digest=header["base_digest"] or None,
+            blocks=blocks,
+        )
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        raise IntegrityError(f"{path}: not a packed adapter: {error}") from error
+
+
+def _checked_block(sites: tuple[str, ...], down: Tensor, up: Tensor, shape: Shape) -> SiteBlock:
+    count, rank = len(sites), down.shape[1]
+    wanted = ((count, rank, shape[1]), (count, rank, shape[0]))
+    if (tuple(down.shape), tuple(up.shape)) != wanted:
+        raise ValueError(
+            f"block {shape}: got {tuple(down.shape)} and {tuple(up.shape)}, expected {wanted}"
+        )
+    return SiteBlock(sites, down, up)
+
+
+def _key(side: str, shape: Shape) -> str:
+    return f"{side}.{shape[0]}x{shape[1]}"
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    total = hashlib.sha256()
+    for key in sorted(tensors):
+        total.update(f"{key} {tensors[key].dtype} {tuple(tensors[key].shape)};".encode())
+        total.update(tensors[key].contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()

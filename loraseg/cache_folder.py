@@ -1,0 +1,16 @@
+"""Where things are kept that can be made or fetched again."""
+
+import os
+from pathlib import Path
+
+__all__ = ["cache_folder"]
+
+
+def cache_folder(kind: str) -> Path:
+    """Return the folder for one kind of thing; it need not exist.
+
+    It lies in ``$LORASEG_CACHE``, else in ``loraseg`` of the user's cache folder.
+    """
+    if named := os.environ.get("LORASEG_CACHE"):
+        return Path(named) / kind
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "loraseg" / kind

@@ -1,0 +1,156 @@
+"""When to merge a mix into a layer's weight, and when to run it beside the layer.
+
+Per layer and mix of R rows, merging costs R d_in d_out products once, running beside costs
+R (d_in + d_out) for each token, so they cross at T* = d_in d_out / (d_in + d_out) tokens, whatever
+R is. Real devices deviate from that by a factor; it can be measured (``loraseg doctor
+--measure-merging``) and is then kept in the user's cache folder. It is never measured unasked: the
+two forms differ in their last bits, and results must not depend on how busy a machine was.
+"""
+
+import json
+import logging
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from loraseg.adapters.packed import Shape
+from loraseg.cache_folder import cache_folder
+from loraseg.errors import IntegrityError
+from loraseg.tensor_types import Tensor
+
+__all__ = ["MergeTable", "load_table", "measure_table", "save_table", "table_file"]
+
+logger = logging.getLogger(__name__)
+
+# Of T*; from sites of 128^2 to 1024 x 4096 and 1 to 5 crops. On the CPU a fresh bfloat16 weight has
+# to be packed anew for the fast product, which makes merging dearer.
+_FACTORS = {("cpu", torch.float32): 1.0, ("cpu", torch.bfloat16): 3.0}
+_ROUNDS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class MergeTable:
+    """From how many tokens of one mix on its weight is merged.
+
+    Attributes:
+        factor: Of T* for shapes that were not measured.
+        measured: Tokens by (d_out, d_in).
+    """
+
+    factor: float = 1.0
+    measured: Mapping[Shape, float] = field(default_factory=dict)
+
+    def merges(self, shape: Shape, tokens: int) -> bool:
+        """Tell whether ``tokens`` of one mix are enough to merge it into a weight (d_out, d_in)."""
+        known = self.measured.get(shape)
+        return tokens > (self.factor * _equal_work(shape) if known is None else known)
+
+
+def load_table(device: torch.device, dtype: torch.dtype) -> MergeTable:
+    """Return what was measured on this device, else what is known of its kind."""
+    factor = _FACTORS.get((device.type, dtype), 1.0)
+    path = table_file(device, dtype)
+    try:
+        rows = json.loads(path.read_text())
+        measured = {(int(o), int(i)): float(tokens) for o, i, tokens in rows}
+    except FileNotFoundError:
+        return MergeTable(factor)
+    except (OSError, ValueError, TypeError) as error:
+        raise IntegrityError(
+            f"{path}: not a table of merging ({error}); delete it, or measure again"
+        ) from error
+    return MergeTable(factor, measured)
+
+
+def save_table(table: MergeTable, device: torch.device, dtype: torch.dtype) -> Path:
+    """Keep a measured table for this device; every later process uses it."""
+    path = table_file(device, dtype)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [[*shape, tokens] for shape, tokens in sorted(table.measured.items())]
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def table_file(device: torch.device, dtype: torch.dtype) -> Path:
+    """Return where the table of a device, type and number of threads is kept."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{device.type}-{torch.backends.cpu.get_cpu_capability()}-{torch.get_num_threads()}"
+    plain = re.sub(r"[^A-Za-z0-9]+", "-", f"{name}-{dtype}".removeprefix("torch."))
+    return cache_folder("merging") / f"{plain}.json"
+
+
+def measure_table(
+    shapes: Sequence[Shape], device: torch.device, dtype: torch.dtype, *, rank: int = 40
+) -> MergeTable:
+    """Find by bisection of the tokens where merging becomes the faster form, for each shape.
+
+    Args:
+        shapes: (d_out, d_in) of the layers that adapters change; takes about a second each.
+        device: Where to measure.
+        dtype: In which type.
+        rank: Rows of the mix, K r.
+    """
+    factor = _FACTORS.get((device.type, dtype), 1.0)
+    measured = {shape: _crossing(shape, device, dtype, rank) for shape in sorted(set(shapes))}
+    for shape, tokens in measured.items():
+        logger.info("%s: merged from %.0f tokens on (T* %.0f)", shape, tokens, _equal_work(shape))
+    return MergeTable(factor, measured)
+
+
+def _equal_work(shape: Shape) -> float:
+    """T*: the tokens at which both forms take equally many products."""
+    return shape[0] * shape[1] / (shape[0] + shape[1])
+
+
+def _crossing(shape: Shape, device: torch.device, dtype: torch.dtype, rank: int) -> float:
+    low, high = _equal_work(shape) / 8, _equal_work(shape) * 32
+    for _ in range(6):
+        middle = (low * high) ** 0.5
+        if _merging_wins(shape, int(middle) + 1, device, dtype, rank):
+            high = middle
+        else:
+            low = middle
+    return round((low * high) ** 0.5, 1)
+
+
+def _merging_wins(
+    shape: Shape, tokens: int, device: torch.device, dtype: torch.dtype, rank: int
+) -> bool:
+    d_out, d_in = shape
+
+    def ones(*size: int) -> Tensor:
+        return torch.ones(size, device=device, dtype=dtype)
+
+    weight, scratch, down, up = ones(*shape), ones(*shape), ones(rank, d_in), ones(rank, d_out)
+    x, out = ones(tokens, d_in), ones(tokens, d_out)
+
+    def merged() -> None:
+        torch.addmm(weight, up.t(), down, out=scratch)
+        torch.mm(x, scratch.t(), out=out)
+
+    def beside() -> None:
+        torch.mm(x, weight.t(), out=out)
+        out.addmm_(x @ down.t(), up)
+
+    with torch.no_grad():
+        return _seconds(merged, device) < _seconds(beside, device)
+
+
+def _seconds(action: Callable[[], None], device: torch.device) -> float:
+    times: list[float] = []
+    for _ in range(_ROUNDS + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])

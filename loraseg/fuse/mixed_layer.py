@@ -1,0 +1,164 @@
+"""One linear layer while mixes act on it: each part of its input with the mix it belongs to."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from loraseg.adapters.packed import Shape
+from loraseg.errors import StageError
+from loraseg.fuse.merging import MergeTable
+from loraseg.tensor_types import Float, Tensor
+
+__all__ = ["MixedLayer", "Plan", "Segment"]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Neighbouring parts ``start`` to ``stop`` with one mix; ``slot`` None is the bare base."""
+
+    start: int
+    stop: int
+    slot: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How the leading axis of every layer's input is shared out.
+
+    Attributes:
+        parts: Number of equal parts.
+        segments: They cover the parts in order. Not used if ``batched``: slot i is part i's.
+        batched: All parts at once, by batched products.
+        table: When to merge.
+    """
+
+    parts: int
+    segments: tuple[Segment, ...]
+    batched: bool
+    table: MergeTable
+
+
+class MixedLayer:
+    """Stands in for the ``forward`` of one linear layer; its weight is only read."""
+
+    def __init__(self, name: str, linear: nn.Linear) -> None:
+        self.name, self.linear = name, linear
+        self._plan: Plan | None = None
+        self._down = self._up = self._scratch = linear.weight
+
+    @property
+    def shape(self) -> Shape:
+        """(d_out, d_in) of the weight."""
+        return self.linear.out_features, self.linear.in_features
+
+    def open(
+        self,
+        plan: Plan,
+        down: Float[Tensor, "slots r d_in"],
+        up: Float[Tensor, "slots r d_out"],
+        scratch: Float[Tensor, "d_out d_in"],
+    ) -> None:
+        """Take the layer's place until :meth:`close`; ``scratch`` is overwritten at will."""
+        self._plan, self._down, self._up, self._scratch = plan, down, up, scratch
+        # On the instance, as hooks cannot keep a layer from computing what is not wanted.
+        self.linear.forward = self.forward  # pyright: ignore[reportAttributeAccessIssue]
+
+    def close(self) -> None:
+        """Give the layer its own ``forward`` back."""
+        self.linear.__dict__.pop("forward", None)
+        self._plan = None
+
+    def forward(self, x: Tensor, guide: Tensor | None = None) -> Tensor:
+        """Return what the layer would with each part's mix added to its weight.
+
+        Args:
+            x: (b, ..., d_in), b a multiple of the plan's parts; with a guide (b, s, ..., d).
+            guide: (b, ..., a), shared along s; d + a = d_in.
+        """
+        plan = self._plan
+        if plan is None or x.shape[0] % plan.parts:
+            raise StageError(
+                f"layer {self.name}: got an input of shape {tuple(x.shape)}, expected "
+                f"{plan.parts if plan else 'no'} equal parts along the first axis"
+            )
+        # With a guide (images, s, places, d) and (images, places, a), else (rows, d).
+        if guide is None:
+            rows, sides = x.reshape(-1, x.shape[-1]), None
+        else:
+            sides = guide.reshape(len(x), -1, guide.shape[-1])
+            rows = x.reshape(len(x), x.shape[1], sides.shape[1], x.shape[-1])
+        run = self._batched if plan.batched else self._in_turn
+        return run(plan, rows, sides).view(*x.shape[:-1], self.shape[0])
+
+    def _in_turn(self, plan: Plan, rows: Tensor, sides: Tensor | None) -> Tensor:
+        """Work off one segment after the other, each result straight into its place."""
+        out = rows.new_empty(*rows.shape[:-1], self.shape[0])
+        each = len(rows) // plan.parts
+        for segment in plan.segments:
+            here = slice(segment.start * each, segment.stop * each)
+            x, side = rows[here], None if sides is None else sides[here]
+            self._segment(plan.table, segment.slot, (x, side), out[here])
+        return out
+
+    def _segment(
+        self, table: MergeTable, slot: int | None, given: tuple[Tensor, Tensor | None], out: Tensor
+    ) -> None:
+        weight, bias = self.linear.weight, self.linear.bias
+        if slot is None:
+            _product(*given, weight, bias, out)
+            return
+        down, up = self._down[slot], self._up[slot]
+        if table.merges(self.shape, given[0].shape[:-1].numel()):
+            torch.addmm(weight, up.t(), down, out=self._scratch)
+            _product(*given, self._scratch, bias, out)
+            return
+        _product(*given, weight, bias, out)
+        low = out.new_empty(*out.shape[:-1], down.shape[0])
+        _product(*given, down, None, low)
+        out.view(-1, out.shape[-1]).addmm_(low.view(-1, low.shape[-1]), up)
+
+    def _batched(self, plan: Plan, rows: Tensor, sides: Tensor | None) -> Tensor:
+        """Work on all parts at once; part i has slot i."""
+        parts = plan.parts
+        down, up = self._down[:parts], self._up[:parts]
+        if plan.table.merges(self.shape, rows.shape[:-1].numel() // parts):
+            weights = torch.baddbmm(self.linear.weight, up.transpose(1, 2), down)
+            return _products(rows, sides, weights, self.linear.bias)
+        weight, bias = self.linear.weight, self.linear.bias
+        if sides is None:
+            out = nn.functional.linear(rows, weight, bias)
+        else:
+            width = rows.shape[-1]
+            out = nn.functional.linear(rows, weight[:, :width])
+            out = out + nn.functional.linear(sides, weight[:, width:], bias)[:, None]
+        low = _products(rows, sides, down, None).reshape(parts, -1, down.shape[1])
+        return torch.baddbmm(out.reshape(parts, -1, out.shape[-1]), low, up)
+
+
+def _product(
+    x: Tensor, side: Tensor | None, weight: Tensor, bias: Tensor | None, out: Tensor
+) -> None:
+    """Write ``[x, side] weight^T + bias`` into ``out``, a contiguous block of rows."""
+    width, flat = x.shape[-1], out.view(-1, out.shape[-1])
+    if side is None and bias is not None:
+        torch.addmm(bias, x, weight.t(), out=flat)
+        return
+    torch.mm(x.reshape(-1, width), weight[:, :width].t(), out=flat)
+    if side is not None:
+        out.add_(nn.functional.linear(side, weight[:, width:], bias)[:, None])
+
+
+def _products(x: Tensor, side: Tensor | None, weights: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``[x, side] weights_i^T + bias`` for each of n equal parts, shaped like ``x``."""
+    parts, width = len(weights), x.shape[-1]
+    shape = (*x.shape[:-1], weights.shape[1])
+    flat, across = x.reshape(parts, -1, width), weights.transpose(1, 2)
+    if side is None:
+        product = torch.bmm(flat, across)
+        return (product if bias is None else product + bias).view(shape)
+    out = torch.bmm(flat, across[:, :width]).view(shape)
+    both = torch.bmm(side.reshape(parts, -1, side.shape[-1]), across[:, width:])
+    if bias is not None:
+        both = both + bias
+    return out + both.view(len(x), 1, *shape[2:])

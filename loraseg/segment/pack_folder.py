@@ -1,0 +1,82 @@
+"""Packed adapters on this machine's disk, so that an adapter is fetched and laid out only once."""
+
+import logging
+import os
+import re
+from pathlib import Path
+
+from loraseg.adapters.packed import PackedAdapter, read_packed, write_packed
+from loraseg.errors import IntegrityError
+
+__all__ = ["PackFolder"]
+
+logger = logging.getLogger(__name__)
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_SUFFIX = ".safetensors"
+
+
+class PackFolder:
+    """A folder of packed adapters by digest, bounded in bytes.
+
+    Any number of processes may share it. What is taken from it is mapped, not read: pages come
+    from the disk when they are looked at and go when memory is short. A file may be deleted while
+    it is mapped. If the disk fails, adapters simply stay in memory.
+    """
+
+    def __init__(self, folder: Path, *, limit_bytes: int = 16 * 2**30) -> None:
+        """Use ``folder``, which need not exist; beyond the limit the longest unused files go."""
+        self._folder, self._limit_bytes = folder, limit_bytes
+        self._size_bytes: int | None = None
+
+    def get(self, digest: str) -> PackedAdapter | None:
+        """Return an adapter with its bytes checked, None if it is not here or not usable."""
+        path = self._path(digest)
+        try:
+            packed = read_packed(path)
+            os.utime(path)  # the newest use decides what goes first
+        except FileNotFoundError:
+            return None
+        except (IntegrityError, OSError) as error:
+            logger.warning("packed adapter not usable, fetching it again: %s", error)
+            return None
+        if packed.digest != digest:
+            logger.warning("%s holds adapter %s, fetching it again", path, packed.digest)
+            return None
+        return packed
+
+    def put(self, packed: PackedAdapter) -> PackedAdapter:
+        """Keep an adapter and return it as it is kept, mapped from the disk."""
+        path = self._path(packed.digest)
+        try:
+            write_packed(path, packed)
+            self._count(path.stat().st_size)
+            return read_packed(path)
+        except (IntegrityError, OSError) as error:
+            logger.warning("packed adapter not kept: %s", error)
+            return packed
+
+    def _path(self, digest: str) -> Path:
+        if not _DIGEST.fullmatch(digest):
+            raise IntegrityError(f"adapter digest {digest!r}: expected 64 hex digits")
+        return self._folder / f"{digest}{_SUFFIX}"
+
+    def _count(self, added: int) -> None:
+        """Look through the folder only when it may have grown beyond its limit."""
+        if self._size_bytes is not None and self._size_bytes + added <= self._limit_bytes:
+            self._size_bytes += added
+            return
+        found: list[tuple[float, int, Path]] = []
+        for path in self._folder.glob(f"*{_SUFFIX}"):
+            try:
+                state = path.stat()
+            except FileNotFoundError:  # another process made room
+                continue
+            found.append((state.st_mtime, state.st_size, path))
+        total = sum(size for _, size, _ in found)
+        for _, size, path in sorted(found)[:-1]:
+            if total <= self._limit_bytes:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+        self._size_bytes = total

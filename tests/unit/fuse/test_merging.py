@@ -1,0 +1,54 @@
+import pytest
+import torch
+
+from loraseg.errors import IntegrityError
+from loraseg.fuse.merging import (
+    MergeTable,
+    load_table,
+    measure_table,
+    save_table,
+    table_file,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORASEG_CACHE", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("shape", "crossing"),
+    # Performance notes: d_in d_out / (d_in + d_out).
+    [((768, 768), 384), ((3072, 768), 614.4), ((1024, 1024), 512), ((128, 128), 64)],
+)
+def test_merges_where_that_takes_fewer_products(shape, crossing):
+    table = load_table(CPU, torch.float32)
+    assert not table.merges(shape, int(crossing))
+    assert table.merges(shape, int(crossing) + 1)
+    assert not load_table(CPU, torch.bfloat16).merges(shape, int(crossing) + 1)
+
+
+def test_what_was_measured_is_kept_for_the_device_and_type():
+    table = MergeTable(1.0, {(4, 6): 17.5})
+    save_table(table, CPU, torch.float32)
+    assert load_table(CPU, torch.float32) == table
+    assert load_table(CPU, torch.float32).merges((4, 6), 18)
+    assert not load_table(CPU, torch.float32).merges((4, 6), 17)
+    assert load_table(CPU, torch.bfloat16).measured == {}
+
+
+def test_measuring_stays_within_its_bounds():
+    [(shape, tokens)] = measure_table([(64, 32)], CPU, torch.float32).measured.items()
+    assert shape == (64, 32)
+    assert 64 * 32 / 96 / 8 <= tokens <= 64 * 32 / 96 * 32
+
+
+@pytest.mark.parametrize("text", ["", "{}x", "[[1, 2]]", '[["a", 1, 2]]'])
+def test_a_broken_table_is_refused_with_its_place(text):
+    path = table_file(CPU, torch.float32)
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    with pytest.raises(IntegrityError, match="delete it, or measure again"):
+        load_table(CPU, torch.float32)
