@@ -6,15 +6,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
+from loraseg.adapters import targets
+from loraseg.backbones.device import best_device
 from loraseg.compat import prepare_torchvision
 from loraseg.errors import LorasegError
+from loraseg.fuse.merging import measure_table, save_table
 from loraseg.revision import code_revision
+from loraseg.segment.base import load_base
 from loraseg.storage import open_store, probe_conditional_writes
 
-__all__ = ["Finding", "examine"]
+__all__ = ["Finding", "examine", "measure_merging"]
 
 _PACKAGES = ("torch", "torchvision", "open_clip_torch", "peft", "ray", "boto3", "numpy", "pyarrow")
+
+# (d_out, d_in) in the towers of ViT-B/16 and ViT-L/14 and in CAT-Seg's aggregator.
+_COMMON_SHAPES = (
+    *((768, 768), (3072, 768), (768, 3072), (512, 512), (2048, 512), (512, 2048)),
+    *((1024, 1024), (4096, 1024), (1024, 4096), (128, 256), (128, 128), (512, 128), (128, 512)),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +55,25 @@ def examine(store: str | None = None) -> Iterator[Finding]:
     yield _torchvision()
     if store is not None:
         yield _store(store)
+
+
+def measure_merging(base: str = "miniature") -> Finding:
+    """Measure from how many tokens on merging adapters pays on this device, and keep the table.
+
+    Args:
+        base: Whose layers to measure with, besides those of ViT-B/16 and ViT-L/14.
+    """
+    device, dtype = best_device(), torch.float32
+    model = load_base(base).model
+    adapted = set(targets(model))
+    shapes = {
+        (layer.out_features, layer.in_features)
+        for name, layer in model.named_modules()
+        if name in adapted and isinstance(layer, nn.Linear)
+    }
+    table = measure_table([*sorted(shapes), *_COMMON_SHAPES], device, dtype)
+    path = save_table(table, device, dtype)
+    return Finding("merging", f"{len(table.measured)} layer shapes measured, kept in {path}")
 
 
 def _device() -> str:

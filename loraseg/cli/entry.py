@@ -63,6 +63,11 @@ def _add_spread(commands: Any) -> None:
 def _add_doctor(commands: Any) -> None:
     parser = commands.add_parser("doctor", help="check versions, devices and, if named, a store")
     parser.add_argument("--store", metavar="URI", help="probe it for conditional writes")
+    parser.add_argument(
+        "--measure-merging",
+        action="store_true",
+        help="measure when to merge adapters on this device and keep it in the cache folder",
+    )
     parser.set_defaults(command=_doctor)
 
 
@@ -74,9 +79,11 @@ def _spread(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from loraseg.doctor import examine
+    from loraseg.doctor import examine, measure_merging
 
     findings = list(examine(arguments.store))
+    if arguments.measure_merging:
+        findings.append(measure_merging())
     say_table([("ok" if f.is_well else "BAD", f.what, f.state) for f in findings])
     unwell = [finding.what for finding in findings if not finding.is_well]
     if unwell:

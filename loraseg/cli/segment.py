@@ -2,18 +2,19 @@
 
 import argparse
 import json
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraseg.cli.console import complain, names, say
 from loraseg.errors import ConfigError, LorasegError, StoreError
+from loraseg.tensor_types import ndarray
 
 if TYPE_CHECKING:
     from loraseg.data.labels import LabelSpace
     from loraseg.segment.adaptive import AdaptiveSegmenter, AdaptiveSettings, Segmentation
-    from loraseg.tensor_types import ndarray
 
 __all__ = ["add"]
 
@@ -47,7 +48,7 @@ def add(commands: Any) -> None:
 @dataclass(frozen=True, slots=True)
 class _Picture:
     path: Path
-    image: "ndarray"
+    image: ndarray
     label_space: "LabelSpace"
     result: "Segmentation"
 
@@ -60,21 +61,35 @@ def _segment(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
     segmenter = _segmenter(arguments, settings)
     folder = Path(arguments.out)
-    failures = 0
-    for path in paths:
+    readable: deque[tuple[Path, ndarray]] = deque()
+    failures: list[LorasegError] = []
+
+    def decoded() -> Iterator[list[ndarray]]:
+        for path in paths:
+            try:
+                image = read_image(path)
+            except LorasegError as error:
+                complain(error)
+                failures.append(error)
+                continue
+            readable.append((path, image))
+            yield [image]
+
+    for outcome in segmenter.segment_stream(decoded(), label_space.names):
+        path, image = readable.popleft()
         try:
-            image = read_image(path)
-            [result] = segmenter.segment([image], label_space.names)
-            _write(folder, _Picture(path, image, label_space, result), settings)
+            if isinstance(outcome, LorasegError):
+                raise outcome
+            _write(folder, _Picture(path, image, label_space, outcome[0]), settings)
         except LorasegError as error:
             # One broken image must not cost the others.
             complain(error)
-            failures += 1
+            failures.append(error)
             continue
-        used = result.explanation
+        used = outcome[0].explanation
         parts = ", ".join(f"{part.name} {part.weight:.2f}" for part in used.adapters)
         say(f"{path} -> {folder / path.stem}.png  {parts or used.fallback or 'base alone'}")
-    return int(failures > 0)
+    return int(bool(failures))
 
 
 def _label_space(text: str) -> "LabelSpace":

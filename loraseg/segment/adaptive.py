@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from loraseg.errors import AdapterMismatchError, ConfigError
+from loraseg.errors import AdapterMismatchError, ConfigError, LorasegError
 from loraseg.fuse.mix import Mix, fuse
 from loraseg.segment.base import check_classes
 from loraseg.segment.pool import AdapterPool, EntryLike
@@ -187,27 +187,44 @@ class AdaptiveSegmenter:
         *,
         exclude: Collection[str] = (),
         keep_scores: bool = False,
-    ) -> Generator[list[Segmentation], None, None]:
+    ) -> Generator[list[Segmentation] | LorasegError, None, None]:
         """Segment batch after batch like :meth:`segment`, one batch ahead of itself.
 
         While a batch is in the model, the next one is taken from ``batches`` (which may decode
         files), embedded, and its adapters are read, in a thread of its own.
 
+        Yields:
+            The results of each batch in order, or its error in their place: raising it would end
+            the stream for all later ones.
+
         Raises:
-            Whatever ``batches`` raises, and what :meth:`segment` does, at the batch concerned.
+            ConfigError: No class is named, one is blank, or one twice.
         """
         check_classes(classes)
         source = iter(batches)
 
-        def ahead() -> _Ready | None:
+        def ahead() -> _Ready | LorasegError | None:
             images = next(source, None)
-            return None if images is None else self._prepare(images, exclude)
+            if images is None:
+                return None
+            try:
+                return self._prepare(images, exclude)
+            except LorasegError as error:
+                return error
 
         with ThreadPoolExecutor(1, thread_name_prefix="embed") as thread:
             upcoming = thread.submit(ahead)
             while (ready := upcoming.result()) is not None:
                 upcoming = thread.submit(ahead)
-                yield self._run(ready, classes, keep_scores=keep_scores)
+                if isinstance(ready, LorasegError):
+                    yield ready
+                    continue
+                try:
+                    results = self._run(ready, classes, keep_scores=keep_scores)
+                except LorasegError as error:
+                    yield error
+                    continue
+                yield results
 
     def _prepare(self, images: Sequence[ndarray], exclude: Collection[str]) -> "_Ready":
         """Embed, retrieve and read adapters: all that does not need the segmenter."""

@@ -3,14 +3,26 @@
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
-__all__ = ["Times", "interleave", "ratio", "setting"]
+__all__ = ["Times", "interleave", "ratio", "setting", "single_thread"]
 
 Times = dict[str, list[float]]
+
+
+@contextmanager
+def single_thread() -> Generator[None, None, None]:
+    """Compute with one thread, so that CPU time is work and not waiting for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def interleave(rivals: Mapping[str, Callable[[], object]], *, rounds: int) -> Times:

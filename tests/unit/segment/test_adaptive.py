@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loraseg.adapters import pack
-from loraseg.errors import AdapterMismatchError, ConfigError
+from loraseg.errors import AdapterMismatchError, ConfigError, StoreError
 from loraseg.segment.adaptive import (
     PRESETS,
     AdaptiveSegmenter,
@@ -183,14 +183,28 @@ def test_a_stream_gives_what_single_calls_give_and_works_ahead(base, pool):
     assert taken == [0, 1, 2]
 
 
-def test_a_stream_passes_errors_on_where_they_belong(base, pool):
+def test_an_error_of_one_batch_does_not_end_the_stream(base, pool, adapters):
+    def load(entry):
+        if entry.name == "night":
+            raise StoreError("night: gone")
+        return pack(adapters[entry.name])
+
+    broken = AdapterPool(pool.entries, load, pool.retriever)
+    day, night = images()
+    stream = segmenter(base, broken, k=1).segment_stream([[day], [night], [day]], CLASSES)
+    first, second, third = stream
+    assert isinstance(second, StoreError)
+    assert (first[0].label_map == third[0].label_map).all()
+
+
+def test_errors_of_the_source_come_through(base, pool):
     def batches():
         yield images()
-        raise ValueError("broken file")
+        raise ValueError("a bug")
 
     stream = segmenter(base, pool, k=1).segment_stream(batches(), CLASSES)
     assert len(next(stream)) == 2
-    with pytest.raises(ValueError, match="broken file"):
+    with pytest.raises(ValueError, match="a bug"):
         next(stream)
 
 
