@@ -11,7 +11,7 @@ from loraseg.library.audit import Report
 from loraseg.library.card import BaseModel, Card, TrainingSet
 from loraseg.library.catalog import Library
 from loraseg.library.centroid import Centroid
-from loraseg.library.retrieve import Retrieved, Retriever, top_k
+from loraseg.library.retrieve import Retrieved, Retriever
 from loraseg.library.semla_format import export_loradb, import_loradb
 from loraseg.library.snapshot import Entry
 
@@ -27,5 +27,4 @@ __all__ = [
     "TrainingSet",
     "export_loradb",
     "import_loradb",
-    "top_k",
 ]

@@ -5,16 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loraseg.errors import AdapterMismatchError, ConfigError, StageError
+from loraseg.errors import AdapterMismatchError
 from loraseg.fuse.weights import mixing_weights
 from loraseg.library.centroid import Centroid
+from loraseg.library.nearest import CentroidIndex
 from loraseg.library.snapshot import Entry
 from loraseg.tensor_types import Float, Int, ndarray
 
-__all__ = ["Retrieved", "Retriever", "top_k"]
-
-# Below this many numbers comparing with every row exactly is as fast as looking for candidates.
-_EXACT_SIZE = 2**18
+__all__ = ["Retrieved", "Retriever"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +54,15 @@ class Retriever:
             centroids += own
             owners += [index] * len(own)
         _check_comparable(self._entries, owners, centroids)
+        # By entry, so that a lower row is of the same entry or an earlier one, also where rows tie.
         self._owners = np.array(owners, dtype=np.int64)
-        self._matrix = np.array([c.vector for c in centroids], dtype=np.float64)
-        self._one_each = len(owners) == len(self._entries)
+        self._firsts = np.flatnonzero(np.diff(self._owners, prepend=-1))
+        self._counts = np.sort(np.bincount(self._owners))[::-1]
+        self._rows_of: dict[str, list[int]] = {}
+        for row, owner in enumerate(owners):
+            self._rows_of.setdefault(self._entries[owner].name, []).append(row)
+        vectors = np.array([c.vector for c in centroids], dtype=np.float64)
+        self._index = CentroidIndex(vectors) if centroids else None
 
     def retrieve(
         self,
@@ -83,80 +87,67 @@ class Retriever:
             AdapterMismatchError: The embedding has other dimensions than the centroids.
             StageError: The embedding is not finite.
         """
-        rows = self._rows_without(exclude)
-        if rows.size == 0:
-            return []
-        matrix = self._matrix if rows.size == len(self._matrix) else self._matrix[rows]
-        # With several centroids an adapter, the k nearest rows may be of fewer than k adapters.
-        order, distances = top_k(embedding, matrix, k if self._one_each else rows.size)
-        owners, first = np.unique(self._owners[rows[order]], return_index=True)
-        chosen = np.lexsort((owners, distances[first]))[:k]
-        nearest = distances[first][chosen]
-        weights = mixing_weights(nearest, temperature)
+        return self.retrieve_batch(embedding[None], k, temperature, exclude)[0]
+
+    def retrieve_batch(
+        self,
+        embeddings: ndarray,
+        k: int,
+        temperature: float,
+        exclude: Collection[str] = (),
+    ) -> list[list[Retrieved]]:
+        """Return :meth:`retrieve` of every embedding (q, d), in one pass over the centroids.
+
+        Raises:
+            ConfigError: As :meth:`retrieve`.
+            AdapterMismatchError: As :meth:`retrieve`.
+            StageError: As :meth:`retrieve`.
+        """
+        if self._index is None:
+            return [[] for _ in embeddings]
+        excluded = [row for name in exclude for row in self._rows_of.get(name, ())]
+        rows, distances = self._index.search(
+            embeddings, self._rows_for(k), excluded=np.array(excluded, dtype=np.int64)
+        )
+        pairs = zip(self._owners[rows], distances, strict=True)
+        return [self._weigh(*_by_owner(*pair, k), temperature) for pair in pairs]
+
+    def distances(self, embeddings: ndarray) -> Float[ndarray, "q entries"]:
+        """Return the Euclidean distance of every embedding (q, d) to every adapter, in float64.
+
+        The numbers are those of :meth:`retrieve`; columns are in the order of the entries.
+
+        Raises:
+            AdapterMismatchError: The embeddings have other dimensions than the centroids.
+            StageError: An embedding is not finite.
+        """
+        distances = np.empty((len(embeddings), len(self._entries)), dtype=np.float64)
+        if self._index is not None:
+            for row, embedding in zip(distances, embeddings, strict=True):
+                np.minimum.reduceat(self._index.distances(embedding), self._firsts, out=row)
+        return distances
+
+    def _rows_for(self, k: int) -> int:
+        """Return how many of the nearest rows are surely of ``k`` adapters."""
+        # At worst the first rows are all those of the k - 1 adapters that have the most.
+        return k if k < 1 else int(self._counts[: k - 1].sum()) + 1
+
+    def _weigh(
+        self, owners: Int[ndarray, " c"], distances: Float[ndarray, " c"], temperature: float
+    ) -> list[Retrieved]:
+        weights = mixing_weights(distances, temperature)
         return [
             Retrieved(self._entries[owner], float(distance), float(weight))
-            for owner, distance, weight in zip(owners[chosen], nearest, weights, strict=True)
+            for owner, distance, weight in zip(owners, distances, weights, strict=True)
         ]
 
-    def _rows_without(self, exclude: Collection[str]) -> Int[ndarray, " r"]:
-        if not exclude:
-            return np.arange(len(self._owners))
-        kept = np.array([entry.name not in exclude for entry in self._entries], dtype=bool)
-        return np.flatnonzero(kept[self._owners]) if kept.size else np.arange(0)
 
-
-def top_k(
-    query: ndarray, centroids: ndarray, k: int
-) -> tuple[Int[ndarray, " found"], Float[ndarray, " found"]]:
-    """Find the nearest rows by Euclidean distance, exactly; ties go to the lower index.
-
-    Large matrices are first narrowed down by ``|c|^2 - 2 c q``, one pass over the bytes, with a
-    margin that covers its rounding; what remains is compared in float64.
-
-    Args:
-        query: (d,) floats.
-        centroids: (n, d) floats, finite.
-        k: How many.
-
-    Returns:
-        Indices (int64) and float64 distances, ascending, ``min(k, n)`` of each.
-
-    Raises:
-        ConfigError: ``k`` is below 1.
-        AdapterMismatchError: The shapes do not go together.
-        StageError: The query is not finite.
-    """
-    if k < 1:
-        raise ConfigError(f"k: got {k}, expected at least 1")
-    if query.ndim != 1 or centroids.ndim != 2 or query.shape[0] != centroids.shape[1]:
-        raise AdapterMismatchError(
-            f"embedding of shape {query.shape} against centroids of shape {centroids.shape}: "
-            "expected (d,) and (n, d)"
-        )
-    exact_query = query.astype(np.float64)
-    if not np.isfinite(exact_query).all():
-        raise StageError("embedding: a component is not finite")
-    candidates = _candidates(exact_query, centroids, k)
-    distances = np.linalg.norm(centroids[candidates].astype(np.float64) - exact_query, axis=1)
-    order = np.lexsort((candidates, distances))[:k]
-    return candidates[order], distances[order]
-
-
-def _candidates(
-    query: Float[ndarray, " d"], centroids: Float[ndarray, "n d"], k: int
-) -> Int[ndarray, " c"]:
-    """Return row indices, ascending, among which the k nearest certainly are."""
-    count = centroids.shape[0]
-    if count <= k or centroids.size <= _EXACT_SIZE:
-        return np.arange(count)
-    squares = np.einsum("nd,nd->n", centroids, centroids)
-    approximate = squares - 2 * (centroids @ query.astype(centroids.dtype))
-    # Forward error of a dot product of d terms: at most about d eps |x| |y|.
-    eps = float(np.finfo(centroids.dtype).eps)
-    reach = float(np.sqrt(squares.max())) + float(np.linalg.norm(query))
-    margin = 4 * (centroids.shape[1] + 4) * eps * reach**2
-    limit = np.partition(approximate, k - 1)[k - 1] + margin
-    return np.flatnonzero(approximate <= limit)
+def _by_owner(
+    owners: Int[ndarray, " r"], distances: Float[ndarray, " r"], k: int
+) -> tuple[Int[ndarray, " c"], Float[ndarray, " c"]]:
+    """Keep the nearest row of every owner, in the given ascending order, and k of those."""
+    first = np.sort(np.unique(owners, return_index=True)[1])[:k]
+    return owners[first], distances[first]
 
 
 def _check_comparable(

@@ -6,76 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraseg.errors import AdapterMismatchError, ConfigError, StageError
-from loraseg.library import Retriever, top_k
-from loraseg.library import retrieve as module
+from loraseg.fuse import mixing_weights
+from loraseg.library import Retriever
+from loraseg.library.nearest import CentroidIndex
 from loraseg.library.snapshot import Entry
 from tests.unit.library.making import make_card, make_centroid
-
-
-def brute_force(query, centroids, k):
-    """Every distance in float64, one row at a time."""
-    pairs = []
-    for index, row in enumerate(np.asarray(centroids, dtype=np.float64)):
-        total = math.fsum((float(a) - float(b)) ** 2 for a, b in zip(row, query, strict=True))
-        pairs.append((math.sqrt(total), index))
-    chosen = sorted(pairs)[:k]
-    return [index for _, index in chosen], [distance for distance, _ in chosen]
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    seed=st.integers(0, 2**31),
-    n=st.integers(1, 60),
-    d=st.integers(1, 12),
-    k=st.integers(1, 70),
-    single=st.booleans(),
-    narrow=st.booleans(),
-)
-def test_equals_brute_force(seed, n, d, k, single, narrow):
-    rng = np.random.default_rng(seed)
-    dtype = np.float32 if single else np.float64
-    centroids = (rng.normal(size=(n, d)) * 3 + 5).astype(dtype)
-    # Exact doubles, so that ties happen.
-    centroids[rng.integers(n, size=n // 3)] = centroids[0]
-    query = rng.normal(size=d).astype(dtype) + 5
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_EXACT_SIZE", 0 if narrow else 2**18)
-        indices, distances = top_k(query, centroids, k)
-    expected_indices, expected_distances = brute_force(query, centroids, k)
-    assert indices.tolist() == expected_indices
-    np.testing.assert_allclose(distances, expected_distances, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_near_ties_far_from_the_origin_are_told_apart(dtype):
-    # |c|^2 - 2 c q cancels almost all digits here: the candidates' margin must cover that.
-    rng = np.random.default_rng(0)
-    centroids = (1000 + 1e-3 * rng.normal(size=(2000, 256))).astype(dtype)
-    query = (1000 + 1e-3 * rng.normal(size=256)).astype(dtype)
-    exact = np.linalg.norm(centroids.astype(np.float64) - query.astype(np.float64), axis=1)
-    indices, distances = top_k(query, centroids, 7)
-    assert indices.tolist() == np.argsort(exact, kind="stable")[:7].tolist()
-    np.testing.assert_array_equal(distances, exact[indices])
-
-
-def test_the_narrow_path_looks_at_few_rows():
-    rng = np.random.default_rng(1)
-    centroids = rng.normal(size=(3000, 128)).astype(np.float32)
-    found = module._candidates(rng.normal(size=128), centroids, 5)
-    assert 5 <= len(found) < 100
-
-
-@pytest.mark.parametrize(
-    ("query", "centroids", "k", "error", "message"),
-    [
-        (np.zeros(2), np.zeros((3, 2)), 0, ConfigError, "k: got 0"),
-        (np.zeros(2), np.zeros((3, 4)), 1, AdapterMismatchError, "embedding of shape"),
-        (np.array([0, math.nan]), np.zeros((3, 2)), 1, StageError, "not finite"),
-    ],
-)
-def test_top_k_refuses(query, centroids, k, error, message):
-    with pytest.raises(error, match=message):
-        top_k(query, centroids, k)
 
 
 def _card(number, vector, kinds):
@@ -124,6 +59,66 @@ def test_several_centroids_count_by_the_nearest():
     found = Retriever([*FOUR, two]).retrieve(np.zeros(2), 2, 1.0)
     assert [(item.entry.name, item.distance) for item in found] == [("two", 0.5), ("n1", 1.0)]
     assert len(Retriever([two]).retrieve(np.zeros(2), 2, 1.0)) == 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 2**31), k=st.integers(1, 14), most=st.integers(1, 6), ties=st.booleans())
+def test_a_batch_equals_each_image_and_brute_force(seed, k, most, ties):
+    rng = np.random.default_rng(seed)
+    vectors = [rng.normal(size=(rng.integers(1, most + 1), 4)) for _ in range(12)]
+    if ties:
+        vectors = [np.round(own) for own in vectors]
+    cards = [
+        make_card(f"n{i}", centroids=[make_centroid(tuple(v)) for v in own])
+        for i, own in enumerate(vectors)
+    ]
+    retriever = Retriever([Entry(1, "f" * 64, card, True, "e" * 64, 1) for card in cards])
+    embeddings = np.round(rng.normal(size=(5, 4)) * 2)
+    exclude = {f"n{i}" for i in rng.integers(12, size=rng.integers(0, 13))}
+    batch = retriever.retrieve_batch(embeddings, k, 0.3, exclude)
+    assert batch == [retriever.retrieve(e, k, 0.3, exclude) for e in embeddings]
+    exact = [[min(np.linalg.norm(own - e, axis=1)) for own in vectors] for e in embeddings]
+    np.testing.assert_array_equal(retriever.distances(embeddings), exact)
+    for found, distances in zip(batch, exact, strict=True):
+        order = [i for i in np.argsort(distances, kind="stable") if f"n{i}" not in exclude][:k]
+        assert names(found) == [f"n{i}" for i in order]
+        nearest = [distances[i] for i in order]
+        assert [item.distance for item in found] == nearest
+        assert [item.weight for item in found] == mixing_weights(nearest, 0.3).tolist()
+
+
+def test_few_rows_are_asked_for_where_adapters_have_several_centroids(monkeypatch):
+    cards = [make_card(f"n{i}", centroids=[make_centroid((float(i),))] * 3) for i in range(50)]
+    retriever = Retriever([Entry(1, "f" * 64, card, True, "e" * 64, 1) for card in cards])
+    asked = []
+    search = CentroidIndex.search
+    monkeypatch.setattr(
+        CentroidIndex,
+        "search",
+        lambda self, queries, k, **rest: asked.append(k) or search(self, queries, k, **rest),
+    )
+    assert names(retriever.retrieve(np.zeros(1), 4, 1.0)) == ["n0", "n1", "n2", "n3"]
+    assert asked == [3 * 3 + 1]
+
+
+def test_an_empty_retriever_and_an_empty_batch():
+    assert Retriever(()).retrieve_batch(np.zeros((3, 2)), 2, 1.0) == [[], [], []]
+    assert Retriever(()).distances(np.zeros((3, 2))).shape == (3, 0)
+    assert Retriever(FOUR).retrieve_batch(np.zeros((0, 2)), 2, 1.0) == []
+    assert Retriever(FOUR).distances(np.zeros((0, 2))).shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("embedding", "k", "error", "message"),
+    [
+        (np.zeros(2), 0, ConfigError, "k: got 0"),
+        (np.zeros(3), 1, AdapterMismatchError, "embedding of shape"),
+        (np.array([0, math.nan]), 1, StageError, "not finite"),
+    ],
+)
+def test_what_cannot_be_retrieved_is_refused(embedding, k, error, message):
+    with pytest.raises(error, match=message):
+        Retriever(FOUR).retrieve(embedding, k, 1.0)
 
 
 @pytest.mark.parametrize(
