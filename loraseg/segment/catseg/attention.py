@@ -9,20 +9,20 @@ __all__ = ["attend"]
 
 
 def attend(
-    q: Float[Tensor, "*b n c"],
+    q: Float[Tensor, "*b m c"],
     k: Float[Tensor, "*b n c"],
     v: Float[Tensor, "*b n c"],
     mask: Tensor | None = None,
     *,
     causal: bool = False,
-) -> Float[Tensor, "*b n c"]:
+) -> Float[Tensor, "*b m c"]:
     """Return softmax(q k^T / sqrt(c) + mask) v.
 
     Args:
-        q: Queries, as many as keys.
+        q: Queries; as many as keys if ``causal``.
         k: Keys.
         v: Values.
-        mask: Added to the scores; broadcast to (..., n, n).
+        mask: Added to the scores; broadcast to (..., m, n).
         causal: Let no row see later ones; then without ``mask``.
     """
     slow = q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu"

@@ -38,22 +38,21 @@ class LinearAttention(nn.Module):
                 since adapters may differ between images; None without padding.
             copies: Number of padding rows.
         """
-        query = nn.functional.elu(guided(self.q, x, text)) + 1
-        key = nn.functional.elu(guided(self.k, x, text)) + 1
-        length = x.shape[2] + copies
-        query, key, value = (
-            y.unflatten(-1, (self.heads, -1)) for y in (query, key, self.v(x) / length)
-        )
+        query, key = _feature(guided(self.q, x, text)), _feature(guided(self.k, x, text))
+        query, key, value = (y.unflatten(-1, (self.heads, -1)) for y in (query, key, self.v(x)))
         memory = torch.einsum("bnthd,bnthv->bnhdv", key, value)
         mass = key.sum(dim=2)
         if padding is not None and copies:
-            pad_key = nn.functional.elu(guided(self.k, *padding)) + 1
-            pad_key = copies * pad_key.unflatten(-1, (self.heads, -1))
-            pad_value = (self.v(padding[0]) / length).unflatten(-1, (self.heads, -1))
-            memory = memory + torch.einsum("bnhd,bnhv->bnhdv", pad_key, pad_value)
-            mass = mass + pad_key
-        scale = length / (torch.einsum("bnthd,bnhd->bnth", query, mass) + 1e-6)
-        return (torch.einsum("bnthd,bnhdv->bnthv", query, memory) * scale[..., None]).flatten(-2)
+            pad_key = (copies * _feature(guided(self.k, *padding))).unflatten(-1, (self.heads, -1))
+            pad_value = self.v(padding[0]).unflatten(-1, (self.heads, -1))
+            memory += torch.einsum("bnhd,bnhv->bnhdv", pad_key, pad_value)
+            mass += pad_key
+        scale = torch.einsum("bnthd,bnhd->bnth", query, mass) + 1e-6
+        return (torch.einsum("bnthd,bnhdv->bnthv", query, memory) / scale[..., None]).flatten(-2)
+
+
+def _feature(x: Tensor) -> Tensor:
+    return nn.functional.elu(x, inplace=True) + 1
 
 
 class ClassLayer(nn.Module):
@@ -72,7 +71,9 @@ class ClassLayer(nn.Module):
         self.pad_len = pad_len
         self.pooling = pooling
         self.attention = LinearAttention(dim, guidance_dim, heads)
-        self.MLP = nn.Sequential(nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, dim))
+        self.MLP = nn.Sequential(
+            nn.Linear(dim, 4 * dim), nn.ReLU(inplace=True), nn.Linear(4 * dim, dim)
+        )
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
         padded = pad_len > 0
@@ -87,7 +88,7 @@ class ClassLayer(nn.Module):
         sides = y.shape[2:4]
         y = y.flatten(2, 3).transpose(1, 2)
         y = y + self.attention(self.norm1(y), text, self._padding(len(x)), self._copies(x.shape[1]))
-        y = y + self.MLP(self.norm2(y))
+        y = self.MLP(self.norm2(y)).add_(y)
         return x + self._unpool(y.transpose(1, 2).unflatten(2, sides), x.shape[2])
 
     def _padding(self, images: int) -> tuple[Tensor, Tensor] | None:

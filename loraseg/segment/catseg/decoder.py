@@ -1,5 +1,7 @@
 """The per-class upsampling decoder (methods A.5, step 6)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -20,18 +22,29 @@ class DoubleConv(nn.Module):
         self.double_conv = nn.Sequential(
             nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
             _group_norm(outputs),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
             _group_norm(outputs),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.double_conv(x)
+    def first_weight(self) -> Float[Tensor, "o i 3 3"]:
+        """Return the kernel of the first convolution, which :class:`Up` applies itself."""
+        first: Any = self.double_conv[0]
+        return first.weight
+
+    def forward(self, x: Float[Tensor, "n o h w"]) -> Float[Tensor, "n o h w"]:
+        """Run all that follows the first convolution."""
+        return self.double_conv[1:](x)
 
 
 class Up(nn.Module):
-    """Double the side, append the image's guidance to every class, convolve."""
+    """Double the side, append the image's guidance to every class, convolve.
+
+    Nothing bends between the upsampling and the first 3x3 convolution, so the two are one
+    transposed convolution of the small map; and what that convolution makes of the guidance and of
+    the upsampling's bias is the same for all classes of an image, so it is made once.
+    """
 
     def __init__(self, inputs: int, outputs: int, guidance_dim: int) -> None:
         super().__init__()
@@ -42,6 +55,19 @@ class Up(nn.Module):
         self, x: Float[Tensor, "bt c g g"], guidance: Float[Tensor, "b a g2 g2"]
     ) -> Float[Tensor, "bt c2 g2 g2"]:
         """Decode the maps of every class of every image, images outermost."""
-        maps = self.up(x).unflatten(0, (len(guidance), -1))
-        spread = guidance[:, None].expand(-1, maps.shape[1], -1, -1, -1)
-        return self.conv(torch.cat([maps, spread], dim=2).flatten(0, 1))
+        own, shared = self.conv.first_weight().split([self.up.out_channels, guidance.shape[1]], 1)
+        # Tap a of the upsampling under tap u of the convolution lands on tap a - u + 2 of four.
+        both = nn.functional.conv2d(self.up.weight, own, padding=2)
+        maps = nn.functional.conv_transpose2d(x, both, stride=2, padding=1)
+        maps = maps.unflatten(0, (len(guidance), -1)) + self._shared(guidance, own, shared)
+        return self.conv(maps.flatten(0, 1))
+
+    def _shared(
+        self, guidance: Tensor, own: Tensor, shared: Tensor
+    ) -> Float[Tensor, "b 1 c2 g2 g2"]:
+        """Convolve the guidance; the bias joins it as a channel of ones that ends at the border."""
+        assert self.up.bias is not None
+        bias = (own * self.up.bias[:, None, None]).sum(dim=1, keepdim=True)
+        ones = guidance.new_ones(1, 1, *guidance.shape[2:]).expand(len(guidance), -1, -1, -1)
+        weight = torch.cat([shared, bias], dim=1)
+        return nn.functional.conv2d(torch.cat([guidance, ones], dim=1), weight, padding=1)[:, None]

@@ -53,11 +53,21 @@ class CATSeg(nn.Module):
         """Cost aggregation and decoder."""
         return self.sem_seg_head.predictor.transformer
 
-    def encode_text(self, token_ids: Int[Tensor, "t l"]) -> Float[Tensor, "t d"]:
+    def encode_text(
+        self, token_ids: Int[Tensor, "t l"], groups: int | None = None
+    ) -> Float[Tensor, "t d"] | Float[Tensor, "g t d"]:
         """Return L2-normalised text features, one a row of token ids.
 
+        Args:
+            token_ids: Prompts; on the CPU they need no synchronisation with a device.
+            groups: Encode the rows this many times, with the groups as leading axis of every
+                layer call, for layers that treat each group by another adapter mix.
+
+        Returns:
+            (t, d); with ``groups`` (groups, t, d).
+
         Raises:
-            ConfigError: There is no row, or a row is longer than the context.
+            ConfigError: There is no row or no group, or a row is longer than the context.
         """
         rows, length = token_ids.shape
         if not rows or not 0 < length <= self.config.context_length:
@@ -65,7 +75,10 @@ class CATSeg(nn.Module):
                 f"token ids of shape {(rows, length)}: expected at least one row of 1 to "
                 f"{self.config.context_length} tokens"
             )
-        return self.clip.encode_text(token_ids)
+        if groups is not None and groups < 1:
+            raise ConfigError(f"groups: got {groups}, expected at least 1")
+        features = self.clip.encode_text(token_ids, groups or 1)
+        return features[0] if groups is None else features
 
     def forward(
         self,

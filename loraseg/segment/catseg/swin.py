@@ -104,8 +104,8 @@ class SwinBlock(nn.Module):
         mixed = merge(mixed, self.window)
         if self.shift:
             mixed = mixed.roll((self.shift, self.shift), (-3, -2))
-        x = x + mixed
-        return x + self.mlp(self.norm2(x))
+        x = mixed.add_(x)
+        return self.mlp(self.norm2(x)).add_(x)
 
     def _windows(self, x: Tensor) -> Tensor:
         if self.shift:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from loraseg.segment.catseg.attention import attend
 from loraseg.segment.catseg.config import CATSegConfig
+from loraseg.segment.catseg.prefixes import Prefixes
 from loraseg.tensor_types import Float, Int
 
 __all__ = ["ClipTowers", "VisionTower"]
@@ -32,13 +33,33 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: Float[Tensor, "b n c"], *, causal: bool) -> Float[Tensor, "b n c"]:
+    def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
         q, k, v = (
-            self._project(proj, x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            self._split(self._project(proj, x)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        mixed = attend(q, k, v, causal=causal)
-        return self.out_proj(mixed.transpose(1, 2).flatten(2))
+        return self.out_proj(_join(attend(q, k, v)))
+
+    def causal(self, x: Float[Tensor, "g n c"], prefixes: Prefixes) -> Float[Tensor, "g n c"]:
+        """Let every beginning of a prompt attend to its own beginnings and itself.
+
+        Only attention itself sees the prompts written out; the layers see each beginning once.
+        """
+        q, k, v = (
+            self._written_out(proj, x, prefixes) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        mixed = _join(attend(q, k, v, causal=True))
+        mixed = mixed.unflatten(0, (len(x), -1)).flatten(1, 2)
+        return self.out_proj(mixed.index_select(1, prefixes.homes))
+
+    def causal_at_ends(self, x: Float[Tensor, "g n c"], prefixes: Prefixes) -> Tensor:
+        """Return the rows of :meth:`causal` for the whole prompts only, (g, t, c)."""
+        k, v = (self._written_out(proj, x, prefixes) for proj in (self.k_proj, self.v_proj))
+        q = self._project(self.q_proj, x.index_select(1, prefixes.ends))
+        later = torch.arange(k.shape[2], device=x.device) > prefixes.lasts[:, None]
+        mask = q.new_zeros(later.shape).masked_fill(later, -torch.inf)
+        mask = mask[:, None, None].repeat(len(x), 1, 1, 1)
+        mixed = attend(self._split(q.flatten(0, 1)[:, None]), k, v, mask)
+        return self.out_proj(_join(mixed).view_as(q))
 
     def values(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
         """Return W_o (W_v x + b_v) + b_o: every token attends to itself alone."""
@@ -48,6 +69,18 @@ class Attention(nn.Module):
         # Any: while adapters train, peft's layers stand where the Linears were.
         # "inert": the official code reads the weights, so adapters on these modules never act.
         return proj(x) if self.call_modules else nn.functional.linear(x, proj.weight, proj.bias)
+
+    def _written_out(self, proj: Any, x: Tensor, prefixes: Prefixes) -> Tensor:
+        """Project each beginning once; return every prompt's, (g * t, heads, l, c / heads)."""
+        y = self._project(proj, x).index_select(1, prefixes.rows.flatten())
+        return self._split(y.unflatten(1, prefixes.rows.shape).flatten(0, 1))
+
+    def _split(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b h n d"]:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def _join(x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b n c"]:
+    return x.transpose(1, 2).flatten(2)
 
 
 class Mlp(nn.Module):
@@ -73,8 +106,19 @@ class Block(nn.Module):
         self.mlp = Mlp(width, quick_gelu=config.quick_gelu)
         self.ln_2 = nn.LayerNorm(width)
 
-    def forward(self, x: Float[Tensor, "b n c"], *, causal: bool) -> Float[Tensor, "b n c"]:
-        x = x + self.attn(self.ln_1(x), causal=causal)
+    def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+    def causal(self, x: Float[Tensor, "g n c"], prefixes: Prefixes) -> Float[Tensor, "g n c"]:
+        """Run on the beginnings of prompts, each seeing its own beginnings."""
+        x = x + self.attn.causal(self.ln_1(x), prefixes)
+        return x + self.mlp(self.ln_2(x))
+
+    def causal_at_ends(self, x: Float[Tensor, "g n c"], prefixes: Prefixes) -> Tensor:
+        """Return the rows of :meth:`causal` for the whole prompts only, (g, t, c)."""
+        mixed = self.attn.causal_at_ends(self.ln_1(x), prefixes)
+        x = x.index_select(1, prefixes.ends) + mixed
         return x + self.mlp(self.ln_2(x))
 
     def dense(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
@@ -125,7 +169,7 @@ class VisionTower(nn.Module):
         outputs: list[Tensor] = []
         blocks: Sequence[Block] = list(self.transformer.resblocks)  # pyright: ignore[reportAssignmentType]
         for block in blocks[:-1]:
-            outputs.append(x := block(x, causal=False))
+            outputs.append(x := block(x))
         outputs.append(blocks[-1].dense(x))
         features = self.ln_post(outputs[-1][:, 1:]) @ self.proj
         return self._to_map(features), [
@@ -162,16 +206,18 @@ class ClipTowers(nn.Module):
         self.text_projection = nn.Parameter(torch.randn(width, config.embed_dim) * width**-0.5)
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
 
-    def encode_text(self, token_ids: Int[Tensor, "t l"]) -> Float[Tensor, "t d"]:
-        """Return L2-normalised text features, read at the end-of-text token.
+    def encode_text(self, token_ids: Int[Tensor, "t l"], groups: int) -> Float[Tensor, "g t d"]:
+        """Return L2-normalised text features, read at the end-of-text token, for each group.
 
         That token is the first one with the row's largest id. Nothing after it can reach it
-        through the causal mask, so the batch is cut behind its last occurrence: exact.
+        through the causal mask, and beginnings that several rows share run once: exact. The
+        layers are called on (groups, distinct beginnings, width).
         """
-        ends = token_ids.argmax(dim=-1)
-        length = int(ends.max()) + 1
-        x = self.token_embedding(token_ids[:, :length]) + self.positional_embedding[:length]
-        for block in self.transformer.resblocks:
-            x = block(x, causal=True)
-        last = x[torch.arange(len(x), device=x.device), ends]
+        prefixes = Prefixes.of(token_ids).to(self.positional_embedding.device)
+        positions = self.positional_embedding[prefixes.places]
+        x = (self.token_embedding(prefixes.tokens) + positions).expand(groups, -1, -1)
+        blocks: Sequence[Block] = list(self.transformer.resblocks)  # pyright: ignore[reportAssignmentType]
+        for block in blocks[:-1]:
+            x = block.causal(x, prefixes)
+        last = blocks[-1].causal_at_ends(x, prefixes)
         return nn.functional.normalize(self.ln_final(last) @ self.text_projection, dim=-1)
