@@ -12,7 +12,7 @@ from actors.resources import Placement, connect, require_room
 from actors.training import train_adapters
 from loraseg import config as configuration
 from loraseg.errors import LorasegError
-from loraseg.storage import open_store, probe_conditional_writes
+from loraseg.storage import SHORT_PATIENCE_S, open_store, probe_conditional_writes
 from loraseg.train.manifest import Manifest
 from loraseg.train.tables import left_out_lines, plan_table, result_table
 from loraseg.train.tasks import AdapterTask, TaskPlan, plan
@@ -33,7 +33,8 @@ def main(config: Config) -> int:
         plans = [_plan(task) for task in tasks]
         sys.stdout.write(plan_table(plans, str(config.resources)))
         return int(any(isinstance(entry, tuple) for entry in plans))
-    probe_conditional_writes(open_store(tasks[0].library))
+    # Most often an endpoint that never answers is a mistyped one.
+    probe_conditional_writes(open_store(tasks[0].library).with_patience(SHORT_PATIENCE_S))
     started_here = connect()
     require_room(config.resources, may_grow=not started_here)
     outcomes = list(train_adapters(tasks, config.resources))

@@ -80,9 +80,9 @@ def _rollback(arguments: argparse.Namespace) -> int:
 
 def _open(uri: str) -> Any:
     from loraseg.library.catalog import Library
-    from loraseg.storage import open_store
+    from loraseg.storage import SHORT_PATIENCE_S, open_store
 
-    return Library(open_store(uri))
+    return Library(open_store(uri).with_patience(SHORT_PATIENCE_S))
 
 
 def _row(entry: Any) -> tuple[str, ...]:

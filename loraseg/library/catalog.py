@@ -11,12 +11,10 @@ Layout below the store's root::
 import dataclasses
 import difflib
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from loraseg import seeding
 from loraseg.adapters.peft_io import files_digest
 from loraseg.errors import AdapterNotFoundError, IntegrityError, StoreError
 from loraseg.library import records
@@ -24,6 +22,7 @@ from loraseg.library.audit import Report, audit
 from loraseg.library.card import Card, check_name
 from loraseg.library.records import Head, Record
 from loraseg.library.snapshot import Entry, decode_snapshot, encode_snapshot
+from loraseg.library.turns import Turns
 from loraseg.storage import ObjectNotFoundError, ObjectStore, probe_conditional_writes
 
 __all__ = ["Item", "Library"]
@@ -33,8 +32,8 @@ logger = logging.getLogger(__name__)
 Item = tuple[str, Mapping[str, bytes], Card]
 
 _COMMIT_TIMEOUT_S = 300.0
-_FIRST_PAUSE_S = 0.01
-_LONGEST_PAUSE_S = 0.2  # the same for all soon: who waits longest must not wait longer still
+# A writer moves HEAD milliseconds after its snapshot; who takes so much longer is taken for dead.
+_GRACE_S = 0.5
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,6 +61,7 @@ class Library:
         self._lock = threading.Lock()
         self._known: tuple[Head, tuple[Entry, ...]] = (Head.empty(), ())
         self._probed = False
+        self._turns = Turns()
 
     @property
     def uri(self) -> str:
@@ -241,24 +241,30 @@ class Library:
         any other case it is applied anew to what is there then, which for a change that has
         landed after all makes no difference.
         """
-        deadline = time.monotonic() + _COMMIT_TIMEOUT_S
-        attempt = 0
+        started = moved_at = time.monotonic()
+        last: Head | None = None
+        self._turns.wait()
         while True:
             head, etag = self._read_head()
             state = _State(head, etag, self._read_snapshot(head))
             entries = change(state.entries)
             if entries == state.entries:
                 return entries
+            if head != last:
+                last, moved_at = head, time.monotonic()
             if self._advance(state, entries):
+                self._turns.won()
                 return entries
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if now - started > _COMMIT_TIMEOUT_S:
                 raise StoreError(
                     f"{self.uri}: could not publish within {_COMMIT_TIMEOUT_S:.0f} s because of "
                     "other writers; try again"
                 )
-            time.sleep(_pause_s(attempt))
-            attempt += 1
-            self._finish_for_others(state)
+            if now - moved_at > _GRACE_S:
+                self._finish_for_others(state)
+            self._turns.lost()
+            self._turns.wait()
 
     def _advance(self, state: _State, entries: tuple[Entry, ...]) -> bool:
         """Commit ``entries`` as the next generation; False if another writer was faster."""
@@ -269,23 +275,22 @@ class Library:
         if not self._store.put_if_absent(key, data):
             return False
         head = Head.of(state.head.generation + 1, data)
-        if not self._swap_head(head, state.etag):
-            return False
+        # The generation is ours and HEAD goes nowhere else from here. If it has gone already,
+        # another writer has finished for us.
+        self._swap_head(head, state.etag)
         self._remember(head, entries)
         return True
 
     def _finish_for_others(self, state: _State) -> None:
         """Swap HEAD for a writer that committed the next generation and then went away."""
-        head, etag = self._read_head()
-        if head != state.head:
-            return
-        key = records.snapshot_key(head.generation + 1)
+        generation = state.head.generation + 1
+        key = records.snapshot_key(generation)
         try:
             data = self._store.get(key)
         except ObjectNotFoundError:
             return
         decode_snapshot(data, f"{self.uri}/{key}")
-        self._swap_head(Head.of(head.generation + 1, data), etag)
+        self._swap_head(Head.of(generation, data), state.etag)
 
     def _swap_head(self, head: Head, etag: str | None) -> bool:
         if etag is None:
@@ -340,11 +345,3 @@ def _find(entries: Sequence[Entry], name: str, version: int | None, where: str) 
         known = ", ".join(str(number) for number in sorted(versions))
         raise AdapterNotFoundError(f"{where}: {name!r} has no version {version}; it has {known}")
     return versions[version]
-
-
-def _pause_s(attempt: int) -> float:
-    """Return how long to wait before attempt ``attempt + 1``: exponential, bounded, jittered."""
-    longest = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(attempt, 10))
-    # Writers need different streams; nothing but the waiting depends on them.
-    stream = seeding.numpy_generator(os.getpid(), "pause", threading.get_ident(), attempt)
-    return float(stream.uniform(0.0, longest))

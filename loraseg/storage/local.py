@@ -123,6 +123,10 @@ class LocalStore:
         """Return the same store seen from below ``prefix``."""
         return LocalStore(self._path(prefix))
 
+    def with_patience(self, patience_s: float) -> "LocalStore":
+        """Return this store: a folder answers at once or not at all."""
+        return self
+
     def _path(self, key: str) -> Path:
         return self._root / check_key(key)
 

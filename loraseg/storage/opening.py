@@ -12,6 +12,7 @@ from loraseg.storage.store import ObjectStore
 
 __all__ = ["absolute", "open_store", "probe_conditional_writes"]
 
+_CLEANUP_PATIENCE_S = 2.0
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}")
 _ONE_SLASH = re.compile(r"([A-Za-z0-9]{2,}):/(?!/)")
 
@@ -68,7 +69,7 @@ def probe_conditional_writes(store: ObjectStore) -> None:
     finally:
         # A store that just failed may fail here too; its first error is the one worth reading.
         with contextlib.suppress(StoreError):
-            store.delete(key)
+            store.with_patience(_CLEANUP_PATIENCE_S).delete(key)
     if problem:
         raise StoreError(
             f"{store.uri} {problem}, so parallel writers would lose each other's work; use a store "

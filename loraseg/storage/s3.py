@@ -5,7 +5,6 @@ import base64
 import concurrent.futures
 import hashlib
 import os
-import time
 import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator
@@ -14,10 +13,10 @@ from typing import Any, TypeVar
 import boto3
 import botocore.config
 import botocore.exceptions
-import urllib3.exceptions
 
 from loraseg.errors import StoreError
-from loraseg.storage.store import ObjectNotFoundError, check_key, check_prefix
+from loraseg.storage.retry import FAILURES, error_code, persist
+from loraseg.storage.store import PATIENCE_S, ObjectNotFoundError, check_key, check_prefix
 
 __all__ = ["S3Store"]
 
@@ -25,18 +24,14 @@ MULTIPART_THRESHOLD_BYTES = 16 * 2**20
 PART_BYTES = 8 * 2**20
 _PART_THREADS = 4
 _MAX_SINGLE_PUT_BYTES = 5 * 2**30
-_ATTEMPTS = 6  # with standard back-off about 15 s: a store that restarts is worth waiting for
 _CONNECT_TIMEOUT_S = 5
 _READ_TIMEOUT_S = 30  # Ceph holds requests, rather than failing them, while a disk is down
-_BODY_ATTEMPTS = 4
-_CONFLICT_ATTEMPTS = 8
 
 # Object metadata that names one write, so that a writer recognises what it stored.
 _MARK = "loraseg-write"
 
 _GONE = {"NoSuchKey", "404", "NotFound"}
 _FAILED_CONDITION = {"PreconditionFailed", "412"}
-_CONFLICT = {"ConditionalRequestConflict", "OperationAborted", "409"}
 _BAD_CREDENTIALS = {
     "AccessDenied",
     "403",
@@ -47,13 +42,6 @@ _BAD_CREDENTIALS = {
     "InvalidToken",
     "RequestTimeTooSkewed",
 }
-_BROKEN_BODY = (
-    botocore.exceptions.HTTPClientError,  # read timeouts, broken chunks
-    botocore.exceptions.IncompleteReadError,
-    urllib3.exceptions.HTTPError,
-    OSError,
-)
-
 ResultT = TypeVar("ResultT")
 
 
@@ -64,13 +52,25 @@ class S3Store:
     are only ever put on a single PutObject: some servers silently ignore them on multipart
     uploads. Uploads carry Content-MD5, which every server checks (Ceph RGW 16 knows no other
     checksum, and fails on the trailers that newer SDKs send by default).
+
+    A request that fails for a reason that may pass (no connection, a broken answer, 429, 5xx) is
+    repeated with growing, jittered pauses for ``patience_s`` seconds in all.
     """
 
-    def __init__(self, bucket: str, prefix: str = "", *, client: Any = None) -> None:
+    def __init__(
+        self,
+        bucket: str,
+        prefix: str = "",
+        *,
+        patience_s: float = PATIENCE_S,
+        client: Any = None,
+    ) -> None:
         """Use ``bucket``; ``prefix`` has no slash at its ends; ``client`` is boto3's."""
         self._bucket = bucket
         self._prefix = f"{check_key(prefix)}/" if prefix else ""
+        self._patience_s = patience_s
         self._client = client if client is not None else _new_client()
+        self._bucket_exists = False
 
     @property
     def uri(self) -> str:
@@ -85,24 +85,20 @@ class S3Store:
         return self.get_with_etag(key)[0]
 
     def get_with_etag(self, key: str) -> tuple[bytes, str]:
-        """Return the object's bytes and etag; a broken transfer is started again."""
+        """Return the object's bytes and etag."""
         target = self._target(key)
-        attempt = 1
-        while True:
-            response = self._call("read", key, lambda: self._client.get_object(**target))
-            try:
-                return response["Body"].read(), _bare(response["ETag"])
-            except _BROKEN_BODY as error:
-                if attempt == _BODY_ATTEMPTS:
-                    raise self._failure("read", key, error) from error
-            time.sleep(0.1 * 2**attempt)
-            attempt += 1
+
+        def request() -> tuple[bytes, str]:
+            response = self._client.get_object(**target)
+            return response["Body"].read(), _bare(response["ETag"])
+
+        return self._call("read", key, request)
 
     def put(self, key: str, data: bytes) -> str:
         """Write the object, in parts when it is big, and return its etag."""
         target = self._target(key)
         if len(data) > MULTIPART_THRESHOLD_BYTES:
-            return self._call("write", key, lambda: self._put_parts(target, data))
+            return self._put_parts(key, target, data)
         return self._call("write", key, lambda: self._put_whole(target, data))
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
@@ -121,7 +117,8 @@ class S3Store:
             self._call("look up", key, lambda: self._client.head_object(**target))
         except ObjectNotFoundError:
             # HEAD has no body, so a missing bucket looks like a missing object.
-            self._call("reach", "", lambda: self._client.head_bucket(Bucket=self._bucket))
+            if not self._bucket_exists:
+                self._call("reach", "", lambda: self._client.head_bucket(Bucket=self._bucket))
             return False
         return True
 
@@ -143,7 +140,14 @@ class S3Store:
 
     def sub(self, prefix: str) -> "S3Store":
         """Return the same store seen from below ``prefix``, over the same connections."""
-        return S3Store(self._bucket, self._prefix + check_key(prefix), client=self._client)
+        return self._view(self._prefix + check_key(prefix), self._patience_s)
+
+    def with_patience(self, patience_s: float) -> "S3Store":
+        """Return the same store with calls that try again for so many seconds."""
+        return self._view(self._prefix.rstrip("/"), patience_s)
+
+    def _view(self, prefix: str, patience_s: float) -> "S3Store":
+        return S3Store(self._bucket, prefix, patience_s=patience_s, client=self._client)
 
     def _target(self, key: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._prefix + check_key(key)}
@@ -154,35 +158,57 @@ class S3Store:
         )
         return _bare(response["ETag"])
 
-    def _put_parts(self, target: dict[str, str], data: bytes) -> str:
+    def _put_parts(self, key: str, target: dict[str, str], data: bytes) -> str:
         mark = uuid.uuid4().hex
-        created = self._client.create_multipart_upload(**target, Metadata={_MARK: mark})
+        created = self._call(
+            "write",
+            key,
+            lambda: self._client.create_multipart_upload(**target, Metadata={_MARK: mark}),
+        )
         upload = {**target, "UploadId": created["UploadId"]}
 
         def send(number: int) -> dict[str, Any]:
             part = data[(number - 1) * PART_BYTES : number * PART_BYTES]
-            response = self._client.upload_part(
-                **upload, PartNumber=number, Body=part, ContentMD5=_content_md5(part)
+            response = self._call(
+                "write",
+                key,
+                lambda: self._client.upload_part(
+                    **upload, PartNumber=number, Body=part, ContentMD5=_content_md5(part)
+                ),
             )
             return {"PartNumber": number, "ETag": response["ETag"]}
 
         try:
             with concurrent.futures.ThreadPoolExecutor(_PART_THREADS) as pool:
                 parts = list(pool.map(send, range(1, -(-len(data) // PART_BYTES) + 1)))
-            self._client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts})
+            return self._complete(
+                key, target, {**upload, "MultipartUpload": {"Parts": parts}}, mark
+            )
         except BaseException:
             # Parts of an upload that is neither completed nor aborted are billed for ever.
             self._abort(upload)
             raise
-        # Ceph RGW 16 completes an upload with an empty etag in its answer.
-        found = self._client.head_object(**target)
-        is_ours = found["Metadata"].get(_MARK) == mark
-        return _bare(found["ETag"]) if is_ours else f"replaced-{mark}"
+
+    def _complete(self, key: str, target: dict[str, str], upload: dict[str, Any], mark: str) -> str:
+        """Turn the parts into the object, whose etag Ceph RGW 16 leaves empty in its answer."""
+        refusal = None
+        try:
+            self._persist("write", key, lambda: self._client.complete_multipart_upload(**upload))
+        except FAILURES as error:
+            if error_code(error) != "NoSuchUpload":
+                raise self._failure("write", key, error) from error
+            refusal = error  # perhaps because an attempt whose answer was lost has completed it
+        found = self._call("look up", key, lambda: self._client.head_object(**target))
+        if found["Metadata"].get(_MARK) == mark:
+            return _bare(found["ETag"])
+        if refusal is not None:
+            raise self._failure("write", key, refusal) from refusal
+        return f"replaced-{mark}"
 
     def _abort(self, upload: dict[str, str]) -> None:
         try:
             self._client.abort_multipart_upload(**upload)
-        except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError):
+        except FAILURES:
             return  # the error that led here is the one to report
 
     def _put_on_condition(self, key: str, data: bytes, condition: dict[str, str]) -> bool:
@@ -193,35 +219,32 @@ class S3Store:
             )
         target = self._target(key)
         mark = uuid.uuid4().hex
-        attempt = 1
-        while True:
-            try:
-                self._put_whole(target, data, Metadata={_MARK: mark}, **condition)
-                return True
-            except botocore.exceptions.ClientError as error:
-                code = _code(error)
-                if code in _FAILED_CONDITION:
-                    return self._landed_before(key, mark, error)
-                if code in _GONE and "IfMatch" in condition:
-                    return False
-                if code not in _CONFLICT or attempt == _CONFLICT_ATTEMPTS:
-                    raise self._failure("write", key, error) from error
-            except botocore.exceptions.BotoCoreError as error:
-                raise self._failure("write", key, error) from error
-            # Another conditional write to the key was under way: neither has failed yet.
-            time.sleep(0.025 * 2**attempt)
-            attempt += 1
+        attempts = 0
 
-    def _landed_before(self, key: str, mark: str, error: Any) -> bool:
+        def request() -> bool:
+            nonlocal attempts
+            attempts += 1
+            self._put_whole(target, data, Metadata={_MARK: mark}, **condition)
+            return True
+
+        try:
+            return self._persist("write", key, request)
+        except FAILURES as error:
+            code = error_code(error)
+            if code in _FAILED_CONDITION:
+                return attempts > 1 and self._landed_before(key, mark)
+            if code in _GONE and "IfMatch" in condition:
+                return False
+            raise self._failure("write", key, error) from error
+
+    def _landed_before(self, key: str, mark: str) -> bool:
         """Tell a lost race from the failure of our own second attempt.
 
         When an attempt was stored but its answer was lost or a server error (Ceph RGW 16 gives 500
-        to some of the writers in a race), the client's retry meets the object that it wrote itself
+        to some of the writers in a race), the next attempt meets the object that it wrote itself
         and is refused. The mark of the object that is stored tells whose it is; its bytes do not,
         since another writer may have put the same.
         """
-        if error.response.get("ResponseMetadata", {}).get("RetryAttempts", 0) == 0:
-            return False
         target = self._target(key)
         try:
             found = self._call("look up", key, lambda: self._client.head_object(**target))
@@ -231,16 +254,21 @@ class S3Store:
 
     def _call(self, action: str, key: str, request: Callable[[], ResultT]) -> ResultT:
         try:
-            return request()
-        except (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError) as error:
+            return self._persist(action, key, request)
+        except FAILURES as error:
             raise self._failure(action, key, error) from error
+
+    def _persist(self, action: str, key: str, request: Callable[[], ResultT]) -> ResultT:
+        result = persist(request, self._patience_s, f"{self.uri}: {action} {key!r}")
+        self._bucket_exists = True
+        return result
 
     def _failure(self, action: str, key: str, error: Exception) -> StoreError:
         """Say what failed, where, and what to do next; never any part of a credential."""
         what = f"cannot {action} {key!r} in {self.uri}" if key else f"cannot {action} {self.uri}"
         endpoint = _without_userinfo(self._client.meta.endpoint_url)
         if isinstance(error, botocore.exceptions.ClientError):
-            code = _code(error)
+            code = error_code(error)
             if code in _GONE and key:
                 return ObjectNotFoundError(f"no object {key!r} in {self.uri}")
             if code == "NoSuchBucket" or code in _GONE:
@@ -274,14 +302,13 @@ def _new_client() -> Any:
     options: dict[str, Any] = {
         "connect_timeout": _CONNECT_TIMEOUT_S,
         "read_timeout": _READ_TIMEOUT_S,
+        "retries": {"mode": "standard", "total_max_attempts": 1},  # see loraseg.storage.retry
         "max_pool_connections": 32,
         "request_checksum_calculation": "when_required",
         "response_checksum_validation": "when_required",
     }
     if endpoint:
         options["s3"] = {"addressing_style": "path"}
-    if not (os.environ.get("AWS_MAX_ATTEMPTS") or os.environ.get("AWS_RETRY_MODE")):
-        options["retries"] = {"mode": "standard", "total_max_attempts": _ATTEMPTS}
     try:
         return session.client(
             "s3",
@@ -298,10 +325,6 @@ def _new_client() -> Any:
 
 def _bare(etag: str) -> str:
     return etag.strip('"')
-
-
-def _code(error: Any) -> str:
-    return str(error.response.get("Error", {}).get("Code", ""))
 
 
 def _content_md5(data: bytes) -> str:

@@ -5,7 +5,21 @@ from typing import Protocol, runtime_checkable
 
 from loraseg.errors import StoreError
 
-__all__ = ["RESERVED_PREFIX", "ObjectNotFoundError", "ObjectStore", "check_key", "check_prefix"]
+__all__ = [
+    "PATIENCE_S",
+    "RESERVED_PREFIX",
+    "SHORT_PATIENCE_S",
+    "ObjectNotFoundError",
+    "ObjectStore",
+    "check_key",
+    "check_prefix",
+]
+
+# How long a call to a remote store tries again before it fails: a server that restarts takes
+# seconds, one that moves to another machine a minute.
+PATIENCE_S = 120.0
+# Where a person waits, or where work can go on without the store.
+SHORT_PATIENCE_S = 15.0
 
 RESERVED_PREFIX = ".loraseg-"
 # S3 allows 1024 bytes for bucket prefix and key together, file systems 255 for one segment,
@@ -78,6 +92,13 @@ class ObjectStore(Protocol):
 
     def sub(self, prefix: str) -> "ObjectStore":
         """Return the same store seen from below ``prefix``, a key without trailing slash."""
+        ...
+
+    def with_patience(self, patience_s: float) -> "ObjectStore":
+        """Return the same store with calls that try again for so many seconds.
+
+        By default it is :data:`PATIENCE_S`; only faults that may pass are tried again.
+        """
         ...
 
 

@@ -15,7 +15,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 from loraseg.errors import StoreError
-from loraseg.storage.store import ObjectNotFoundError, ObjectStore
+from loraseg.storage.store import SHORT_PATIENCE_S, ObjectNotFoundError, ObjectStore
 from loraseg.tensor_types import Tensor
 
 __all__ = ["CheckpointSlot", "Snapshot"]
@@ -44,11 +44,13 @@ class CheckpointSlot:
     def __init__(self, store: ObjectStore) -> None:
         """Keep checkpoints at the root of ``store``."""
         self._store = store
+        self._hasty = store.with_patience(SHORT_PATIENCE_S)
 
     def save(self, snapshot: Snapshot) -> None:
         """Write a checkpoint and forget the one before.
 
-        A store that fails here is only logged: training can go on, and a later step tries again.
+        A store that fails here for 15 s is only logged: training goes on, and a later step tries
+        again. All other calls have the store's own patience.
         """
         key = f"{snapshot.step:09d}.safetensors"
         data = safetensors.torch.save({k: v.contiguous() for k, v in snapshot.tensors.items()})
@@ -61,9 +63,9 @@ class CheckpointSlot:
         try:
             if self._latest_step() > snapshot.step:
                 return  # another worker is ahead; its checkpoint must not lose its pointer
-            self._store.put(key, data)
-            self._store.put(_LATEST, json.dumps(pointer, sort_keys=True).encode())
-            self._delete_data(keep=key)
+            self._hasty.put(key, data)
+            self._hasty.put(_LATEST, json.dumps(pointer, sort_keys=True).encode())
+            _delete_data(self._hasty, before=key)
         except StoreError as error:
             logger.warning("step %d: checkpoint not kept: %s", snapshot.step, error)
 
@@ -91,15 +93,16 @@ class CheckpointSlot:
     def clear(self) -> None:
         """Delete everything in the slot; the pointer goes first."""
         self._store.delete(_LATEST)
-        self._delete_data(keep=None)
+        _delete_data(self._store)
 
     def _latest_step(self) -> int:
         try:
-            return int(json.loads(self._store.get(_LATEST))["step"])
+            return int(json.loads(self._hasty.get(_LATEST))["step"])
         except (ObjectNotFoundError, ValueError, KeyError, TypeError):
             return -1
 
-    def _delete_data(self, keep: str | None) -> None:
-        for key in list(self._store.list()):
-            if key.endswith(".safetensors") and (keep is None or key < keep):
-                self._store.delete(key)
+
+def _delete_data(store: ObjectStore, before: str | None = None) -> None:
+    for key in list(store.list()):
+        if key.endswith(".safetensors") and (before is None or key < before):
+            store.delete(key)

@@ -4,15 +4,21 @@ import base64
 import contextlib
 import hashlib
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+_CODES = {400: "InvalidArgument", 409: "ConditionalRequestConflict", 429: "TooManyRequests"}
 
 
 class FaultyServer:
     """Keeps objects in ``objects`` (path -> (bytes, metadata)); takes a fault from ``faults``.
 
     Faults: a status code is answered before anything is done; "drop" closes the connection before,
-    "lose" after the work was done, so that only the answer is lost; "cut" sends half a body.
+    "lose" after the work was done, so that only the answer is lost; "fail" answers 500 although the
+    work was done; "cut" sends half a body, "delay" everything, but late.
     """
+
+    delay_s = 1.0
 
     def __init__(self):
         self.objects = {}
@@ -22,11 +28,12 @@ class FaultyServer:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # else each answer waits 40 ms for an acknowledgement
 
             def do_GET(self):
                 owner._serve(self)
 
-            do_PUT = do_HEAD = do_DELETE = do_GET
+            do_PUT = do_POST = do_HEAD = do_DELETE = do_GET
 
             def log_message(self, *_):
                 pass
@@ -48,18 +55,21 @@ class FaultyServer:
 
     def _serve(self, request):
         body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
-        self.seen.append(request)
-        fault = self.faults.pop(0) if self.faults else None
+        fault = self._next_fault(request)
+        if fault == "delay":
+            time.sleep(self.delay_s)
         if fault == "drop":
             request.close_connection = True
             return
         if isinstance(fault, int):
-            status, answer, headers = fault, _error("SlowDown"), {}
+            status, answer, headers = fault, _error(_CODES.get(fault, "SlowDown")), {}
         else:
             status, answer, headers = self._work(request, body)
         if fault == "lose":
             request.close_connection = True
             return
+        if fault == "fail":
+            status, answer, headers = 500, _error("InternalError"), {}
         request.send_response(status)
         for name, value in headers.items():
             request.send_header(name, value)
@@ -71,12 +81,19 @@ class FaultyServer:
         elif request.command != "HEAD":
             request.wfile.write(answer)
 
+    def _next_fault(self, request):
+        self.seen.append(request)
+        return self.faults.pop(0) if self.faults else None
+
     def _work(self, request, body):
         data, metadata = self.objects.get(request.path, (None, {}))
         if request.command == "PUT":
             return self._put(request, body, data)
         if data is None:
             return 404, _error("NoSuchKey"), {}
+        if request.command == "DELETE":
+            del self.objects[request.path]
+            return 204, b"", {}
         return 200, data, {"ETag": _etag(data), **metadata}
 
     def _put(self, request, body, data):

@@ -20,14 +20,10 @@ def faulty(monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     # Retries wait random times; this keeps the file quick, not the retries away.
-    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", _short)
+    monkeypatch.setattr("loraseg.storage.retry.backoff_s", lambda attempt, first, longest: 0.01)
     with FaultyServer().running() as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
         yield server
-
-
-def _short(self, context):
-    return 0.01
 
 
 @pytest.fixture
@@ -35,7 +31,9 @@ def store(faulty):
     return open_store("s3://bucket/prefix")
 
 
-@pytest.mark.parametrize("faults", [[503, 503], [500], ["drop"], ["lose"], ["drop", 503, "lose"]])
+@pytest.mark.parametrize(
+    "faults", [[503, 503], [500, 429], ["drop"], ["lose"], ["drop", 503, "lose"]]
+)
 def test_passing_faults_are_retried(faulty, store, faults):
     faulty.faults = list(faults)
     store.put("key", b"data")
@@ -63,8 +61,7 @@ def test_same_bytes_of_another_writer_are_not_taken_for_own(faulty, store):
     assert store.put_if_match("key", b"next", etag) is False
 
 
-def test_conflict_answers_are_tried_again(faulty, store, monkeypatch):
-    monkeypatch.setattr(s3, "_CONFLICT", {"SlowDown"})
+def test_conflict_answers_are_tried_again(faulty, store):
     faulty.faults = [409, 409]
     assert store.put_if_absent("key", b"data") is True
 
@@ -75,18 +72,33 @@ def test_damage_on_the_way_is_refused(store, monkeypatch):
         store.put("key", b"data")
 
 
-def test_lasting_failure_says_where(faulty, store):
-    faulty.faults = [503] * 50
+def test_lasting_failure_says_where(faulty, store, caplog):
+    faulty.faults = [503] * 1000
     with pytest.raises(StoreError, match=r"cannot write 'key' .* at http://127.0.0.1:.*SlowDown"):
+        store.with_patience(0.5).put("key", b"data")
+    assert 10 < len(faulty.seen) <= 51, "as often as pauses of 0.01 s allow"
+
+
+def test_a_long_wait_is_told_once(faulty, store, caplog, monkeypatch):
+    monkeypatch.setattr("loraseg.storage.retry._SILENT_S", 0.1)
+    faulty.faults = ["drop"] * 30
+    store.put("key", b"data")
+    (line,) = caplog.messages
+    assert line.startswith("s3://bucket/prefix: write 'key': no success yet (ConnectionClosedError")
+
+
+def test_refusals_are_not_repeated(faulty, store):
+    faulty.faults = [400]
+    with pytest.raises(StoreError, match="cannot write 'key'"):
         store.put("key", b"data")
-    assert len(faulty.seen) == s3._ATTEMPTS
+    assert len(faulty.seen) == 1
 
 
 def test_endless_truncation_is_an_error(faulty, store):
     store.put("key", b"data")
-    faulty.faults = ["cut"] * 50
+    faulty.faults = ["cut"] * 1000
     with pytest.raises(StoreError, match="cannot read 'key'"):
-        store.get("key")
+        store.with_patience(0.5).get("key")
 
 
 def test_unreachable_endpoint(faulty, monkeypatch):
@@ -94,7 +106,7 @@ def test_unreachable_endpoint(faulty, monkeypatch):
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://user:{SECRET}@127.0.0.1:{port}")
-    store = open_store("s3://bucket")
+    store = open_store("s3://bucket").with_patience(0.2)
     with pytest.raises(StoreError, match=f"at http://127.0.0.1:{port}: no usable answer") as info:
         store.get("key")
     assert SECRET not in str(info.value)

@@ -1,0 +1,141 @@
+"""What publishing and reading processes do, and a way to start many of them at little cost."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraseg.library import Library
+from loraseg.seeding import numpy_generator
+from loraseg.storage import open_store
+from tests.integration.library.publishers import files_of, publish
+
+# Imports torch once for all: two cores would need a minute to do so for every process.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload([__name__])
+
+_WRITES = ("put", "put_if_absent", "put_if_match")
+_READS = ("get", "get_with_etag", "exists", "list")
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where all of a test's processes work: a library, its server, and a folder for reports."""
+
+    uri: str
+    environment: dict[str, str]
+    folder: Path
+    seed: int = 0
+
+    def start(self, work, name, *arguments):
+        """Start ``work(self, name, *arguments)`` as a process of that name."""
+        process = _FORKS.Process(target=_run, args=(work, self, name, *arguments), name=name)
+        process.start()
+        return process
+
+    def report(self, name, **values):
+        path = self.folder / f"{name}.json"
+        path.with_suffix(".part").write_text(json.dumps(values))
+        path.with_suffix(".part").replace(path)
+
+    def reports(self, prefix):
+        return [
+            json.loads(path.read_text()) for path in sorted(self.folder.glob(f"{prefix}*.json"))
+        ]
+
+    @property
+    def finished(self):
+        """The file that tells readers that all is published."""
+        return self.folder / "finished"
+
+
+class WatchedStore:
+    """Counts what is asked of a store; dies by SIGKILL before or after write number ``dies_at``."""
+
+    def __init__(self, store, dies_at=None, before=False):
+        self._store, self._dies_at, self._before = store, dies_at, before
+        self._writes = 0
+        self.counts = Counter()
+        store._client.meta.events.register("before-send.s3", self._count_request)
+
+    def __getattr__(self, name):
+        method = getattr(self._store, name)
+        if name not in (*_WRITES, *_READS):
+            return method
+        return lambda *arguments: self._watch(name, method, *arguments)
+
+    def _watch(self, name, method, *arguments):
+        if name in _WRITES:
+            self._writes += 1
+            self._maybe_die(before=True)
+        result = method(*arguments)
+        if name in _WRITES:
+            self._maybe_die(before=False)
+        key = arguments[0] if arguments else ""
+        kind = "HEAD" if key.endswith("HEAD") else key.partition("/")[0]
+        refused = " refused" if result is False and name in _WRITES else ""
+        self.counts[f"{name} {kind}{refused}"] += 1
+        return result
+
+    def _maybe_die(self, *, before):
+        if self._writes == self._dies_at and self._before is before:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def _count_request(self, request, **_):
+        self.counts["requests"] += 1
+
+
+def publish_many(place, name, count, dies_at=None, before=False):
+    """Publish ``count`` adapters one by one; what is published already stays as it is."""
+    store = WatchedStore(open_store(place.uri), dies_at, before)
+    library = Library(store)
+    seconds = []
+    for number in range(count):
+        started = time.perf_counter()
+        publish(library, adapter_name(name, number), number)
+        seconds.append(time.perf_counter() - started)
+    place.report(name, seconds=seconds, cpu_s=time.process_time(), counts=store.counts)
+
+
+def adapter_name(publisher, number):
+    return f"{publisher}-{number:02d}"
+
+
+def read_all_the_time(place, name):
+    """List and load until all is published; every generation must be whole, none older than the
+    one before.
+
+    What was verified once is not read again in every later generation, but one of them is.
+    """
+    library = Library(open_store(place.uri))
+    random = numpy_generator(place.seed, name)
+    last, known, generations, loaded = -1, {}, 0, 0
+    while True:
+        finished = place.finished.exists()
+        generation = library.generation()
+        assert generation >= last, f"generation {generation} after {last}"
+        if generation > last:
+            entries = {entry.name: entry for entry in library.entries(generation)}
+            assert known.items() <= entries.items(), f"generation {generation} lost an entry"
+            fresh = [entry for key, entry in entries.items() if key not in known]
+            old = [known[key] for key in random.permutation(sorted(known))[:1]]
+            for entry in (*fresh, *old):
+                assert library.load_entry(entry)[0] == files_of(entry.name), entry.name
+            last, known = generation, entries
+            generations, loaded = generations + 1, loaded + len(fresh) + len(old)
+        elif finished:
+            break
+        else:
+            time.sleep(0.05)
+    place.report(name, generations=generations, loaded=loaded, last=last, entries=len(known))
+
+
+def _run(work, place, name, *arguments):
+    os.environ.update(place.environment)
+    with contextlib.suppress(KeyboardInterrupt):
+        work(place, name, *arguments)

@@ -1,0 +1,57 @@
+"""The store behind a proxy that spoils requests of a real server, one scripted fault at a time."""
+
+import pytest
+
+import loraseg.storage.s3 as s3
+from loraseg.storage import open_store
+from tests.integration.faults.flaky_proxy import FAULTS, FlakyProxy
+
+
+@pytest.fixture(params=["moto", pytest.param("durable", marks=pytest.mark.durable)])
+def proxy(request, monkeypatch):
+    space = request.getfixturevalue("s3_env" if request.param == "moto" else "durable_env")
+    with FlakyProxy(space.endpoint.url).running() as proxy:
+        proxy.delay_s = 0.1
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        proxy.store = open_store(f"{space.uri}/prefix")
+        yield proxy
+
+
+def test_a_signature_for_the_proxys_address_is_good_for_the_server(proxy):
+    assert proxy.store.put_if_absent("key", b"data")
+    assert proxy.store.get("key") == b"data"
+    assert proxy.counts["requests"] == 2
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_is_survived_by_each_call(proxy, fault):
+    store = proxy.store
+    calls = [
+        lambda: store.put("key", b"data"),
+        lambda: store.get("key"),
+        lambda: store.put_if_absent("new", b"data"),
+        lambda: store.put_if_absent("new", b"data"),
+        lambda: store.put_if_match("key", b"next", store.get_with_etag("key")[1]),
+        lambda: store.exists("key"),
+        lambda: store.exists("none"),
+        lambda: list(store.list()),
+        lambda: store.delete("key"),
+    ]
+    results = []
+    for call in calls:
+        proxy.faults = [fault]
+        results.append(call())
+    assert results[1:] == [b"data", True, False, True, True, False, ["key", "new"], None]
+
+
+@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("fault", ["lose", "fail", "drop", "cut"])
+def test_each_request_of_an_upload_in_parts_may_fail(proxy, monkeypatch, fault, number):
+    monkeypatch.setattr(s3, "MULTIPART_THRESHOLD_BYTES", 2**20)
+    monkeypatch.setattr(s3, "_PART_THREADS", 1)
+    data = bytes(s3.PART_BYTES) + b"last part"
+    # Created, two parts, completed, looked up.
+    proxy.faults = [None] * number + [fault]
+    etag = proxy.store.put("key", data)
+    assert proxy.store.get_with_etag("key") == (data, etag)
+    assert any(name.startswith(fault) for name in proxy.counts)
