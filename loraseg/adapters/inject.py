@@ -20,6 +20,8 @@ TARGET_RULES: Mapping[str, str] = {
         rf"clip_model\.(?:visual\.)?transformer\.{_BLOCK}"
         rf"|transformer\.layers\.\d+\.(?:{_SWIN}|{_CLASS}))"
     ),
+    # Nothing of CLIP: its features stay those of the base, and training need not differentiate it.
+    "aggregator": rf"sem_seg_head\.predictor\.transformer\.layers\.\d+\.(?:{_SWIN}|{_CLASS})",
 }
 
 

@@ -23,7 +23,14 @@ from loraseg.train.checkpoint import CheckpointSlot
 from loraseg.train.loop import LoopConfig, LoopResult, run_loop
 from loraseg.train.progress import Pace, Report
 from loraseg.train.score import mean_iou
-from loraseg.train.segmentation import TrainingImages, fixed_threads, segmentation_loss
+from loraseg.train.segmentation import (
+    TrainingImages,
+    encode_side,
+    encode_text,
+    fixed_threads,
+    has_labels,
+    segmentation_loss,
+)
 
 __all__ = ["BaseRecipe", "BaseResult", "BaseTask", "train_base"]
 
@@ -206,13 +213,16 @@ def _optimise(
         clip_multiplier=recipe.clip_multiplier,
     )
 
+    precision = recipe.loop.precision
+
     def loss_of(step: int) -> Tensor | None:
+        pixels, labels = images.batch(step, recipe.batch_size)
+        if not has_labels(labels):
+            return None
+        side = encode_side(base, pixels, precision)
+        text = encode_text(base, tokens, precision)
         return segmentation_loss(
-            base,
-            tokens,
-            images.batch(step, recipe.batch_size),
-            mask_ignored=recipe.mask_ignored,
-            precision=recipe.loop.precision,
+            base, text, side, labels, mask_ignored=recipe.mask_ignored, precision=precision
         )
 
     model.train(recipe.pooled)

@@ -18,7 +18,7 @@ from loraseg.errors import ConfigError, StageError
 from loraseg.tensor_types import Tensor
 from loraseg.train.checkpoint import CheckpointSlot, Snapshot
 
-__all__ = ["LoopConfig", "LoopResult", "Watcher", "rate_factor", "run_loop"]
+__all__ = ["LoopConfig", "LoopResult", "Optimisation", "Watcher", "rate_factor", "run_loop"]
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +85,86 @@ def rate_factor(config: LoopConfig, step: int) -> float:
     return config.warmup_factor * (1 - share) + top * share
 
 
+class Optimisation:
+    """One run of the loop, driven step by step, so that several runs can go side by side."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        groups: Iterable[Mapping[str, Any]],
+        config: LoopConfig,
+        *,
+        slot: CheckpointSlot | None = None,
+        watch: Watcher | None = None,
+    ) -> None:
+        """Take up where the slot's checkpoint left off, else begin.
+
+        Args:
+            parameters: All that trains, by a name that is stable between runs; changed in place.
+            groups: AdamW groups over them with their peak ``lr`` and ``weight_decay``.
+            config: Steps and schedule.
+            slot: Where checkpoints are kept; a usable one is resumed from. None keeps none.
+            watch: Called after each step with (steps done, loss); the loss is nan after a skip.
+
+        Raises:
+            StageError: The checkpoint holds other parameters.
+            StoreError: The checkpoints cannot be read.
+        """
+        self.config = config
+        self._parameters, self._slot, self._watch = parameters, slot, watch
+        self._optimizer = torch.optim.AdamW([dict(group) for group in groups])
+        self._peaks = [group["lr"] for group in self._optimizer.param_groups]
+        snapshot = slot.load() if slot else None
+        if snapshot:
+            _restore(snapshot, parameters, self._optimizer)
+        self.first, self._skipped = (
+            (snapshot.step, snapshot.skipped_batches) if snapshot else (0, 0)
+        )
+        self._loss, self._started = math.nan, time.monotonic()
+
+    def wants(self, step: int) -> bool:
+        """Whether this run has still to make a step."""
+        return self.first <= step < self.config.steps
+
+    def advance(self, step: int, loss: Tensor | None) -> None:
+        """Make one step; steps come in order, from ``first`` on, none left out.
+
+        Args:
+            step: Number of the step.
+            loss: Its loss, a pure function of the step and the parameters. None says that the
+                step's batch has nothing to learn from.
+
+        Raises:
+            StageError: The loss or a gradient is not finite.
+        """
+        for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * rate_factor(self.config, step)
+        if loss is None:
+            self._skipped += 1
+            self._loss = math.nan
+        else:
+            self._loss = _update(loss, self._parameters, self._optimizer, self.config, step)
+        done = step + 1
+        if self._slot and (done % self.config.checkpoint_every == 0 or done == self.config.steps):
+            self._slot.save(_snapshot(done, self._skipped, self._parameters, self._optimizer))
+        if self._watch:
+            self._watch(done, self._loss)
+
+    def result(self) -> LoopResult:
+        """Return how it went, after the last step.
+
+        Raises:
+            StageError: Every batch was skipped.
+        """
+        if self._skipped == self.config.steps:
+            raise StageError(
+                f"all {self._skipped} batches held no labelled pixel; nothing was learnt"
+            )
+        steps, seconds = self.config.steps - self.first, time.monotonic() - self._started
+        logger.info("%d steps, %.1f s", steps, seconds)
+        return LoopResult(self._loss, self._skipped, self.first)
+
+
 def run_loop(
     parameters: Mapping[str, nn.Parameter],
     groups: Iterable[Mapping[str, Any]],
@@ -97,43 +177,21 @@ def run_loop(
     """Optimise ``parameters`` in place for ``config.steps`` steps.
 
     Args:
-        parameters: All that trains, by a name that is stable between runs.
-        groups: AdamW groups over them with their peak ``lr`` and ``weight_decay``.
-        loss_of: The loss of a step; must be a pure function of the step and the parameters. None
-            says that the step's batch has nothing to learn from.
+        parameters: As in :class:`Optimisation`, like the rest.
+        groups: AdamW groups over them.
+        loss_of: The loss of a step, as :meth:`Optimisation.advance` takes it.
         config: Steps and schedule.
-        slot: Where checkpoints are kept; a usable one is resumed from. None keeps none.
-        watch: Called after each step with (steps done, loss); the loss is nan after a skip.
+        slot: Where checkpoints are kept.
+        watch: Called after each step.
 
     Raises:
         StageError: The loss or a gradient is not finite, or every batch was skipped.
         StoreError: The checkpoints cannot be read.
     """
-    optimizer = torch.optim.AdamW([dict(group) for group in groups])
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    snapshot = slot.load() if slot else None
-    if snapshot:
-        _restore(snapshot, parameters, optimizer)
-    first, skipped = (snapshot.step, snapshot.skipped_batches) if snapshot else (0, 0)
-    loss_value, started = math.nan, time.monotonic()
-    for step in range(first, config.steps):
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * rate_factor(config, step)
-        loss = loss_of(step)
-        if loss is None:
-            skipped += 1
-            loss_value = math.nan
-        else:
-            loss_value = _update(loss, parameters, optimizer, config, step)
-        done = step + 1
-        if slot and (done % config.checkpoint_every == 0 or done == config.steps):
-            slot.save(_snapshot(done, skipped, parameters, optimizer))
-        if watch:
-            watch(done, loss_value)
-    if skipped == config.steps:
-        raise StageError(f"all {skipped} batches held no labelled pixel; nothing was learnt")
-    logger.info("%d steps, %.1f s", config.steps - first, time.monotonic() - started)
-    return LoopResult(loss_value, skipped, first)
+    run = Optimisation(parameters, groups, config, slot=slot, watch=watch)
+    for step in range(run.first, config.steps):
+        run.advance(step, loss_of(step))
+    return run.result()
 
 
 def _cosine(config: LoopConfig, step: int) -> float:

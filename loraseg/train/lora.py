@@ -1,32 +1,45 @@
-# pyright: basic
-"""Train one LoRA adapter on a frozen CAT-Seg with stock peft (methods B.1 and B.2)."""
+"""Train LoRA adapters on a frozen CAT-Seg, one alone or several on the same batches (methods B)."""
 
 import dataclasses
-from collections.abc import Generator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import nn
 
 from loraseg.adapters.adapter import LoraPair
 from loraseg.adapters.inject import targets
-from loraseg.adapters.peft_io import pairs_of
-from loraseg.compat import prepare_torchvision
-from loraseg.errors import AdapterMismatchError, ConfigError
-from loraseg.seeding import torch_generator
+from loraseg.errors import ConfigError, LorasegError
 from loraseg.segment.base import SegmentationBase
-from loraseg.tensor_types import Tensor
+from loraseg.tensor_types import Tensor, ndarray
 from loraseg.train.checkpoint import CheckpointSlot
-from loraseg.train.loop import LoopResult, Watcher, run_loop
-from loraseg.train.recipes import AdapterRecipe
+from loraseg.train.loop import LoopResult, Optimisation, Watcher
+from loraseg.train.pairs import TrainablePairs, acting, fresh_pairs, frozen
+from loraseg.train.recipes import AdapterRecipe, shared_part
 from loraseg.train.segmentation import (
+    ImageSide,
+    Precision,
     TrainingImages,
+    encode_side,
+    encode_text,
     fixed_threads,
+    has_labels,
     segmentation_loss,
 )
 
-__all__ = ["TrainedPairs", "count_parameters", "injected", "train_lora"]
+__all__ = [
+    "Member",
+    "TrainedPairs",
+    "count_parameters",
+    "image_side_is_frozen",
+    "train_group",
+    "train_lora",
+]
+
+logger = logging.getLogger(__name__)
+
+_CLIP = "sem_seg_head.predictor.clip_model."
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -35,6 +48,15 @@ class TrainedPairs:
 
     pairs: dict[str, LoraPair]
     loop: LoopResult
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Member:
+    """One adapter of a group: its recipe, its checkpoints, and who is told of each step."""
+
+    recipe: AdapterRecipe
+    slot: CheckpointSlot | None = None
+    watch: Watcher | None = None
 
 
 def train_lora(
@@ -64,97 +86,170 @@ def train_lora(
         StageError: The loss is not finite, or no batch held a labelled pixel.
         StoreError: The checkpoints cannot be read.
     """
-    model, wanted = base.model, recipe.clip_attention_lora
-    if model.config.clip_attention_lora != wanted:
-        raise ConfigError(
-            f"clip_attention_lora: the recipe says {wanted!r}, the base was loaded as "
-            f"{model.config.clip_attention_lora!r}"
-        )
-    images.require_labels()
-    tokens = base.tokenize(classes)
-    with ExitStack() as stack:
-        stack.enter_context(fixed_threads(recipe.threads))
-        parameters = stack.enter_context(injected(model, recipe, images.seed))
-        # Nothing in CAT-Seg but the pooling before class attention depends on the mode.
-        model.train(recipe.pooled)
-
-        def loss_of(step: int) -> Tensor | None:
-            return segmentation_loss(
-                base,
-                tokens,
-                images.batch(step, recipe.batch_size),
-                mask_ignored=recipe.mask_ignored,
-                precision=recipe.loop.precision,
-            )
-
-        groups = [
-            {
-                "params": list(parameters.values()),
-                "lr": recipe.learning_rate,
-                "weight_decay": recipe.weight_decay,
-            }
-        ]
-        result = run_loop(parameters, groups, loss_of, recipe.loop, slot=slot, watch=watch)
-        pairs = {
-            module: LoraPair(pair.down.cpu(), pair.up.cpu(), pair.scale)
-            for module, pair in pairs_of(model).items()
-        }
-    return TrainedPairs(pairs, result)
+    member = Member(recipe=recipe, slot=slot, watch=watch)
+    (outcome,) = train_group(base, images, classes, [member])
+    if isinstance(outcome, LorasegError):
+        raise outcome
+    return outcome
 
 
-@contextmanager
-def injected(
-    model: nn.Module, recipe: AdapterRecipe, seed: int
-) -> Generator[dict[str, nn.Parameter], None, None]:
-    """Put fresh LoRA pairs into a model by peft and take them out again at the end.
+def train_group(
+    base: SegmentationBase,
+    images: TrainingImages,
+    classes: Sequence[str],
+    members: Sequence[Member],
+) -> list[TrainedPairs | LorasegError]:
+    """Train several adapters step by step side by side, on the same batches.
 
-    Yields the trainable parameters by name. A starts as in LoRA's reference (uniform within
-    1 / sqrt(d_in)) from a stream of the module's own, B at zero, so the model is unchanged at
-    first. Mode and ``requires_grad`` of the base are restored.
+    Each becomes what it would become alone, byte by byte on the CPU. What the rule leaves frozen
+    before the first adapted layer is computed once a step for all of them: the same operation on
+    the same input. An error of one member ends that member only; each resumes from a checkpoint of
+    its own.
+
+    Args:
+        base: Where its model is (CPU or GPU) is where training happens.
+        images: Augmented batches; their seed decides the initial pairs as well.
+        classes: Class names by id.
+        members: At least one; equal in :func:`~loraseg.train.recipes.shared_part`.
+
+    Returns:
+        For each member its pairs, or the error that ended it.
 
     Raises:
-        AdapterMismatchError: The model holds LoRA pairs already.
+        ConfigError: The base's ``clip_attention_lora`` is not the recipe's, or recipes differ in
+            what a group shares.
+        DatasetError: No pixel of any mask is labelled, or a file is broken.
     """
-    prepare_torchvision()
-    import peft
+    recipe, model = members[0].recipe, base.model
+    _check(model.config.clip_attention_lora, members)
+    images.require_labels()
+    names = targets(model, recipe.targets)
+    outcomes: dict[int, TrainedPairs | LorasegError] = {}
+    running: dict[int, _Run] = {}
+    with ExitStack() as stack:
+        stack.enter_context(fixed_threads(recipe.threads))
+        # Nothing in CAT-Seg but the pooling before class attention depends on the mode.
+        stack.enter_context(frozen(model, training=recipe.pooled))
+        inputs = _Inputs(base, images, base.tokenize(classes), recipe, names)
+        for index, member in enumerate(members):
+            try:
+                running[index] = _Run(model, member, names, images.seed)
+            except LorasegError as error:
+                outcomes[index] = error
+        first = min((run.optimisation.first for run in running.values()), default=0)
+        for step in range(first, max(member.recipe.loop.steps for member in members)):
+            takers = {i: run for i, run in running.items() if run.optimisation.wants(step)}
+            if not takers:
+                continue
+            inputs.enter(step)
+            for index, run in takers.items():
+                try:
+                    run.advance(step, inputs)
+                except LorasegError as error:
+                    outcomes[index] = error
+                    del running[index]
+        for index, run in running.items():
+            try:
+                outcomes[index] = TrainedPairs(run.pairs.copy(), run.optimisation.result())
+            except LorasegError as error:
+                outcomes[index] = error
+    return [outcomes[index] for index in range(len(members))]
 
-    if pairs_of(model):
-        raise AdapterMismatchError("the model holds LoRA pairs already; expected the bare base")
-    config = peft.LoraConfig(
-        r=recipe.rank,
-        lora_alpha=recipe.alpha,  # pyright: ignore[reportArgumentType] - peft divides, it may be a fraction
-        lora_dropout=0.0,
-        bias="none",
-        target_modules=list(targets(model, recipe.targets)),
-    )
-    was_training = model.training
-    wanted_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-    wrapped: Any = peft.LoraModel(model, config, "default")
-    try:
-        yield _initialised(model, seed)
-    finally:
-        wrapped.unload()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(wanted_grad[name])
-        model.train(was_training)
+
+def image_side_is_frozen(model: nn.Module, rule: str) -> bool:
+    """Return whether a rule leaves all of CLIP's image tower as it is."""
+    return not any(name.startswith(_CLIP + "visual.") for name in targets(model, rule))
 
 
 def count_parameters(model: nn.Module, recipe: AdapterRecipe) -> int:
     """Count what an adapter by this recipe would train; the model may be on the meta device."""
-    linears: list[Any] = [model.get_submodule(name) for name in targets(model, recipe.targets)]
-    return sum(recipe.rank * (layer.in_features + layer.out_features) for layer in linears)
+    layers = [model.get_submodule(name) for name in targets(model, recipe.targets)]
+    return sum(recipe.rank * sum(layer.get_parameter("weight").shape) for layer in layers)
 
 
-def _initialised(model: nn.Module, seed: int) -> dict[str, nn.Parameter]:
-    trainable: dict[str, nn.Parameter] = {}
-    with torch.no_grad():
-        for name, module in model.named_modules():
-            if not hasattr(module, "lora_A"):
-                continue
-            layer: Any = module
-            down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            start = torch.rand(down.shape, generator=torch_generator(seed, "lora", name))
-            down.copy_((2 * start - 1) * down.shape[1] ** -0.5)
-            up.zero_()
-            trainable[f"{name}.lora_A"], trainable[f"{name}.lora_B"] = down, up
-    return trainable
+class _Run:
+    """One adapter while it trains."""
+
+    def __init__(self, model: nn.Module, member: Member, names: Sequence[str], seed: int) -> None:
+        recipe = member.recipe
+        self._model, self._mask_ignored = model, recipe.mask_ignored
+        self.pairs: TrainablePairs = fresh_pairs(
+            model, names, rank=recipe.rank, alpha=recipe.alpha, seed=seed
+        )
+        parameters = self.pairs.parameters()
+        group = {
+            "params": list(parameters.values()),
+            "lr": recipe.learning_rate,
+            "weight_decay": recipe.weight_decay,
+        }
+        self.optimisation = Optimisation(
+            parameters, [group], recipe.loop, slot=member.slot, watch=member.watch
+        )
+
+    def advance(self, step: int, inputs: "_Inputs") -> None:
+        loss = None
+        if inputs.labelled:
+            with acting(self._model, self.pairs):
+                loss = inputs.loss(mask_ignored=self._mask_ignored)
+        self.optimisation.advance(step, loss)
+
+
+class _Inputs:
+    """The batch of one step, with what is frozen computed once for all who train on it."""
+
+    def __init__(
+        self,
+        base: SegmentationBase,
+        images: TrainingImages,
+        tokens: Tensor,
+        recipe: AdapterRecipe,
+        names: Sequence[str],
+    ) -> None:
+        self._base, self._images, self._tokens = base, images, tokens
+        self._batch_size = recipe.batch_size
+        self._precision: Precision = recipe.loop.precision
+        self._side_frozen = image_side_is_frozen(base.model, recipe.targets)
+        self._side: ImageSide | None = None
+        self._text: Tensor | None = None
+        if not any(name.startswith(_CLIP + "transformer.") for name in names):
+            with torch.no_grad():
+                self._text = encode_text(base, tokens, self._precision)
+
+    def enter(self, step: int) -> None:
+        """Load a step's batch; nobody's pairs act meanwhile."""
+        self._pixels, self._labels = self._images.batch(step, self._batch_size)
+        self.labelled = has_labels(self._labels)
+        if self._side_frozen and self.labelled:
+            with torch.no_grad():
+                self._side = self._encode()
+
+    def loss(self, *, mask_ignored: bool) -> Tensor:
+        """Return the loss with the pairs that act now."""
+        return segmentation_loss(
+            self._base,
+            encode_text(self._base, self._tokens, self._precision)
+            if self._text is None
+            else self._text,
+            self._side or self._encode(),
+            self._labels,
+            mask_ignored=mask_ignored,
+            precision=self._precision,
+        )
+
+    def _encode(self) -> ImageSide:
+        pixels: ndarray = self._pixels
+        return encode_side(self._base, pixels, self._precision)
+
+
+def _check(clip_attention_lora: str, members: Sequence[Member]) -> None:
+    wanted = members[0].recipe.clip_attention_lora
+    if clip_attention_lora != wanted:
+        raise ConfigError(
+            f"clip_attention_lora: the recipe says {wanted!r}, the base was loaded as "
+            f"{clip_attention_lora!r}"
+        )
+    if len({shared_part(member.recipe) for member in members}) > 1:
+        raise ConfigError(
+            "recipes of one group may differ in name, rank, alpha, learning_rate, weight_decay, "
+            "mask_ignored and loop (but not loop.precision); got others that differ"
+        )

@@ -11,7 +11,19 @@ from loraseg.data.transforms import AugmentConfig
 from loraseg.errors import ConfigError
 from loraseg.train.loop import LoopConfig
 
-__all__ = ["RECIPES", "AdapterRecipe", "DomainKind", "miniature", "named_recipe", "semla"]
+__all__ = [
+    "CLIP_IS_FROZEN",
+    "RECIPES",
+    "AdapterRecipe",
+    "DomainKind",
+    "miniature",
+    "named_recipe",
+    "semla",
+    "shared_part",
+]
+
+# Rules of TARGET_RULES that adapt nothing of CLIP: its features are those of the base.
+CLIP_IS_FROZEN = frozenset({"aggregator"})
 
 DomainKind = Literal["acdc", "muses", "cs", "bdd", "mv", "a150", "idd", "pc59", "nyu", "coconutL"]
 
@@ -169,6 +181,24 @@ def named_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Adapt
     values = configuration.to_dict(RECIPES[name]())
     return configuration.build(
         AdapterRecipe, _merged(values, overrides or {}), where=f"recipe {name}"
+    )
+
+
+def shared_part(recipe: AdapterRecipe) -> AdapterRecipe:
+    """Return a recipe with all that adapters trained on the same batches may differ in made equal.
+
+    Those are name, rank, alpha, rates, what happens to ignored pixels, and the loop but for its
+    precision.
+    """
+    return dataclasses.replace(
+        recipe,
+        name="",
+        rank=1,
+        alpha=1.0,
+        learning_rate=1.0,
+        weight_decay=0.0,
+        mask_ignored=False,
+        loop=LoopConfig(steps=1, precision=recipe.loop.precision),
     )
 
 

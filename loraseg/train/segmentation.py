@@ -1,5 +1,6 @@
 """Batches and loss for training a CAT-Seg on labelled images."""
 
+import dataclasses
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Literal
@@ -16,7 +17,19 @@ from loraseg.segment.base import SegmentationBase
 from loraseg.segment.losses import catseg_bce
 from loraseg.tensor_types import Float, Int, Tensor, UInt8, ndarray
 
-__all__ = ["TrainingImages", "clip_input", "fixed_threads", "segmentation_loss"]
+__all__ = [
+    "ImageSide",
+    "Precision",
+    "TrainingImages",
+    "clip_input",
+    "encode_side",
+    "encode_text",
+    "fixed_threads",
+    "has_labels",
+    "segmentation_loss",
+]
+
+Precision = Literal["fp32", "bf16"]
 
 _CACHE_BYTES = 2 * 2**30
 
@@ -116,30 +129,65 @@ class TrainingImages:
         return image, mask
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class ImageSide:
+    """What the aggregator sees of a batch of images: CLIP's dense features, upsampled guidance."""
+
+    features: Float[Tensor, "b d g g"]
+    guidance: tuple[Float[Tensor, "b _ g2 g2"], Float[Tensor, "b _ g4 g4"]]
+
+
+def encode_side(
+    base: SegmentationBase, images: UInt8[ndarray, "b s s 3"], precision: Precision = "fp32"
+) -> ImageSide:
+    """Run everything before the aggregator on images in RGB; gradients flow as the model says."""
+    model = base.model
+    with _autocast(base, precision):
+        features, taps = model.clip.visual(clip_input(base, images))
+        return ImageSide(features, (model.upsample1(taps[0]), model.upsample2(taps[1])))
+
+
+def encode_text(
+    base: SegmentationBase, tokens: Int[Tensor, "t p l"], precision: Precision = "fp32"
+) -> Float[Tensor, "t p d"]:
+    """Encode class prompts given as token ids; gradients flow as the model says."""
+    with _autocast(base, precision):
+        return base.encode_tokens(tokens)
+
+
 def segmentation_loss(
     base: SegmentationBase,
-    tokens: Int[Tensor, "t p l"],
-    batch: tuple[UInt8[ndarray, "b s s 3"], UInt8[ndarray, "b s s"]],
+    text: Float[Tensor, "t p d"],
+    images: ImageSide,
+    labels: UInt8[ndarray, "b s s"],
     *,
     mask_ignored: bool = False,
-    precision: Literal["fp32", "bf16"] = "fp32",
-) -> Float[Tensor, ""] | None:
-    """Return CAT-Seg's loss on a batch (methods A.6), None if no pixel of it is labelled.
+    precision: Precision = "fp32",
+) -> Float[Tensor, ""]:
+    """Return CAT-Seg's loss on a batch (methods A.6).
 
     Args:
-        base: Its model is run as it is, with whatever has been put into it.
-        tokens: Class prompts as token ids; encoded anew, since the text encoder trains.
-        batch: Images in RGB and class ids.
-        mask_ignored: Leave ignored pixels out of the mean.
+        base: Its aggregator is run as it is, with whatever has been put into it.
+        text: From :func:`encode_text`.
+        images: From :func:`encode_side`.
+        labels: Class ids, 255 = ignore.
+        mask_ignored: Leave ignored pixels out of the mean; then some pixel must be labelled.
         precision: "bf16" runs the forward pass under autocast.
     """
-    images, labels = batch
-    if not (labels != IGNORE).any():
-        return None
-    with torch.autocast(base.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        logits = base.model(clip_input(base, images), base.encode_tokens(tokens))
+    bank = text[None].expand(len(labels), -1, -1, -1)
+    with _autocast(base, precision):
+        logits = base.model.aggregator(images.features, bank, images.guidance)
     target = torch.from_numpy(labels).to(base.device)
     return catseg_bce(logits.float(), target, IGNORE, mask_ignored=mask_ignored)
+
+
+def has_labels(labels: UInt8[ndarray, "b s s"]) -> bool:
+    """Return whether there is anything to learn from."""
+    return bool((labels != IGNORE).any())
+
+
+def _autocast(base: SegmentationBase, precision: Precision) -> torch.autocast:
+    return torch.autocast(base.device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def clip_input(

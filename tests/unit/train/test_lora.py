@@ -1,16 +1,38 @@
+import dataclasses
+
 import pytest
 import torch
 
-from loraseg.adapters.inject import targets
-from loraseg.adapters.peft_io import pairs_of
+from loraseg.adapters.inject import TARGET_RULES, targets
 from loraseg.data import DatasetFolder
-from loraseg.errors import AdapterMismatchError, ConfigError
-from loraseg.train.lora import count_parameters, injected, train_lora
-from loraseg.train.recipes import named_recipe
+from loraseg.errors import ConfigError, StageError
+from loraseg.storage import open_store
+from loraseg.train.checkpoint import CheckpointSlot
+from loraseg.train.lora import (
+    Member,
+    count_parameters,
+    image_side_is_frozen,
+    train_group,
+    train_lora,
+)
+from loraseg.train.pairs import fresh_pairs
+from loraseg.train.recipes import CLIP_IS_FROZEN, named_recipe
 from loraseg.train.segmentation import TrainingImages
 from tests.tiny_world import LABELS, write_domain
 from tests.unit.tiny import tiny_base
 from tests.unit.train.tiny_files import RECIPE
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(step):
+    def watch(done, loss):
+        if done == step:
+            raise Killed
+
+    return watch
 
 
 @pytest.fixture
@@ -68,42 +90,11 @@ def test_inert_and_active_must_agree(images):
         train(tiny_base(), images, clip_attention_lora="inert")
 
 
-def test_fresh_pairs_change_nothing_and_start_as_in_the_reference():
-    base = tiny_base()
-    recipe = named_recipe("miniature", {"rank": 64})
-    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        plain = base.model(x, base.encode_classes(["sky", "road"]))
-        with injected(base.model, recipe, seed=0):
-            assert torch.equal(base.model(x, base.encode_classes(["sky", "road"])), plain)
-            pairs = pairs_of(base.model)
-        with injected(base.model, recipe, seed=1):
-            others = pairs_of(base.model)
-    for name, pair in pairs.items():
-        # Kaiming uniform with a = sqrt(5): uniform within 1 / sqrt(d_in), variance 1 / (3 d_in).
-        bound = pair.down.shape[1] ** -0.5
-        assert float(pair.down.abs().max()) <= bound
-        assert float(pair.down.var()) == pytest.approx(bound**2 / 3, rel=0.2)
-        assert not pair.up.any()
-        assert not torch.equal(others[name].down, pair.down)
-
-
-def test_refuses_a_model_that_holds_pairs_already():
-    base, recipe = tiny_base(), named_recipe("miniature")
-    with injected(base.model, recipe, 0):
-        outer = injected(base.model, recipe, 0)
-        with pytest.raises(AdapterMismatchError, match="LoRA pairs already"):
-            outer.__enter__()
-    assert pairs_of(base.model) == {}
-
-
 def test_counted_is_what_trains():
     base, recipe = tiny_base(), named_recipe("miniature", {"rank": 3})
-    with injected(base.model, recipe, 0) as parameters:
-        assert all(p.requires_grad for p in parameters.values())
-        trainable = sum(p.numel() for p in base.model.parameters() if p.requires_grad)
-        assert sum(p.numel() for p in parameters.values()) == trainable
-    assert count_parameters(base.model, recipe) == trainable
+    names = targets(base.model, recipe.targets)
+    parameters = fresh_pairs(base.model, names, rank=3, alpha=1.0, seed=0).parameters()
+    assert sum(p.numel() for p in parameters.values()) == count_parameters(base.model, recipe)
 
 
 @pytest.mark.parametrize("change", [{"precision": "bf16"}, {"precision": "fp32"}])
@@ -122,3 +113,90 @@ def test_the_seed_of_the_batches_decides_the_start(images, tmp_path):
     )
     first, second = train(tiny_base(), images).pairs, train(tiny_base(), other).pairs
     assert not any(torch.equal(pair.down, second[name].down) for name, pair in first.items())
+
+
+GROUP = {
+    "one": {},
+    "wide": {"rank": 3, "alpha": 6.0},
+    "short": {"learning_rate": 3e-3, "loop": {**RECIPE["loop"], "steps": 4}},
+    "strict": {"mask_ignored": True, "weight_decay": 0.1},
+}
+
+
+def member(name, store=None, **changes):
+    recipe = {**RECIPE, "targets": "aggregator", **GROUP[name], **changes}
+    slot = store and CheckpointSlot(store.sub(name))
+    return Member(recipe=named_recipe("miniature", recipe), slot=slot)
+
+
+def same(first, second):
+    assert first.pairs.keys() == second.pairs.keys()
+    return all(
+        torch.equal(pair.down, second.pairs[name].down)
+        and torch.equal(pair.up, second.pairs[name].up)
+        for name, pair in first.pairs.items()
+    )
+
+
+@pytest.fixture
+def alone(images):
+    """What each member becomes on its own."""
+    return {
+        name: train_group(tiny_base(), images, LABELS.names, [member(name)])[0] for name in GROUP
+    }
+
+
+@pytest.mark.parametrize("order", [tuple(GROUP), tuple(reversed(GROUP)), ("wide", "short")])
+def test_an_adapter_is_the_same_alone_and_in_any_group(images, alone, order):
+    together = train_group(tiny_base(), images, LABELS.names, [member(name) for name in order])
+    for name, trained in zip(order, together, strict=True):
+        assert same(trained, alone[name])
+    assert not same(alone["one"], alone["strict"])
+
+
+@pytest.mark.parametrize("rule", ["semla", "aggregator"])
+def test_whole_groups_may_adapt_clip_as_well(images, rule):
+    members = [member("one", targets=rule), member("wide", targets=rule)]
+    together = train_group(tiny_base(), images, LABELS.names, members)
+    for one, trained in zip(members, together, strict=True):
+        (single,) = train_group(tiny_base(), images, LABELS.names, [one])
+        assert same(trained, single)
+        assert all(pair.up.any() for pair in trained.pairs.values()) == (rule == "aggregator")
+
+
+def test_a_failing_member_ends_alone(images, alone):
+    broken = member("one", learning_rate=1e38, alpha=1e8)
+    outcomes = train_group(
+        tiny_base(), images, LABELS.names, [member("wide"), broken, member("short")]
+    )
+    assert isinstance(outcomes[1], StageError)
+    assert same(outcomes[0], alone["wide"])
+    assert same(outcomes[2], alone["short"])
+
+
+def test_members_resume_each_from_its_own_checkpoint(images, alone, tmp_path):
+    store = open_store(str(tmp_path / "checkpoints"))
+    train_group(tiny_base(), images, LABELS.names, [member("short", store)])
+    halfway = dataclasses.replace(member("one", store), watch=kill_at(5))
+    with pytest.raises(Killed):
+        train_group(tiny_base(), images, LABELS.names, [member("wide"), halfway])
+    names = ("wide", "one", "short")
+    outcomes = train_group(
+        tiny_base(), images, LABELS.names, [member(name, store) for name in names]
+    )
+    assert [trained.loop.resumed_from_step for trained in outcomes] == [0, 4, 4]
+    assert all(same(trained, alone[name]) for name, trained in zip(names, outcomes, strict=True))
+
+
+def test_members_must_agree_on_what_they_share(images):
+    members = [member("one"), member("one", batch_size=3)]
+    with pytest.raises(ConfigError, match="recipes of one group may differ in name, rank"):
+        train_group(tiny_base(), images, LABELS.names, members)
+
+
+@pytest.mark.parametrize("rule", TARGET_RULES)
+def test_the_list_of_rules_that_leave_clip_alone_is_right(rule):
+    model = tiny_base().model
+    assert image_side_is_frozen(model, rule) == (rule in CLIP_IS_FROZEN)
+    if rule in CLIP_IS_FROZEN:
+        assert not any(".clip_model." in name for name in targets(model, rule))

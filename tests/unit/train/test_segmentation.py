@@ -10,7 +10,10 @@ from loraseg.errors import DatasetError
 from loraseg.train.segmentation import (
     TrainingImages,
     clip_input,
+    encode_side,
+    encode_text,
     fixed_threads,
+    has_labels,
     segmentation_loss,
 )
 from tests.tiny_world import write_domain
@@ -23,6 +26,14 @@ FULL = AugmentConfig(crop=24, shortest_edge=(24, 32))
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     return DatasetFolder.open(write_domain(tmp_path_factory.mktemp("data"), "fog", train=5))
+
+
+def loss_of(base, classes, batch, precision="fp32", **options):
+    """The loss on a batch of images and labels, from pixels and words on."""
+    images, labels = batch
+    text = encode_text(base, base.tokenize(classes), precision)
+    side = encode_side(base, images, precision)
+    return segmentation_loss(base, text, side, labels, precision=precision, **options)
 
 
 def batches(dataset, augmentation=FULL, **options):
@@ -89,8 +100,7 @@ def test_the_loss_is_that_of_methods_a6(dataset, mask_ignored):
     base = tiny_base()
     images, labels = batches(dataset, PLAIN).batch(0, 2)
     labels[:, :9] = 255
-    tokens = base.tokenize(["sky", "road", "car"])
-    loss = segmentation_loss(base, tokens, (images, labels), mask_ignored=mask_ignored)
+    loss = loss_of(base, ["sky", "road", "car"], (images, labels), mask_ignored=mask_ignored)
     mean, std = np.array(base.mean), np.array(base.std)
     pixels = torch.from_numpy((images - mean) / std).permute(0, 3, 1, 2).float()
     side = base.model.config.image_size
@@ -106,18 +116,17 @@ def test_the_loss_is_that_of_methods_a6(dataset, mask_ignored):
     assert float(loss) == pytest.approx(total / count, rel=1e-5)
 
 
-def test_a_batch_without_labels_has_no_loss(dataset):
-    base = tiny_base()
-    images, labels = batches(dataset, PLAIN).batch(0, 2)
-    assert segmentation_loss(base, base.tokenize(["sky"]), (images, labels * 0 + 255)) is None
+def test_a_batch_has_labels_if_a_single_pixel_has_one():
+    labels = np.full((2, 4, 4), 255, np.uint8)
+    assert not has_labels(labels)
+    labels[1, 3, 2] = 0
+    assert has_labels(labels)
 
 
 def test_bf16_is_close_to_fp32(dataset):
-    base = tiny_base()
+    base, classes = tiny_base(), ["sky", "road", "car"]
     batch = batches(dataset, PLAIN).batch(0, 2)
-    tokens = base.tokenize(["sky", "road", "car"])
-    exact = segmentation_loss(base, tokens, batch)
-    rough = segmentation_loss(base, tokens, batch, precision="bf16")
+    exact, rough = (loss_of(base, classes, batch, precision) for precision in ("fp32", "bf16"))
     assert rough.dtype == torch.float32
     assert 0 < abs(float(rough) - float(exact)) < 0.02 * float(exact)
 

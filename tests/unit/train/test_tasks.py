@@ -19,7 +19,7 @@ from loraseg.segment.base import load_base
 from loraseg.segment.predictor import Predictor
 from loraseg.storage import open_store
 from loraseg.train.recipes import named_recipe
-from loraseg.train.tasks import plan, run_task
+from loraseg.train.tasks import groups, plan, run_task, run_tasks
 from tests.unit.train.tiny_files import RECIPE, tiny_task
 
 
@@ -90,7 +90,7 @@ def test_the_score_is_that_of_the_published_adapter(done):
     task, result, _ = done
     files, _ = published(task)
     dataset = DatasetFolder.open(task.data)
-    for mix, name in ((None, "miou_base"), (load_adapter(files), "miou")):
+    for mix, name in ((None, "miou_base"), (fuse([load_adapter(files)], [1.0]), "miou")):
         hits, unions = np.zeros(3), np.zeros(3)
         images, masks = zip(*map(dataset.load, dataset.samples("val")), strict=True)
         predictor = Predictor(load_base(task.base))
@@ -246,3 +246,88 @@ def test_refuses_a_task_that_cannot_be(tmp_path, changes, reason):
     task = tiny_task(tmp_path)
     with pytest.raises(ConfigError, match=reason):
         dataclasses.replace(task, **changes)
+
+
+def sweep(folder, *ranks, **changes):
+    """Tasks on one dataset that differ by name and rank."""
+    task = tiny_task(folder, data_order="per_dataset", **changes)
+    rules = {rank: {**RECIPE, "targets": "aggregator", "rank": rank} for rank in ranks}
+    return [
+        dataclasses.replace(task, name=f"rank-{rank}", recipe=named_recipe("miniature", rule))
+        for rank, rule in rules.items()
+    ]
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """Digests of a sweep, each trained alone."""
+    tasks = sweep(tmp_path_factory.mktemp("swept"), 1, 2, 4)
+    return {task.name: run_task(task) for task in tasks}
+
+
+def test_a_sweep_trained_together_gives_the_bytes_of_each_alone(swept, tmp_path, monkeypatch):
+    scored = []
+    monkeypatch.setattr(
+        "loraseg.train.work.mean_iou", lambda *args: (scored.append(args[3]), 0.5)[1]
+    )
+    monkeypatch.setattr("loraseg.train.work._base_scores", {})
+    tasks = sweep(tmp_path, 4, 1, 2)
+    results = run_tasks(tasks)
+    assert [result.digest for result in results] == [swept[task.name].digest for task in tasks]
+    assert len({result.digest for result in results}) == 3
+    # The bare base is scored once for all.
+    assert scored.count(None) == 1
+    assert len(scored) == 4
+
+
+def test_the_kept_base_score_is_the_one_made_anew(swept, tmp_path, monkeypatch):
+    monkeypatch.setattr("loraseg.train.work._base_scores", {})
+    (result,) = run_tasks(sweep(tmp_path, 2))
+    assert result.metrics == swept["rank-2"].metrics
+
+
+def test_a_killed_group_goes_on_in_any_other_grouping(swept, tmp_path):
+    tasks = sweep(tmp_path, 1, 2, 4)
+    with pytest.raises(Killed):
+        run_tasks(tasks, kill_at(5))
+    alone = run_task(tasks[1])
+    together = run_tasks(tasks)
+    assert [result.skipped for result in together] == [False, True, False]
+    assert [r.resumed_from_step for r in (alone, together[0], together[2])] == [4, 4, 4]
+    assert [result.digest for result in together] == [swept[task.name].digest for task in tasks]
+    assert list(open_store(tasks[0].checkpoints).list()) == []
+
+
+def test_a_failing_task_of_a_group_fails_alone(swept, tmp_path):
+    tasks = sweep(tmp_path, 1, 2)
+    wild = {"learning_rate": 1e38, "alpha": 1e8}
+    tasks[0] = dataclasses.replace(tasks[0], recipe=dataclasses.replace(tasks[0].recipe, **wild))
+    failed, good = run_tasks(tasks)
+    assert isinstance(failed, StageError)
+    assert good.digest == swept["rank-2"].digest
+
+
+def test_the_order_of_data_decides_which_batches_an_adapter_sees(tmp_path):
+    task = tiny_task(tmp_path, images=2)
+    other = dataclasses.replace(task, name="again")
+    digests = {run_task(one).digest for one in (task, other)}
+    assert len(digests) == 2
+    shared = [dataclasses.replace(one, data_order="per_dataset") for one in (task, other)]
+    assert len({run_task(one).digest for one in shared}) == 1
+    assert plan(shared[0]).digest != plan(task).digest
+
+
+def test_only_tasks_that_share_work_are_grouped(tmp_path):
+    alike = sweep(tmp_path, 1, 2, 4)
+    apart = [
+        *sweep(tmp_path, 3, seed=1),
+        *sweep(tmp_path, 5, images=2),
+        dataclasses.replace(alike[0], name="own-order", data_order="per_adapter"),
+        tiny_task(tmp_path, name="fog", data_order="per_dataset"),
+    ]
+    tasks = [alike[0], *apart[:2], alike[1], *apart[2:], alike[2]]
+    assert groups(tasks, most=8) == [(0, 3, 6), (1,), (2,), (4,), (5,)]
+    assert groups(tasks, most=2) == [(0, 3), (1,), (2,), (4,), (5,), (6,)]
+    assert groups(tasks, most=1) == [(index,) for index in range(7)]
+    with pytest.raises(ConfigError, match="rank-1, rank-3: cannot be trained together"):
+        run_tasks([alike[0], apart[0]])
