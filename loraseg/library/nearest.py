@@ -10,9 +10,12 @@ from loraseg.tensor_types import Bool, Float, Int, Tensor, ndarray
 
 __all__ = ["CentroidIndex"]
 
-# A block of so many rows and its scores stay in the second-level cache; one query needs no cache.
-_BLOCK_ROWS = 512
-_BLOCK_ROWS_FOR_ONE = 2**14
+# The product is fastest with the rows as its rows, in blocks whose scores stay in the cache; for
+# two to fifteen queries with the queries as its rows, in blocks that do so themselves.
+_ROWS_FOR_ONE = 2**14
+_ROWS_FOR_FEW = 512
+_ROWS_FOR_MANY = 2048
+_TALL_FROM = 16
 # More queries at once than this no longer make the matrix product cheaper per query.
 _QUERIES = 128
 # Up to so many rows comparing all of them in float64 is as fast as narrowing down.
@@ -41,7 +44,7 @@ class CentroidIndex:
     place of ``|x|^2`` the computed s is at most the true one plus ``g |y|^2``.
 
     Memory: the rows as given (not copied if contiguous), a float32 copy and 12 bytes a row. A
-    search takes 5 bytes a row besides, a few MiB whatever n and q are, and its k results a query:
+    search takes 5 bytes a row besides, some MiB whatever n and q are, and its k results a query:
     no (q, n) array is formed.
     """
 
@@ -190,16 +193,23 @@ class CentroidIndex:
         return 8 * self.shape[1] * _TINY * (1 + np.sqrt(self._largest) + np.sqrt(squares))
 
     def _scores(self, doubled: Tensor, bias: Tensor) -> Iterator[tuple[slice, ndarray]]:
-        """Yield rows and their (q, rows) float32 scores."""
+        """Yield rows and their (rows, q) float32 scores."""
+        count = len(doubled)
         # For one vector NumPy is the faster; for many PyTorch, if it is to compute in float32.
-        use_torch = len(doubled) > 1 and _torch_is_precise()
-        step = _BLOCK_ROWS_FOR_ONE if len(doubled) == 1 else _BLOCK_ROWS
+        use_torch = count > 1 and _torch_is_precise()
+        few = _ROWS_FOR_FEW if count < _TALL_FROM else _ROWS_FOR_MANY
+        step = _ROWS_FOR_ONE if count == 1 else few
         for some in _blocks(len(bias), step):
-            if use_torch:
-                scores = torch.addmm(bias[some], doubled, self._scan[some].T).numpy()
+            block = self._scan[some]
+            if use_torch and count < _TALL_FROM:
+                scores = torch.addmm(bias[some], doubled, block.T).numpy().T
             else:
-                scores = doubled.numpy() @ self._scan[some].numpy().T
-                scores += bias[some].numpy()
+                scores = (
+                    torch.mm(block, doubled.T).numpy()
+                    if use_torch
+                    else block.numpy() @ doubled.numpy().T
+                )
+                scores += bias[some, None].numpy()
             yield some, scores
 
 
@@ -213,7 +223,7 @@ class _Limits:
         self, squares: Float[ndarray, " q"], k: int, error: float, slack: Float[ndarray, " q"]
     ) -> None:
         self._squares, self._k, self._error, self._slack = squares, k, error, slack
-        self.values = np.full((len(squares), 1), _ABOVE_SCORES, dtype=np.float32)
+        self.values = np.full(len(squares), _ABOVE_SCORES, dtype=np.float32)
 
     def lower(self, reach: Float[ndarray, " q"]) -> None:
         """Use that k rows lie within ``reach``; infinite if they are unknown."""
@@ -222,13 +232,13 @@ class _Limits:
         above = np.nextafter(
             np.minimum(limits, _ABOVE_SCORES).astype(np.float32), np.float32(np.inf)
         )
-        np.minimum(self.values, above[:, None], out=self.values)
+        np.minimum(self.values, above, out=self.values)
 
-    def tighten(self, scores: Float[ndarray, "q b"], squares: Float[ndarray, " b"]) -> None:
+    def tighten(self, scores: Float[ndarray, "b q"], squares: Float[ndarray, " b"]) -> None:
         """Use that k of the rows with these scores lie within a distance that follows from them."""
-        if scores.shape[1] < self._k:
+        if len(scores) < self._k:
             return
-        upper = scores + 4 * self._error * squares
+        upper = scores.T + 4 * self._error * squares
         kth = np.partition(upper, self._k - 1, axis=1)[:, self._k - 1]
         reach = np.maximum(kth + (1 + self._error) * self._squares + self._slack, 0)
         self.lower(np.sqrt(reach))
@@ -249,11 +259,11 @@ class _Nearest:
         self._count = 0
 
     def offer(self, close: ndarray, start: int) -> None:
-        """Add the pairs that are true in ``close`` (q, rows from ``start`` on)."""
+        """Add the pairs that are true in ``close`` (rows from ``start`` on, q)."""
         pairs = np.flatnonzero(close)
         if pairs.size == 0:
             return
-        owners, members = np.divmod(pairs, close.shape[1])
+        members, owners = np.divmod(pairs, close.shape[1])
         self._waiting.append((owners, members + start))
         self._count += pairs.size
         if self._count > max(_WAITING_PAIRS, self._owners.size):

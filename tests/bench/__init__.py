@@ -1,5 +1,6 @@
 """Measurements as ratios within one process: ``python -m tests.bench NAME`` prints JSON lines."""
 
-from loraseg.compat import prepare_torchvision
+import os
 
-prepare_torchvision()  # before peft, which some rivals are
+# NumPy's BLAS reads this once, when it is loaded; PyTorch and faiss are told again.
+os.environ.setdefault("OMP_NUM_THREADS", "1")

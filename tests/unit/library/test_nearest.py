@@ -42,9 +42,11 @@ def narrow(monkeypatch):
 
 def _narrow(patch):
     patch.setattr(module, "_FEW_ROWS", 0)
-    patch.setattr(module, "_BLOCK_ROWS", 7)
-    patch.setattr(module, "_BLOCK_ROWS_FOR_ONE", 11)
-    patch.setattr(module, "_QUERIES", 3)
+    patch.setattr(module, "_ROWS_FOR_ONE", 11)
+    patch.setattr(module, "_ROWS_FOR_FEW", 7)
+    patch.setattr(module, "_ROWS_FOR_MANY", 8)
+    patch.setattr(module, "_TALL_FROM", 3)
+    patch.setattr(module, "_QUERIES", 4)
     patch.setattr(module, "_EXACT_NUMBERS", 20)
     patch.setattr(module, "_WAITING_PAIRS", 16)
 
