@@ -6,14 +6,15 @@ methods B.1). On disk it is a safetensors file, read by mapping it into memory: 
 at costs nothing, and processes of one machine share the pages.
 """
 
-import hashlib
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -138,23 +139,23 @@ def write_packed(path: Path, packed: PackedAdapter) -> None:
     Raises:
         OSError: The folder cannot be written.
     """
-    tensors: dict[str, Tensor] = {}
-    for shape, block in packed.blocks.items():
-        tensors[_key("down", shape)] = block.down.contiguous()
-        tensors[_key("up", shape)] = block.up.contiguous()
+    blocks = packed.blocks.values()
+    parts = [side.flatten() for block in blocks for side in (block.down, block.up)]
+    row = torch.cat(parts) if parts else torch.zeros(0)
+    layout = [[*shape, b.rank, list(b.sites)] for shape, b in packed.blocks.items()]
     header = {
         "format": str(_FORMAT),
         "name": packed.name,
         "digest": packed.digest,
         "base_digest": packed.base_digest or "",
-        "sites": json.dumps([[list(s), list(b.sites)] for s, b in packed.blocks.items()]),
-        "sha256": _checksum(tensors),
+        "blocks": json.dumps(layout),
+        "checksum": _checksum(row),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(safetensors.torch.save(tensors, header))
+            file.write(safetensors.torch.save({"row": row}, header))
         Path(partial).replace(path)
     except BaseException:
         Path(partial).unlink(missing_ok=True)
@@ -171,45 +172,41 @@ def read_packed(path: Path) -> PackedAdapter:
     try:
         with safe_open(str(path), "pt") as file:
             header: Mapping[str, str] = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+            row: Tensor = file.get_tensor("row")
         if header["format"] != str(_FORMAT):
             raise IntegrityError(f"{path}: got format {header['format']}, expected {_FORMAT}")
-        if _checksum(tensors) != header["sha256"]:
+        if _checksum(row) != header["checksum"]:
             raise IntegrityError(f"{path}: its bytes differ from its checksum")
-        blocks: dict[Shape, SiteBlock] = {}
-        for (d_out, d_in), sites in json.loads(header["sites"]):
-            shape = (int(d_out), int(d_in))
-            down, up = tensors.pop(_key("down", shape)), tensors.pop(_key("up", shape))
-            blocks[shape] = _checked_block(tuple(sites), down, up, shape)
         return PackedAdapter(
             name=header["name"],
             digest=header["digest"],
             base_digest=header["base_digest"] or None,
-            blocks=blocks,
+            blocks=_cut(row, json.loads(header["blocks"])),
         )
     except FileNotFoundError:
         raise
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+    except (SafetensorError, OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         raise IntegrityError(f"{path}: not a packed adapter: {error}") from error
 
 
-def _checked_block(sites: tuple[str, ...], down: Tensor, up: Tensor, shape: Shape) -> SiteBlock:
-    count, rank = len(sites), down.shape[1]
-    wanted = ((count, rank, shape[1]), (count, rank, shape[0]))
-    if (tuple(down.shape), tuple(up.shape)) != wanted:
-        raise ValueError(
-            f"block {shape}: got {tuple(down.shape)} and {tuple(up.shape)}, expected {wanted}"
-        )
-    return SiteBlock(sites, down, up)
+def _cut(row: Tensor, layout: list[Any]) -> dict[Shape, SiteBlock]:
+    """Return views of the row: each block's down side, then its up side."""
+    blocks: dict[Shape, SiteBlock] = {}
+    start = 0
+    for d_out, d_in, rank, sites in layout:
+        sides: list[Tensor] = []
+        for width in (d_in, d_out):
+            stop = start + len(sites) * rank * width
+            if stop > len(row):
+                raise ValueError(f"{len(row)} values, expected at least {stop}")
+            sides.append(row[start:stop].view(len(sites), rank, width))
+            start = stop
+        blocks[d_out, d_in] = SiteBlock(tuple(sites), *sides)
+    if start != len(row):
+        raise ValueError(f"{len(row)} values, expected {start}")
+    return blocks
 
 
-def _key(side: str, shape: Shape) -> str:
-    return f"{side}.{shape[0]}x{shape[1]}"
-
-
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    total = hashlib.sha256()
-    for key in sorted(tensors):
-        total.update(f"{key} {tensors[key].dtype} {tuple(tensors[key].shape)};".encode())
-        total.update(tensors[key].contiguous().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
+def _checksum(row: Tensor) -> str:
+    """Guard against broken disks. The weights' own digest was checked when they were fetched."""
+    return f"{zlib.crc32(memoryview(row.view(torch.uint8).numpy())):08x}"  # pyright: ignore[reportArgumentType]

@@ -111,11 +111,8 @@ class SegmentationBase:
             groups: Encode all of them so many times, once for each adapter mix in use; the result
                 then has this axis in front.
         """
-        rows = ids.flatten(0, 1).to(self.device)
-        if groups is None:
-            return self.model.encode_text(rows).unflatten(0, ids.shape[:2])
-        features = self.model.encode_text(rows.repeat(groups, 1))
-        return features.unflatten(0, (groups, *ids.shape[:2]))
+        features = self.model.encode_text(ids.flatten(0, 1), groups)
+        return features.unflatten(-2, ids.shape[:2])
 
     def encode_classes(self, classes: Sequence[str]) -> Float[Tensor, "t p d"]:
         """Return normalised text features of class names, as :meth:`tokenize` reads them."""

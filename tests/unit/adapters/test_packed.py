@@ -103,9 +103,11 @@ def test_damage_is_found(tmp_path):
     with pytest.raises(IntegrityError, match="format 2"):
         read_packed(path)
     path.write_bytes(whole)
-    _with(path, sites='[[[6, 4], ["a"]], [[5, 5], ["c"]]]')
-    with pytest.raises(IntegrityError, match=r"block \(6, 4\): got"):
-        read_packed(path)
+    for blocks in ('[[6, 4, 3, ["a"]], [5, 5, 1, ["c"]]]', '[[6, 4, 9, ["a", "b"]]]', "[7]"):
+        path.write_bytes(whole)
+        _with(path, blocks=blocks)
+        with pytest.raises(IntegrityError, match="not a packed adapter"):
+            read_packed(path)
     with pytest.raises(FileNotFoundError):
         read_packed(tmp_path / "nowhere")
 

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from loraseg.adapters import pack
 from loraseg.data.readers.folder import DatasetFolder
 from loraseg.errors import ConfigError, DatasetError
 from loraseg.evaluate.leave_one_out import METHODS, Bench, Scoring, Target, TargetScorer
@@ -41,7 +42,7 @@ def adapters(base):
 @pytest.fixture
 def bench(base, adapters):
     entries = [Entry(name, adapter.digest) for name, adapter in adapters.items()]
-    return Bench(base, entries, lambda entry: adapters[entry.name], measure)
+    return Bench(base, entries, lambda entry: pack(adapters[entry.name]), measure)
 
 
 @pytest.fixture

@@ -196,7 +196,7 @@ def test_text_is_kept_by_class_list_and_mix(state):
     base = make_base(state)
     calls = []
     encode = base.model.encode_text
-    base.model.encode_text = lambda ids: calls.append(len(ids)) or encode(ids)
+    base.model.encode_text = lambda ids, groups: calls.append(len(ids)) or encode(ids, groups)
     predictor = Predictor(base)
     picture = image(16, 16)
     for classes in (CLASSES, CLASSES[:2]):

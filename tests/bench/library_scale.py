@@ -1,0 +1,180 @@
+"""Does the size of the library show in the time of an image, or of adding an adapter?
+
+The whole path on the miniature models: embed, retrieve among N centroids, map the K adapters from
+disk unless they are at hand, mix, segment. Every round has images of its own, so that most of
+their adapters are not in the cache yet. Adapters are added at the size of ViT-B/16.
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from loraseg.adapters import Adapter, LoraPair, PackedAdapter, adapter_files, pack, targets
+from loraseg.adapters.packed import SiteBlock
+from loraseg.adapters.peft_io import load_adapter
+from loraseg.backbones.clip import load_clip
+from loraseg.fuse import AdapterBank, fuse
+from loraseg.library import BaseModel, Card, Centroid, Entry
+from loraseg.library.retrieve import Retriever
+from loraseg.miniature.world import DOMAINS, render
+from loraseg.seeding import numpy_generator, torch_generator
+from loraseg.segment.adaptive import AdaptiveSegmenter, AdaptiveSettings
+from loraseg.segment.base import SegmentationBase, load_base
+from loraseg.segment.catseg.config import CATSegConfig
+from loraseg.segment.catseg.model import CATSeg
+from loraseg.segment.pack_folder import PackFolder
+from loraseg.segment.pool import AdapterCache, AdapterPool
+from loraseg.segment.predictor import Predictor
+from tests.bench.harness import Times, interleave, ratio, setting, single_thread
+
+FEW, MANY, K, RANK, BATCH, ROUNDS = 20, 10_000, 5, 8, 8, 12
+
+
+def run() -> dict[str, object]:
+    with single_thread(), tempfile.TemporaryDirectory() as place:
+        base, encoder = load_base("miniature"), load_clip("miniature")
+        batches = [_scenes(f"round {number}") for number in range(ROUNDS + 2)]
+        known = np.concatenate([encoder.encode_images(_scenes(f"known {n}")) for n in range(25)])
+        folder = PackFolder(Path(place) / "packed")
+        template = pack(_adapter(base.model))
+        segmenters = {
+            str(count): _segmenter(base, encoder, _entries(known, count), folder, template)
+            for count in (FEW, MANY)
+        }
+        rivals = {
+            name: _over(batches, segmenter.segment) for name, (segmenter, _) in segmenters.items()
+        }
+        times = interleave(rivals, rounds=ROUNDS)
+        loads = {name: loaded["count"] for name, (_, loaded) in segmenters.items()}
+        times |= _adding(Path(place) / "adding", known)
+    return {
+        "bench": "library_scale",
+        "ratios": {
+            "n10000_vs_n20": ratio(times, str(MANY), str(FEW)),
+            "add_1000th_vs_2nd": ratio(times, "add_1000th", "add_2nd"),
+        },
+        "checks": {"many_adapters_loaded": loads[str(MANY)] > 2 * FEW},
+        "setting": setting(
+            times,
+            k=K,
+            rank=RANK,
+            images_per_round=BATCH,
+            adapter_bytes=template.nbytes,
+            adapters_mapped=loads,
+            added="ViT-B/16, all 137 sites of CAT-Seg",
+        ),
+    }
+
+
+def _over(batches: list[list[np.ndarray]], segment: Callable[..., object]) -> Callable[[], object]:
+    source = iter(batches)
+    return lambda: segment(next(source), ["road", "sky", "car", "person"])
+
+
+def _scenes(key: str) -> list[np.ndarray]:
+    random = numpy_generator(0, "bench", key)
+    names = random.permutation(sorted(DOMAINS))[:BATCH]
+    return [render(str(name), 1, 0, "bench", key)[0][0] for name in names]
+
+
+def _entries(known: np.ndarray, count: int) -> list[Entry]:
+    """Entries whose centroids lie among the embeddings of real scenes."""
+    random = numpy_generator(0, "bench", "centroids", count)
+    spread = 0.5 * known.std(axis=0)
+    rows = known[random.integers(0, len(known), count)]
+    rows = (rows + spread * random.standard_normal(rows.shape)).astype(np.float64)
+    return [_entry(number, row) for number, row in enumerate(rows)]
+
+
+def _entry(number: int, vector: np.ndarray) -> Entry:
+    centroid = Centroid(
+        encoder_id="bench", normalised=False, vector=vector, count=None, spread=None
+    )
+    card = Card(
+        name=f"a{number:05d}",
+        role="segmenter",
+        base=BaseModel("bench", "00" * 32),
+        label_space=("road",),
+        centroids=(centroid,),
+    )
+    return Entry(
+        version=1,
+        digest=f"{number:064x}",
+        card=card,
+        current=True,
+        record_digest="00" * 32,
+        size_bytes=0,
+    )
+
+
+def _segmenter(
+    base: SegmentationBase,
+    encoder: object,
+    entries: list[Entry],
+    folder: PackFolder,
+    template: PackedAdapter,
+) -> tuple[AdaptiveSegmenter, dict[str, int]]:
+    for number, entry in enumerate(entries):
+        scaled = {
+            shape: SiteBlock(block.sites, block.down, block.up * (1 + number / MANY))
+            for shape, block in template.blocks.items()
+        }
+        folder.put(replace(template, digest=entry.digest, blocks=scaled))
+    loaded = {"count": 0}
+
+    def load(entry: Entry) -> PackedAdapter:
+        loaded["count"] += 1
+        packed = folder.get(entry.digest)
+        assert packed is not None
+        return replace(packed, base_digest=base.digest)
+
+    pool = AdapterPool(entries, AdapterCache(load), Retriever(entries))
+    settings = AdaptiveSettings(k=K, temperature=0.04)
+    return AdaptiveSegmenter(Predictor(base), encoder, pool, settings), loaded
+
+
+def _adding(place: Path, known: np.ndarray) -> Times:
+    """Add one adapter of ViT-B/16 to 1 and to 999: lay out, keep, index, use for the first time."""
+    torch.manual_seed(0)
+    model = CATSeg(CATSegConfig()).eval().requires_grad_(False)
+    adapters = [_adapter(model, number) for number in range(2)]
+    rivals: dict[str, Callable[[], object]] = {}
+    for name, there in (("add_2nd", 1), ("add_1000th", 999)):
+        folder, entries = PackFolder(place / name), _entries(known, there + 1)
+        tiny = PackedAdapter(name="t", digest="0" * 64, base_digest=None, blocks={})
+        for entry in entries[:-1]:
+            folder.put(replace(tiny, digest=entry.digest))
+        rivals[name] = _adder(AdapterBank(model), folder, entries, adapters)
+    return interleave(rivals, rounds=9)
+
+
+def _adder(
+    bank: AdapterBank, folder: PackFolder, entries: list[Entry], adapters: list[Adapter]
+) -> Callable[[], object]:
+    with bank.use([fuse(adapters, [0.5, 0.5])]):  # buffers are there once something was served
+        pass
+    turns = iter(range(1000))
+
+    def add() -> None:
+        turn = next(turns)
+        adapter = replace(adapters[turn % 2], digest=f"{10**6 + turn:064x}")
+        packed = folder.put(pack(adapter))
+        Retriever(entries)
+        with bank.use([fuse([packed, packed], [0.5, 0.5])]):
+            pass
+
+    return add
+
+
+def _adapter(model: torch.nn.Module, seed: int = 0) -> Adapter:
+    pairs: dict[str, LoraPair] = {}
+    for name in targets(model):
+        d_out, d_in = model.get_submodule(name).weight.shape
+        random = torch_generator(seed, "bench", name)
+        down = torch.randn(RANK, d_in, generator=random) * d_in**-0.5
+        pairs[name] = LoraPair(down, torch.randn(d_out, RANK, generator=random) * 0.05, 1.0)
+    return load_adapter(adapter_files(pairs, base_name="bench"), name=str(seed))
