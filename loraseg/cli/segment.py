@@ -41,6 +41,9 @@ def add(commands: Any) -> None:
         default="fused",
         help="nearest adapters, all adapters alike, or none; default: %(default)s",
     )
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s"
+    )
     parser.add_argument("--sliding", action="store_true", help="overlapping windows")
     parser.set_defaults(command=_segment)
 
@@ -129,7 +132,12 @@ def _segmenter(arguments: argparse.Namespace, settings: "AdaptiveSettings") -> "
     if arguments.library is None and settings.mode != "base":
         raise ConfigError("--library: expected the URI of a library, or --mode base for none")
     equipment = equip(
-        Wanted(library=arguments.library, base=arguments.base, encoder=arguments.encoder)
+        Wanted(
+            library=arguments.library,
+            base=arguments.base,
+            encoder=arguments.encoder,
+            precision=arguments.precision,
+        )
     )
     predictor = Predictor(equipment.base, mode="sliding" if arguments.sliding else "plain")
     return AdaptiveSegmenter(predictor, equipment.encoder, equipment.pool, settings)

@@ -1,10 +1,11 @@
 """Bring base, encoder and library together: what it takes to segment adaptively."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from loraseg.adapters.packed import PackedAdapter, pack
 from loraseg.adapters.peft_io import load_adapter
@@ -21,9 +22,12 @@ from loraseg.segment.pool import AdapterCache, AdapterPool
 from loraseg.storage import open_store
 from loraseg.tensor_types import Float, ndarray
 
-__all__ = ["AttentionLora", "Equipment", "Wanted", "equip"]
+__all__ = ["AttentionLora", "Equipment", "Precision", "Wanted", "equip"]
 
 AttentionLora = Literal["active", "inert", "as_trained"]
+Precision = Literal["fp32", "bf16"]
+
+_DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +41,7 @@ class Wanted:
         clip_attention_lora: Whether adapters of the CLIP attention act (methods B.1);
             ``as_trained`` follows the adapters' recipes.
         generation: Of the library; None for the newest.
+        precision: What the segmenter computes in; scores and label maps keep their types.
     """
 
     library: str | None
@@ -44,6 +49,7 @@ class Wanted:
     encoder: str = "miniature"
     clip_attention_lora: AttentionLora = "as_trained"
     generation: int | None = None
+    precision: Precision = "fp32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +76,11 @@ def equip(wanted: Wanted) -> Equipment:
             ``as_trained`` meets both kinds.
         LorasegError: As raised by store, catalog, base or encoder.
     """
-    device = best_device()
     base, encoder = load_base(wanted.base), load_clip(wanted.encoder)
-    base.model.to(device)
-    encoder.model.to(device)
+    encoder.model.to(best_device())
     if wanted.library is None:
         pool = AdapterPool((), _no_adapter, None, "no library was named")
-        return Equipment(base, encoder, pool, 0)
+        return Equipment(_placed(base, wanted), encoder, pool, 0)
     library = Library(open_store(wanted.library))
     # Read once: what is published while we load must not give other entries.
     generation = library.generation() if wanted.generation is None else wanted.generation
@@ -85,7 +89,25 @@ def equip(wanted: Wanted) -> Equipment:
     kind = wanted.clip_attention_lora
     if kind == "as_trained":
         kind = _trained_kind(fitting)
+    if base.model.config.clip_attention_lora != kind:
+        base = load_base(wanted.base, clip_attention_lora=kind)
+    base = _placed(base, wanted)
+    pool = AdapterPool(
+        fitting,
+        AdapterCache(_loader(library, base)),
+        Retriever(fitting, encoder_id=encoder.encoder_id) if fitting else None,
+        _vacancy(library.uri, published, base),
+    )
+    return Equipment(base, encoder, pool, generation)
 
+
+def _placed(base: SegmentationBase, wanted: Wanted) -> SegmentationBase:
+    base.model.to(best_device(), _DTYPES[wanted.precision])
+    return base
+
+
+def _loader(library: Library, base: SegmentationBase) -> Callable[[Entry], PackedAdapter]:
+    """Read adapters from this machine's disk if they are there, else from the library."""
     folder = PackFolder(cache_folder("packed"))
 
     def load(entry: Entry) -> PackedAdapter:
@@ -94,18 +116,11 @@ def equip(wanted: Wanted) -> Equipment:
             files, _ = library.load_entry(entry)
             packed = folder.put(pack(load_adapter(files, name=entry.name)))
         # The same files may be published under several names, and know no base.
-        return replace(packed, name=entry.name, base_digest=entry.card.base.digest)
+        named = replace(packed, name=entry.name, base_digest=entry.card.base.digest)
+        # On a GPU, what is hot stays there. In the type of the file it stays a mapping of it.
+        return named.to(base.device, base.dtype)
 
-    pool = AdapterPool(
-        fitting,
-        AdapterCache(load),
-        Retriever(fitting, encoder_id=encoder.encoder_id) if fitting else None,
-        _vacancy(library.uri, published, base),
-    )
-    if base.model.config.clip_attention_lora != kind:
-        base = load_base(wanted.base, clip_attention_lora=kind)
-        base.model.to(device)
-    return Equipment(base, encoder, pool, generation)
+    return load
 
 
 def _vacancy(uri: str, published: Sequence[Entry], base: SegmentationBase) -> str:

@@ -11,7 +11,7 @@ from loraseg import config as configuration
 from loraseg.backbones.source import absolute_spec
 from loraseg.data.readers.folder import DatasetFolder
 from loraseg.errors import AdapterNotFoundError, ConfigError
-from loraseg.evaluate.assemble import AttentionLora, Equipment, Wanted, equip
+from loraseg.evaluate.assemble import AttentionLora, Equipment, Precision, Wanted, equip
 from loraseg.evaluate.leave_one_out import Bench, Scoring, Target, TargetScorer
 from loraseg.evaluate.results import Results
 from loraseg.evaluate.tuning import Grid, Setting, choose, folds_by_family
@@ -55,6 +55,7 @@ class EvaluationConfig:
         base: The frozen segmenter.
         encoder: The CLIP that the library's centroids were made with.
         clip_attention_lora: Whether adapters of the CLIP attention act (methods B.1).
+        precision: What the segmenter computes in.
         candidates: Names of adapters that may be mixed; all if empty. Oracles are not bound by it.
         lonely: Domains without relatives, left out of the second h-mean.
         k: K for all domains; with ``temperature`` it replaces the choice by cross-validation.
@@ -75,6 +76,7 @@ class EvaluationConfig:
     base: str = "miniature"
     encoder: str = "miniature"
     clip_attention_lora: AttentionLora = "as_trained"
+    precision: Precision = "fp32"
     candidates: tuple[str, ...] = ()
     lonely: tuple[str, ...] = ()
     k: int | None = None
@@ -198,6 +200,7 @@ def _wanted(config: EvaluationConfig, generation: int | None = None) -> Wanted:
         base=config.base,
         encoder=config.encoder,
         clip_attention_lora=config.clip_attention_lora,
+        precision=config.precision,
         generation=generation,
     )
 

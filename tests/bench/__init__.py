@@ -4,3 +4,7 @@ import os
 
 # NumPy's BLAS reads this once, when it is loaded; PyTorch and faiss are told again.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from loraseg.compat import prepare_torchvision
+
+prepare_torchvision()  # before peft, which is a rival

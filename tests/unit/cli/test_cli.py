@@ -4,11 +4,13 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from loraseg.backbones.clip import load_clip
 from loraseg.cli import main
 from loraseg.data.masks import read_mask
+from loraseg.fuse.merging import load_table
 from loraseg.segment.base import load_base
 from loraseg.segment.predictor import Predictor
 from tests.unit.tiny import CLASSES, DOMAINS, domain_images, publish, write_domain, write_models
@@ -214,6 +216,15 @@ def test_doctor(tmp_path, capsys):
     assert "torch" in told
     assert main(["doctor", "--store", "ftp://x"]) == 1
     assert "BAD" in capsys.readouterr().out
+
+
+def test_doctor_measures_merging_and_keeps_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("LORASEG_CACHE", str(tmp_path))
+    monkeypatch.setattr("loraseg.doctor._COMMON_SHAPES", ((8, 4),))
+    assert main(["doctor", "--measure-merging"]) == 0
+    assert "layer shapes measured" in capsys.readouterr().out
+    table = load_table(torch.device("cpu"), torch.float32)
+    assert (8, 4) in table.measured
 
 
 def test_spread_of_no_results(tmp_path, capsys):

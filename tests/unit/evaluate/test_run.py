@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from loraseg.backbones.clip import load_clip
 from loraseg.errors import AdapterMismatchError, AdapterNotFoundError, ConfigError
@@ -12,10 +13,13 @@ from loraseg.evaluate.leave_one_out import Scoring
 from loraseg.evaluate.output import write_results
 from loraseg.evaluate.run import Domain, EvaluationConfig, Work, _equip_once, evaluate
 from loraseg.evaluate.tuning import Grid, Setting
+from loraseg.fuse import fuse
 from loraseg.library import Library
 from loraseg.segment.base import load_base
+from loraseg.segment.predictor import Predictor
 from loraseg.storage import open_store
 from tests.unit.tiny import (
+    CLASSES,
     DOMAINS,
     ColorEncoder,
     domain_images,
@@ -133,6 +137,28 @@ def test_distances_are_those_to_the_centroids(config, models, encoder):
         naive = ((embeddings - centroid.vector) ** 2).sum(axis=1) ** 0.5
         assert distances[:, column] == pytest.approx(naive, abs=1e-12)
     assert equipment.measure([]).shape == (0, 4)
+
+
+def test_adapters_are_fetched_once_a_machine(config, models, tmp_path, monkeypatch):
+    monkeypatch.setenv("LORASEG_CACHE", str(tmp_path / "cache"))
+    first = equip(wanted(models, config.library))
+    [entry, *_] = first.pool.entries
+    fetched = first.pool.load(entry)
+    monkeypatch.setattr(Library, "load_entry", lambda *_: pytest.fail("fetched again"))
+    again = equip(wanted(models, config.library)).pool.load(entry)
+    assert (again.digest, again.base_digest) == (entry.digest, entry.card.base.digest)
+    for shape, block in fetched.blocks.items():
+        assert torch.equal(block.up, again.blocks[shape].up)
+
+
+def test_bfloat16_reaches_base_and_adapters(config, models):
+    equipment = equip(wanted(models, config.library, precision="bf16"))
+    packed = equipment.pool.load(equipment.pool.entries[0])
+    assert equipment.base.dtype == torch.bfloat16
+    assert {block.down.dtype for block in packed.blocks.values()} == {torch.bfloat16}
+    mix = fuse([packed], [1.0])
+    [scores] = Predictor(equipment.base).predict(list(domain_images("fog", 1)), CLASSES, mix)
+    assert scores.dtype == torch.float32
 
 
 def test_adapters_of_other_bases_and_roles_are_left_out(config, models):
