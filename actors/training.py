@@ -6,6 +6,9 @@ adapter is small, fits one worker and takes minutes, so a task costs about a sec
 failures apart. ``TorchTrainer`` with DDP is for one large model and comes with the segmenter
 trainer.
 
+Adapters that share frozen work (a sweep over one dataset, see ``groups``) go into one task, but
+only so many that every worker has something to do.
+
 A task that loses its worker or node is started again by Ray and resumes by itself from the last
 checkpoint in the store.
 """
@@ -27,7 +30,7 @@ from actors.units import run_units
 from loraseg.errors import LorasegError
 from loraseg.train.board import ProgressBoard, Standing, changes
 from loraseg.train.progress import Progress, Report
-from loraseg.train.tasks import AdapterTask, TaskResult, run_task
+from loraseg.train.tasks import AdapterTask, TaskResult, groups, run_task, run_tasks
 
 __all__ = ["Outcome", "train_adapters"]
 
@@ -63,7 +66,7 @@ def train_adapters(
     Args:
         tasks: Units of work, safe to start again after a kill at any point.
         placement: What each takes, how many at once, how many lost workers are made up for.
-        run: What a worker calls.
+        run: What a worker calls for an adapter that shares nothing with others.
         watch: Given the standing of every adapter from time to time; by default each change is
             logged in one line.
         read_every_s: Seconds between two readings of the progress.
@@ -72,11 +75,28 @@ def train_adapters(
     logger.info("training %d adapters, %s each", len(tasks), placement)
     board = _start_board()
     view = _View(board, watch or _log_changes(), read_every_s)
-    calls = [(f"train {task.name}", (run, task, board)) for task in tasks]
+    units = [
+        [tasks[index] for index in group]
+        for group in groups(tasks, most=-(-len(tasks) // _workers(placement)))
+    ]
+    calls = [
+        (f"train {', '.join(task.name for task in unit)}", (run, unit, board)) for unit in units
+    ]
     for index, reference in run_units(
         _run_reporting, calls, placement, tick=view.refresh, tick_s=read_every_s
     ):
-        yield _outcome(tasks[index].name, reference)
+        yield from _outcomes([task.name for task in units[index]], reference)
+
+
+def _workers(placement: Placement) -> int:
+    """How many adapters the cluster trains at once as it stands."""
+    needs = {"CPU": placement.cpus, "GPU": placement.gpus}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [node for node in nodes if placement.node is None or placement.node in node]
+    room = sum(
+        min(int(node.get(kind, 0) / need) for kind, need in needs.items() if need) for node in nodes
+    )
+    return max(1, min(room, placement.max_parallel or room))
 
 
 def _warn(tasks: Sequence[AdapterTask], placement: Placement) -> None:
@@ -107,8 +127,12 @@ def _start_board() -> Any:
     return actor.options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
 
 
-def _run_reporting(run: Run, task: AdapterTask, board: Any) -> TaskResult:
-    return run(task, _Reporter(board))
+def _run_reporting(
+    run: Run, tasks: Sequence[AdapterTask], board: Any
+) -> list[TaskResult | LorasegError]:
+    if len(tasks) == 1:
+        return [run(tasks[0], _Reporter(board))]
+    return run_tasks(tasks, _Reporter(board))
 
 
 class _Reporter:
@@ -117,14 +141,14 @@ class _Reporter:
     def __init__(self, board: Any) -> None:
         self._board = board
         self._worker = f"{ray.get_runtime_context().get_node_id()}:{os.getpid()}"
-        self._phase = ""
-        self._sent_at = 0.0
+        self._sent: dict[str, tuple[str, float]] = {}
 
     def __call__(self, progress: Progress) -> None:
         now = time.monotonic()
-        if progress.phase == self._phase and now - self._sent_at < _REPORT_EVERY_S:
+        phase, sent_at = self._sent.get(progress.name, ("", 0.0))
+        if progress.phase == phase and now - sent_at < _REPORT_EVERY_S:
             return
-        self._phase, self._sent_at = progress.phase, now
+        self._sent[progress.name] = progress.phase, now
         self._board.put.remote(progress, self._worker)
 
 
@@ -154,16 +178,24 @@ def _log_changes() -> Watch:
     return log
 
 
-def _outcome(name: str, reference: Any) -> Outcome:
+def _outcomes(names: Sequence[str], reference: Any) -> list[Outcome]:
+    """Return how each adapter of a unit ended; a lost unit or a fault of ours ends all of them."""
     try:
-        result: TaskResult = ray.get(reference)
+        results: list[TaskResult | LorasegError] = ray.get(reference)
     except RayTaskError as error:
         cause = error.cause
         if not isinstance(cause, LorasegError):
-            logger.error("%s: unexpected error in its worker:\n%s", name, error)
-        return _failure(name, f"{type(cause).__name__}: {cause}")
+            logger.error("%s: unexpected error in its worker:\n%s", ", ".join(names), error)
+        return [_failure(name, f"{type(cause).__name__}: {cause}") for name in names]
     except RayError as error:
-        return _failure(name, f"{type(error).__name__}: lost by the cluster: {error}")
+        reason = f"{type(error).__name__}: lost by the cluster: {error}"
+        return [_failure(name, reason) for name in names]
+    return [_outcome(name, result) for name, result in zip(names, results, strict=True)]
+
+
+def _outcome(name: str, result: TaskResult | LorasegError) -> Outcome:
+    if isinstance(result, LorasegError):
+        return _failure(name, f"{type(result).__name__}: {result}")
     logger.info("%s: %s", name, "published before" if result.skipped else "published")
     return Outcome(name, result, None)
 

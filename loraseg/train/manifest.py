@@ -1,7 +1,7 @@
 """A manifest of domains: what to train, into which library, one adapter a domain."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from loraseg.backbones.source import absolute_spec
 from loraseg.errors import ConfigError
@@ -14,13 +14,23 @@ __all__ = ["Domain", "Manifest"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Domain:
-    """One labelled domain; ``images`` overrides the manifest's number of training images."""
+    """One labelled domain.
+
+    Attributes:
+        name: The adapter's.
+        data: Dataset folder, a path or URI; several domains may name the same, for a sweep.
+        split: Split to train on.
+        val_split: Split to score on.
+        images: Overrides the manifest's number of training images.
+        overrides: Fields of the recipe that differ from the manifest's, such as ``rank``.
+    """
 
     name: str
     data: str
     split: str = "train"
     val_split: str = "val"
     images: int | None = None
+    overrides: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +44,8 @@ class Manifest:
         encoder: The CLIP that places domains in the index.
         recipe: Name of the recipe.
         overrides: Fields of the recipe that differ from the named one.
+        data_order: See :class:`~loraseg.train.tasks.AdapterTask`; "per_dataset" lets domains with
+            the same data be trained together.
         images: Few-shot: train on so many images of each domain; None for all.
         skip_bad: List and leave out unusable images rather than fail the domain.
         domains: One adapter each; names must differ.
@@ -46,6 +58,7 @@ class Manifest:
     recipe: str = "miniature"
     overrides: dict[str, Any] = field(default_factory=dict[str, Any])
     seed: int = 0
+    data_order: Literal["per_adapter", "per_dataset"] = "per_adapter"
     images: int | None = None
     skip_bad: bool = False
     domains: tuple[Domain, ...]
@@ -65,7 +78,6 @@ class Manifest:
         Raises:
             ConfigError: The recipe is unknown or an override does not fit it.
         """
-        recipe = named_recipe(self.recipe, self.overrides)
         return tuple(
             AdapterTask(
                 name=domain.name,
@@ -75,8 +87,9 @@ class Manifest:
                 images=self.images if domain.images is None else domain.images,
                 base=absolute_spec(self.base),
                 encoder=absolute_spec(self.encoder),
-                recipe=recipe,
+                recipe=named_recipe(self.recipe, self.overrides, domain.overrides),
                 seed=self.seed,
+                data_order=self.data_order,
                 library=absolute(self.library),
                 checkpoints=absolute(self.checkpoints),
                 skip_bad=self.skip_bad,

@@ -166,12 +166,12 @@ RECIPES: Mapping[str, Callable[[], AdapterRecipe]] = {
 }
 
 
-def named_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> AdapterRecipe:
+def named_recipe(name: str, *overrides: Mapping[str, Any]) -> AdapterRecipe:
     """Return a recipe by name with some fields changed.
 
     Args:
         name: A key of :data:`RECIPES`; "semla" alone is "semla-acdc".
-        overrides: Plain values by field; nested fields as nested mappings.
+        overrides: Plain values by field, nested fields as nested mappings; a later one wins.
 
     Raises:
         ConfigError: There is no such recipe or field, or a value is out of range.
@@ -179,9 +179,9 @@ def named_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Adapt
     if name not in RECIPES:
         raise ConfigError(f"recipe: got {name!r}, known: {', '.join(RECIPES)}")
     values = configuration.to_dict(RECIPES[name]())
-    return configuration.build(
-        AdapterRecipe, _merged(values, overrides or {}), where=f"recipe {name}"
-    )
+    for changes in overrides:
+        values = _merged(values, changes)
+    return configuration.build(AdapterRecipe, values, where=f"recipe {name}")
 
 
 def shared_part(recipe: AdapterRecipe) -> AdapterRecipe:

@@ -8,6 +8,7 @@ from loraseg import config as configuration
 from loraseg.errors import ConfigError
 from loraseg.storage import absolute
 from loraseg.train.manifest import Manifest
+from loraseg.train.tasks import groups
 
 
 def manifest(**changes):
@@ -66,3 +67,16 @@ def test_fields_of_the_recipe_can_be_set():
 def test_mistakes_are_named(changes, message):
     with pytest.raises(ConfigError, match=message):
         manifest(**changes).tasks()
+
+
+def test_a_sweep_over_one_dataset_is_a_manifest_of_overrides():
+    shared = {"targets": "aggregator", "loop": {"steps": 9, "warmup_steps": 2}}
+    domains = [
+        {"name": "small", "data": "fog", "overrides": {"rank": 2}},
+        {"name": "long", "data": "fog", "overrides": {"loop": {"steps": 20}}},
+    ]
+    small, long = manifest(overrides=shared, domains=domains, data_order="per_dataset").tasks()
+    assert (small.recipe.rank, small.recipe.loop.steps) == (2, 9)
+    assert (long.recipe.rank, long.recipe.loop.steps) == (8, 20)
+    assert long.recipe.loop.warmup_steps == 2
+    assert groups((small, long), most=2) == [(0, 1)]

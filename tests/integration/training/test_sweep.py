@@ -1,0 +1,49 @@
+"""A sweep over one dataset on a real Ray: trained together, failing apart, found done again."""
+
+import dataclasses
+
+import pytest
+
+from actors.resources import Placement
+from actors.training import train_adapters
+from loraseg.train.recipes import named_recipe
+from loraseg.train.tasks import run_task
+
+pytestmark = pytest.mark.ray
+
+SHARED = {"targets": "aggregator", "batch_size": 2, "loop": {"steps": 12, "checkpoint_every": 4}}
+
+
+def sweep(config, **changes):
+    """One task for each rank, and one that cannot learn."""
+    (task,) = config.tasks()
+    recipes = {
+        "one": {"rank": 1},
+        "two": {"rank": 2},
+        "wild": {"learning_rate": 1e38, "alpha": 1e8},
+    }
+    return [
+        dataclasses.replace(
+            task,
+            name=name,
+            recipe=named_recipe("miniature", SHARED, recipe),
+            data_order="per_dataset",
+            **changes,
+        )
+        for name, recipe in recipes.items()
+    ]
+
+
+def test_one_worker_trains_them_together_and_a_bad_one_fails_alone(
+    ray_cluster, make_manifest, tmp_path
+):
+    _, config = make_manifest("fog")
+    tasks = sweep(config)
+    outcomes = {o.name: o for o in train_adapters(tasks, Placement(max_parallel=1))}
+    assert set(outcomes) == {"one", "two", "wild"}
+    assert outcomes["wild"].error.startswith("StageError: step ")
+    apart = sweep(config, library=str(tmp_path / "apart"))
+    for task in apart[:2]:
+        assert run_task(task).digest == outcomes[task.name].result.digest
+    again = {o.name: o for o in train_adapters(tasks[:2], Placement(max_parallel=1))}
+    assert all(outcome.result.skipped for outcome in again.values())
