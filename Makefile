@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test lint bench
+.PHONY: install quickstart test faults lint bench
 
 install: .venv/.installed
 
@@ -16,6 +16,10 @@ quickstart: install
 
 test: install
 	$(BIN)/python -m pytest -rs
+
+# Kills, failing stores and crowds of publishers on a real S3 server, at full length: half an hour.
+faults: install
+	LORASEG_FAULTS=full bash .ci/durable_tests.sh -m faults tests/integration/faults
 
 lint: install
 	$(BIN)/ruff check .

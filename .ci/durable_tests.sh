@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Store, library and training tests on a real durable S3 server: Ceph RGW, installed and started here
-# unless LORASEG_TEST_S3_ENDPOINT names another one.
+# unless LORASEG_TEST_S3_ENDPOINT names another one. Arguments replace the choice of tests.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ -z "${LORASEG_TEST_S3_ENDPOINT:-}" ]; then
@@ -13,4 +13,5 @@ if [ -z "${LORASEG_TEST_S3_ENDPOINT:-}" ]; then
     export LORASEG_TEST_S3_ACCESS_KEY=testkey LORASEG_TEST_S3_SECRET_KEY=testsecret
     export LORASEG_TEST_S3_RESTART="bash $PWD/.ci/ceph_rgw.sh restart $dir $port"
 fi
-.venv/bin/python -m pytest -rs -m durable tests/integration
+[ $# -gt 0 ] || set -- -m durable tests/integration
+.venv/bin/python -m pytest -rs "$@"

@@ -34,7 +34,8 @@ _PASSING_CODES = {
     "TooManyRequests",
 }
 _BROKEN_TRANSFER = (
-    botocore.exceptions.HTTPClientError,  # no connection, a closed one, timeouts, broken chunks
+    botocore.exceptions.ConnectionError,  # none could be made
+    botocore.exceptions.HTTPClientError,  # closed, timed out, broken
     botocore.exceptions.IncompleteReadError,
     botocore.parsers.ResponseParserError,  # an answer cut off in its XML
     urllib3.exceptions.HTTPError,

@@ -1,9 +1,15 @@
 """One small Ray for all integration tests; every process that it starts is ended by its pid."""
 
 import contextlib
+import json
 import os
 import secrets
+import subprocess
+import sys
+import threading
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import pytest
@@ -41,6 +47,57 @@ def ray_cluster():
     family = [process for child in started for process in (child, *child.children(recursive=True))]
     ray.shutdown()
     end(family)
+
+
+class SpotNodes:
+    """Nodes of one CPU with a custom resource, in a cluster as long as the context lasts.
+
+    A node that is lost is replaced; ``replaced`` counts how often that happened.
+    """
+
+    def __init__(self, cluster, count, *, resource):
+        self._cluster, self._count, self._resource = cluster, count, resource
+        self._starters, self._closing = [], threading.Event()
+        self.replaced = 0
+
+    def __enter__(self):
+        # One after the other: two that start at once may pick the same free port.
+        for number in range(1, self._count + 1):
+            self._starters.append(self._start())
+            wait_for_resource(self._resource, number)
+        self._keeper = threading.Thread(target=self._keep)
+        self._keeper.start()
+        return self
+
+    def __exit__(self, *_):
+        self._closing.set()
+        self._keeper.join()
+        for starter in self._starters:
+            end_starter(starter)
+
+    def _start(self):
+        ray_command = str(Path(sys.executable).with_name("ray"))
+        command = [ray_command, "start", "--block", f"--address={self._cluster.address}"]
+        command += ["--num-cpus=1", f"--resources={json.dumps({self._resource: 1})}"]
+        command += ["--object-store-memory=100000000", "--min-worker-port=0"]
+        command += ["--max-worker-port=0", "--disable-usage-stats"]
+        return subprocess.Popen(command, env=self._cluster.environment, stdout=subprocess.DEVNULL)
+
+    def _keep(self):
+        while not self._closing.wait(0.5):
+            for number, starter in enumerate(self._starters):
+                # `ray start --block` ends when its raylet has gone.
+                if starter.poll() is not None:
+                    self._starters[number] = self._start()
+                    self.replaced += 1
+
+
+def wait_for_resource(name, amount, deadline_s=90):
+    deadline = time.monotonic() + deadline_s
+    while ray.cluster_resources().get(name, 0) < amount:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"no {amount} nodes with {name!r} came up in {deadline_s} s")
+        time.sleep(0.2)
 
 
 def end_starter(starter):

@@ -1,13 +1,13 @@
 """What publishing and reading processes do, and a way to start many of them at little cost."""
 
 import contextlib
+import dataclasses
 import json
 import multiprocessing
 import os
 import signal
 import time
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 from loraseg.library import Library
@@ -23,7 +23,7 @@ _WRITES = ("put", "put_if_absent", "put_if_match")
 _READS = ("get", "get_with_etag", "exists", "list")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Workplace:
     """Where all of a test's processes work: a library, its server, and a folder for reports."""
 
@@ -37,6 +37,11 @@ class Workplace:
         process = _FORKS.Process(target=_run, args=(work, self, name, *arguments), name=name)
         process.start()
         return process
+
+    def through(self, url):
+        """Return the same place for processes that reach its server at another address."""
+        environment = {**self.environment, "AWS_ENDPOINT_URL": url}
+        return dataclasses.replace(self, environment=environment)
 
     def report(self, name, **values):
         path = self.folder / f"{name}.json"

@@ -1,5 +1,7 @@
 """The store behind a proxy that spoils requests of a real server, one scripted fault at a time."""
 
+import threading
+
 import pytest
 
 import loraseg.storage.s3 as s3
@@ -42,6 +44,14 @@ def test_each_fault_is_survived_by_each_call(proxy, fault):
         proxy.faults = [fault]
         results.append(call())
     assert results[1:] == [b"data", True, False, True, True, False, ["key", "new"], None]
+
+
+def test_a_closed_port_is_waited_for(proxy):
+    outage = proxy.outage()
+    outage.__enter__()
+    threading.Timer(1.0, outage.__exit__, (None, None, None)).start()
+    proxy.store.put("key", b"data")
+    assert proxy.store.get("key") == b"data"
 
 
 @pytest.mark.parametrize("number", range(5))

@@ -15,14 +15,12 @@ from tests.integration.library import publishers
 
 logger = logging.getLogger(__name__)
 
-# Processes, threads in each, adapters of each thread. Moto serves one request at a time.
-FULL_SIZE = (4, 4, 25)
-SMALL_SIZE = (2, 2, 10)
+# Processes, threads in each, adapters of each thread; tests/integration/faults has more of them.
+SIZE = (2, 2, 10)
 
 
-def test_publishers_lose_nothing(store_uri, request):
-    is_durable = request.node.get_closest_marker("durable") is not None
-    processes, threads, adapters = FULL_SIZE if is_durable else SMALL_SIZE
+def test_publishers_lose_nothing(store_uri):
+    processes, threads, adapters = SIZE
     started = time.perf_counter()
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, context) as pool:

@@ -1,19 +1,11 @@
-"""Tiny domains, a tiny base, a manifest of them, and nodes that come and go."""
+"""Tiny domains, a tiny base, and a manifest of them."""
 
-import contextlib
 import itertools
-import json
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
-import ray
 
 import jobs.train_adapters as job
 from loraseg import config as configuration
-from tests.integration.ray_cluster import end_starter
 from tests.tiny_world import write_domain, write_manifest, write_models
 
 
@@ -49,36 +41,3 @@ def make_manifest(tmp_path, domains, tiny_models):
         return manifest, configuration.load(job.Config, manifest)
 
     return make
-
-
-@pytest.fixture
-def extra_nodes(ray_cluster):
-    """Return a context manager that adds nodes with a custom resource to the cluster."""
-
-    @contextlib.contextmanager
-    def add(count, *, resource):
-        ray_command = str(Path(sys.executable).with_name("ray"))
-        command = [ray_command, "start", "--block", f"--address={ray_cluster.address}"]
-        command += ["--num-cpus=1", f"--resources={json.dumps({resource: 1})}"]
-        command += ["--object-store-memory=100000000", "--min-worker-port=0"]
-        command += ["--max-worker-port=0", "--disable-usage-stats"]
-        starters = []
-        try:
-            # One after the other: two that start at once may pick the same free port.
-            for number in range(1, count + 1):
-                starters.append(subprocess.Popen(command, env=ray_cluster.environment))
-                wait_for_resource(resource, number)
-            yield
-        finally:
-            for starter in starters:
-                end_starter(starter)
-
-    return add
-
-
-def wait_for_resource(name, amount, deadline_s=90):
-    deadline = time.monotonic() + deadline_s
-    while ray.cluster_resources().get(name, 0) < amount:
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"no {amount} nodes with {name!r} came up in {deadline_s} s")
-        time.sleep(0.2)

@@ -17,6 +17,7 @@ from loraseg.errors import ConfigError
 from loraseg.library import Library
 from loraseg.storage import open_store
 from loraseg.train.tasks import run_task
+from tests.integration.ray_cluster import SpotNodes
 from tests.integration.training.accidents import Accident, tell_environment
 
 pytestmark = pytest.mark.ray
@@ -88,11 +89,9 @@ def test_a_worker_lost_too_often_fails_alone(ray_cluster, make_manifest, tmp_pat
     assert found["night"].error is None
 
 
-def test_a_lost_node_hands_its_adapter_to_another(
-    ray_cluster, extra_nodes, make_manifest, tmp_path
-):
+def test_a_lost_node_hands_its_adapter_to_another(ray_cluster, make_manifest, tmp_path):
     _, config = make_manifest("fog")
-    with extra_nodes(2, resource="spot"):
+    with SpotNodes(ray_cluster, 2, resource="spot"):
         (outcome,) = train_adapters(
             config.tasks(),
             Placement(node="spot"),

@@ -1,0 +1,13 @@
+"""How large the suite is: a short form for every change, the full one for `make faults`."""
+
+import os
+
+FULL = os.environ.get("LORASEG_FAULTS") == "full"
+# Decides all that is random here; printed with every test, so that a failure can be replayed.
+SEED = int(os.environ.get("LORASEG_FAULTS_SEED", "0"))
+
+RUNS = range(5 if FULL else 1)
+STRIKES = 3 if FULL else 2
+PUBLISHERS, ADAPTERS, READERS = (16, 25, 8) if FULL else (6, 5, 3)
+OUTAGE_S = 60 if FULL else 10
+SPOILT_SHARE = 0.1

@@ -1,0 +1,90 @@
+"""SIGKILL at chosen moments; Ray's workers import this by name."""
+
+import os
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from loraseg.seeding import numpy_generator
+from loraseg.train.tasks import run_task
+
+_LONGEST_DELAY_S = 0.4  # long enough to meet checkpoints, scoring and publishing as well
+
+
+@dataclass(frozen=True)
+class Strike:
+    """Kill ``delay_s`` after ``adapter`` reported ``step`` for the first time."""
+
+    victim: Literal["worker", "driver", "node"]
+    adapter: str
+    step: int
+    delay_s: float
+
+
+@dataclass(frozen=True)
+class Ambush:
+    """Runs the task and strikes; each strike happens once, whoever takes over the adapter.
+
+    ``folder`` remembers which have happened, and holds the driver's process number.
+    """
+
+    strikes: tuple[Strike, ...]
+    folder: Path
+
+    def __call__(self, task, report):
+        def report_and_strike(progress):
+            report(progress)
+            for number, strike in enumerate(self.strikes):
+                is_due = strike.adapter == task.name and progress.step >= strike.step
+                if is_due and self._is_first(number):
+                    threading.Timer(strike.delay_s, self._strike, (strike,)).start()
+
+        return run_task(task, report_and_strike)
+
+    @property
+    def driver_file(self):
+        return self.folder / "driver"
+
+    def happened(self):
+        """Return a line for every strike that has happened."""
+        log = self.folder / "log"
+        return log.read_text().splitlines() if log.exists() else []
+
+    def _is_first(self, number):
+        try:
+            (self.folder / f"strike{number}").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    def _strike(self, strike):
+        # A worker is a child of its node's raylet, without which the node is lost to the cluster.
+        process = {
+            "worker": os.getpid,
+            "node": os.getppid,
+            "driver": lambda: int(self.driver_file.read_text()),
+        }[strike.victim]()
+        line = (
+            f"{time.strftime('%H:%M:%S')} killed the {strike.victim} ({process}) "
+            f"{strike.delay_s:.3f} s after step {strike.step} of {strike.adapter}\n"
+        )
+        with (self.folder / "log").open("a") as log:
+            log.write(line)
+        os.kill(process, signal.SIGKILL)
+
+
+def plan_strikes(victim, adapters, steps, count, *seed):
+    """Draw ``count`` strikes that no worker or driver can survive."""
+    random = numpy_generator(seed[0], "strikes", victim, *seed[1:])
+    return tuple(
+        Strike(
+            victim,
+            adapters[int(random.integers(len(adapters)))],
+            int(random.integers(1, steps + 1)),
+            float(random.uniform(0, _LONGEST_DELAY_S)),
+        )
+        for _ in range(count)
+    )

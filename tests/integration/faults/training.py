@@ -1,0 +1,60 @@
+"""Four small adapters to be trained, and what must have become of them."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import jobs.train_adapters as job
+from loraseg import config as configuration
+from loraseg.library import Library
+from loraseg.storage import open_store
+from tests.tiny_world import write_domain, write_manifest, write_models
+
+STEPS = 60
+_DATA = {"fog-1": "fog", "fog-2": "fog", "night-1": "night", "night-2": "night"}
+ADAPTERS = tuple(_DATA)
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Data and models in ``folder``, the same for all trainings."""
+
+    folder: Path
+
+    def furnish(self):
+        self.folder.mkdir()
+        write_models(self.folder)
+        for domain in set(_DATA.values()):
+            write_domain(self.folder / domain, domain)
+        return self
+
+    @property
+    def models(self):
+        return {kind: str(self.folder / f"{kind}.safetensors") for kind in ("base", "encoder")}
+
+    def manifest(self, path, uri):
+        """Write a manifest with library and checkpoints below ``uri``; return it and its config."""
+        data = {name: self.folder / domain for name, domain in _DATA.items()}
+        overrides = {"batch_size": 2, "loop": {"steps": STEPS, "checkpoint_every": 10}}
+        fields = {**self.models, "overrides": overrides, "resources": {"retries": 10}}
+        write_manifest(path, uri, data, **fields)
+        return path, configuration.load(job.Config, path)
+
+
+def contents(uri):
+    """Return the sha256 of every file of every adapter, all read and verified."""
+    library = Library(open_store(uri))
+    return {
+        (entry.name, file): hashlib.sha256(data).hexdigest()
+        for entry in library.entries()
+        for file, data in library.load_entry(entry)[0].items()
+    }
+
+
+def check_library(uri, expected):
+    """Everything published exactly once, byte by byte as without any disturbance."""
+    library = Library(open_store(uri))
+    assert {name: len(library.versions(name)) for name in ADAPTERS} == dict.fromkeys(ADAPTERS, 1)
+    assert library.generation() == len(ADAPTERS)
+    assert contents(uri) == expected
+    assert library.verify().ok
