@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from loraseg.segment.catseg.class_attention import ClassLayer
 from loraseg.segment.catseg.config import CATSegConfig
 from loraseg.segment.catseg.decoder import Up
+from loraseg.segment.catseg.parts import in_parts
 from loraseg.segment.catseg.swin import SwinPair
 from loraseg.tensor_types import Float
 
@@ -42,7 +43,8 @@ class AggregatorLayer(nn.Module):
         appearance: Float[Tensor, "b g g a"],
         text: Float[Tensor, "b t e"],
     ) -> Float[Tensor, "b t g g c"]:
-        return self.attention(self.swin_block(x, appearance), text)
+        x = in_parts(lambda part: self.swin_block(part, appearance), x)
+        return self.attention(x, text)
 
 
 def _guided(projection: nn.Module) -> nn.Sequential:
@@ -85,8 +87,11 @@ class Aggregator(nn.Module):
             text: Text features of t classes under p prompts.
             guidance: The two upsampled block outputs, at sides 2 g and 4 g.
         """
-        unit = nn.functional.normalize(text, dim=-1)
-        cost = torch.einsum("bdhw,btpd->btphw", nn.functional.normalize(features, dim=1), unit)
+        # Cosines of classes lie closer together than bfloat16 can tell: in it the cut would toss.
+        wide = torch.promote_types(features.dtype, torch.float32)
+        unit = nn.functional.normalize(text.to(wide), dim=-1)
+        places = nn.functional.normalize(features.to(wide), dim=1)
+        cost = torch.einsum("bdhw,btpd->btphw", places, unit)
         classes = text.shape[1]
         chosen = None
         if 0 < self.pad_len < classes:
@@ -104,17 +109,31 @@ class Aggregator(nn.Module):
     ) -> Tensor:
         batch, classes = cost.shape[:2]
         appearance = self.guidance_projection(features).permute(0, 2, 3, 1)
-        words = self.text_guidance_projection(nn.functional.normalize(text.mean(dim=2), dim=-1))
-        x = self.conv1(cost.flatten(0, 1)).permute(0, 2, 3, 1).unflatten(0, (batch, classes))
+        mean = nn.functional.normalize(text.mean(dim=2), dim=-1)
+        words = self.text_guidance_projection(mean.to(features.dtype))
+        x = (
+            self.conv1(cost.flatten(0, 1).to(features.dtype))
+            .permute(0, 2, 3, 1)
+            .unflatten(0, (batch, classes))
+        )
         for layer in self.layers:
             x = layer(x, appearance, words)
-        maps = x.flatten(0, 1).permute(0, 3, 1, 2)
         first, second = (
-            project(guide)
-            for project, guide in zip(self.decoder_guidance_projection, guidance, strict=True)
+            up.fold(project(guide))
+            for up, project, guide in zip(
+                (self.decoder1, self.decoder2),
+                self.decoder_guidance_projection,
+                guidance,
+                strict=True,
+            )
         )
-        maps = self.head(self.decoder2(self.decoder1(maps, first), second))
-        return maps.view(batch, classes, *maps.shape[2:])
+
+        def decode(part: Tensor) -> Tensor:
+            maps = part.flatten(0, 1).permute(0, 3, 1, 2)
+            maps = self.head(self.decoder2(self.decoder1(maps, first), second))
+            return maps.view(*part.shape[:2], *maps.shape[2:])
+
+        return in_parts(decode, x)
 
 
 def _take(x: Tensor, chosen: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from loraseg.segment.catseg.guided import GuidedLinear, guided
+from loraseg.segment.catseg.parts import in_parts
 from loraseg.tensor_types import Float
 
 __all__ = ["ClassLayer"]
@@ -86,19 +87,21 @@ class ClassLayer(nn.Module):
         """Let the t classes of an image exchange at each (pooled) place."""
         y = self._pool(x)
         sides = y.shape[2:4]
-        y = y.flatten(2, 3).transpose(1, 2)
-        y = y + self.attention(self.norm1(y), text, self._padding(len(x)), self._copies(x.shape[1]))
-        y = self.MLP(self.norm2(y)).add_(y)
+        y = in_parts(lambda part: self._mix(part, text), y.flatten(2, 3).transpose(1, 2))
         return x + self._unpool(y.transpose(1, 2).unflatten(2, sides), x.shape[2])
+
+    def _mix(
+        self, y: Float[Tensor, "b n t c"], text: Float[Tensor, "b t a"]
+    ) -> Float[Tensor, "b n t c"]:
+        copies = max(self.pad_len - y.shape[2], 0)
+        y = self.attention(self.norm1(y), text, self._padding(len(y)), copies).add_(y)
+        return self.MLP(self.norm2(y)).add_(y)
 
     def _padding(self, images: int) -> tuple[Tensor, Tensor] | None:
         if self.padding_tokens is None or self.padding_guidance is None:
             return None
         token = self.norm1(self.padding_tokens).expand(images, -1, -1)
         return token, self.padding_guidance[0].expand(images, -1)
-
-    def _copies(self, classes: int) -> int:
-        return max(self.pad_len - classes, 0)
 
     def _pool(self, x: Tensor) -> Tensor:
         size = self.pooling[0 if self.training else 1]

@@ -51,15 +51,27 @@ class Up(nn.Module):
         self.up = nn.ConvTranspose2d(inputs, inputs - guidance_dim, 2, 2)
         self.conv = DoubleConv(inputs, outputs)
 
-    def forward(
-        self, x: Float[Tensor, "bt c g g"], guidance: Float[Tensor, "b a g2 g2"]
-    ) -> Float[Tensor, "bt c2 g2 g2"]:
-        """Decode the maps of every class of every image, images outermost."""
+    def fold(
+        self, guidance: Float[Tensor, "b a g2 g2"]
+    ) -> tuple[Float[Tensor, "c c2 4 4"], Float[Tensor, "b 1 c2 g2 g2"]]:
+        """Return what all classes share: the kernel of both steps, and the guidance's part."""
         own, shared = self.conv.first_weight().split([self.up.out_channels, guidance.shape[1]], 1)
         # Tap a of the upsampling under tap u of the convolution lands on tap a - u + 2 of four.
-        both = nn.functional.conv2d(self.up.weight, own, padding=2)
-        maps = nn.functional.conv_transpose2d(x, both, stride=2, padding=1)
-        maps = maps.unflatten(0, (len(guidance), -1)) + self._shared(guidance, own, shared)
+        kernel = nn.functional.conv2d(self.up.weight, own, padding=2)
+        return kernel, self._shared(guidance, own, shared)
+
+    def forward(
+        self, x: Float[Tensor, "bt c g g"], folded: tuple[Tensor, Tensor]
+    ) -> Float[Tensor, "bt c2 g2 g2"]:
+        """Decode maps of some classes of every image, images outermost.
+
+        Args:
+            x: The maps.
+            folded: What :meth:`fold` made of the images' guidance.
+        """
+        kernel, shared = folded
+        maps = nn.functional.conv_transpose2d(x, kernel, stride=2, padding=1)
+        maps = maps.unflatten(0, (len(shared), -1)).add_(shared)
         return self.conv(maps.flatten(0, 1))
 
     def _shared(

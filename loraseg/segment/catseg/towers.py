@@ -185,10 +185,14 @@ class VisionTower(nn.Module):
         if self.grid == self.position_grid:
             return table
         square = table[1:].T.unflatten(1, (self.position_grid, self.position_grid))[None]
+        # Weights of a resize want float32 at least; the table is small.
         resized = nn.functional.interpolate(
-            square, (self.grid, self.grid), mode="bicubic", align_corners=False
+            square.to(torch.promote_types(table.dtype, torch.float32)),
+            (self.grid, self.grid),
+            mode="bicubic",
+            align_corners=False,
         )
-        return torch.cat([table[:1], resized[0].flatten(1).T])
+        return torch.cat([table[:1], resized[0].flatten(1).T.to(table.dtype)])
 
 
 class ClipTowers(nn.Module):
