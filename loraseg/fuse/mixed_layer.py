@@ -1,6 +1,7 @@
 """One linear layer while mixes act on it: each part of its input with the mix it belongs to."""
 
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import nn
@@ -95,27 +96,41 @@ class MixedLayer:
         """Work off one segment after the other, each result straight into its place."""
         out = rows.new_empty(*rows.shape[:-1], self.shape[0])
         each = len(rows) // plan.parts
-        for segment in plan.segments:
-            here = slice(segment.start * each, segment.stop * each)
-            x, side = rows[here], None if sides is None else sides[here]
-            self._segment(plan.table, segment.slot, (x, side), out[here])
+        tokens = rows.shape[:-1].numel() // plan.parts
+
+        def part(start: int, stop: int) -> _Part:
+            here = slice(start * each, stop * each)
+            return rows[here], None if sides is None else sides[here], out[here]
+
+        def is_merged(segment: Segment) -> bool:
+            count = tokens * (segment.stop - segment.start)
+            return segment.slot is not None and plan.table.merges(self.shape, count)
+
+        # What passes through the weight itself does so in one large product.
+        for merged, run in groupby(plan.segments, is_merged):
+            segments = list(run)
+            if merged:
+                for segment in segments:
+                    self._merged(segment, part(segment.start, segment.stop))
+                continue
+            whole = part(segments[0].start, segments[-1].stop)
+            _product(whole, self.linear.weight, self.linear.bias)
+            for segment in segments:
+                self._beside(segment, part(segment.start, segment.stop))
         return out
 
-    def _segment(
-        self, table: MergeTable, slot: int | None, given: tuple[Tensor, Tensor | None], out: Tensor
-    ) -> None:
-        weight, bias = self.linear.weight, self.linear.bias
-        if slot is None:
-            _product(*given, weight, bias, out)
+    def _merged(self, segment: Segment, part: "_Part") -> None:
+        down, up = self._down[segment.slot], self._up[segment.slot]
+        torch.addmm(self.linear.weight, up.t(), down, out=self._scratch)
+        _product(part, self._scratch, self.linear.bias)
+
+    def _beside(self, segment: Segment, part: "_Part") -> None:
+        if segment.slot is None:
             return
-        down, up = self._down[slot], self._up[slot]
-        if table.merges(self.shape, given[0].shape[:-1].numel()):
-            torch.addmm(weight, up.t(), down, out=self._scratch)
-            _product(*given, self._scratch, bias, out)
-            return
-        _product(*given, weight, bias, out)
+        down, up = self._down[segment.slot], self._up[segment.slot]
+        rows, sides, out = part
         low = out.new_empty(*out.shape[:-1], down.shape[0])
-        _product(*given, down, None, low)
+        _product((rows, sides, low), down, None)
         out.view(-1, out.shape[-1]).addmm_(low.view(-1, low.shape[-1]), up)
 
     def _batched(self, plan: Plan, rows: Tensor, sides: Tensor | None) -> Tensor:
@@ -136,10 +151,13 @@ class MixedLayer:
         return torch.baddbmm(out.reshape(parts, -1, out.shape[-1]), low, up)
 
 
-def _product(
-    x: Tensor, side: Tensor | None, weight: Tensor, bias: Tensor | None, out: Tensor
-) -> None:
-    """Write ``[x, side] weight^T + bias`` into ``out``, a contiguous block of rows."""
+# Rows, what goes with them on the second input, and where their results go.
+_Part = tuple[Tensor, Tensor | None, Tensor]
+
+
+def _product(part: _Part, weight: Tensor, bias: Tensor | None) -> None:
+    """Write ``[rows, side] weight^T + bias`` into the results, a contiguous block."""
+    x, side, out = part
     width, flat = x.shape[-1], out.view(-1, out.shape[-1])
     if side is None and bias is not None:
         torch.addmm(bias, x, weight.t(), out=flat)

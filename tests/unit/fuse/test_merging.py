@@ -24,10 +24,18 @@ def _own_cache(tmp_path, monkeypatch):
     [((768, 768), 384), ((3072, 768), 614.4), ((1024, 1024), 512), ((128, 128), 64)],
 )
 def test_merges_where_that_takes_fewer_products(shape, crossing):
-    table = load_table(CPU, torch.float32)
+    table = MergeTable()
     assert not table.merges(shape, int(crossing))
     assert table.merges(shape, int(crossing) + 1)
-    assert not load_table(CPU, torch.bfloat16).merges(shape, int(crossing) + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_five_crops_and_the_decoder_are_merged_one_crop_is_not(dtype):
+    table = load_table(CPU, dtype)
+    for shape in ((768, 768), (3072, 768)):
+        assert not table.merges(shape, 577)
+        assert table.merges(shape, 2885)
+    assert table.merges((128, 256), 19 * 576)
 
 
 def test_what_was_measured_is_kept_for_the_device_and_type():
