@@ -30,7 +30,7 @@ from actors.units import run_units
 from loraseg.errors import LorasegError
 from loraseg.train.board import ProgressBoard, Standing, changes
 from loraseg.train.progress import Progress, Report
-from loraseg.train.tasks import AdapterTask, TaskResult, groups, run_task, run_tasks
+from loraseg.train.tasks import AdapterTask, TaskResult, groups, run_tasks
 
 __all__ = ["Outcome", "train_adapters"]
 
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 _REPORT_EVERY_S = 0.5
 
-Run = Callable[[AdapterTask, Report], TaskResult]
+Run = Callable[[Sequence[AdapterTask], Report], list[TaskResult | LorasegError]]
 Watch = Callable[[Mapping[str, Standing]], None]
 
 
@@ -55,7 +55,7 @@ def train_adapters(
     tasks: Sequence[AdapterTask],
     placement: Placement,
     *,
-    run: Run = run_task,
+    run: Run = run_tasks,
     watch: Watch | None = None,
     read_every_s: float = 5.0,
 ) -> Iterator[Outcome]:
@@ -66,7 +66,7 @@ def train_adapters(
     Args:
         tasks: Units of work, safe to start again after a kill at any point.
         placement: What each takes, how many at once, how many lost workers are made up for.
-        run: What a worker calls for an adapter that shares nothing with others.
+        run: What a worker calls for adapters that share work, or for a single one.
         watch: Given the standing of every adapter from time to time; by default each change is
             logged in one line.
         read_every_s: Seconds between two readings of the progress.
@@ -130,9 +130,7 @@ def _start_board() -> Any:
 def _run_reporting(
     run: Run, tasks: Sequence[AdapterTask], board: Any
 ) -> list[TaskResult | LorasegError]:
-    if len(tasks) == 1:
-        return [run(tasks[0], _Reporter(board))]
-    return run_tasks(tasks, _Reporter(board))
+    return run(tasks, _Reporter(board))
 
 
 class _Reporter:

@@ -18,13 +18,7 @@ from tests.integration.s3_endpoint import S3Endpoint, S3Space
 # Here and nowhere else: a fixture that two modules import is two fixtures, and so two clusters.
 __all__ = ["ray_cluster"]
 
-_AWS_SETTINGS = (
-    "AWS_ENDPOINT_URL_S3",
-    "AWS_PROFILE",
-    "AWS_SESSION_TOKEN",
-    "AWS_MAX_ATTEMPTS",
-    "AWS_RETRY_MODE",
-)
+_AWS_SETTINGS = ("AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_SESSION_TOKEN")
 # A process of its own: moto patches nothing here, and Ray workers can reach it.
 _SERVE_MOTO = """
 import sys

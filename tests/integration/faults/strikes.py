@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from loraseg.seeding import numpy_generator
-from loraseg.train.tasks import run_task
+from loraseg.train.tasks import run_tasks
 
 _LONGEST_DELAY_S = 0.4  # long enough to meet checkpoints, scoring and publishing as well
 
@@ -26,7 +26,7 @@ class Strike:
 
 @dataclass(frozen=True)
 class Ambush:
-    """Runs the task and strikes; each strike happens once, whoever takes over the adapter.
+    """Runs the tasks and strikes; each strike happens once, whoever takes over the adapter.
 
     ``folder`` remembers which have happened, and holds the driver's process number.
     """
@@ -34,15 +34,15 @@ class Ambush:
     strikes: tuple[Strike, ...]
     folder: Path
 
-    def __call__(self, task, report):
+    def __call__(self, tasks, report):
         def report_and_strike(progress):
             report(progress)
             for number, strike in enumerate(self.strikes):
-                is_due = strike.adapter == task.name and progress.step >= strike.step
+                is_due = strike.adapter == progress.name and progress.step >= strike.step
                 if is_due and self._is_first(number):
                     threading.Timer(strike.delay_s, self._strike, (strike,)).start()
 
-        return run_task(task, report_and_strike)
+        return run_tasks(tasks, report_and_strike)
 
     @property
     def driver_file(self):

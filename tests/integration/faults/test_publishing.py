@@ -15,7 +15,7 @@ from loraseg.library.records import blob_key
 from loraseg.seeding import numpy_generator
 from loraseg.storage import open_store
 from tests.integration.faults.publishing import adapter_name, publish_many, read_all_the_time
-from tests.integration.faults.scale import ADAPTERS, PUBLISHERS, READERS, RUNS, SEED
+from tests.integration.faults.scale import ADAPTERS, PUBLISHERS, READERS, SEED
 from tests.integration.library.publishers import files_of
 
 pytestmark = [pytest.mark.durable, pytest.mark.faults, pytest.mark.timeout(1500)]
@@ -40,11 +40,10 @@ def test_publishers_and_readers(workplace, chronicle):
     assert Library(open_store(workplace.uri)).generation() == len(expected)
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_dying_publishers_and_readers(workplace, chronicle, run):
+def test_dying_publishers_and_readers(workplace, chronicle):
     """The first dies after its blobs and for good, the others at random; half of them come back."""
     readers = start_readers(workplace)
-    random = numpy_generator(SEED, "dying publishers", run)
+    random = numpy_generator(SEED, "dying publishers")
     strikes = [(_BLOBS_WRITTEN, False)]
     for _ in names()[1:]:
         at = int(random.integers(5, 5 + ADAPTERS * _WRITES_OF_ONE))

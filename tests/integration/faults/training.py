@@ -11,8 +11,14 @@ from loraseg.storage import open_store
 from tests.tiny_world import write_domain, write_manifest, write_models
 
 STEPS = 60
-_DATA = {"fog-1": "fog", "fog-2": "fog", "night-1": "night", "night-2": "night"}
-ADAPTERS = tuple(_DATA)
+# The two of fog share work, and so are trained side by side in one Ray task.
+_KINDS = {
+    "fog-small": ("fog", {"targets": "aggregator", "rank": 4}),
+    "fog-large": ("fog", {"targets": "aggregator", "rank": 8}),
+    "night-small": ("night", {"rank": 4}),
+    "night-large": ("night", {"rank": 8}),
+}
+ADAPTERS = tuple(_KINDS)
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class Workshop:
     def furnish(self):
         self.folder.mkdir()
         write_models(self.folder)
-        for domain in set(_DATA.values()):
+        for domain in ("fog", "night"):
             write_domain(self.folder / domain, domain)
         return self
 
@@ -34,10 +40,19 @@ class Workshop:
 
     def manifest(self, path, uri):
         """Write a manifest with library and checkpoints below ``uri``; return it and its config."""
-        data = {name: self.folder / domain for name, domain in _DATA.items()}
-        overrides = {"batch_size": 2, "loop": {"steps": STEPS, "checkpoint_every": 10}}
-        fields = {**self.models, "overrides": overrides, "resources": {"retries": 10}}
-        write_manifest(path, uri, data, **fields)
+        write_manifest(
+            path,
+            uri,
+            {},
+            **self.models,
+            data_order="per_dataset",
+            overrides={"batch_size": 2, "loop": {"steps": STEPS, "checkpoint_every": 10}},
+            resources={"retries": 10},
+            domains=[
+                {"name": name, "data": str(self.folder / domain), "overrides": overrides}
+                for name, (domain, overrides) in _KINDS.items()
+            ],
+        )
         return path, configuration.load(job.Config, path)
 
 

@@ -6,12 +6,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraseg.train.tasks import run_task
+from loraseg.train.tasks import run_tasks
 
 
 @dataclass(frozen=True)
 class Accident:
-    """Runs the task and, the first time that ``step`` is reported, loses worker or node.
+    """Runs the tasks and, the first time that ``step`` is reported, loses worker or node.
 
     ``marker`` is a file that remembers that it happened; ``only`` names the one adapter it befalls.
     """
@@ -21,7 +21,7 @@ class Accident:
     node: bool = False
     only: str | None = None
 
-    def __call__(self, task, report):
+    def __call__(self, tasks, report):
         def report_or_die(progress):
             report(progress)
             unlucky = self.only in (None, progress.name) and not self.marker.exists()
@@ -29,7 +29,7 @@ class Accident:
                 self.marker.touch()
                 self._strike()
 
-        return run_task(task, report_or_die)
+        return run_tasks(tasks, report_or_die)
 
     def _strike(self):
         if self.node:
@@ -40,8 +40,8 @@ class Accident:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def tell_environment(task, report):
+def tell_environment(tasks, report):
     """Fail with what the worker sees of the secret key, backwards."""
     raise RuntimeError(
-        f"{task.name} sees {os.environ.get('AWS_SECRET_ACCESS_KEY', 'nothing')[::-1]}"
+        f"{tasks[0].name} sees {os.environ.get('AWS_SECRET_ACCESS_KEY', 'nothing')[::-1]}"
     )

@@ -231,6 +231,24 @@ def test_a_store_without_conditional_writes_is_refused(tmp_path):
         publish(Library(Overwriting(tmp_path)), "fog")
 
 
+def test_a_swap_that_landed_unnoticed_is_no_loss(tmp_path):
+    """Its answer was lost, or another writer has moved HEAD for us."""
+
+    class Forgetful(LocalStore):
+        def put_if_absent(self, key, data):
+            return super().put_if_absent(key, data) and key != "catalog/HEAD"
+
+        def put_if_match(self, key, data, etag):
+            return super().put_if_match(key, data, etag) and key != "catalog/HEAD"
+
+    library = Library(Forgetful(tmp_path))
+    for name in ("fog", "rain"):
+        assert publish(library, name).version == 1
+    assert Library(LocalStore(tmp_path)).generation() == 2
+    assert {entry.name for entry in library.entries()} == {"fog", "rain"}
+    assert library.verify().ok
+
+
 def test_publishers_race_and_none_loses(store):
     shared = Library(store)
 

@@ -1,0 +1,61 @@
+"""Checkpoints and a store that fails: saving is tried, loading must not be guessed."""
+
+import pytest
+import torch
+
+from loraseg.errors import StoreError
+from loraseg.storage import SHORT_PATIENCE_S, LocalStore
+from loraseg.train.checkpoint import CheckpointSlot, Snapshot
+
+
+class FailingStore(LocalStore):
+    """Fails every call while ``is_down``; ``patience_s`` is what was asked for last."""
+
+    is_down = False
+    patience_s = None
+
+    def with_patience(self, patience_s):
+        self.patience_s = patience_s
+        return self
+
+    def get(self, key):
+        self._answer()
+        return super().get(key)
+
+    def put(self, key, data):
+        self._answer()
+        return super().put(key, data)
+
+    def _answer(self):
+        if self.is_down:
+            raise StoreError("down")
+
+
+def snapshot(step):
+    return Snapshot(step, 0, {"value/w": torch.full((2,), float(step))})
+
+
+@pytest.fixture
+def store(tmp_path):
+    return FailingStore(tmp_path)
+
+
+def test_training_goes_on_without_the_store(store, caplog):
+    slot = CheckpointSlot(store)
+    assert store.patience_s == SHORT_PATIENCE_S
+    slot.save(snapshot(10))
+    store.is_down = True
+    slot.save(snapshot(20))
+    assert caplog.messages == ["step 20: checkpoint not kept: down"]
+    store.is_down = False
+    assert slot.load().step == 10
+    slot.save(snapshot(30))
+    assert slot.load().step == 30
+
+
+def test_a_store_that_fails_is_not_taken_for_an_empty_one(store):
+    slot = CheckpointSlot(store)
+    slot.save(snapshot(10))
+    store.is_down = True
+    with pytest.raises(StoreError, match="down"):
+        slot.load()
