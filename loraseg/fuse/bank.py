@@ -111,15 +111,15 @@ class AdapterBank:
             # Images of several windows each: one part an image.
             even = len({len(run) for run in runs}) == 1
             order = [run[0] for run in runs] if even else list(mixes)
-            return Plan(len(order), (), True, table), order
-        order = [run[0] for run in runs if run[0] is not None]
+            return Plan(len(order), _digests(order), (), True, table), order
+        order: list[Mix | None] = [run[0] for run in runs if run[0] is not None]
         segments: list[Segment] = []
         start = slot = 0
         for run in runs:
             bare = run[0] is None
             segments.append(Segment(start, start + len(run), None if bare else slot))
             start, slot = start + len(run), slot + (not bare)
-        return Plan(len(mixes), tuple(segments), False, table), list(order)
+        return Plan(len(mixes), _digests(order), tuple(segments), False, table), order
 
     def _slots_for(self, mixes: Sequence[Mix], count: int) -> Slots:
         """Return buffers with room for these mixes, the most recently used ones first."""
@@ -183,6 +183,10 @@ class AdapterBank:
         if self._place not in self._tables:
             self._tables[self._place] = load_table(*self._place)
         return self._tables[self._place]
+
+
+def _digests(mixes: Sequence[Mix | None]) -> tuple[str | None, ...]:
+    return tuple(mix.digest if mix else None for mix in mixes)
 
 
 def _names(adapter: PackedAdapter) -> Iterable[str]:

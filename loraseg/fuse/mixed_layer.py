@@ -13,6 +13,9 @@ from loraseg.tensor_types import Float, Tensor
 
 __all__ = ["MixedLayer", "Plan", "Segment"]
 
+# Values of a merged weight that is worth keeping: those of the aggregator, not of large towers.
+_KEPT_SIZE = 2**17
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -29,12 +32,14 @@ class Plan:
 
     Attributes:
         parts: Number of equal parts.
+        digests: Of the mix in each slot.
         segments: They cover the parts in order. Not used if ``batched``: slot i is part i's.
         batched: All parts at once, by batched products.
         table: When to merge.
     """
 
     parts: int
+    digests: tuple[str | None, ...]
     segments: tuple[Segment, ...]
     batched: bool
     table: MergeTable
@@ -47,6 +52,7 @@ class MixedLayer:
         self.name, self.linear = name, linear
         self._plan: Plan | None = None
         self._down = self._up = self._scratch = linear.weight
+        self._kept: dict[str | None, Tensor] = {}
 
     @property
     def shape(self) -> Shape:
@@ -62,6 +68,10 @@ class MixedLayer:
     ) -> None:
         """Take the layer's place until :meth:`close`; ``scratch`` is overwritten at will."""
         self._plan, self._down, self._up, self._scratch = plan, down, up, scratch
+        kept, weight = self._kept, self.linear.weight
+        self._kept = {key: kept[key] for key in plan.digests if key in kept}
+        if any((m.device, m.dtype) != (weight.device, weight.dtype) for m in kept.values()):
+            self._kept = {}  # the model has moved
         # On the instance, as hooks cannot keep a layer from computing what is not wanted.
         self.linear.forward = self.forward  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -111,7 +121,8 @@ class MixedLayer:
             segments = list(run)
             if merged:
                 for segment in segments:
-                    self._merged(segment, part(segment.start, segment.stop))
+                    weight = self._weight_of(segment)
+                    _product(part(segment.start, segment.stop), weight, self.linear.bias)
                 continue
             whole = part(segments[0].start, segments[-1].stop)
             _product(whole, self.linear.weight, self.linear.bias)
@@ -119,10 +130,21 @@ class MixedLayer:
                 self._beside(segment, part(segment.start, segment.stop))
         return out
 
-    def _merged(self, segment: Segment, part: "_Part") -> None:
-        down, up = self._down[segment.slot], self._up[segment.slot]
-        torch.addmm(self.linear.weight, up.t(), down, out=self._scratch)
-        _product(part, self._scratch, self.linear.bias)
+    def _weight_of(self, segment: Segment) -> Tensor:
+        """Return ``W + up^T down``; what is small is kept while its mix is in use.
+
+        The aggregator calls its layers once for every few classes.
+        """
+        weight, plan, slot = self.linear.weight, self._plan, segment.slot
+        if plan is None or slot is None:
+            return weight
+        down, up = self._down[slot], self._up[slot]
+        if weight.numel() > _KEPT_SIZE:
+            return torch.addmm(weight, up.t(), down, out=self._scratch)
+        digest = plan.digests[slot]
+        if digest not in self._kept:
+            self._kept[digest] = torch.addmm(weight, up.t(), down)
+        return self._kept[digest]
 
     def _beside(self, segment: Segment, part: "_Part") -> None:
         if segment.slot is None:

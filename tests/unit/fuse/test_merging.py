@@ -39,7 +39,7 @@ def test_five_crops_and_the_decoder_are_merged_one_crop_is_not(dtype):
 
 
 def test_what_was_measured_is_kept_for_the_device_and_type():
-    table = MergeTable(1.0, {(4, 6): 17.5})
+    table = MergeTable(2.0, {(4, 6): 17.5})
     save_table(table, CPU, torch.float32)
     assert load_table(CPU, torch.float32) == table
     assert load_table(CPU, torch.float32).merges((4, 6), 18)
