@@ -77,7 +77,7 @@ def train_adapters(
     view = _View(board, watch or _log_changes(), read_every_s)
     units = [
         [tasks[index] for index in group]
-        for group in groups(tasks, most=-(-len(tasks) // _workers(placement)))
+        for group in groups(tasks, most=-(-len(tasks) // _workers(len(tasks), placement)))
     ]
     calls = [
         (f"train {', '.join(task.name for task in unit)}", (run, unit, board)) for unit in units
@@ -88,15 +88,19 @@ def train_adapters(
         yield from _outcomes([task.name for task in units[index]], reference)
 
 
-def _workers(placement: Placement) -> int:
-    """How many adapters the cluster trains at once as it stands."""
+def _workers(tasks: int, placement: Placement) -> int:
+    """How many adapters train at once: as many as the user says, else as the cluster now holds.
+
+    With no room at all the autoscaler is to bring nodes, it is not known how many.
+    """
     needs = {"CPU": placement.cpus, "GPU": placement.gpus}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    nodes = [node for node in nodes if placement.node is None or placement.node in node]
     room = sum(
-        min(int(node.get(kind, 0) / need) for kind, need in needs.items() if need) for node in nodes
+        min(int(node.get(kind, 0) / need) for kind, need in needs.items() if need)
+        for node in nodes
+        if placement.node is None or placement.node in node
     )
-    return max(1, min(room, placement.max_parallel or room))
+    return placement.max_parallel or room or max(tasks, 1)
 
 
 def _warn(tasks: Sequence[AdapterTask], placement: Placement) -> None:
