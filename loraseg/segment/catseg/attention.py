@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from loraseg.tensor_types import Float
 
-__all__ = ["attend"]
+__all__ = ["attend", "residual"]
 
 
 def attend(
@@ -33,3 +33,11 @@ def attend(
     if mask is not None:
         scores = scores + mask.to(scores.dtype)
     return scores.softmax(dim=-1).to(v.dtype) @ v
+
+
+def residual(x: Float[Tensor, "*b c"], change: Float[Tensor, "*b c"]) -> Float[Tensor, "*b c"]:
+    """Return x + change, in the memory of ``change`` where that has x's type.
+
+    Under autocast it has not: the sum then keeps the full precision of the residual stream.
+    """
+    return change.add_(x) if change.dtype == x.dtype else x + change

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from loraseg.segment.catseg.attention import residual
 from loraseg.segment.catseg.guided import GuidedLinear, guided
 from loraseg.segment.catseg.parts import in_parts
 from loraseg.tensor_types import Float
@@ -94,8 +95,8 @@ class ClassLayer(nn.Module):
         self, y: Float[Tensor, "b n t c"], text: Float[Tensor, "b t a"]
     ) -> Float[Tensor, "b n t c"]:
         copies = max(self.pad_len - y.shape[2], 0)
-        y = self.attention(self.norm1(y), text, self._padding(len(y)), copies).add_(y)
-        return self.MLP(self.norm2(y)).add_(y)
+        y = residual(y, self.attention(self.norm1(y), text, self._padding(len(y)), copies))
+        return residual(y, self.MLP(self.norm2(y)))
 
     def _padding(self, images: int) -> tuple[Tensor, Tensor] | None:
         if self.padding_tokens is None or self.padding_guidance is None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from loraseg.segment.catseg.attention import attend
+from loraseg.segment.catseg.attention import attend, residual
 from loraseg.segment.catseg.guided import GuidedLinear, guided
 from loraseg.tensor_types import Float
 
@@ -104,8 +104,8 @@ class SwinBlock(nn.Module):
         mixed = merge(mixed, self.window)
         if self.shift:
             mixed = mixed.roll((self.shift, self.shift), (-3, -2))
-        x = mixed.add_(x)
-        return self.mlp(self.norm2(x)).add_(x)
+        x = residual(x, mixed)
+        return residual(x, self.mlp(self.norm2(x)))
 
     def _windows(self, x: Tensor) -> Tensor:
         if self.shift:
