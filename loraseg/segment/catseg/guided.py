@@ -38,8 +38,8 @@ def guided(
     """Call a guided layer, or whatever stands in its place, on ``[x, guide]``.
 
     Args:
-        layer: A :class:`GuidedLinear`; or, while adapters train, peft's wrapper of one, which
-            takes the concatenated input.
+        layer: A :class:`GuidedLinear`; or, in a model that peft wrapped, its layer around one,
+            which takes the concatenated input.
         x: Tokens.
         guide: Shared along axis 1 of x.
     """

@@ -66,7 +66,7 @@ class Attention(nn.Module):
         return self.out_proj(self._project(self.v_proj, x))
 
     def _project(self, proj: Any, x: Tensor) -> Tensor:
-        # Any: while adapters train, peft's layers stand where the Linears were.
+        # Any: in a model that peft wrapped, its layers stand where the Linears were.
         # "inert": the official code reads the weights, so adapters on these modules never act.
         return proj(x) if self.call_modules else nn.functional.linear(x, proj.weight, proj.bias)
 
