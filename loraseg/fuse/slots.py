@@ -71,11 +71,12 @@ class Slots:
         if layout != self._layouts[slot]:
             for buffer in (*self._down.values(), *self._up.values()):
                 buffer[slot].zero_()
+        self._layouts[slot] = layout  # ahead of the rows: half of them may be all that is written
         start = 0
         for adapter, weight in parts:
             self._write(slot, start, adapter, weight)
             start += adapter.rank
-        self._holds[slot], self._layouts[slot] = digest, layout
+        self._holds[slot] = digest
 
     def _write(self, slot: int, start: int, adapter: PackedAdapter, weight: float) -> None:
         for shape, block in adapter.blocks.items():

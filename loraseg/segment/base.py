@@ -1,6 +1,7 @@
 """The frozen segmenter that adapters belong to: model, tokenizer, prompt, pixel statistics."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +138,7 @@ def check_classes(classes: Sequence[str]) -> None:
     if isinstance(classes, str) or not classes:
         raise ConfigError(f"classes: got {classes!r}, expected a list of at least one name")
     blank = [name for name in classes if not name.strip()]
-    doubled = sorted({name for name in classes if list(classes).count(name) > 1})
+    doubled = sorted(name for name, count in Counter(classes).items() if count > 1)
     if blank or doubled:
         raise ConfigError(
             f"classes: expected distinct, non-blank names; doubled {doubled}, blank {len(blank)}"
