@@ -15,6 +15,8 @@ import psutil
 import pytest
 import ray
 
+_START_S = 3.0
+
 
 @dataclass(frozen=True)
 class RayCluster:
@@ -61,12 +63,14 @@ class SpotNodes:
         self.replaced = 0
 
     def __enter__(self):
-        # One after the other: two that start at once may pick the same free port.
-        for number in range(1, self._count + 1):
-            self._starters.append(self._start())
-            wait_for_resource(self._resource, number)
         self._keeper = threading.Thread(target=self._keep)
         self._keeper.start()
+        try:
+            wait_for_resource(self._resource, at_least=self._count)
+        except TimeoutError:
+            self.__exit__()
+            raise
+        self.replaced = 0  # one that failed to start is no loss
         return self
 
     def __exit__(self, *_):
@@ -74,6 +78,8 @@ class SpotNodes:
         self._keeper.join()
         for starter in self._starters:
             end_starter(starter)
+        # A dead node is counted for some seconds; another test must not take it for its own.
+        wait_for_resource(self._resource, at_most=0)
 
     def _start(self):
         ray_command = str(Path(sys.executable).with_name("ray"))
@@ -84,19 +90,23 @@ class SpotNodes:
         return subprocess.Popen(command, env=self._cluster.environment, stdout=subprocess.DEVNULL)
 
     def _keep(self):
-        while not self._closing.wait(0.5):
-            for number, starter in enumerate(self._starters):
-                # `ray start --block` ends when its raylet has gone.
-                if starter.poll() is not None:
-                    self._starters[number] = self._start()
-                    self.replaced += 1
+        while not self._closing.is_set():
+            # `ray start --block` ends when its raylet has gone.
+            lost = [starter for starter in self._starters if starter.poll() is not None]
+            if lost or len(self._starters) < self._count:
+                self._starters = [each for each in self._starters if each not in lost[:1]]
+                self._starters.append(self._start())
+                self.replaced += len(lost[:1])
+                # One after the other: two that start at once may pick the same free port.
+                self._closing.wait(_START_S)
+            self._closing.wait(0.5)
 
 
-def wait_for_resource(name, amount, deadline_s=90):
+def wait_for_resource(name, *, at_least=0, at_most=1000, deadline_s=90):
     deadline = time.monotonic() + deadline_s
-    while ray.cluster_resources().get(name, 0) < amount:
+    while not at_least <= ray.cluster_resources().get(name, 0) <= at_most:
         if time.monotonic() > deadline:
-            raise TimeoutError(f"no {amount} nodes with {name!r} came up in {deadline_s} s")
+            raise TimeoutError(f"not {at_least} to {at_most} nodes with {name!r} in {deadline_s} s")
         time.sleep(0.2)
 
 

@@ -1,12 +1,13 @@
 """SIGKILL at chosen moments; Ray's workers import this by name."""
 
 import os
-import signal
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import psutil
 
 from loraseg.seeding import numpy_generator
 from loraseg.train.tasks import run_tasks
@@ -53,6 +54,10 @@ class Ambush:
         log = self.folder / "log"
         return log.read_text().splitlines() if log.exists() else []
 
+    def killed(self):
+        """Return how many died of it."""
+        return sum(" killed " in line for line in self.happened())
+
     def _is_first(self, number):
         try:
             (self.folder / f"strike{number}").touch(exist_ok=False)
@@ -61,19 +66,26 @@ class Ambush:
         return True
 
     def _strike(self, strike):
-        # A worker is a child of its node's raylet, without which the node is lost to the cluster.
-        process = {
-            "worker": os.getpid,
-            "node": os.getppid,
-            "driver": lambda: int(self.driver_file.read_text()),
-        }[strike.victim]()
-        line = (
-            f"{time.strftime('%H:%M:%S')} killed the {strike.victim} ({process}) "
-            f"{strike.delay_s:.3f} s after step {strike.step} of {strike.adapter}\n"
-        )
+        process = self._find(strike.victim)
+        deed = f"killed the {strike.victim} ({process.pid})" if process else "came too late"
+        when = f"{strike.delay_s:.3f} s after step {strike.step} of {strike.adapter}"
         with (self.folder / "log").open("a") as log:
-            log.write(line)
-        os.kill(process, signal.SIGKILL)
+            log.write(f"{time.strftime('%H:%M:%S')} {deed} {when}\n")
+        if process:
+            process.kill()
+
+    def _find(self, victim):
+        """Return the process, None if it is gone; its number may be another's by now."""
+        if victim == "worker":
+            return psutil.Process()
+        number = os.getppid() if victim == "node" else int(self.driver_file.read_text())
+        # A worker is a child of its node's raylet, without which the node is lost to the cluster.
+        words = "raylet" if victim == "node" else "tests.integration.faults.driver"
+        try:
+            process = psutil.Process(number)
+            return process if words in " ".join(process.cmdline()) else None
+        except psutil.NoSuchProcess:
+            return None
 
 
 def plan_strikes(victim, adapters, steps, count, *seed):

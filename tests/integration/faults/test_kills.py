@@ -46,7 +46,7 @@ def test_workers(ray_cluster, training, undisturbed, ambush, chronicle, run):
     _, config = training
     trap = ambush("worker", run)
     outcomes = list(train_adapters(config.tasks(), config.resources, run=trap))
-    assert trap.happened()
+    assert trap.killed()
     assert [outcome.error for outcome in outcomes] == [None] * len(ADAPTERS)
     chronicle.append(f"resumed from steps {[o.result.resumed_from_step for o in outcomes]}")
     check_library(config.library, undisturbed)
@@ -83,7 +83,7 @@ def test_nodes(ray_cluster, training, undisturbed, ambush, chronicle, run):
         placement = Placement(node="spot", retries=10)
         outcomes = list(train_adapters(config.tasks(), placement, run=trap))
         chronicle.append(f"{nodes.replaced} nodes were replaced while the training ran")
-    assert trap.happened()
+    assert trap.killed()
     assert [outcome.error for outcome in outcomes] == [None] * len(ADAPTERS)
     chronicle.append(f"resumed from steps {[o.result.resumed_from_step for o in outcomes]}")
     check_library(config.library, undisturbed)
