@@ -2,8 +2,8 @@
 
 All layers of one weight shape form a block, scaling is folded into the up side, and layers whose
 correction is exactly zero are left out (those of published SemLA adapters' CLIP attention are,
-methods B.1). On disk it is a safetensors file, read by mapping it into memory: what is not looked
-at costs nothing, and processes of one machine share the pages.
+methods B.1). On disk it is a safetensors file that is mapped into memory, so that the processes of
+one machine share its pages and the system may take them back.
 """
 
 import json
@@ -193,7 +193,11 @@ def _cut(row: Tensor, layout: list[Any]) -> dict[Shape, SiteBlock]:
     """Return views of the row: each block's down side, then its up side."""
     blocks: dict[Shape, SiteBlock] = {}
     start = 0
+    if not row.is_floating_point():
+        raise ValueError(f"{row.dtype}, expected a floating point type")
     for d_out, d_in, rank, sites in layout:
+        if (d_out, d_in) in blocks or sites != sorted({str(site) for site in sites}):
+            raise ValueError(f"block {(d_out, d_in)}: twice, or its sites are not in order")
         sides: list[Tensor] = []
         for width in (d_in, d_out):
             stop = start + len(sites) * rank * width

@@ -290,9 +290,7 @@ class TargetScorer:
 
     def _per_image_predictor(self) -> Predictor:
         # A fresh one per domain: with the first image's text it must not know another domain.
-        return Predictor(
-            self._bench.base, mode=self._scoring.predict, text_cache=self._scoring.text_cache
-        )
+        return self._steady.with_own_texts(self._scoring.text_cache)
 
     def _by_name(self, values: Float[ndarray, " others"]) -> dict[str, float]:
         return {entry.name: float(value) for entry, value in zip(self._others, values, strict=True)}

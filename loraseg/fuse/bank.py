@@ -15,6 +15,7 @@ valid.
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from itertools import groupby
+from math import gcd
 
 import torch
 from torch import nn
@@ -66,11 +67,11 @@ class AdapterBank:
 
         Within the ``with`` block, n mixes cut the leading axis of what a layer is given into n
         equal parts, in order; None stands for the bare base. Neighbours with one digest share
-        their merged weights.
+        their merged weights. Gradients are off meanwhile.
 
         Raises:
             AdapterMismatchError: A layer is unknown or has another size.
-            StageError: Other mixes are in use on this model.
+            StageError: Other mixes or training pairs are in use on this model.
         """
         if self._in_use:
             raise StageError("other adapter mixes are in use on this model; leave them first")
@@ -79,7 +80,8 @@ class AdapterBank:
         try:
             if any(mix is not None for mix in mixes):
                 opened = self._open(mixes)
-            yield
+            with torch.no_grad():
+                yield
         finally:
             for site in opened:
                 site.close()
@@ -95,8 +97,8 @@ class AdapterBank:
             for shape, names in slots.sites.items():
                 for name in names:
                     site = self._sites[name]
-                    opened.append(site)
                     site.open(plan, *slots.view(name), self._scratch_of(shape))
+                    opened.append(site)
         except BaseException:
             for site in opened:
                 site.close()
@@ -108,9 +110,8 @@ class AdapterBank:
         device, table = self._place[0], self._table()
         runs = [list(run) for _, run in groupby(mixes, lambda mix: mix.digest if mix else None)]
         if self._batched or (self._batched is None and device.type == "cuda"):
-            # Images of several windows each: one part an image.
-            even = len({len(run) for run in runs}) == 1
-            order = [run[0] for run in runs] if even else list(mixes)
+            # Images of several windows each, or several with one mix: as few parts as are equal.
+            order = list(mixes[:: gcd(*map(len, runs))])
             return Plan(len(order), _digests(order), (), True, table), order
         order: list[Mix | None] = [run[0] for run in runs if run[0] is not None]
         segments: list[Segment] = []

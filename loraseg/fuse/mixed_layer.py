@@ -66,7 +66,15 @@ class MixedLayer:
         up: Float[Tensor, "slots r d_out"],
         scratch: Float[Tensor, "d_out d_in"],
     ) -> None:
-        """Take the layer's place until :meth:`close`; ``scratch`` is overwritten at will."""
+        """Take the layer's place until :meth:`close`; ``scratch`` is overwritten at will.
+
+        Raises:
+            StageError: Something else stands in its place already.
+        """
+        if "forward" in vars(self.linear):
+            raise StageError(
+                f"layer {self.name}: other adapters are in use on it; leave them first"
+            )
         self._plan, self._down, self._up, self._scratch = plan, down, up, scratch
         kept, weight = self._kept, self.linear.weight
         self._kept = {key: kept[key] for key in plan.digests if key in kept}

@@ -85,7 +85,7 @@ class Slots:
             down, up = self._down[shape][slot], self._up[shape][slot]
             if isinstance(place, slice) and block.up.device == up.device:
                 down[place, rows].copy_(block.down)
-                torch.mul(block.up, weight, out=up[place, rows])
+                torch.mul(block.up.to(up.dtype), weight, out=up[place, rows])
             else:
                 down[place, rows] = block.down.to(down)
                 up[place, rows] = block.up.to(up) * weight

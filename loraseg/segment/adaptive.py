@@ -5,7 +5,6 @@ The method is SemLA's (methods B.4 and B.5).
 
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -151,6 +150,10 @@ class AdaptiveSegmenter:
         self._encoder = encoder
         self._pool = pool
         self._settings = settings
+        # On a GPU the embedder keeps off the stream that the segmenter fills, so that both run at
+        # once. Adapters are read on the segmenter's: their memory is handed on without waiting.
+        device = predictor.base.device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def segment(
         self,
@@ -228,7 +231,7 @@ class AdaptiveSegmenter:
 
     def _prepare(self, images: Sequence[ndarray], exclude: Collection[str]) -> "_Ready":
         """Embed, retrieve and read adapters: all that does not need the segmenter."""
-        with _own_stream(self._predictor.base.device):
+        with torch.cuda.stream(self._stream):
             chosen = self._choose(images, exclude)
         return _Ready(images, chosen, [self._fuse(parts) for parts in chosen])
 
@@ -299,13 +302,3 @@ def label_map(scores: Any) -> ndarray:
     kind = np.uint8 if scores.shape[0] <= 255 else np.int32
     # numpy's argmax names the first of equal values; torch leaves the choice open.
     return scores.cpu().numpy().argmax(axis=0).astype(kind)
-
-
-@contextmanager
-def _own_stream(device: torch.device) -> Generator[None, None, None]:
-    """On a GPU, keep off the stream that the segmenter fills, so that both run at once."""
-    if device.type != "cuda":
-        yield
-        return
-    with torch.cuda.stream(torch.cuda.Stream(device)):
-        yield

@@ -3,6 +3,8 @@
 import logging
 import os
 import re
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from loraseg.adapters.packed import PackedAdapter, read_packed, write_packed
@@ -14,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _SUFFIX = ".safetensors"
+_UNFINISHED_S = 3600.0
 
 
 class PackFolder:
@@ -34,7 +37,6 @@ class PackFolder:
         path = self._path(digest)
         try:
             packed = read_packed(path)
-            os.utime(path)  # the newest use decides what goes first
         except FileNotFoundError:
             return None
         except (IntegrityError, OSError) as error:
@@ -43,6 +45,8 @@ class PackFolder:
         if packed.digest != digest:
             logger.warning("%s holds adapter %s, fetching it again", path, packed.digest)
             return None
+        with suppress(OSError):  # a folder that cannot be written still serves
+            os.utime(path)  # the newest use decides what goes first
         return packed
 
     def put(self, packed: PackedAdapter) -> PackedAdapter:
@@ -67,6 +71,7 @@ class PackFolder:
             self._size_bytes += added
             return
         found: list[tuple[float, int, Path]] = []
+        self._clear_unfinished()
         for path in self._folder.glob(f"*{_SUFFIX}"):
             try:
                 state = path.stat()
@@ -74,9 +79,18 @@ class PackFolder:
                 continue
             found.append((state.st_mtime, state.st_size, path))
         total = sum(size for _, size, _ in found)
+        # A little more than needed, so that not every adapter from now on has to look around.
+        room = self._limit_bytes if total <= self._limit_bytes else 0.9 * self._limit_bytes
         for _, size, path in sorted(found)[:-1]:
-            if total <= self._limit_bytes:
+            if total <= room:
                 break
             path.unlink(missing_ok=True)
             total -= size
         self._size_bytes = total
+
+    def _clear_unfinished(self) -> None:
+        """Remove what writers that were killed have left."""
+        for path in self._folder.glob(f".*{_SUFFIX}.*"):
+            with suppress(OSError):
+                if time.time() - path.stat().st_mtime > _UNFINISHED_S:
+                    path.unlink()

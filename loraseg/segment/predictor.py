@@ -18,6 +18,9 @@ from loraseg.tensor_types import Float, ndarray
 
 __all__ = ["Predictor"]
 
+Mode = Literal["plain", "sliding"]
+TextCache = Literal["per_adapter", "first_image"]
+
 _BANKS = 256
 # More would need more buffers than they save time: a merged weight serves one mix anyway.
 _MIXES_PER_BATCH = 8
@@ -34,8 +37,8 @@ class Predictor:
         self,
         base: SegmentationBase,
         *,
-        mode: Literal["plain", "sliding"] = "plain",
-        text_cache: Literal["per_adapter", "first_image"] = "per_adapter",
+        mode: Mode = "plain",
+        text_cache: TextCache = "per_adapter",
         windows_per_batch: int = 64,
     ) -> None:
         """Prepare for one base.
@@ -60,7 +63,7 @@ class Predictor:
         if windows_per_batch < 1:
             raise ConfigError(f"windows_per_batch: got {windows_per_batch}, expected at least 1")
         self.base = base
-        self.mode = mode
+        self.mode: Mode = mode
         self.text_cache = text_cache
         self.windows_per_batch = windows_per_batch
         self._bank = AdapterBank(base.model)
@@ -100,6 +103,17 @@ class Predictor:
             run = self._sliding if self.mode == "sliding" else self._plain
             results = run(pixels, [each[index] for index in order], texts)
         return [result for _, result in sorted(zip(order, results, strict=True), key=_place)]
+
+    def with_own_texts(self, text_cache: TextCache) -> "Predictor":
+        """Return a predictor that keeps text features apart; the adapter buffers are shared."""
+        other = Predictor(
+            self.base,
+            mode=self.mode,
+            text_cache=text_cache,
+            windows_per_batch=self.windows_per_batch,
+        )
+        other._bank = self._bank
+        return other
 
     def _pixels(self, image: ndarray) -> Float[Tensor, "3 h w"]:
         return torch.from_numpy(_planes(image)).to(self.base.device)
@@ -150,7 +164,9 @@ class Predictor:
             height, width = image.shape[1:]
             # The official code cuts the map, not the padding: it only acts on very small images.
             shown = scores[:, :height, :width] if self.base.pad_multiple > 1 else scores
-            results.append(_resize(shown, (height, width)).cpu())
+            result = _resize(shown, (height, width))
+            # A view of the batch would keep all of it.
+            results.append((result.clone() if result is shown else result).cpu())
         return results
 
     def _sliding(
@@ -164,7 +180,8 @@ class Predictor:
             windows.append(_resize(image, (tiling.window, tiling.window)))
         each = len(tiling.corners) + 1
         spread = [mix for mix in mixes for _ in range(each)]
-        maps = self._logits([self.base.normalise(window) for window in windows], spread, texts)
+        normed = [self.base.normalise(window) for window in windows]
+        maps = self._logits(normed, spread, texts, each=each)
         results: list[Tensor] = []
         for index, image in enumerate(images):
             logits = torch.stack(maps[index * each : (index + 1) * each])
@@ -178,11 +195,17 @@ class Predictor:
         windows: list[Tensor],
         mixes: Sequence[Mix | None],
         texts: dict[str | None, Tensor],
+        each: int = 1,
     ) -> list[Float[Tensor, "t s s"]]:
-        """Run all windows through the model, each resized to CLIP's input, with its own mix."""
+        """Run all windows through the model, each resized to CLIP's input, with its own mix.
+
+        Batches hold whole images of ``each`` windows if one fits.
+        """
+        limit = self.windows_per_batch
+        limit -= limit % each if limit >= each else 0
         side = self.base.model.config.image_size
         logits: list[Tensor] = []
-        for some in _batches([_digest(mix) for mix in mixes], self.windows_per_batch):
+        for some in _batches([_digest(mix) for mix in mixes], limit):
             rows = torch.stack([_resize(windows[index], (side, side)) for index in some])
             used = [mixes[index] for index in some]
             banks = [texts[_digest(mix)] for mix in used]

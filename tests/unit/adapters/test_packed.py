@@ -103,7 +103,21 @@ def test_damage_is_found(tmp_path):
     with pytest.raises(IntegrityError, match="format 2"):
         read_packed(path)
     path.write_bytes(whole)
-    for blocks in ('[[6, 4, 3, ["a"]], [5, 5, 1, ["c"]]]', '[[6, 4, 9, ["a", "b"]]]', "[7]"):
+    row = load_file(path)["row"]
+    _with(path, {"row": row.view(torch.int32)})
+    with pytest.raises(IntegrityError, match="expected a floating point type"):
+        read_packed(path)
+    path.write_bytes(whole)
+    for blocks in (
+        '[[5, 5, 1, ["c"]], [6, 4, 3, ["b", "a"]]]',
+        '[[5, 5, 1, ["c"]], [6, 4, 3, ["a", "a"]]]',
+        '[[5, 5, 1, ["c"]], [6, 4, 3, "ab"]]',
+        '[[5, 5, 1, ["c"]], [5, 5, 1, ["d"]]]',
+        '[[5, 5, -1, ["c"]]]',
+        '[[6, 4, 3, ["a"]], [5, 5, 1, ["c"]]]',
+        '[[6, 4, 9, ["a", "b"]]]',
+        "[7]",
+    ):
         path.write_bytes(whole)
         _with(path, blocks=blocks)
         with pytest.raises(IntegrityError, match="not a packed adapter"):

@@ -11,6 +11,7 @@ from loraseg.errors import AdapterMismatchError, StageError
 from loraseg.fuse.bank import AdapterBank
 from loraseg.fuse.merging import MergeTable
 from loraseg.fuse.mix import fuse
+from loraseg.fuse.slots import Slots
 from tests.unit.fuse.plain_slots import plain_slots
 from tests.unit.tiny import CLASSES, random_adapter, tiny_base
 
@@ -79,8 +80,15 @@ RECIPES = [
 ]
 
 
+@pytest.fixture(params=[2**17, -1], ids=["kept", "scratch"])
+def _both_sizes(request, monkeypatch):
+    """Merged weights of small layers are kept, those of large ones pass through scratch memory."""
+    monkeypatch.setattr("loraseg.fuse.mixed_layer._KEPT_SIZE", request.param)
+
+
 @FORMS
 @TABLES
+@pytest.mark.usefixtures("_both_sizes")
 def test_every_part_has_its_own_weights(model, batched, table):
     x = torch.randn(12, 3, 2, 4, dtype=torch.float64)
     mixes = [fuse(*recipe) for recipe in RECIPES]
@@ -94,6 +102,7 @@ def test_every_part_has_its_own_weights(model, batched, table):
 
 @FORMS
 @TABLES
+@pytest.mark.usefixtures("_both_sizes")
 def test_no_mix_leaves_rows_behind_for_the_next(model, batched, table):
     """A stale row would give a plausible, wrong result: all orders of mixes of all layouts."""
     x = torch.randn(1, 2, 2, 4, dtype=torch.float64)
@@ -248,6 +257,57 @@ def test_refuses_two_uses_at_once_and_inputs_that_do_not_divide(model):
         pytest.raises(StageError, match=r"layer a: got an input of shape \(3, .*expected 2 equal"),
     ):
         model(torch.ones(3, 1, 1, 4, dtype=torch.float64))
+
+
+def test_two_banks_on_one_model_do_not_take_each_other_away(model):
+    x = torch.randn(1, 3, 2, 4, dtype=torch.float64)
+    first, second = AdapterBank(model), AdapterBank(model)
+    with first.use([fuse(*RECIPES[0])]):
+        expected = model(x)
+        with pytest.raises(StageError, match="in use"), second.use([fuse(*RECIPES[1])]):
+            pass
+        assert torch.equal(model(x), expected)
+    with second.use([fuse(*RECIPES[1])]):
+        got = model(x)
+    torch.testing.assert_close(got, dense(model, *RECIPES[1])(x), rtol=0, atol=1e-10)
+
+
+def test_a_failure_while_a_slot_is_filled_leaves_no_rows_behind(model, monkeypatch):
+    x = torch.randn(1, 3, 2, 4, dtype=torch.float64)
+    bank = AdapterBank(model, table=BESIDE)
+    small = [adapter("s", ranks={"a": 4})], [1.0]
+    large = fuse([adapter("x", ranks={"a": 3}), adapter("y", ranks={"a": 3})], [1.0, 1.0])
+    with bank.use([fuse(*small)]):
+        pass
+    write = Slots._write
+
+    def fail_after(self, slot, start, one, weight):
+        write(self, slot, start, one, weight)
+        raise MemoryError("between two adapters")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Slots, "_write", fail_after)
+        with pytest.raises(MemoryError), bank.use([large]):
+            pass
+    again = [adapter("t", ranks={"a": 4})], [1.0]
+    with bank.use([fuse(*again)]):
+        got = model(x)
+    torch.testing.assert_close(got, dense(model, *again)(x), rtol=0, atol=1e-10)
+
+
+def test_gradients_are_off_while_a_mix_is_in_use(model):
+    model.requires_grad_(True)
+    with AdapterBank(model).use([fuse(*RECIPES[0])]):
+        assert not model(torch.ones(1, 1, 1, 4, dtype=torch.float64)).requires_grad
+    assert torch.is_grad_enabled()
+
+
+def test_batched_parts_are_as_few_as_are_equal(model):
+    bank = AdapterBank(model, batched=True)
+    one, two = fuse(*RECIPES[0]), fuse(*RECIPES[1])
+    plan, held = bank._plan([one] * 4 + [two] * 2 + [None] * 2)
+    assert plan.parts == 4
+    assert held == [one, one, two, None]
 
 
 def test_float32_adapters_serve_a_model_of_another_type(model):

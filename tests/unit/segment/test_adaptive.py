@@ -1,4 +1,5 @@
 import json
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -162,25 +163,36 @@ def test_refuses_class_lists_that_make_no_label_map(base, pool, classes):
         segmenter(base, pool).segment(images(), classes)
 
 
-def test_a_stream_gives_what_single_calls_give_and_works_ahead(base, pool):
-    taken = []
-
-    def batches():
-        for index in range(3):
-            taken.append(index)
-            yield images()[: 1 + index % 2]
-
-    stream = segmenter(base, pool, k=2, temperature=0.3).segment_stream(batches(), CLASSES)
-    assert taken == []
-    for index, results in enumerate(stream):
-        alone = segmenter(base, pool, k=2, temperature=0.3).segment(
-            images()[: 1 + index % 2], CLASSES
-        )
-        assert len(results) == len(alone)
+def test_a_stream_gives_what_single_calls_give(base, pool):
+    counts = (1, 2, 1)
+    stream = segmenter(base, pool, k=2, temperature=0.3).segment_stream(
+        (images()[:count] for count in counts), CLASSES
+    )
+    for count, results in zip(counts, stream, strict=True):
+        alone = segmenter(base, pool, k=2, temperature=0.3).segment(images()[:count], CLASSES)
         assert [one.explanation for one in results] == [one.explanation for one in alone]
         for one, other in zip(results, alone, strict=True):
             assert (one.label_map == other.label_map).all()
-    assert taken == [0, 1, 2]
+
+
+def test_a_stream_reads_the_next_batch_while_one_is_in_the_model(base, pool, monkeypatch):
+    asked = threading.Event()
+
+    def batches():
+        yield images()
+        asked.set()
+        yield images()
+
+    predictor = Predictor(base)
+    predict = predictor.predict
+
+    def wait_for_the_next(*arguments):
+        assert asked.wait(timeout=30)
+        return predict(*arguments)
+
+    monkeypatch.setattr(predictor, "predict", wait_for_the_next)
+    ahead = AdaptiveSegmenter(predictor, ColorEncoder(), pool, AdaptiveSettings(k=1))
+    assert [len(results) for results in ahead.segment_stream(batches(), CLASSES)] == [2, 2]
 
 
 def test_an_error_of_one_batch_does_not_end_the_stream(base, pool, adapters):
