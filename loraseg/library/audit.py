@@ -1,7 +1,7 @@
 """Checking a whole library: what is missing, what is damaged, what nobody refers to."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from loraseg.errors import IntegrityError
@@ -37,10 +37,17 @@ class Report:
         return not self.missing and not self.corrupt
 
 
-def audit(store: ObjectStore, entries: Iterable[Entry], generation: int) -> Report:
-    """Read every object that ``entries`` refer to; one is in memory at a time."""
-    # Listed first: what is published while the check runs must not look like garbage.
-    present = set(store.list())
+def audit(
+    store: ObjectStore, entries: Iterable[Entry], generation: int, present: Collection[str]
+) -> Report:
+    """Read every object that ``entries`` refer to; one is in memory at a time.
+
+    Args:
+        store: The library's.
+        entries: Of one generation.
+        generation: Its number.
+        present: All keys, listed before the generation was read.
+    """
     records_of = {records.record_key(e.name, e.version): e for e in entries}
     missing: set[str] = set()
     corrupt: set[str] = set()
@@ -62,7 +69,9 @@ def audit(store: ObjectStore, entries: Iterable[Entry], generation: int) -> Repo
     return Report(
         missing=tuple(sorted(missing)),
         corrupt=tuple(sorted(corrupt)),
-        garbage=tuple(sorted(key for key in present - referred if _is_garbage(key, generation))),
+        garbage=tuple(
+            sorted(key for key in set(present) - referred if _is_garbage(key, generation))
+        ),
         checked=len(records_of) + len(blobs),
     )
 

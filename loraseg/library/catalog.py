@@ -178,8 +178,10 @@ class Library:
 
     def verify(self) -> Report:
         """Read every object that the newest generation refers to and check its digest."""
+        # Listed first: what is published while the check runs must not look like garbage.
+        present = set(self._store.list())
         head, _ = self._read_head()
-        return audit(self._store, self._all_entries(None), head.generation)
+        return audit(self._store, self._read_snapshot(head), head.generation, present)
 
     def _probe(self) -> None:
         if not self._probed:
@@ -276,8 +278,10 @@ class Library:
             return False
         head = Head.of(state.head.generation + 1, data)
         # The generation is ours and HEAD goes nowhere else from here. If it has gone already,
-        # another writer has finished for us.
-        self._swap_head(head, state.etag)
+        # another writer has finished for us; if it has not, nothing is won.
+        swapped = self._swap_head(head, state.etag)
+        if not swapped and self._read_head()[0].generation < head.generation:
+            return False
         self._remember(head, entries)
         return True
 
