@@ -137,7 +137,8 @@ def check_classes(classes: Sequence[str]) -> None:
     """
     if isinstance(classes, str) or not classes:
         raise ConfigError(f"classes: got {classes!r}, expected a list of at least one name")
-    blank = [name for name in classes if not name.strip()]
+    # Only the first of a name's synonyms is used; that one must not be blank.
+    blank = [name for name in classes if not name.split(", ")[0].strip()]
     doubled = sorted(name for name, count in Counter(classes).items() if count > 1)
     if blank or doubled:
         raise ConfigError(

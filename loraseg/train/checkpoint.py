@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import re
 from typing import Any
 
 import safetensors.torch
@@ -23,6 +24,7 @@ __all__ = ["CheckpointSlot", "Snapshot"]
 logger = logging.getLogger(__name__)
 
 _LATEST = "latest.json"
+_KEY = re.compile(r"\d+\.safetensors")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -79,6 +81,8 @@ class CheckpointSlot:
         """
         try:
             pointer: dict[str, Any] = json.loads(self._store.get(_LATEST))
+            if not _KEY.fullmatch(pointer["key"]):
+                raise ValueError(f"it names {pointer['key']!r}")
             data = self._store.get(pointer["key"])
             if hashlib.sha256(data).hexdigest() != pointer["sha256"]:
                 raise ValueError("its bytes differ from its digest")

@@ -255,6 +255,7 @@ def test_read_only_and_strided_images_and_the_training_mode(state):
         ("road", "expected a list"),
         (["road", "sky", "road"], r"doubled \['road'\]"),
         (["road", " "], "blank 1"),
+        (["road", ", street"], "blank 1"),
     ],
 )
 def test_class_lists_are_checked(state, classes, message):

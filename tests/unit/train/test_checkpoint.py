@@ -1,5 +1,7 @@
 """Checkpoints and a store that fails: saving is tried, loading must not be guessed."""
 
+import json
+
 import pytest
 import torch
 
@@ -59,3 +61,12 @@ def test_a_store_that_fails_is_not_taken_for_an_empty_one(store):
     store.is_down = True
     with pytest.raises(StoreError, match="down"):
         slot.load()
+
+
+def test_a_pointer_that_leads_elsewhere_counts_as_damaged(tmp_path, caplog):
+    store = LocalStore(tmp_path)
+    for key in ("../other.safetensors", "latest.json", 7):
+        pointer = {"key": key, "sha256": "", "step": 1, "skipped_batches": 0}
+        store.put("latest.json", json.dumps(pointer).encode())
+        assert CheckpointSlot(store).load() is None
+    assert caplog.text.count("starting again") == 3
