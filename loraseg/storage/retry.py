@@ -22,6 +22,9 @@ _SILENT_S = 5.0
 
 _PASSING_STATUS = {409, 429, 500, 502, 503, 504}
 _PASSING_CODES = {
+    "BadDigest",  # the body was damaged on its way, as with the next two
+    "IncompleteBody",
+    "XAmzContentSHA256Mismatch",
     "ConditionalRequestConflict",
     "OperationAborted",
     "InternalError",

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -118,7 +118,7 @@ def train_group(
     Raises:
         ConfigError: The base's ``clip_attention_lora`` is not the recipe's, or recipes differ in
             what a group shares.
-        DatasetError: No pixel of any mask is labelled, or a file is broken.
+        DatasetError: No pixel of any mask is labelled.
     """
     recipe, model = members[0].recipe, base.model
     _check(model.config.clip_attention_lora, members)
@@ -141,19 +141,30 @@ def train_group(
             takers = {i: run for i, run in running.items() if run.optimisation.wants(step)}
             if not takers:
                 continue
-            inputs.enter(step)
-            for index, run in takers.items():
-                try:
-                    run.advance(step, inputs)
-                except LorasegError as error:
-                    outcomes[index] = error
-                    del running[index]
+            for index, error in _step(step, inputs, takers).items():
+                outcomes[index] = error
+                del running[index]
         for index, run in running.items():
             try:
                 outcomes[index] = TrainedPairs(run.pairs.copy(), run.optimisation.result())
             except LorasegError as error:
                 outcomes[index] = error
     return [outcomes[index] for index in range(len(members))]
+
+
+def _step(step: int, inputs: "_Inputs", takers: Mapping[int, "_Run"]) -> dict[int, LorasegError]:
+    """Let all take one step; return the errors of those whom it ended."""
+    try:
+        inputs.enter(step)
+    except LorasegError as error:  # members that have finished keep what they have
+        return dict.fromkeys(takers, error)
+    ended: dict[int, LorasegError] = {}
+    for index, run in takers.items():
+        try:
+            run.advance(step, inputs)
+        except LorasegError as error:
+            ended[index] = error
+    return ended
 
 
 def image_side_is_frozen(model: nn.Module, rule: str) -> bool:

@@ -36,7 +36,7 @@ def answer(status, code=""):
 
 PASSING = [
     *(answer(status) for status in (409, 429, 500, 502, 503, 504)),
-    answer(400, "RequestTimeout"),
+    *(answer(400, code) for code in ("RequestTimeout", "BadDigest", "IncompleteBody")),
     botocore.exceptions.EndpointConnectionError(endpoint_url="http://x"),
     botocore.exceptions.ConnectTimeoutError(endpoint_url="http://x"),
     botocore.exceptions.ConnectionClosedError(endpoint_url="http://x"),

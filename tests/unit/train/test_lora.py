@@ -5,7 +5,7 @@ import torch
 
 from loraseg.adapters.inject import TARGET_RULES, targets
 from loraseg.data import DatasetFolder
-from loraseg.errors import ConfigError, StageError
+from loraseg.errors import ConfigError, DatasetError, StageError
 from loraseg.storage import open_store
 from loraseg.train.checkpoint import CheckpointSlot
 from loraseg.train.lora import (
@@ -172,6 +172,23 @@ def test_a_failing_member_ends_alone(images, alone):
     assert isinstance(outcomes[1], StageError)
     assert same(outcomes[0], alone["wide"])
     assert same(outcomes[2], alone["short"])
+
+
+def test_a_broken_batch_leaves_finished_members_what_they_have(images, alone, monkeypatch):
+    steps = member("short").recipe.loop.steps
+    batch = images.batch
+
+    def break_later(step, size):
+        if step >= steps:
+            raise DatasetError("a file is gone")
+        return batch(step, size)
+
+    monkeypatch.setattr(images, "batch", break_later)
+    outcomes = train_group(
+        tiny_base(), images, LABELS.names, [member("short"), member("one"), member("wide")]
+    )
+    assert same(outcomes[0], alone["short"])
+    assert all(isinstance(outcome, DatasetError) for outcome in outcomes[1:])
 
 
 def test_members_resume_each_from_its_own_checkpoint(images, alone, tmp_path):
