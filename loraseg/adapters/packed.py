@@ -6,6 +6,7 @@ methods B.1). On disk it is a safetensors file that is mapped into memory, so th
 one machine share its pages and the system may take them back.
 """
 
+import functools
 import json
 import os
 import tempfile
@@ -14,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -181,7 +181,7 @@ def read_packed(path: Path) -> PackedAdapter:
             name=header["name"],
             digest=header["digest"],
             base_digest=header["base_digest"] or None,
-            blocks=_cut(row, json.loads(header["blocks"])),
+            blocks=_cut(row, header["blocks"]),
         )
     except FileNotFoundError:
         raise
@@ -189,23 +189,33 @@ def read_packed(path: Path) -> PackedAdapter:
         raise IntegrityError(f"{path}: not a packed adapter: {error}") from error
 
 
-def _cut(row: Tensor, layout: list[Any]) -> dict[Shape, SiteBlock]:
+# Adapters of one recipe share one layout, and reading it takes longer than all the rest.
+@functools.lru_cache(maxsize=64)
+def _parsed(layout: str) -> tuple[tuple[Shape, int, tuple[str, ...]], ...]:
+    """Return (shape, rank, sites) of every block, in order."""
+    blocks: dict[Shape, tuple[Shape, int, tuple[str, ...]]] = {}
+    for d_out, d_in, rank, sites in json.loads(layout):
+        shape = (int(d_out), int(d_in))
+        if shape in blocks or sites != sorted({str(site) for site in sites}) or rank < 1:
+            raise ValueError(f"block {shape}: twice, without rank, or its sites are not in order")
+        blocks[shape] = shape, int(rank), tuple(sites)
+    return tuple(blocks.values())
+
+
+def _cut(row: Tensor, layout: str) -> dict[Shape, SiteBlock]:
     """Return views of the row: each block's down side, then its up side."""
-    blocks: dict[Shape, SiteBlock] = {}
-    start = 0
     if not row.is_floating_point():
         raise ValueError(f"{row.dtype}, expected a floating point type")
-    for d_out, d_in, rank, sites in layout:
-        if (d_out, d_in) in blocks or sites != sorted({str(site) for site in sites}):
-            raise ValueError(f"block {(d_out, d_in)}: twice, or its sites are not in order")
-        sides: list[Tensor] = []
-        for width in (d_in, d_out):
-            stop = start + len(sites) * rank * width
-            if stop > len(row):
-                raise ValueError(f"{len(row)} values, expected at least {stop}")
-            sides.append(row[start:stop].view(len(sites), rank, width))
-            start = stop
-        blocks[d_out, d_in] = SiteBlock(tuple(sites), *sides)
+    blocks: dict[Shape, SiteBlock] = {}
+    start = 0
+    for (d_out, d_in), rank, sites in _parsed(layout):
+        middle = start + len(sites) * rank * d_in
+        stop = middle + len(sites) * rank * d_out
+        if stop > len(row):
+            raise ValueError(f"{len(row)} values, expected at least {stop}")
+        down = row[start:middle].view(len(sites), rank, d_in)
+        blocks[d_out, d_in] = SiteBlock(sites, down, row[middle:stop].view(len(sites), rank, d_out))
+        start = stop
     if start != len(row):
         raise ValueError(f"{len(row)} values, expected {start}")
     return blocks
