@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from loraseg.cli.console import complain, names, say
 from loraseg.errors import ConfigError, LorasegError, StoreError
-from loraseg.tensor_types import ndarray
 
 if TYPE_CHECKING:
     from loraseg.data.labels import LabelSpace
     from loraseg.segment.adaptive import AdaptiveSegmenter, AdaptiveSettings, Segmentation
+    from loraseg.tensor_types import ndarray
 
 __all__ = ["add"]
 
@@ -51,7 +51,7 @@ def add(commands: Any) -> None:
 @dataclass(frozen=True, slots=True)
 class _Picture:
     path: Path
-    image: ndarray
+    image: "ndarray"
     label_space: "LabelSpace"
     result: "Segmentation"
 
@@ -67,7 +67,7 @@ def _segment(arguments: argparse.Namespace) -> int:
     readable: deque[tuple[Path, ndarray]] = deque()
     failures: list[LorasegError] = []
 
-    def decoded() -> Iterator[list[ndarray]]:
+    def decoded() -> "Iterator[list[ndarray]]":
         for path in paths:
             try:
                 image = read_image(path)

@@ -170,13 +170,8 @@ class MixedLayer:
         if plan.table.merges(self.shape, rows.shape[:-1].numel() // parts):
             weights = torch.baddbmm(self.linear.weight, up.transpose(1, 2), down)
             return _products(rows, sides, weights, self.linear.bias)
-        weight, bias = self.linear.weight, self.linear.bias
-        if sides is None:
-            out = nn.functional.linear(rows, weight, bias)
-        else:
-            width = rows.shape[-1]
-            out = nn.functional.linear(rows, weight[:, :width])
-            out = out + nn.functional.linear(sides, weight[:, width:], bias)[:, None]
+        inputs = (rows,) if sides is None else (rows, sides)
+        out = type(self.linear).forward(self.linear, *inputs)
         low = _products(rows, sides, down, None).reshape(parts, -1, down.shape[1])
         return torch.baddbmm(out.reshape(parts, -1, out.shape[-1]), low, up)
 

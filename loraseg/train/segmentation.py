@@ -141,10 +141,8 @@ def encode_side(
     base: SegmentationBase, images: UInt8[ndarray, "b s s 3"], precision: Precision = "fp32"
 ) -> ImageSide:
     """Run everything before the aggregator on images in RGB; gradients flow as the model says."""
-    model = base.model
     with _autocast(base, precision):
-        features, taps = model.clip.visual(clip_input(base, images))
-        return ImageSide(features, (model.upsample1(taps[0]), model.upsample2(taps[1])))
+        return ImageSide(*base.model.encode_images(clip_input(base, images)))
 
 
 def encode_text(

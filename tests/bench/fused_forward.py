@@ -15,7 +15,7 @@ import peft
 import torch
 from torch import nn
 
-from loraseg.adapters import Adapter, LoraPair, adapter_files, load_adapter, pack, targets
+from loraseg.adapters import Adapter, pack, targets
 from loraseg.fuse import AdapterBank, Mix, fuse
 from loraseg.fuse.merging import measure_table
 from loraseg.seeding import numpy_generator, torch_generator
@@ -24,6 +24,7 @@ from loraseg.segment.catseg.config import CATSegConfig
 from loraseg.segment.catseg.model import CATSeg
 from loraseg.segment.predictor import Predictor
 from tests.bench.harness import Times, interleave, ratio, setting, single_thread
+from tests.bench.random_adapters import random_adapter
 
 RANK, K, IMAGES, CLASSES = 8, 5, 8, 19
 VISION = "sem_seg_head.predictor.clip_model.visual."
@@ -35,7 +36,7 @@ def run() -> dict[str, object]:
         torch.manual_seed(0)
         model = CATSeg(CATSegConfig()).eval().requires_grad_(False)
         before = _digest(model)
-        small = [_adapter(model, VISION, number) for number in range(100)]
+        small = [random_adapter(model, number, rank=RANK, prefix=VISION) for number in range(100)]
         mixes = [
             fuse([pack(small[(3 * i + j) % 20]) for j in range(K)], _weights(i))
             for i in range(IMAGES)
@@ -96,7 +97,9 @@ def _five_crops(bank: AdapterBank, tower: nn.Module, crops: torch.Tensor, mix: M
 
 
 def _decoder(model: CATSeg, bank: AdapterBank) -> Times:
-    adapters = [pack(_adapter(model, DECODER, number)) for number in range(K)]
+    adapters = [
+        pack(random_adapter(model, number, rank=RANK, prefix=DECODER)) for number in range(K)
+    ]
     mix = fuse(adapters, _weights(0))
     config = model.config
     features = _noise("features", 1, config.embed_dim, config.grid, config.grid)
@@ -183,7 +186,7 @@ def _thousand_mixes() -> bool:
     """Whether the miniature base is bit-identical after 1,000 images with 1,000 mixes."""
     base = load_base("miniature")
     before = _digest(base.model)
-    adapters = [pack(_adapter(base.model, "", number)) for number in range(12)]
+    adapters = [pack(random_adapter(base.model, number, rank=RANK)) for number in range(12)]
     random = numpy_generator(0, "bench", "mixes")
     predictor = Predictor(base)
     side = base.model.config.image_size
@@ -202,18 +205,6 @@ def _crossings() -> dict[str, float]:
     shapes = [(768, 768), (3072, 768), (768, 3072), (128, 128)]
     table = measure_table(shapes, torch.device("cpu"), torch.float32)
     return {f"{o}x{i} (T* {o * i // (o + i)})": t for (o, i), t in table.measured.items()}
-
-
-def _adapter(model: nn.Module, prefix: str, number: int) -> Adapter:
-    pairs: dict[str, LoraPair] = {}
-    for name in targets(model):
-        if name.startswith(prefix):
-            d_out, d_in = model.get_submodule(name).weight.shape
-            random = torch_generator(number, "bench", name)
-            down = torch.randn(RANK, d_in, generator=random) * d_in**-0.5
-            up = torch.randn(d_out, RANK, generator=random) * 0.1
-            pairs[name] = LoraPair(down, up, 1.0)
-    return load_adapter(adapter_files(pairs, base_name="bench"), name=str(number))
 
 
 def _weights(index: int) -> list[float]:

@@ -14,15 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from loraseg.adapters import Adapter, LoraPair, PackedAdapter, adapter_files, pack, targets
+from loraseg.adapters import Adapter, PackedAdapter, pack
 from loraseg.adapters.packed import SiteBlock
-from loraseg.adapters.peft_io import load_adapter
 from loraseg.backbones.clip import load_clip
 from loraseg.fuse import AdapterBank, fuse
 from loraseg.library import BaseModel, Card, Centroid, Entry
 from loraseg.library.retrieve import Retriever
 from loraseg.miniature.world import DOMAINS, render
-from loraseg.seeding import numpy_generator, torch_generator
+from loraseg.seeding import numpy_generator
 from loraseg.segment.adaptive import AdaptiveSegmenter, AdaptiveSettings, preset
 from loraseg.segment.base import SegmentationBase, load_base
 from loraseg.segment.catseg.config import CATSegConfig
@@ -31,6 +30,7 @@ from loraseg.segment.pack_folder import PackFolder
 from loraseg.segment.pool import AdapterCache, AdapterPool
 from loraseg.segment.predictor import Predictor
 from tests.bench.harness import Times, interleave, ratio, setting, single_thread
+from tests.bench.random_adapters import random_adapter
 
 FEW, MANY, RANK, BATCH, ROUNDS = 20, 10_000, 8, 8, 12
 NEAREST = (preset("miniature").k, 5)
@@ -42,7 +42,7 @@ def run() -> dict[str, object]:
         batches = [_scenes(f"round {number}") for number in range(ROUNDS + 2)]
         known = np.concatenate([encoder.encode_images(_scenes(f"known {n}")) for n in range(25)])
         folder = PackFolder(Path(place) / "packed")
-        template = pack(_adapter(base.model))
+        template = pack(random_adapter(base.model, 0, rank=RANK))
         libraries = {count: _entries(known, count) for count in (FEW, MANY)}
         for entries in libraries.values():
             _keep(folder, entries, template)
@@ -150,7 +150,7 @@ def _adding(place: Path, known: np.ndarray) -> Times:
     """Add one adapter of ViT-B/16 to 1 and to 999: lay out, keep, index, use for the first time."""
     torch.manual_seed(0)
     model = CATSeg(CATSegConfig()).eval().requires_grad_(False)
-    adapters = [_adapter(model, number) for number in range(2)]
+    adapters = [random_adapter(model, number, rank=RANK) for number in range(2)]
     rivals: dict[str, Callable[[], object]] = {}
     for name, there in (("add_2nd", 1), ("add_1000th", 999)):
         folder, entries = PackFolder(place / name), _entries(known, there + 1)
@@ -177,13 +177,3 @@ def _adder(
             pass
 
     return add
-
-
-def _adapter(model: torch.nn.Module, seed: int = 0) -> Adapter:
-    pairs: dict[str, LoraPair] = {}
-    for name in targets(model):
-        d_out, d_in = model.get_submodule(name).weight.shape
-        random = torch_generator(seed, "bench", name)
-        down = torch.randn(RANK, d_in, generator=random) * d_in**-0.5
-        pairs[name] = LoraPair(down, torch.randn(d_out, RANK, generator=random) * 0.05, 1.0)
-    return load_adapter(adapter_files(pairs, base_name="bench"), name=str(seed))

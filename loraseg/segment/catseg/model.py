@@ -96,9 +96,18 @@ class CATSeg(nn.Module):
         """
         bank = text[None].expand(len(images), -1, -1, -1) if text.dim() == 3 else text
         self._check(images, bank)
-        features, taps = self.clip.visual(images)
-        guidance = (self.upsample1(taps[0]), self.upsample2(taps[1]))
+        features, guidance = self.encode_images(images)
         return self.aggregator(features, bank, guidance)
+
+    def encode_images(
+        self, images: Float[Tensor, "b 3 s s"]
+    ) -> tuple[Float[Tensor, "b d g g"], tuple[Tensor, Tensor]]:
+        """Return what the aggregator sees of images: dense features and two guidance maps.
+
+        The guidance maps are at two and four times the CLIP grid.
+        """
+        features, taps = self.clip.visual(images)
+        return features, (self.upsample1(taps[0]), self.upsample2(taps[1]))
 
     def _check(self, images: Tensor, text: Tensor) -> None:
         config = self.config

@@ -209,6 +209,11 @@ def test_train_base_writes_a_base_that_loads(models, tmp_path, capsys):
     assert "did you mean 'recipe.loop.steps'" in capsys.readouterr().err
 
 
+def test_the_command_line_answers_without_loading_torch():
+    code = "import sys, loraseg.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_doctor(tmp_path, capsys):
     assert main(["doctor", "--store", str(tmp_path)]) == 0
     told = capsys.readouterr().out

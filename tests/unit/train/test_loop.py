@@ -8,6 +8,7 @@ from loraseg.errors import ConfigError, StageError
 from loraseg.storage import open_store
 from loraseg.train.checkpoint import CheckpointSlot, Snapshot
 from loraseg.train.loop import LoopConfig, rate_factor, run_loop
+from tests.unit.train.killing import Killed, kill_at
 
 CONFIG = LoopConfig(steps=12, warmup_steps=3, clip_norm=0.5, checkpoint_every=4)
 
@@ -37,18 +38,6 @@ class Problem:
 
     def state(self):
         return torch.cat([p.detach().flatten() for p in self.layer.parameters()])
-
-
-class Killed(Exception):
-    pass
-
-
-def kill_at(step):
-    def watch(done, loss):
-        if done == step:
-            raise Killed
-
-    return watch
 
 
 def test_matches_adamw_written_out():

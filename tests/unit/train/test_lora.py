@@ -20,19 +20,8 @@ from loraseg.train.recipes import CLIP_IS_FROZEN, named_recipe
 from loraseg.train.segmentation import TrainingImages
 from tests.tiny_world import LABELS, write_domain
 from tests.unit.tiny import tiny_base
+from tests.unit.train.killing import Killed, kill_at
 from tests.unit.train.tiny_files import RECIPE
-
-
-class Killed(Exception):
-    pass
-
-
-def kill_at(step):
-    def watch(done, loss):
-        if done == step:
-            raise Killed
-
-    return watch
 
 
 @pytest.fixture
