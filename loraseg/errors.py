@@ -7,8 +7,11 @@ LorasegError
 ├── StoreError            (OSError)       a store cannot be reached or lacks what is needed of it
 ├── IntegrityError        (ValueError)    bytes differ from their digest or claim
 ├── DatasetError          (ValueError)    an image, mask or class list is unusable
-└── StageError            (RuntimeError)  a computation stopped for its own reason (NaN loss, ...)
+├── StageError            (RuntimeError)  a computation stopped for its own reason (NaN loss, ...)
+└── ServiceError          (RuntimeError)  the endpoint refuses a request or cannot answer it now
 """
+
+from typing import Any
 
 __all__ = [
     "AdapterMismatchError",
@@ -17,6 +20,7 @@ __all__ = [
     "DatasetError",
     "IntegrityError",
     "LorasegError",
+    "ServiceError",
     "StageError",
     "StoreError",
 ]
@@ -52,3 +56,25 @@ class DatasetError(LorasegError, ValueError):
 
 class StageError(LorasegError, RuntimeError):
     """A computation stopped for a reason of its own, such as a loss that is not finite."""
+
+
+class ServiceError(LorasegError, RuntimeError):
+    """The endpoint refuses a request, or cannot answer it now.
+
+    Attributes:
+        code: One of the documented ones, such as ``overloaded``; each belongs to one HTTP status.
+        retry_after_s: When asking again may help; None if it will not.
+    """
+
+    def __init__(self, code: str, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Keep the attributes when the error travels between processes."""
+        return _service_error, (self.code, str(self), self.retry_after_s)
+
+
+def _service_error(code: str, message: str, retry_after_s: float | None) -> ServiceError:
+    return ServiceError(code, message, retry_after_s=retry_after_s)

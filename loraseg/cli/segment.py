@@ -125,7 +125,7 @@ def _settings(arguments: argparse.Namespace) -> "AdaptiveSettings":
 
 
 def _segmenter(arguments: argparse.Namespace, settings: "AdaptiveSettings") -> "AdaptiveSegmenter":
-    from loraseg.evaluate.assemble import Wanted, equip
+    from loraseg.engine.assemble import Wanted, equip
     from loraseg.segment.adaptive import AdaptiveSegmenter
     from loraseg.segment.predictor import Predictor
 

@@ -1,0 +1,8 @@
+"""Bring frozen models and adapter libraries together; what evaluation, service and command line share.
+
+It stands above ``library`` and ``segment``, which do not know each other.
+"""
+
+__all__ = ["AttentionLora", "Equipment", "Precision", "Wanted", "equip"]
+
+from loraseg.engine.assemble import AttentionLora, Equipment, Precision, Wanted, equip
