@@ -1,4 +1,4 @@
-"""Bring frozen models and adapter libraries together; what evaluation, service and command line share.
+"""Bring models and adapter libraries together: for evaluation, service and command line.
 
 It stands above ``library`` and ``segment``, which do not know each other.
 """

@@ -10,8 +10,8 @@ from typing import Any
 from loraseg import config as configuration
 from loraseg.backbones.source import absolute_spec
 from loraseg.data.readers.folder import DatasetFolder
-from loraseg.errors import AdapterNotFoundError, ConfigError
 from loraseg.engine.assemble import AttentionLora, Equipment, Precision, Wanted, equip
+from loraseg.errors import AdapterNotFoundError, ConfigError
 from loraseg.evaluate.leave_one_out import Bench, Scoring, Target, TargetScorer
 from loraseg.evaluate.results import Results
 from loraseg.evaluate.tuning import Grid, Setting, choose, folds_by_family

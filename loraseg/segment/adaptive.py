@@ -3,17 +3,18 @@
 The method is SemLA's (methods B.4 and B.5).
 """
 
-from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
-from loraseg.errors import AdapterMismatchError, ConfigError, LorasegError
+from loraseg.errors import AdapterMismatchError, LorasegError
 from loraseg.fuse.mix import Mix, fuse
 from loraseg.segment.base import check_classes
+from loraseg.segment.choice import PRESETS, AdaptiveSettings, Mode, preset
 from loraseg.segment.pool import AdapterPool, EntryLike
 from loraseg.segment.predictor import Predictor
 from loraseg.tensor_types import ndarray
@@ -28,44 +29,6 @@ __all__ = [
     "label_map",
     "preset",
 ]
-
-Mode = Literal["fused", "uniform", "base"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AdaptiveSettings:
-    """How adapters are chosen for an image.
-
-    Attributes:
-        k: Number of nearest adapters that are fused, K of methods B.4.
-        temperature: tau of methods B.4; it belongs to the encoder's scale of distances.
-        mode: ``fused`` retrieves per image, ``uniform`` mixes all adapters with equal weights,
-            ``base`` uses none.
-    """
-
-    k: int = 5
-    temperature: float = 0.05
-    mode: Mode = "fused"
-
-    def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ConfigError(f"k: got {self.k}, expected at least 1")
-        if not 0 < self.temperature < float("inf"):
-            raise ConfigError(
-                f"temperature: got {self.temperature}, expected a finite number above 0"
-            )
-
-
-# The same sharpness of 1/(d tau) needs another tau where distances have another scale.
-PRESETS: Mapping[str, AdaptiveSettings] = {
-    "semla": AdaptiveSettings(k=5, temperature=0.05),
-    "miniature": AdaptiveSettings(k=2, temperature=0.04),
-}
-
-
-def preset(encoder: str) -> AdaptiveSettings:
-    """Return the settings that go with an index encoder; SemLA's own where nothing is known."""
-    return PRESETS.get(encoder, PRESETS["semla"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +67,24 @@ class Explanation:
 
 @dataclass(frozen=True, slots=True)
 class Segmentation:
-    """The result for one image: a class index per pixel (h, w) and how it came about."""
+    """The result for one image.
+
+    Attributes:
+        label_map: A class index per pixel (h, w).
+        explanation: How it came about.
+        scores: Sigmoid scores (classes, h, w) in [0, 1], if asked for.
+        confidence: Score of the shown class, float32 (h, w) in [0, 1], if asked for.
+        entropy: Of the scores brought to sum one, over log(classes): float32 (h, w) in [0, 1], if
+            asked for; 0 where one class has it all, or is the only one.
+        tiles: How many overlapping tiles the image was cut into; 1 for none.
+    """
 
     label_map: ndarray
     explanation: Explanation
     scores: ndarray | None = None
+    confidence: ndarray | None = None
+    entropy: ndarray | None = None
+    tiles: int = 1
 
 
 @runtime_checkable

@@ -1,0 +1,3 @@
+"""Talk to an endpoint."""
+
+__all__: list[str] = []
