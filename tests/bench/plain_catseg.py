@@ -45,7 +45,7 @@ def _concat(x: Tensor, guide: Tensor) -> Tensor:
 
 
 def _plain(linear: Any, x: Tensor) -> Tensor:
-    return F.linear(x, linear.weight, linear.bias)
+    return linear(x)  # ours takes the concatenated input too, and so does peft's layer around it
 
 
 def _swin_block(block: Any, x: Tensor, guide: Tensor) -> Tensor:
@@ -98,7 +98,10 @@ def plain_text(clip: Any, token_ids: Tensor) -> Tensor:
     for block in clip.transformer.resblocks:
         attn, y = block.attn, block.ln_1(x)
         q, k, v = (
-            linear(y).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            # Where the official code reads the weights, adapters on these layers never act.
+            (linear(y) if attn.call_modules else F.linear(y, linear.weight, linear.bias))
+            .unflatten(-1, (attn.heads, -1))
+            .transpose(1, 2)
             for linear in (attn.q_proj, attn.k_proj, attn.v_proj)
         )
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
