@@ -15,13 +15,10 @@ import numpy as np
 import torch
 
 from loraseg.adapters import Adapter, PackedAdapter, pack
-from loraseg.adapters.packed import SiteBlock
 from loraseg.backbones.clip import load_clip
 from loraseg.fuse import AdapterBank, fuse
-from loraseg.library import BaseModel, Card, Centroid, Entry
+from loraseg.library import Entry
 from loraseg.library.retrieve import Retriever
-from loraseg.miniature.world import DOMAINS, render
-from loraseg.seeding import numpy_generator
 from loraseg.segment.adaptive import AdaptiveSegmenter, AdaptiveSettings, preset
 from loraseg.segment.base import SegmentationBase, load_base
 from loraseg.segment.catseg.config import CATSegConfig
@@ -30,6 +27,7 @@ from loraseg.segment.pack_folder import PackFolder
 from loraseg.segment.pool import AdapterCache, AdapterPool
 from loraseg.segment.predictor import Predictor
 from tests.bench.harness import Times, interleave, ratio, setting, single_thread
+from tests.bench.large_library import entries, keep_packed, known_embeddings, scenes
 from tests.bench.random_adapters import random_adapter
 
 FEW, MANY, RANK, BATCH, ROUNDS = 20, 10_000, 8, 8, 12
@@ -39,19 +37,19 @@ NEAREST = (preset("miniature").k, 5)
 def run() -> dict[str, object]:
     with single_thread(), tempfile.TemporaryDirectory() as place:
         base, encoder = load_base("miniature"), load_clip("miniature")
-        batches = [_scenes(f"round {number}") for number in range(ROUNDS + 2)]
-        known = np.concatenate([encoder.encode_images(_scenes(f"known {n}")) for n in range(25)])
+        batches = [scenes(f"round {number}") for number in range(ROUNDS + 2)]
+        known = known_embeddings(encoder)
         folder = PackFolder(Path(place) / "packed")
         template = pack(random_adapter(base.model, 0, rank=RANK))
-        libraries = {count: _entries(known, count) for count in (FEW, MANY)}
-        for entries in libraries.values():
-            _keep(folder, entries, template)
+        libraries = {count: entries(known, count) for count in (FEW, MANY)}
+        for published in libraries.values():
+            keep_packed(folder, published, template)
         times: Times = {}
         loads: dict[str, int] = {}
         for k in NEAREST:
             segmenters = {
-                f"{count}_k{k}": _segmenter(base, encoder, entries, folder, k)
-                for count, entries in libraries.items()
+                f"{count}_k{k}": _segmenter(base, encoder, published, folder, k)
+                for count, published in libraries.items()
             }
             rivals = {
                 name: _over(batches, segmenter.segment)
@@ -85,53 +83,8 @@ def _over(batches: list[list[np.ndarray]], segment: Callable[..., object]) -> Ca
     return lambda: segment(next(source), ["road", "sky", "car", "person"])
 
 
-def _scenes(key: str) -> list[np.ndarray]:
-    random = numpy_generator(0, "bench", key)
-    names = random.permutation(sorted(DOMAINS))[:BATCH]
-    return [render(str(name), 1, 0, "bench", key)[0][0] for name in names]
-
-
-def _entries(known: np.ndarray, count: int) -> list[Entry]:
-    """Entries whose centroids lie among the embeddings of real scenes."""
-    random = numpy_generator(0, "bench", "centroids", count)
-    spread = 0.5 * known.std(axis=0)
-    rows = known[random.integers(0, len(known), count)]
-    rows = (rows + spread * random.standard_normal(rows.shape)).astype(np.float64)
-    return [_entry(number, row) for number, row in enumerate(rows)]
-
-
-def _entry(number: int, vector: np.ndarray) -> Entry:
-    centroid = Centroid(
-        encoder_id="bench", normalised=False, vector=vector, count=None, spread=None
-    )
-    card = Card(
-        name=f"a{number:05d}",
-        role="segmenter",
-        base=BaseModel("bench", "00" * 32),
-        label_space=("road",),
-        centroids=(centroid,),
-    )
-    return Entry(
-        version=1,
-        digest=f"{number:064x}",
-        card=card,
-        current=True,
-        record_digest="00" * 32,
-        size_bytes=0,
-    )
-
-
-def _keep(folder: PackFolder, entries: list[Entry], template: PackedAdapter) -> None:
-    for number, entry in enumerate(entries):
-        scaled = {
-            shape: SiteBlock(block.sites, block.down, block.up * (1 + number / MANY))
-            for shape, block in template.blocks.items()
-        }
-        folder.put(replace(template, digest=entry.digest, blocks=scaled))
-
-
 def _segmenter(
-    base: SegmentationBase, encoder: object, entries: list[Entry], folder: PackFolder, k: int
+    base: SegmentationBase, encoder: object, published: list[Entry], folder: PackFolder, k: int
 ) -> tuple[AdaptiveSegmenter, dict[str, int]]:
     loaded = {"count": 0}
 
@@ -141,7 +94,7 @@ def _segmenter(
         assert packed is not None
         return replace(packed, base_digest=base.digest)
 
-    pool = AdapterPool(entries, AdapterCache(load), Retriever(entries))
+    pool = AdapterPool(published, AdapterCache(load), Retriever(published))
     settings = AdaptiveSettings(k=k, temperature=0.04)
     return AdaptiveSegmenter(Predictor(base), encoder, pool, settings), loaded
 
@@ -153,16 +106,16 @@ def _adding(place: Path, known: np.ndarray) -> Times:
     adapters = [random_adapter(model, number, rank=RANK) for number in range(2)]
     rivals: dict[str, Callable[[], object]] = {}
     for name, there in (("add_2nd", 1), ("add_1000th", 999)):
-        folder, entries = PackFolder(place / name), _entries(known, there + 1)
+        folder, published = PackFolder(place / name), entries(known, there + 1)
         tiny = PackedAdapter(name="t", digest="0" * 64, base_digest=None, blocks={})
-        for entry in entries[:-1]:
+        for entry in published[:-1]:
             folder.put(replace(tiny, digest=entry.digest))
-        rivals[name] = _adder(AdapterBank(model), folder, entries, adapters)
+        rivals[name] = _adder(AdapterBank(model), folder, published, adapters)
     return interleave(rivals, rounds=9)
 
 
 def _adder(
-    bank: AdapterBank, folder: PackFolder, entries: list[Entry], adapters: list[Adapter]
+    bank: AdapterBank, folder: PackFolder, published: list[Entry], adapters: list[Adapter]
 ) -> Callable[[], object]:
     with bank.use([fuse(adapters, [0.5, 0.5])]):  # buffers are there once something was served
         pass
@@ -172,7 +125,7 @@ def _adder(
         turn = next(turns)
         adapter = replace(adapters[turn % 2], digest=f"{10**6 + turn:064x}")
         packed = folder.put(pack(adapter))
-        Retriever(entries)
+        Retriever(published)
         with bank.use([fuse([packed, packed], [0.5, 0.5])]):
             pass
 

@@ -1,6 +1,6 @@
-"""What the official SemLA code does for one image, written anew for comparison (methods B.3 to B.5).
+"""What the official SemLA code does for an image, written anew as a rival (methods B.3 to B.5).
 
-Embed with a second CLIP, loop over the centroids in Python, sort, ``exp(1 / (d tau))``, stock peft's
+Embed with a second CLIP, loop over the centroids in Python, sort, ``exp(1 / (d tau))``, peft's own
 ``add_weighted_adapter`` (cat), ``set_adapter``, forward in CAT-Seg's own form, ``delete_adapter``.
 """
 
