@@ -104,6 +104,35 @@ class Predictor:
             results = run(pixels, [each[index] for index in order], texts)
         return [result for _, result in sorted(zip(order, results, strict=True), key=_place)]
 
+    @torch.no_grad()
+    def score_windows(
+        self, windows: Sequence[ndarray], classes: Sequence[str], mix: Mix | None = None
+    ) -> list[Float[Tensor, "t s s"]]:
+        """Return sigmoid scores in [0, 1] of windows as coarse as the model makes them.
+
+        Plain prediction of an image (whose sides ``pad_multiple`` divides) is this, brought to
+        the image's size.
+
+        Args:
+            windows: RGB, uint8 (h, w, 3); each is brought to the model's square input.
+            classes: As in :meth:`predict`.
+            mix: The adapters in use, for all windows.
+
+        Returns:
+            float32 maps of the model's own size, on its device.
+
+        Raises:
+            ConfigError, DatasetError, AdapterMismatchError: As :meth:`predict`.
+        """
+        check_classes(classes)
+        for index, window in enumerate(windows):
+            _check_image(index, window)
+        with _evaluating(self.base.model):
+            texts = self._texts(tuple(classes), [mix])
+            normed = [self.base.normalise(self._pixels(window)) for window in windows]
+            maps = self._logits(normed, [mix] * len(windows), texts)
+        return [logits.sigmoid_() for logits in maps]
+
     def with_own_texts(self, text_cache: TextCache) -> "Predictor":
         """Return a predictor that keeps text features apart; the adapter buffers are shared."""
         other = Predictor(
