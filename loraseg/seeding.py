@@ -5,9 +5,12 @@ batch position or the order of arrival.
 """
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["derive", "numpy_generator", "torch_generator"]
 
@@ -37,6 +40,8 @@ def numpy_generator(seed: int, *keys: str | int) -> np.random.Generator:
     return np.random.default_rng(derive(seed, *keys))
 
 
-def torch_generator(seed: int, *keys: str | int) -> torch.Generator:
+def torch_generator(seed: int, *keys: str | int) -> "torch.Generator":
     """Return a CPU torch generator for the stream ``derive(seed, *keys)``."""
+    import torch  # here, so that a client of the endpoint need not load it
+
     return torch.Generator().manual_seed(derive(seed, *keys))

@@ -1,3 +1,0 @@
-"""Talk to an endpoint."""
-
-__all__: list[str] = []
