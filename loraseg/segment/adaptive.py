@@ -5,18 +5,20 @@ The method is SemLA's (methods B.4 and B.5).
 
 from collections.abc import Collection, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args, runtime_checkable
 
-import numpy as np
 import torch
 
-from loraseg.errors import AdapterMismatchError, LorasegError
-from loraseg.fuse.mix import Mix, fuse
+from loraseg.errors import ConfigError, LorasegError
+from loraseg.fuse.mix import Mix
 from loraseg.segment.base import check_classes
-from loraseg.segment.choice import PRESETS, AdaptiveSettings, Mode, preset
-from loraseg.segment.pool import AdapterPool, EntryLike
+from loraseg.segment.choice import PRESETS, AdaptiveSettings, Choice, Wish, choose, preset
+from loraseg.segment.large import needs_tiles
+from loraseg.segment.pixel_maps import check_maps, label_map
+from loraseg.segment.pool import AdapterPool, UnusableAdaptersError
 from loraseg.segment.predictor import Predictor
+from loraseg.segment.runner import Explanation, Job, Runner, Segmentation, UsedAdapter
 from loraseg.tensor_types import ndarray
 
 __all__ = [
@@ -24,67 +26,16 @@ __all__ = [
     "AdaptiveSegmenter",
     "AdaptiveSettings",
     "Explanation",
+    "Job",
+    "Runner",
     "Segmentation",
+    "TilingChoice",
     "UsedAdapter",
     "label_map",
     "preset",
 ]
 
-
-@dataclass(frozen=True, slots=True)
-class UsedAdapter:
-    """One adapter's part in a result; ``distance`` is None where nothing was measured."""
-
-    name: str
-    version: int | str
-    digest: str
-    weight: float
-    distance: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    """Why an image was segmented as it was.
-
-    Attributes:
-        mode: What was asked for.
-        base: sha256 of the base model.
-        mix: Digest of the fused adapter, None for the bare base.
-        adapters: The parts, nearest first.
-        fallback: Why the bare base was used although adapters were asked for, else None.
-    """
-
-    mode: Mode
-    base: str
-    mix: str | None
-    adapters: tuple[UsedAdapter, ...] = ()
-    fallback: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return {**asdict(self), "adapters": [asdict(used) for used in self.adapters]}
-
-
-@dataclass(frozen=True, slots=True)
-class Segmentation:
-    """The result for one image.
-
-    Attributes:
-        label_map: A class index per pixel (h, w).
-        explanation: How it came about.
-        scores: Sigmoid scores (classes, h, w) in [0, 1], if asked for.
-        confidence: Score of the shown class, float32 (h, w) in [0, 1], if asked for.
-        entropy: Of the scores brought to sum one, over log(classes): float32 (h, w) in [0, 1], if
-            asked for; 0 where one class has it all, or is the only one.
-        tiles: How many overlapping tiles the image was cut into; 1 for none.
-    """
-
-    label_map: ndarray
-    explanation: Explanation
-    scores: ndarray | None = None
-    confidence: ndarray | None = None
-    entropy: ndarray | None = None
-    tiles: int = 1
+TilingChoice = Literal["auto", "never", "always"]
 
 
 @runtime_checkable
@@ -96,20 +47,23 @@ class ImageEncoder(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    entry: EntryLike
-    weight: float
-    distance: float | None
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Options:
+    """What holds for all images of a call."""
+
+    classes: tuple[str, ...]
+    exclude: frozenset[str]
+    maps: frozenset[str]
+    tiling: TilingChoice
+    keep_scores: bool
 
 
 @dataclass(frozen=True, slots=True)
 class _Ready:
-    """A batch that has only to go through the model."""
+    """An image that has only to go through the model."""
 
-    images: Sequence[ndarray]
-    chosen: list[tuple[_Part, ...]]
-    mixes: list[Mix | None]
+    job: Job
+    is_tiled: bool
 
 
 class AdaptiveSegmenter:
@@ -122,7 +76,7 @@ class AdaptiveSegmenter:
         pool: AdapterPool,
         settings: AdaptiveSettings,
     ) -> None:
-        self._predictor = predictor
+        self._runner = Runner(predictor, pool.load)
         self._encoder = encoder
         self._pool = pool
         self._settings = settings
@@ -137,6 +91,8 @@ class AdaptiveSegmenter:
         classes: Sequence[str],
         *,
         exclude: Collection[str] = (),
+        maps: Collection[str] = (),
+        tiling: TilingChoice = "auto",
         keep_scores: bool = False,
     ) -> list[Segmentation]:
         """Segment images, each with its own mix of adapters.
@@ -145,7 +101,12 @@ class AdaptiveSegmenter:
             images: uint8 RGB arrays (h, w, 3); sizes may differ.
             classes: Distinct class names; their order gives the indices of the label maps.
             exclude: Names of adapters that must not be used, for instance in leave-one-out.
-            keep_scores: Also return the sigmoid scores (classes, h, w) in [0, 1].
+            maps: Further maps to return, ``confidence`` and ``entropy``.
+            tiling: Whether an image goes through the model as overlapping tiles of its own
+                resolution, whatever the predictor's mode; ``auto`` decides by its size
+                (:func:`~loraseg.segment.large.needs_tiles`).
+            keep_scores: Also return the sigmoid scores (classes, h, w) in [0, 1]. They do not
+                exist for an image in tiles.
 
         Returns:
             One result per image. Label maps are uint8 up to 255 classes, else int32; ties go to
@@ -153,11 +114,12 @@ class AdaptiveSegmenter:
 
         Raises:
             AdapterMismatchError: A chosen adapter was trained on another base.
-            ConfigError: No class is named, one is blank, or one twice.
+            ConfigError: No class is named, one is blank, or one twice; a map or tiling is unknown;
+                or scores of an image in tiles are wanted.
+            LorasegError: An adapter cannot be loaded.
         """
-        check_classes(classes)
-        ready = self._prepare(images, exclude)
-        return self._run(ready, classes, keep_scores=keep_scores)
+        options = _checked(classes, exclude, maps, tiling, keep_scores=keep_scores)
+        return self._run(self._prepare(images, options), options.classes)
 
     def segment_stream(
         self,
@@ -165,6 +127,8 @@ class AdaptiveSegmenter:
         classes: Sequence[str],
         *,
         exclude: Collection[str] = (),
+        maps: Collection[str] = (),
+        tiling: TilingChoice = "auto",
         keep_scores: bool = False,
     ) -> Generator[list[Segmentation] | LorasegError, None, None]:
         """Segment batch after batch like :meth:`segment`, one batch ahead of itself.
@@ -177,17 +141,17 @@ class AdaptiveSegmenter:
             the stream for all later ones.
 
         Raises:
-            ConfigError: No class is named, one is blank, or one twice.
+            ConfigError: No class is named, one is blank, or one twice; a map or tiling is unknown.
         """
-        check_classes(classes)
+        options = _checked(classes, exclude, maps, tiling, keep_scores=keep_scores)
         source = iter(batches)
 
-        def ahead() -> _Ready | LorasegError | None:
+        def ahead() -> list[_Ready] | LorasegError | None:
             images = next(source, None)
             if images is None:
                 return None
             try:
-                return self._prepare(images, exclude)
+                return self._prepare(images, options)
             except LorasegError as error:
                 return error
 
@@ -199,82 +163,79 @@ class AdaptiveSegmenter:
                     yield ready
                     continue
                 try:
-                    results = self._run(ready, classes, keep_scores=keep_scores)
+                    results = self._run(ready, options.classes)
                 except LorasegError as error:
                     yield error
                     continue
                 yield results
 
-    def _prepare(self, images: Sequence[ndarray], exclude: Collection[str]) -> "_Ready":
+    def _prepare(self, images: Sequence[ndarray], options: _Options) -> list[_Ready]:
         """Embed, retrieve and read adapters: all that does not need the segmenter."""
+        wish = Wish(settings=self._settings, exclude=options.exclude)
+        needed = self._settings.mode == "fused" and self._pool.retriever is not None
         with torch.cuda.stream(self._stream):
-            chosen = self._choose(images, exclude)
-        return _Ready(images, chosen, [self._fuse(parts) for parts in chosen])
-
-    def _run(
-        self, ready: "_Ready", classes: Sequence[str], *, keep_scores: bool
-    ) -> list[Segmentation]:
-        maps = self._predictor.predict(ready.images, classes, ready.mixes)
+            embeddings = self._encoder.encode_images(images) if needed and len(images) else None
+        choices = choose(self._pool, embeddings, [wish] * len(images))
         return [
-            Segmentation(
-                label_map=label_map(scores),
-                explanation=self._explain(parts, mix),
-                scores=scores.numpy() if keep_scores else None,
+            _Ready(
+                Job(
+                    image=image,
+                    choice=choice,
+                    mix=self._fuse(choice),
+                    maps=options.maps,
+                    keep_scores=options.keep_scores,
+                ),
+                is_tiled=self._is_tiled(image, options),
             )
-            for scores, parts, mix in zip(maps, ready.chosen, ready.mixes, strict=True)
+            for image, choice in zip(images, choices, strict=True)
         ]
 
-    def _choose(
-        self, images: Sequence[ndarray], exclude: Collection[str]
-    ) -> list[tuple[_Part, ...]]:
-        mode, retriever = self._settings.mode, self._pool.retriever
-        if mode == "uniform":
-            rest = [entry for entry in self._pool.entries if entry.name not in exclude]
-            return [tuple(_Part(entry, 1.0 / len(rest), None) for entry in rest)] * len(images)
-        if mode == "base" or retriever is None or not images:
-            return [()] * len(images)
-        embeddings = self._encoder.encode_images(images)
-        k, temperature = self._settings.k, self._settings.temperature
-        found = retriever.retrieve_batch(embeddings, k, temperature, exclude=exclude)
-        return [tuple(_Part(n.entry, n.weight, n.distance) for n in near) for near in found]
+    def _fuse(self, choice: Choice) -> Mix | None:
+        try:
+            return self._runner.fuse(choice)
+        except UnusableAdaptersError as error:
+            _, first = error.failures[0]
+            raise first from None
 
-    def _fuse(self, parts: Sequence[_Part]) -> Mix | None:
-        if not parts:
-            return None
-        adapters = [self._pool.load(part.entry) for part in parts]
-        base = self._predictor.base.digest
-        for part, adapter in zip(parts, adapters, strict=True):
-            if adapter.base_digest not in (None, base):
-                raise AdapterMismatchError(
-                    f"adapter {part.entry.name!r} was trained on base {adapter.base_digest}, "
-                    f"expected {base}"
-                )
-        return fuse(adapters, [part.weight for part in parts])
+    def _is_tiled(self, image: ndarray, options: _Options) -> bool:
+        if options.tiling == "auto" and image.ndim == 3:
+            return needs_tiles(image.shape[0], image.shape[1], self._runner.predictor)
+        return options.tiling == "always"
 
-    def _explain(self, parts: Sequence[_Part], mix: Mix | None) -> Explanation:
-        fallback = None
-        if not parts and self._settings.mode != "base":
-            fallback = "every adapter was excluded" if self._pool.entries else self._pool.vacancy
-        return Explanation(
-            mode=self._settings.mode,
-            base=self._predictor.base.digest,
-            mix=mix.digest if mix else None,
-            adapters=tuple(
-                UsedAdapter(
-                    part.entry.name,
-                    part.entry.version,
-                    part.entry.digest,
-                    float(part.weight),
-                    None if part.distance is None else float(part.distance),
-                )
-                for part in parts
-            ),
-            fallback=fallback,
-        )
+    def _run(self, ready: Sequence[_Ready], classes: Sequence[str]) -> list[Segmentation]:
+        """Run whole images together, images in tiles one after the other."""
+        whole = iter(self._runner.run([r.job for r in ready if not r.is_tiled], classes))
+        return [
+            finish(self._runner.run_tiled(r.job, classes)) if r.is_tiled else next(whole)
+            for r in ready
+        ]
 
 
-def label_map(scores: Any) -> ndarray:
-    """Return the class of the largest score per pixel for a tensor (t, h, w); first on ties."""
-    kind = np.uint8 if scores.shape[0] <= 255 else np.int32
-    # numpy's argmax names the first of equal values; torch leaves the choice open.
-    return scores.cpu().numpy().argmax(axis=0).astype(kind)
+def finish(work: Generator[None, None, Segmentation]) -> Segmentation:
+    """Run :meth:`Runner.run_tiled` to its end."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value
+
+
+def _checked(
+    classes: Sequence[str],
+    exclude: Collection[str],
+    maps: Collection[str],
+    tiling: TilingChoice,
+    *,
+    keep_scores: bool,
+) -> _Options:
+    check_classes(classes)
+    check_maps(maps)
+    if tiling not in get_args(TilingChoice):
+        raise ConfigError(f"tiling: got {tiling!r}, expected one of {get_args(TilingChoice)}")
+    return _Options(
+        classes=tuple(classes),
+        exclude=frozenset(exclude),
+        maps=frozenset(maps),
+        tiling=tiling,
+        keep_scores=keep_scores,
+    )

@@ -1,13 +1,28 @@
 """Which adapters an image gets: what was asked for and what was found (methods B.4)."""
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from loraseg.errors import ConfigError
-from loraseg.segment.pool import EntryLike
+from loraseg.errors import AdapterNotFoundError, ConfigError, StageError
+from loraseg.segment.pool import AdapterPool, EntryLike, Retriever
+from loraseg.tensor_types import Float, ndarray
 
-__all__ = ["PRESETS", "AdaptiveSettings", "Choice", "Mode", "Part", "Wish", "preset"]
+__all__ = [
+    "PRESETS",
+    "AdaptiveSettings",
+    "Choice",
+    "Mode",
+    "Part",
+    "Wish",
+    "adapters_not_found",
+    "choose",
+    "preset",
+]
+
+# Of a long list of unknown names, as many are told.
+_TOLD = 5
 
 Mode = Literal["fused", "uniform", "base"]
 
@@ -86,3 +101,97 @@ class Choice:
     mode: Mode
     parts: tuple[Part, ...] = ()
     fallback: str | None = None
+
+
+def choose(
+    pool: AdapterPool, embeddings: Float[ndarray, "n d"] | None, wishes: Sequence[Wish]
+) -> list[Choice]:
+    """Choose the adapters of n images.
+
+    Wishes that agree in K, temperature and names are answered by one search.
+
+    Args:
+        pool: What there is to choose from.
+        embeddings: Of the images, as the centroids' encoder gives them; None if no wish is of mode
+            ``fused``, or the pool is empty.
+        wishes: One for each image. With mode ``base`` the names of a wish are not looked at.
+
+    Returns:
+        One for each wish; parts of ``uniform`` are in the order of the pool.
+
+    Raises:
+        AdapterNotFoundError: ``only`` of a wish has names that the pool does not have.
+        AdapterMismatchError: The embeddings have other dimensions than the centroids.
+        StageError: There is not one embedding an image, or one is not finite.
+    """
+    chosen: dict[int, tuple[Part, ...]] = {}
+    measured: list[int] = []
+    for index, wish in enumerate(wishes):
+        if wish.settings.mode == "base":
+            continue
+        _check_names(pool, wish)
+        if wish.settings.mode == "uniform":
+            chosen[index] = _uniform(pool, wish)
+        else:
+            measured.append(index)
+    if measured and pool.retriever is not None:
+        if embeddings is None or len(embeddings) != len(wishes):
+            got = "none" if embeddings is None else len(embeddings)
+            raise StageError(
+                f"embeddings: got {got}, expected one for each of {len(wishes)} images"
+            )
+        chosen |= _nearest(pool, pool.retriever, embeddings, {i: wishes[i] for i in measured})
+    return [_complete(pool, wish, chosen.get(index, ())) for index, wish in enumerate(wishes)]
+
+
+def _nearest(
+    pool: AdapterPool, retriever: Retriever, embeddings: ndarray, wishes: Mapping[int, Wish]
+) -> dict[int, tuple[Part, ...]]:
+    """Answer wishes by their row of the embeddings, equal ones together."""
+    searches: dict[tuple[int, float, frozenset[str]], list[int]] = {}
+    for row, wish in wishes.items():
+        k, exclude = wish.settings.k, wish.exclude
+        if wish.only:
+            left = wish.only - wish.exclude
+            k, exclude = max(1, len(left)), pool.names - left
+        searches.setdefault((k, wish.settings.temperature, exclude), []).append(row)
+    chosen: dict[int, tuple[Part, ...]] = {}
+    for (k, temperature, exclude), rows in searches.items():
+        found = retriever.retrieve_batch(embeddings[rows], k, temperature, exclude=exclude)
+        for row, near in zip(rows, found, strict=True):
+            chosen[row] = tuple(Part(n.entry, float(n.weight), float(n.distance)) for n in near)
+    return chosen
+
+
+def adapters_not_found(names: Collection[str], among: Collection[str]) -> AdapterNotFoundError:
+    """Return the error that says that ``names`` are not ``among`` the adapters there are.
+
+    Only names of ``among`` are proposed, so it must not hold any that the asker may not see.
+    """
+    unknown = sorted(names)
+    close = difflib.get_close_matches(unknown[0], sorted(among), n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    told = ", ".join(repr(name) for name in unknown[:_TOLD])
+    more = f" and {len(unknown) - _TOLD} more" if len(unknown) > _TOLD else ""
+    return AdapterNotFoundError(f"no adapter {told}{more} among {len(among)}{hint}")
+
+
+def _check_names(pool: AdapterPool, wish: Wish) -> None:
+    if unknown := wish.only - pool.names:
+        raise adapters_not_found(unknown, pool.names - wish.exclude)
+
+
+def _uniform(pool: AdapterPool, wish: Wish) -> tuple[Part, ...]:
+    rest = [
+        entry
+        for entry in pool.entries
+        if entry.name not in wish.exclude and (not wish.only or entry.name in wish.only)
+    ]
+    return tuple(Part(entry, 1.0 / len(rest), None) for entry in rest)
+
+
+def _complete(pool: AdapterPool, wish: Wish, parts: tuple[Part, ...]) -> Choice:
+    if parts or wish.settings.mode == "base":
+        return Choice(wish.settings.mode, parts)
+    reason = "every adapter was excluded" if pool.entries else pool.vacancy
+    return Choice(wish.settings.mode, (), reason)

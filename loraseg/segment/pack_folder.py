@@ -3,12 +3,15 @@
 import logging
 import os
 import re
+import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from loraseg.adapters.packed import PackedAdapter, read_packed, write_packed
 from loraseg.errors import IntegrityError
+from loraseg.segment.file_lock import locked, remove_if_free
 
 __all__ = ["PackFolder"]
 
@@ -16,7 +19,10 @@ logger = logging.getLogger(__name__)
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _SUFFIX = ".safetensors"
+_LOCK_SUFFIX = ".lock"
 _UNFINISHED_S = 3600.0
+# Other processes put files here too: after this share of the limit, look what there is.
+_UNSEEN = 1 / 32
 
 
 class PackFolder:
@@ -27,10 +33,49 @@ class PackFolder:
     it is mapped. If the disk fails, adapters simply stay in memory.
     """
 
-    def __init__(self, folder: Path, *, limit_bytes: int = 16 * 2**30) -> None:
-        """Use ``folder``, which need not exist; beyond the limit the longest unused files go."""
-        self._folder, self._limit_bytes = folder, limit_bytes
+    def __init__(
+        self, folder: Path, *, limit_bytes: int = 16 * 2**30, patience_s: float = 30.0
+    ) -> None:
+        """Use a folder.
+
+        Args:
+            folder: Need not exist.
+            limit_bytes: Beyond it the longest unused files go. Processes that write at once may
+                exceed it by a few percent each.
+            patience_s: How long :meth:`fetch` waits for another that makes the same adapter.
+        """
+        self._folder, self._limit_bytes, self._patience_s = folder, limit_bytes, patience_s
+        self._lock = threading.Lock()
         self._size_bytes: int | None = None
+        self._added = 0
+
+    def fetch(self, digest: str, make: Callable[[], PackedAdapter]) -> PackedAdapter:
+        """Return an adapter from here, else make it and keep it.
+
+        Of all threads and processes that want the same one at once, one makes it while the others
+        wait. If it dies, another takes over at once; if it takes longer than our patience, we make
+        the adapter too, which costs only time. Its failure is its own: each of the others tries.
+
+        Raises:
+            IntegrityError: What was made has another digest.
+            Exception: Whatever ``make`` raises.
+        """
+        packed = self.get(digest)
+        if packed is not None:
+            return packed
+        with suppress(OSError):  # a folder that cannot be made still serves
+            self._folder.mkdir(parents=True, exist_ok=True)
+        lock = self._folder / f".{digest}{_LOCK_SUFFIX}"
+        with locked(lock, self._patience_s) as is_first:
+            if not is_first:
+                logger.warning("adapter %s: no lock to be had, making it beside others", digest)
+            packed = self.get(digest)
+            if packed is not None:
+                return packed
+            made = make()
+            if made.digest != digest:
+                raise IntegrityError(f"adapter: got digest {made.digest}, expected {digest}")
+            return self.put(made)
 
     def get(self, digest: str) -> PackedAdapter | None:
         """Return an adapter with its bytes checked, None if it is not here or not usable."""
@@ -54,7 +99,8 @@ class PackFolder:
         path = self._path(packed.digest)
         try:
             write_packed(path, packed)
-            self._count(path.stat().st_size)
+            with self._lock:
+                self._count(path.stat().st_size)
             return read_packed(path)
         except (IntegrityError, OSError) as error:
             logger.warning("packed adapter not kept: %s", error)
@@ -67,9 +113,15 @@ class PackFolder:
 
     def _count(self, added: int) -> None:
         """Look through the folder only when it may have grown beyond its limit."""
-        if self._size_bytes is not None and self._size_bytes + added <= self._limit_bytes:
+        self._added += added
+        if (
+            self._size_bytes is not None
+            and self._size_bytes + added <= self._limit_bytes
+            and self._added <= _UNSEEN * self._limit_bytes
+        ):
             self._size_bytes += added
             return
+        self._added = 0
         found: list[tuple[float, int, Path]] = []
         self._clear_unfinished()
         for path in self._folder.glob(f"*{_SUFFIX}"):
@@ -94,3 +146,5 @@ class PackFolder:
             with suppress(OSError):
                 if time.time() - path.stat().st_mtime > _UNFINISHED_S:
                     path.unlink()
+        for path in self._folder.glob(f".*{_LOCK_SUFFIX}"):
+            remove_if_free(path)
