@@ -1,6 +1,5 @@
 import json
 import threading
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -15,8 +14,9 @@ from loraseg.segment.adaptive import (
     label_map,
     preset,
 )
-from loraseg.segment.pool import AdapterCache, AdapterPool
+from loraseg.segment.pool import AdapterPool
 from loraseg.segment.predictor import Predictor
+from tests.unit.segment.naive_pool import Entry, NaiveRetriever
 from tests.unit.tiny import (
     CLASSES,
     DOMAINS,
@@ -26,39 +26,6 @@ from tests.unit.tiny import (
     random_adapter,
     tiny_base,
 )
-
-
-@dataclass(frozen=True)
-class Entry:
-    name: str
-    digest: str
-    version: int = 1
-
-
-@dataclass(frozen=True)
-class Near:
-    entry: Entry
-    distance: float
-    weight: float
-
-
-class NaiveRetriever:
-    """Methods B.4 in plain Python."""
-
-    def __init__(self, entries, centroids):
-        self._known = list(zip(entries, centroids, strict=True))
-
-    def retrieve_batch(self, embeddings, k, temperature, exclude=()):
-        return [self._retrieve(e, k, temperature, exclude) for e in embeddings]
-
-    def distances(self, embeddings):
-        return np.array([[np.linalg.norm(e - c) for _, c in self._known] for e in embeddings])
-
-    def _retrieve(self, embedding, k, temperature, exclude):
-        known = [(float(np.linalg.norm(embedding - c)), e) for e, c in self._known]
-        nearest = sorted((d, e.name, e) for d, e in known if e.name not in exclude)[:k]
-        total = sum(np.exp(1 / (d * temperature)) for d, _, _ in nearest)
-        return [Near(e, d, np.exp(1 / (d * temperature)) / total) for d, _, e in nearest]
 
 
 @pytest.fixture(scope="module")
@@ -250,29 +217,3 @@ def test_label_map_takes_the_first_of_equal_scores_and_grows_beyond_255_classes(
     assert labels.tolist() == [[299, 0], [0, 0]]
     assert label_map(torch.ones(3, 2, 2)).dtype == np.uint8
     assert label_map(torch.ones(3, 2, 2)).max() == 0
-
-
-def test_cache_keeps_the_latest_within_its_budget(adapters):
-    loaded = []
-    packed = {name: pack(adapter) for name, adapter in adapters.items()}
-
-    def load(entry):
-        loaded.append(entry.name)
-        return packed[entry.name]
-
-    entries = {name: Entry(name, adapter.digest) for name, adapter in adapters.items()}
-    one = packed["day"].nbytes
-    cache = AdapterCache(load, limit_bytes=2 * one)
-    for name in ("day", "fog", "day", "night", "day", "fog"):
-        assert cache(entries[name]) is packed[name]
-        assert cache.size_bytes <= 2 * one
-    assert loaded == ["day", "fog", "night", "fog"]
-    assert len(cache) == 2
-
-
-def test_cache_serves_an_adapter_larger_than_its_budget(adapters):
-    packed = {name: pack(adapter) for name, adapter in adapters.items()}
-    cache = AdapterCache(lambda entry: packed[entry.name], limit_bytes=1)
-    for name in ("day", "fog"):
-        assert cache(Entry(name, adapters[name].digest)) is packed[name]
-        assert len(cache) == 1
