@@ -10,12 +10,12 @@ from PIL import Image, ImageOps
 from loraseg.errors import DatasetError
 from loraseg.tensor_types import UInt8, ndarray
 
-__all__ = ["MAX_PIXELS", "open_checked", "read_image"]
+__all__ = ["DECODE_ERRORS", "MAX_PIXELS", "open_checked", "read_image", "to_rgb"]
 
 # Below Pillow's own limit (89 million), so that ours is the message that people see.
 MAX_PIXELS = 64_000_000
 # What Pillow raises on broken or hostile files: the tests cut and flip bytes of good ones.
-_DECODE_ERRORS = (
+DECODE_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -49,7 +49,7 @@ def open_checked(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Ima
         raise DatasetError(f"{path}: no such file") from error
     except DatasetError:
         raise
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         raise DatasetError(f"{path}: not a complete PNG or JPEG image: {error}") from error
     return image
 
@@ -65,10 +65,19 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> UInt8[ndarr
     """
     image = open_checked(path, max_pixels=max_pixels)
     try:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):
-            grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-            return np.repeat(grey[:, :, None], 3, axis=2)
-        return np.array(image.convert("RGB"))
-    except _DECODE_ERRORS as error:
+        return to_rgb(image)
+    except DECODE_ERRORS as error:
         raise DatasetError(f"{path}: the image cannot be turned to RGB: {error}") from error
+
+
+def to_rgb(image: Image.Image) -> UInt8[ndarray, "h w 3"]:
+    """Return the pixels of a decoded image by the rules of :func:`read_image`.
+
+    Raises:
+        OSError: Or another of ``DECODE_ERRORS``.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    return np.array(image.convert("RGB"))

@@ -1,0 +1,142 @@
+"""The HTTP API over an engine: an ASGI app that needs nothing but the engine."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from loraseg.errors import ServiceError
+from loraseg.serving.admission import Admission
+from loraseg.serving.bodies import query_fields
+from loraseg.serving.catalogs import adapter_card, adapter_list, library_state
+from loraseg.serving.config import ServiceConfig
+from loraseg.serving.desk import Desk
+from loraseg.serving.examples import example_list, example_png
+from loraseg.serving.guard import Guard, Visit, visit_of
+from loraseg.serving.orders import Engine
+from loraseg.serving.page import page
+from loraseg.serving.params import Asking, one_of_each
+from loraseg.serving.problems import as_service_error, problem_response
+from loraseg.serving.tokens import TokenBook
+
+__all__ = ["build_api"]
+
+
+def build_api(
+    engine: Engine,
+    config: ServiceConfig,
+    *,
+    tokens: TokenBook | None = None,
+    on_done: Callable[[Visit], None] | None = None,
+    writes_id: bool = True,
+) -> FastAPI:
+    """Build the API.
+
+    Args:
+        engine: Whatever segments.
+        config: Libraries, limits and defaults.
+        tokens: Who may use it; without one everybody may, and the admin routes are closed.
+        on_done: Told about each request when it is over, for metrics.
+        writes_id: Whether answers get X-Request-ID; False behind a proxy that writes it.
+    """
+    api = FastAPI(title="loraseg", version="1", docs_url=None, redoc_url=None)
+    api.add_middleware(Guard, limits=config.limits, on_done=on_done, writes_id=writes_id)
+    api.add_exception_handler(HTTPException, _refused)
+    admission = Admission(tokens, config.limits)
+    desk = Desk(engine, config, admission)
+    api.post("/v1/segment")(desk.segment)
+    api.post("/v1/segment/batch")(desk.batch)
+    _add_open_routes(api, engine)
+    _add_library_routes(api, engine, config, admission)
+    return api
+
+
+def _add_open_routes(api: FastAPI, engine: Engine) -> None:
+    """Add what needs no token."""
+
+    @api.get("/", include_in_schema=False)
+    async def index() -> Response:
+        content, headers = page()
+        return Response(content, headers=headers, media_type="text/html")
+
+    @api.get("/healthz")
+    async def healthz() -> Response:
+        return _json({"status": "ok"})
+
+    @api.get("/readyz")
+    async def readyz(request: Request) -> Response:
+        state = await engine.readiness()
+        waiting_for = list(state.waiting_for)
+        if state.ready:
+            return _json({"ready": True, "waiting_for": waiting_for})
+        error = ServiceError("not_ready", f"Waiting for {', '.join(waiting_for) or 'the models'}.")
+        visit = visit_of(request.scope)
+        return problem_response(error, visit.request_id, ready=False, waiting_for=waiting_for)
+
+    @api.get("/v1/examples")
+    async def examples() -> Response:
+        return _json({"examples": example_list()})
+
+    @api.get("/v1/examples/{n}.png")
+    async def example(request: Request) -> Response:
+        n = request.path_params["n"]
+        picture = await asyncio.to_thread(example_png, int(n) if n.isdecimal() else -1)
+        headers = {"Cache-Control": "public, max-age=3600"}
+        return Response(picture, headers=headers, media_type="image/png")
+
+
+def _add_library_routes(
+    api: FastAPI, engine: Engine, config: ServiceConfig, admission: Admission
+) -> None:
+    asking = Asking(config)
+    libraries = tuple(config.libraries)
+
+    def library_of(request: Request) -> str:
+        return asking.library(one_of_each(query_fields(request), ("library",)).get("library"))
+
+    @api.get("/v1/adapters")
+    async def adapters(request: Request) -> Response:
+        caller = await admission.caller(request, "segment")
+        return _json(adapter_list(await engine.catalog(library_of(request)), caller))
+
+    @api.get("/v1/adapters/{name}")
+    async def adapter(request: Request) -> Response:
+        caller = await admission.caller(request, "segment")
+        name = request.path_params["name"]
+        return _json(await adapter_card(engine, library_of(request), name, caller))
+
+    @api.get("/v1/library")
+    async def library(request: Request) -> Response:
+        caller = await admission.caller(request, "segment")
+        return _json(library_state(await engine.catalog(library_of(request)), caller, libraries))
+
+    @api.post("/v1/library/refresh")
+    async def refresh(request: Request) -> Response:
+        caller = await admission.caller(request, "admin")
+        return _json(library_state(await engine.refresh(library_of(request)), caller, libraries))
+
+    @api.get("/v1/base")
+    async def base(request: Request) -> Response:
+        await admission.caller(request, "segment")
+        one_of_each(query_fields(request), ())
+        return _json(await engine.base())
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    """Word what the router refuses: unknown paths and methods."""
+    told = as_service_error(error)
+    visit = visit_of(request.scope)
+    visit.code = told.code
+    response = problem_response(told, visit.request_id)
+    response.headers.update(getattr(error, "headers", None) or {})
+    return response
+
+
+def _json(content: dict[str, Any]) -> Response:
+    headers = {"Cache-Control": "no-store"}
+    return Response(json.dumps(content), headers=headers, media_type="application/json")

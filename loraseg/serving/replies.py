@@ -1,0 +1,107 @@
+"""From outcomes to what goes over the wire: JSON members, indexed PNG, headers."""
+
+import base64
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from loraseg.data.labels import LabelSpace
+from loraseg.data.masks import encode_mask
+from loraseg.data.rle import encode_rle
+from loraseg.segment.render import encode_png, overlay
+from loraseg.serving.orders import Order, Outcome
+from loraseg.serving.params import Ask
+from loraseg.tensor_types import ndarray
+
+__all__ = ["explanation", "json_members", "png_headers", "png_of"]
+
+# Clients and proxies refuse longer header lines; the JSON reply has no such bound.
+_MOST_HEADER_CHARS = 4096
+_DIGITS = 6
+
+
+def json_members(order: Order, ask: Ask, outcome: Outcome) -> dict[str, Any]:
+    """Return the members of a JSON reply that come from the pixels; slow for large images."""
+    result = outcome.result
+    labels, space = result.label_map, ask.classes
+    height, width = labels.shape
+    members: dict[str, Any] = {
+        "image": {"width": width, "height": height},
+        "classes": list(space.names),
+        "class_map": {str(index): name for index, name in enumerate(space.names)},
+        "palette": space.palette.tolist(),
+        "shares": _shares(labels, space),
+    }
+    if "mask" in ask.returns:
+        members["segmentation_mask"] = _text(encode_mask(labels, space))
+    for name, values in (("confidence", result.confidence), ("entropy", result.entropy)):
+        if name in ask.returns and values is not None:
+            members[name] = _text(encode_mask(np.rint(255 * values).astype(np.uint8)))
+    if "overlay" in ask.returns:
+        members["overlay"] = _text(
+            encode_png(overlay(order.image, labels, space, opacity=ask.opacity))
+        )
+    if "rle" in ask.returns:
+        members["rle"] = encode_rle(labels, range(len(space)))
+    if "polygons" in ask.returns:
+        from loraseg.data.polygons import encode_polygons
+
+        members["polygons"] = encode_polygons(labels, range(len(space)))
+    return members
+
+
+def explanation(outcome: Outcome, library: str) -> dict[str, Any]:
+    """Return the members that say how the result came about, all but ``timing_ms``."""
+    why = outcome.result.explanation
+    return {
+        "mode": why.mode,
+        "library": library,
+        "generation": outcome.generation,
+        "base": why.base,
+        "mix": why.mix,
+        "adapters": [asdict(used) for used in why.adapters],
+        "fallback": why.fallback,
+        "skipped": [asdict(skipped) for skipped in outcome.skipped],
+        "tiles": outcome.result.tiles,
+        "batch": outcome.batch,
+    }
+
+
+def png_of(ask: Ask, outcome: Outcome) -> bytes:
+    """Return the label map as an indexed PNG with the classes' colours."""
+    return encode_mask(outcome.result.label_map, ask.classes)
+
+
+def png_headers(ask: Ask, outcome: Outcome) -> dict[str, str]:
+    """Return the headers that explain a PNG; those that would be too long are left out."""
+    why = outcome.result.explanation
+    headers = {
+        "X-Loraseg-Classes": json.dumps(ask.classes.names),
+        "X-Loraseg-Adapters": json.dumps([asdict(used) for used in why.adapters]),
+        "X-Loraseg-Mode": why.mode,
+    }
+    if outcome.generation is not None:
+        headers["X-Loraseg-Generation"] = str(outcome.generation)
+    if why.fallback is not None:
+        headers["X-Loraseg-Fallback"] = json.dumps(why.fallback)
+    return {name: text for name, text in headers.items() if len(text) <= _MOST_HEADER_CHARS}
+
+
+def rounded_ms(timing: Mapping[str, float]) -> dict[str, float]:
+    """Return milliseconds with three digits after the point."""
+    return {stage: round(float(value), 3) for stage, value in timing.items()}
+
+
+def _shares(labels: ndarray, space: LabelSpace) -> dict[str, float]:
+    counts = np.bincount(labels.reshape(-1), minlength=len(space))
+    return {
+        name: round(int(count) / labels.size, _DIGITS)
+        for name, count in zip(space.names, counts, strict=False)
+    }
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")

@@ -1,0 +1,171 @@
+"""Who may use the endpoint: bearer tokens, of which only the digests are kept in a file.
+
+The file is YAML or JSON::
+
+    tokens:
+      - name: night-team                  # for logs
+        sha256: 9f86d08...                # of the token; `loraseg token new` prints both
+        roles: [segment, admin]           # default: [segment]
+        adapters: ["night*", "rain"]      # which adapters it sees (fnmatch); default: all
+        concurrent: 8                     # requests in work, in each gateway replica
+"""
+
+import hashlib
+import hmac
+import logging
+import re
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from loraseg.config import build
+from loraseg.errors import ConfigError, LorasegError, ServiceError
+from loraseg.storage import open_store
+from loraseg.storage.store import SHORT_PATIENCE_S
+
+__all__ = ["Role", "Token", "TokenBook", "TokenFile", "new_token"]
+
+logger = logging.getLogger(__name__)
+
+Role = Literal["segment", "admin"]
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_MOST_CHARS = 512
+# A token that is taken out of the file is refused after this time at the latest.
+_RECHECK_S = 2.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Token:
+    """One entry of the file.
+
+    Attributes:
+        name: For logs; distinct.
+        sha256: Hex digest of the token.
+        roles: What it allows: ``segment`` for all that reads, ``admin`` for the admin routes.
+        adapters: Name patterns (``fnmatch``) of the adapters it sees; None for all.
+        concurrent: Requests it may have in work; None for the service's limit.
+    """
+
+    name: str
+    sha256: str
+    roles: tuple[Role, ...] = ("segment",)
+    adapters: tuple[str, ...] | None = None
+    concurrent: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check what the types cannot say."""
+        if not self.name.isprintable() or not 1 <= len(self.name) <= 64:
+            raise ConfigError(f"name {self.name!r}: expected 1 to 64 printable characters")
+        if not _DIGEST.fullmatch(self.sha256):
+            # The text is not repeated: people may have put the token itself here.
+            raise ConfigError(f"token {self.name!r}: sha256: expected 64 hexadecimal digits")
+        if not self.roles or (self.concurrent is not None and self.concurrent < 1):
+            raise ConfigError(
+                f"token {self.name!r}: expected at least one role and one concurrent request"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenFile:
+    """The file as a whole."""
+
+    tokens: tuple[Token, ...]
+
+    def __post_init__(self) -> None:
+        """Check that no name or token stands twice, and that there is any."""
+        for key in ("name", "sha256"):
+            values = [getattr(token, key) for token in self.tokens]
+            if len(set(values)) != len(values):
+                raise ConfigError(f"tokens: two entries have the same {key}")
+        if not self.tokens:
+            raise ConfigError("tokens: expected at least one; without a file, the service is open")
+
+
+class TokenBook:
+    """The tokens of a file, read again when it changes; thread-safe."""
+
+    def __init__(self, read: Callable[[], bytes]) -> None:
+        self._read = read
+        self._content = read()
+        self._tokens = _parse(self._content)
+        self._checked = time.monotonic()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, uri: str) -> "TokenBook":
+        """Open a file by path or store URI (``s3://bucket/tokens.yaml``).
+
+        Raises:
+            ConfigError: It cannot be read or is no token file.
+        """
+        folder, _, name = uri.rpartition("/")
+        try:
+            if "://" not in uri:
+                return cls(Path(uri).read_bytes)
+            store = open_store(folder).with_patience(SHORT_PATIENCE_S)
+            return cls(lambda: store.get(name))
+        except (OSError, LorasegError) as error:
+            raise ConfigError(f"token file {uri}: {error}") from error
+
+    def find(self, presented: str) -> Token:
+        """Return the entry of a token.
+
+        Raises:
+            ServiceError: ``unauthorized``.
+        """
+        digest = hashlib.sha256(presented[: _MOST_CHARS + 1].encode()).hexdigest()
+        found = None
+        for token in self._tokens:
+            # All entries, so that the time tells nothing about which one came close.
+            if hmac.compare_digest(token.sha256, digest):
+                found = token
+        if found is None:
+            raise ServiceError("unauthorized", "The token is not known.")
+        return found
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the file should be looked at again."""
+        return time.monotonic() - self._checked > _RECHECK_S
+
+    def check(self) -> None:
+        """Read the file again; a broken or missing one leaves the tokens as they were."""
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            self._checked = time.monotonic()
+            content = self._read()
+            if content != self._content:
+                self._tokens = _parse(content)
+                self._content = content
+                logger.info("token file: %d tokens in force", len(self._tokens))
+        except (OSError, LorasegError) as error:
+            logger.warning("token file: the former tokens stay in force: %s", error)
+        finally:
+            self._lock.release()
+
+
+def new_token() -> tuple[str, str]:
+    """Return a new token of 256 random bits, and its sha256 in hex."""
+    token = secrets.token_urlsafe(32)
+    return token, hashlib.sha256(token.encode()).hexdigest()
+
+
+def _parse(content: bytes) -> tuple[Token, ...]:
+    try:
+        values: Any = yaml.safe_load(content)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        # Only the place: the text around it may hold a token.
+        place = getattr(error, "problem_mark", None)
+        line = f", line {place.line + 1}" if place is not None else ""
+        raise ConfigError(f"token file: not YAML or JSON{line}") from error
+    if not isinstance(values, dict):
+        raise ConfigError("token file: expected a mapping with the key 'tokens'")
+    return build(TokenFile, values, where="token file").tokens
