@@ -6,6 +6,7 @@ from loraseg.storage.opening import absolute, open_store, probe_conditional_writ
 from loraseg.storage.store import (
     PATIENCE_S,
     SHORT_PATIENCE_S,
+    Listed,
     ObjectNotFoundError,
     ObjectStore,
 )
@@ -13,6 +14,7 @@ from loraseg.storage.store import (
 __all__ = [
     "PATIENCE_S",
     "SHORT_PATIENCE_S",
+    "Listed",
     "LocalStore",
     "ObjectNotFoundError",
     "ObjectStore",

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import stat
 import time
 import uuid
 from collections.abc import Generator, Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 from loraseg.errors import StoreError
 from loraseg.storage.store import (
     RESERVED_PREFIX,
+    Listed,
     ObjectNotFoundError,
     check_key,
     check_prefix,
@@ -106,6 +108,16 @@ class LocalStore:
         """Yield the keys that start with ``prefix`` in code point order."""
         check_prefix(prefix)
         yield from self._walk(prefix.rpartition("/")[0], prefix)
+
+    def scan(self, prefix: str = "") -> Iterator[Listed]:
+        """Yield keys and sizes of regular files: one that waits for a writer is no object."""
+        for key in self.list(prefix):
+            try:
+                found = (self._root / key).stat()
+            except OSError:
+                continue  # a link into nowhere, or gone since
+            if stat.S_ISREG(found.st_mode):
+                yield Listed(key, found.st_size, None)
 
     def delete(self, key: str) -> None:
         """Remove the object; no error when there is none."""

@@ -16,7 +16,7 @@ import botocore.exceptions
 
 from loraseg.errors import StoreError
 from loraseg.storage.retry import FAILURES, error_code, persist
-from loraseg.storage.store import PATIENCE_S, ObjectNotFoundError, check_key, check_prefix
+from loraseg.storage.store import PATIENCE_S, Listed, ObjectNotFoundError, check_key, check_prefix
 
 __all__ = ["S3Store"]
 
@@ -124,11 +124,16 @@ class S3Store:
 
     def list(self, prefix: str = "") -> Iterator[str]:
         """Yield the keys that start with ``prefix`` in code point order, page by page."""
+        return (item.key for item in self.scan(prefix))
+
+    def scan(self, prefix: str = "") -> Iterator[Listed]:
+        """Yield keys, sizes and etags in code point order, page by page."""
         request = {"Bucket": self._bucket, "Prefix": self._prefix + check_prefix(prefix)}
         while True:
             page = self._call("list", prefix, lambda: self._client.list_objects_v2(**request))
             for item in page.get("Contents", ()):
-                yield item["Key"][len(self._prefix) :]
+                key = item["Key"][len(self._prefix) :]
+                yield Listed(key, item["Size"], _bare(item["ETag"]))
             if not page.get("IsTruncated"):
                 return
             request["ContinuationToken"] = page["NextContinuationToken"]

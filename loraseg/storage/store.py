@@ -1,6 +1,7 @@
 """The one protocol of object storage, and the rules for keys that hold on every store."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from loraseg.errors import StoreError
@@ -9,6 +10,7 @@ __all__ = [
     "PATIENCE_S",
     "RESERVED_PREFIX",
     "SHORT_PATIENCE_S",
+    "Listed",
     "ObjectNotFoundError",
     "ObjectStore",
     "check_key",
@@ -30,6 +32,15 @@ _MAX_SEGMENT_BYTES = 200
 
 class ObjectNotFoundError(StoreError, LookupError):
     """The store holds no object under that key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """An object as a listing shows it; ``etag`` is None where only reading the object tells."""
+
+    key: str
+    size_bytes: int
+    etag: str | None
 
 
 @runtime_checkable
@@ -84,6 +95,13 @@ class ObjectStore(Protocol):
 
     def list(self, prefix: str = "") -> Iterator[str]:
         """Yield the keys that start with ``prefix`` (any string), in code point order."""
+        ...
+
+    def scan(self, prefix: str = "") -> Iterator[Listed]:
+        """Yield what :meth:`list` does, with sizes and, where they cost nothing, etags.
+
+        Keys come as they are; whether they follow the rules is for the caller to find out.
+        """
         ...
 
     def delete(self, key: str) -> None:
