@@ -12,6 +12,7 @@ __all__ = ["Address", "check_address", "read_token"]
 
 _TOKEN_CHARACTERS = frozenset(string.ascii_letters + string.digits + "-._~+/=")
 _LONGEST_TOKEN = 4096
+_EXPECTED = "http(s)://host[:port][/path]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,21 +38,19 @@ def check_address(url: str, token: str | None, *, allow_insecure: bool) -> Addre
             token has characters that no token has, or it would leave this machine unencrypted
             without ``allow_insecure``. No message repeats the token or a password.
     """
+    if "@" in url:
+        raise ConfigError(
+            f"endpoint URL: got a user name or password in it, expected {_EXPECTED}; "
+            "tokens are given apart from the URL"
+        )
     try:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port
     except ValueError as error:
-        raise ConfigError(f"endpoint URL: expected http(s)://host[:port], got none: {error}") from (
-            error
-        )
-    if parts.username is not None or parts.password is not None:
-        raise ConfigError(
-            "endpoint URL: got a user name or password in it, expected http(s)://host[:port]; "
-            "tokens are given apart from the URL"
-        )
+        raise ConfigError(f"endpoint URL: got {url!r}, expected {_EXPECTED}: {error}") from error
     unfit = not host or not url.isprintable() or " " in url or port == 0
     if parts.scheme not in ("http", "https") or unfit or parts.query or parts.fragment:
-        raise ConfigError(f"endpoint URL: got {url!r}, expected http(s)://host[:port][/path]")
+        raise ConfigError(f"endpoint URL: got {url!r}, expected {_EXPECTED}")
     address = Address(url.rstrip("/"), parts.scheme == "https", _is_loopback(host))
     if token is not None:
         _check_token(token)

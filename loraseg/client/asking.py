@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypedDict
 
 from loraseg.client.pictures import Upload
@@ -57,6 +57,12 @@ class Question:
     form: Mapping[str, str] = field(default_factory=dict[str, str])
     files: tuple[tuple[str, tuple[str, bytes, str]], ...] = ()
     limit: int = 4 * _TEXT_BYTES
+
+    def within(self, left_s: float) -> "Question":
+        """Tell the endpoint how long its answer is waited for; it need not work on after that."""
+        if not self.form:
+            return self
+        return replace(self, form={**self.form, "timeout_s": f"{max(left_s, 0.001):.3f}"})
 
 
 def fields(classes: Sequence[str], options: Options) -> dict[str, str]:

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Unpack
 from urllib.parse import quote
 
 from loraseg import seeding
@@ -61,7 +61,7 @@ class AsyncClient:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._address.url!r})"
 
-    async def __aenter__(self) -> Self:
+    async def __aenter__(self) -> "AsyncClient":
         return self
 
     async def __aexit__(
@@ -171,7 +171,7 @@ class AsyncClient:
         attempt = 0
         while True:
             try:
-                return await self._once(question, patience.left_s)
+                return await self._once(question.within(patience.left_s), patience.left_s)
             except ServiceError as error:
                 await self._pause(attempt, error, patience)
             attempt += 1
@@ -182,7 +182,8 @@ class AsyncClient:
         patience = Patience(timeout_s or self._timeout_s)
         attempt = 0
         while batch.pending:
-            lines = exchange_lines(self._http, self._address, batch.question(), patience)
+            question = batch.question().within(patience.left_s)
+            lines = exchange_lines(self._http, self._address, question, patience)
             is_whole = False
             try:
                 async with aclosing(lines):

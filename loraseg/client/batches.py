@@ -82,7 +82,8 @@ class Batch:
             raise bad_reply(f"index {place} of {len(self._asked)} images, or for a second time")
         if told.has("error"):
             error = problem(told.node("error"))
-            if isinstance(error, PassingError):
+            # An image that ran out of time may only have waited for the others of its request.
+            if isinstance(error, PassingError) or error.code == "deadline":
                 self._refused[index] = error
                 return None
             del self.pending[index]
@@ -102,7 +103,9 @@ class Batch:
             raise PassingError("unreachable", "the answer broke off")
         if forgotten := self.pending.keys() - self._refused.keys():
             raise bad_reply(f"it leaves out {len(forgotten)} of {len(self._asked)} images")
-        return next(iter(self._refused.values()), None)
+        for error in self._refused.values():
+            return PassingError(error.code, str(error), retry_after_s=error.retry_after_s)
+        return None
 
     def give_up(self) -> Iterator[tuple[int, ServiceError]]:
         """Yield what is pending with its latest refusal."""

@@ -4,7 +4,7 @@ import asyncio
 import threading
 from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, TypeVar, Unpack
 
 from loraseg.client.asking import Options
 from loraseg.client.asynchronous import AsyncClient
@@ -44,7 +44,7 @@ class Client:
     def __repr__(self) -> str:
         return repr(self._client).replace("AsyncClient", "Client", 1)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Client":
         return self
 
     def __exit__(

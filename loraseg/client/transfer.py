@@ -6,6 +6,7 @@ import ssl
 from collections.abc import AsyncGenerator, Generator
 from dataclasses import dataclass
 from http import HTTPStatus
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import httpx2
 
@@ -75,6 +76,7 @@ def connect(address: Address, token: str | None) -> httpx2.AsyncClient:
         # How long an answer may take is bounded as a whole, whatever it trickles in meanwhile.
         timeout=httpx2.Timeout(None, connect=_CONNECT_S),
         follow_redirects=False,
+        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
         # A proxy from the environment would read what plain HTTP carries.
         trust_env=address.is_encrypted,
     )
