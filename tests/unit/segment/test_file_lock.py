@@ -1,0 +1,116 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from loraseg.segment import file_lock
+from loraseg.segment.file_lock import locked, remove_if_free
+
+PATIENCE_S = 60.0
+COUNT = """
+import sys
+from pathlib import Path
+from file_lock import locked
+
+place, rounds = Path(sys.argv[1]), int(sys.argv[2])
+for _ in range(rounds):
+    with locked(place / "lock", 60.0) as is_held:
+        assert is_held
+        counter = place / "counter"
+        counter.write_text(str(int(counter.read_text()) + 1))
+"""
+HOLD = """
+import sys, time
+from pathlib import Path
+from file_lock import locked
+
+with locked(Path(sys.argv[1]), 60.0) as is_held:
+    print(is_held, flush=True)
+    time.sleep(600)
+"""
+
+
+def start(script, *arguments):
+    # From its own folder the module comes without the package around it, which takes seconds.
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    folder = Path(file_lock.__file__).parent
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder)
+
+
+@pytest.fixture
+def holder(tmp_path):
+    with start(HOLD, tmp_path / "lock") as process:
+        assert process.stdout.readline() == "True\n"
+        yield process
+        process.kill()
+
+
+def test_one_at_a_time_among_processes_and_threads(tmp_path):
+    """A counter without a lock of its own, while its lock file comes and goes all the time."""
+    (tmp_path / "counter").write_text("0")
+    processes = [start(COUNT, tmp_path, 40) for _ in range(3)]
+
+    def count(_):
+        with locked(tmp_path / "lock", PATIENCE_S) as is_held:
+            assert is_held
+            counter = tmp_path / "counter"
+            counter.write_text(str(int(counter.read_text()) + 1))
+
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(count, range(40)))
+    assert [process.wait(PATIENCE_S) for process in processes] == [0, 0, 0]
+    for process in processes:
+        process.stdout.close()
+    assert (tmp_path / "counter").read_text() == "160"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["counter"]
+
+
+def test_a_killed_holder_frees_it(tmp_path, holder):
+    with locked(tmp_path / "lock", 0.0) as is_held:
+        assert not is_held
+    waited = threading.Event()
+
+    def wait():
+        with locked(tmp_path / "lock", PATIENCE_S) as is_held:
+            waited.set()
+            return is_held
+
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(wait)
+        assert not waited.wait(0.2)
+        holder.kill()
+        assert waiting.result(PATIENCE_S) is True
+    assert not (tmp_path / "lock").exists()
+
+
+def test_a_stuck_holder_is_waited_for_no_longer_than_our_patience(tmp_path, holder):
+    os.kill(holder.pid, signal.SIGSTOP)
+    with locked(tmp_path / "lock", 0.1) as is_held:
+        assert not is_held
+    assert (tmp_path / "lock").exists(), "it is still the holder's"
+
+
+def test_only_files_that_nobody_holds_are_removed(tmp_path, holder):
+    left = tmp_path / "left"
+    left.touch()
+    for path in (left, tmp_path / "lock"):
+        remove_if_free(path)
+    assert not left.exists()
+    assert (tmp_path / "lock").exists()
+
+
+def test_without_a_folder_the_block_runs_without_it(tmp_path):
+    with locked(tmp_path / "missing" / "lock", PATIENCE_S) as is_held:
+        assert not is_held
+
+
+def test_an_error_in_the_block_frees_it(tmp_path):
+    with pytest.raises(ValueError, match="a bug"), locked(tmp_path / "lock", 0.0):
+        raise ValueError("a bug")
+    with locked(tmp_path / "lock", 0.0) as is_held:
+        assert is_held
