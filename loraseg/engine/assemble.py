@@ -1,28 +1,27 @@
 """Bring base, encoder and library together: what it takes to segment adaptively."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from loraseg.adapters.packed import PackedAdapter, pack
-from loraseg.adapters.peft_io import load_adapter
+from loraseg.adapters.packed import PackedAdapter
 from loraseg.backbones.clip import ClipEncoder, load_clip
 from loraseg.backbones.device import best_device
-from loraseg.cache_folder import cache_folder
+from loraseg.engine.adapter_ref import AdapterRef
+from loraseg.engine.source import AdapterSource
 from loraseg.errors import AdapterMismatchError, AdapterNotFoundError
 from loraseg.library.catalog import Library
 from loraseg.library.retrieve import Retriever
 from loraseg.library.snapshot import Entry
 from loraseg.segment.base import SegmentationBase, load_base
-from loraseg.segment.pack_folder import PackFolder
 from loraseg.segment.pool import AdapterCache, AdapterPool
 from loraseg.storage import open_store
 from loraseg.tensor_types import Float, ndarray
 
-__all__ = ["AttentionLora", "Equipment", "Precision", "Wanted", "equip"]
+__all__ = ["AttentionLora", "Equipment", "Precision", "Wanted", "equip", "placed"]
 
 AttentionLora = Literal["active", "inert", "as_trained"]
 Precision = Literal["fp32", "bf16"]
@@ -80,7 +79,7 @@ def equip(wanted: Wanted) -> Equipment:
     encoder.model.to(best_device())
     if wanted.library is None:
         pool = AdapterPool((), _no_adapter, None, "no library was named")
-        return Equipment(_placed(base, wanted), encoder, pool, 0)
+        return Equipment(placed(base, wanted.precision), encoder, pool, 0)
     library = Library(open_store(wanted.library))
     # Read once: what is published while we load must not give other entries.
     generation = library.generation() if wanted.generation is None else wanted.generation
@@ -91,7 +90,7 @@ def equip(wanted: Wanted) -> Equipment:
         kind = _trained_kind(fitting)
     if base.model.config.clip_attention_lora != kind:
         base = load_base(wanted.base, clip_attention_lora=kind)
-    base = _placed(base, wanted)
+    base = placed(base, wanted.precision)
     pool = AdapterPool(
         fitting,
         AdapterCache(_loader(library, base)),
@@ -101,26 +100,15 @@ def equip(wanted: Wanted) -> Equipment:
     return Equipment(base, encoder, pool, generation)
 
 
-def _placed(base: SegmentationBase, wanted: Wanted) -> SegmentationBase:
-    base.model.to(best_device(), _DTYPES[wanted.precision])
+def placed(base: SegmentationBase, precision: Precision) -> SegmentationBase:
+    """Put a base on the device of this process, in the type that it is to compute in."""
+    base.model.to(best_device(), _DTYPES[precision])
     return base
 
 
 def _loader(library: Library, base: SegmentationBase) -> Callable[[Entry], PackedAdapter]:
-    """Read adapters from this machine's disk if they are there, else from the library."""
-    folder = PackFolder(cache_folder("packed"))
-
-    def load(entry: Entry) -> PackedAdapter:
-        packed = folder.get(entry.digest)
-        if packed is None:
-            files, _ = library.load_entry(entry)
-            packed = folder.put(pack(load_adapter(files, name=entry.name)))
-        # The same files may be published under several names, and know no base.
-        named = replace(packed, name=entry.name, base_digest=entry.card.base.digest)
-        # On a GPU, what is hot stays there. In the type of the file it stays a mapping of it.
-        return named.to(base.device, base.dtype)
-
-    return load
+    source = AdapterSource({library.uri: library}, base)
+    return lambda entry: source(AdapterRef.of(library.uri, entry))
 
 
 def _vacancy(uri: str, published: Sequence[Entry], base: SegmentationBase) -> str:

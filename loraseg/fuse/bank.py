@@ -12,7 +12,7 @@ and addresses that stay the same from batch to batch, so that compiled or captur
 valid.
 """
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from math import gcd
@@ -28,7 +28,7 @@ from loraseg.fuse.mixed_layer import MixedLayer, Plan, Segment
 from loraseg.fuse.slots import Slots
 from loraseg.tensor_types import Tensor
 
-__all__ = ["AdapterBank"]
+__all__ = ["AdapterBank", "check_fits"]
 
 # Mixes of other sizes than the usual one, such as that of all adapters, get buffers of their own.
 _KEPT_SLOTS = 2
@@ -147,19 +147,7 @@ class AdapterBank:
         """Check that an adapter fits the model, and note its layers."""
         if adapter.digest in self._fitting:
             return
-        for shape, block in adapter.blocks.items():
-            for name in block.sites:
-                linear = self._linears.get(name)
-                if linear is None:
-                    raise AdapterMismatchError(
-                        f"adapter {adapter.name!r}, module {name!r}: the model has no linear layer "
-                        f"of that name"
-                    )
-                if tuple(linear.weight.shape) != shape:
-                    raise AdapterMismatchError(
-                        f"adapter {adapter.name!r}, module {name!r}: got an adapter for a weight "
-                        f"{shape}, expected {tuple(linear.weight.shape)}"
-                    )
+        check_fits(adapter, self._linears)
         for name in _names(adapter):
             if name not in self._sites:
                 self._sites[name] = MixedLayer(name, self._linears[name])
@@ -184,6 +172,31 @@ class AdapterBank:
         if self._place not in self._tables:
             self._tables[self._place] = load_table(*self._place)
         return self._tables[self._place]
+
+
+def check_fits(adapter: PackedAdapter, linears: Mapping[str, nn.Linear]) -> None:
+    """Check that every layer which an adapter changes is there, and has its size.
+
+    Args:
+        adapter: Any.
+        linears: The linear layers of the model, by name.
+
+    Raises:
+        AdapterMismatchError: A layer is unknown or has another size.
+    """
+    for shape, block in adapter.blocks.items():
+        for name in block.sites:
+            linear = linears.get(name)
+            if linear is None:
+                raise AdapterMismatchError(
+                    f"adapter {adapter.name!r}, module {name!r}: the model has no linear layer "
+                    f"of that name"
+                )
+            if tuple(linear.weight.shape) != shape:
+                raise AdapterMismatchError(
+                    f"adapter {adapter.name!r}, module {name!r}: got an adapter for a weight "
+                    f"{shape}, expected {tuple(linear.weight.shape)}"
+                )
 
 
 def _digests(mixes: Sequence[Mix | None]) -> tuple[str | None, ...]:

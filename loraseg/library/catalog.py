@@ -20,7 +20,7 @@ from loraseg.errors import AdapterNotFoundError, IntegrityError, StoreError
 from loraseg.library import records
 from loraseg.library.audit import Report, audit
 from loraseg.library.card import Card, check_name
-from loraseg.library.records import Head, Record
+from loraseg.library.records import Head, Publication, Record
 from loraseg.library.snapshot import Entry, decode_snapshot, encode_snapshot
 from loraseg.library.turns import Turns
 from loraseg.storage import ObjectNotFoundError, ObjectStore, probe_conditional_writes
@@ -72,6 +72,18 @@ class Library:
         """Return the number of the newest generation; 0 for an empty library."""
         return self._read_head()[0].generation
 
+    def head(self) -> Head:
+        """Return which generation is the newest, and its sha256; a hundred bytes to read."""
+        return self._read_head()[0]
+
+    def entries_at(self, head: Head) -> tuple[Entry, ...]:
+        """Return the current version of every adapter in the generation of a :meth:`head`.
+
+        Raises:
+            IntegrityError: The catalog is damaged.
+        """
+        return tuple(entry for entry in self._read_snapshot(head) if entry.current)
+
     def entries(self, generation: int | None = None) -> tuple[Entry, ...]:
         """Return the current version of every adapter, ordered by name.
 
@@ -109,8 +121,8 @@ class Library:
         """
         return self.load_entry(self.entry(name, version))
 
-    def load_entry(self, entry: Entry) -> tuple[dict[str, bytes], Card]:
-        """Return the files and card of an entry, which may be of an older generation.
+    def load_entry(self, entry: Publication) -> tuple[dict[str, bytes], Card]:
+        """Return the files and card of a publication, which may be of an older generation.
 
         Raises:
             IntegrityError: A stored object is missing or differs from its digest.

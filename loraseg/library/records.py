@@ -5,7 +5,7 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 from loraseg.adapters.peft_io import CONFIG_FILE, WEIGHTS_FILE, files_digest
 from loraseg.errors import IntegrityError
@@ -24,6 +24,7 @@ __all__ = [
     "HEAD_KEY",
     "Blob",
     "Head",
+    "Publication",
     "Record",
     "blob_key",
     "read_blob",
@@ -59,6 +60,31 @@ def record_key(name: str, version: int) -> str:
 def snapshot_key(generation: int) -> str:
     """Return where a generation is; padded, so that a listing is in order."""
     return f"catalog/{generation:08d}.parquet"
+
+
+@runtime_checkable
+class Publication(Protocol):
+    """What it takes to find and verify one published adapter; an ``Entry`` has all of it."""
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        ...
+
+    @property
+    def version(self) -> int:
+        """Which publication of the name."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of the weight files."""
+        ...
+
+    @property
+    def record_digest(self) -> str:
+        """The sha256 of the record."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,8 +238,8 @@ def read_blob(store: ObjectStore, digest: str) -> bytes:
     return _read_verified(store, blob_key(digest), digest)
 
 
-def read_record(store: ObjectStore, entry: Entry) -> Record:
-    """Return the record of an entry.
+def read_record(store: ObjectStore, entry: Publication) -> Record:
+    """Return the record of a published adapter.
 
     Raises:
         IntegrityError: It is missing, damaged or of another adapter.

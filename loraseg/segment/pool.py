@@ -226,6 +226,11 @@ class AdapterCache:
     def __len__(self) -> int:
         return self.stats().resident
 
+    def __contains__(self, digest: str) -> bool:
+        """Tell whether an adapter is in memory, or on its way there."""
+        with self._lock:
+            return digest in self._slots
+
     def _pin(self, entry: EntryLike) -> tuple[_Slot, PackedAdapter]:
         """Return the entry's adapter and its slot, which stays until it is released."""
         while True:
