@@ -1,0 +1,101 @@
+"""The engine in one process: the models' threads beside the event loop."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Self
+
+from loraseg.engine.lane import Lane
+from loraseg.engine.retrieval import Ask, Picked, RetrievalStage
+from loraseg.engine.segmenting import Segmented, SegmentStage, Task
+from loraseg.errors import LorasegError
+from loraseg.serving.conduct import conduct
+from loraseg.serving.config import ServiceConfig
+from loraseg.serving.orders import CatalogView, Order, Outcome, Readiness
+from loraseg.serving.views import base_view, card_view, catalog_view, encoder_view, waiting_for
+
+__all__ = ["LocalEngine"]
+
+
+class LocalEngine:
+    """Segments in this process, see :class:`~loraseg.serving.orders.Engine`.
+
+    Images are embedded in one thread and segmented in another, adapters loaded in many.
+    """
+
+    def __init__(
+        self, config: ServiceConfig, retrieval: RetrievalStage, stage: SegmentStage
+    ) -> None:
+        """Start the threads; the stages are closed with the engine."""
+        self._config, self._retrieval, self._stage = config, retrieval, stage
+        limit = config.limits.queued + config.batch
+        self._lane = Lane(stage, batch=config.batch, wait_s=config.batch_wait_s, limit=limit)
+        self._embedding = ThreadPoolExecutor(1, thread_name_prefix="embed")
+
+    @property
+    def stage(self) -> SegmentStage:
+        """The second stage, for its figures."""
+        return self._stage
+
+    def wait_until_ready(self, timeout_s: float) -> bool:
+        """Wait for the libraries; return whether all are loaded. Not from the event loop."""
+        return all(live.wait(timeout_s) for live in self._retrieval.libraries.values())
+
+    async def segment(self, order: Order) -> Outcome:
+        """Segment one image; see :func:`~loraseg.serving.conduct.conduct` for what it raises."""
+        libraries = self._retrieval.libraries
+        return await conduct(
+            order, libraries=libraries, retrieve=self._retrieve, segment=self._segment
+        )
+
+    async def catalog(self, library: str) -> CatalogView:
+        """Return a library's state."""
+        return await asyncio.to_thread(catalog_view, self._retrieval.library(library))
+
+    async def card(self, library: str, name: str) -> dict[str, Any]:
+        """Return the card of the version in use."""
+        return card_view(self._retrieval.library(library), name)
+
+    async def refresh(self, library: str) -> CatalogView:
+        """Look for a newer generation now."""
+        live = self._retrieval.library(library)
+        await asyncio.to_thread(live.refresh)
+        return await self.catalog(library)
+
+    async def base(self) -> dict[str, Any]:
+        """Return what is frozen."""
+        segmenter = base_view(self._config, self._stage)
+        return {**segmenter, **encoder_view(self._config, self._retrieval)}
+
+    async def readiness(self) -> Readiness:
+        """Tell whether the catalogs are loaded; the models were, before there was an engine."""
+        waiting = [waiting_for(live.status()) for live in self._retrieval.libraries.values()]
+        missing = tuple(words for words in waiting if words is not None)
+        return Readiness(not missing, missing)
+
+    def close(self) -> None:
+        """Refuse what waits, finish what is in the model, end the threads."""
+        self._retrieval.close()
+        self._embedding.shutdown(wait=False, cancel_futures=True)
+        self._lane.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    async def _retrieve(self, ask: Ask) -> Picked:
+        loop = asyncio.get_running_loop()
+        [picked] = await loop.run_in_executor(self._embedding, self._retrieval.choose, [ask])
+        if isinstance(picked, LorasegError):
+            raise picked
+        return picked
+
+    async def _segment(self, task: Task) -> Segmented:
+        return await asyncio.wrap_future(self._lane.submit(task))
