@@ -1,0 +1,82 @@
+"""Where an image's mask goes: under its own name where that is safe, else under a digest."""
+
+import hashlib
+import re
+
+from loraseg.errors import StoreError
+from loraseg.storage.store import check_key
+
+__all__ = ["FOLDER", "MaskNames", "digest_of", "id_of", "plain_name"]
+
+FOLDER = "masks"
+_PLAIN = re.compile(r"(.*[^/.])\.(?:png|jpe?g)", re.IGNORECASE | re.DOTALL)
+_MAX_BYTES = 512  # leaves room for the prefix of the output within S3's 1024
+_LOOKS_HASHED = re.compile(r"~[0-9a-f]{32}$")
+
+
+def id_of(key: str) -> str:
+    """Return 32 hex digits that stand for an image's key, whatever characters it has."""
+    return digest_of(key).hex()
+
+
+def digest_of(text: str) -> bytes:
+    """Return the first 16 bytes of the sha256 of any text, lone surrogates included."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:16]
+
+
+class MaskNames:
+    """Names masks for a listing in code point order; two keys never get one name.
+
+    A mask has its image's key with the extension ``.png``. Of ``a.jpg`` and ``a.png`` only the
+    first gets ``masks/a.png``; the other, like any key without an extension of an image, gets
+    ``masks/a~ID.png``, and a key that no store could hold gets ``masks/~ID.png``, where ID is
+    :func:`id_of` the key. Keys that look like such names get one themselves.
+    """
+
+    def __init__(self) -> None:
+        # All keys that start with "a." follow each other, so that only the open stems count.
+        self._open: list[str] = []
+
+    def name(self, key: str, *, taken: bool = False) -> str:
+        """Return the mask's key for the next image of the listing.
+
+        Args:
+            key: Of the image.
+            taken: Whether :func:`plain_name` belongs to another image.
+        """
+        hashed = f"~{id_of(key)}.png"
+        stem = _plain_stem(key)
+        if stem is None:
+            return _allowed(f"{FOLDER}/{key}{hashed}") or f"{FOLDER}/{hashed}"
+        while self._open and not key.startswith(f"{self._open[-1]}."):
+            self._open.pop()
+        if taken or stem in self._open:
+            return _allowed(f"{FOLDER}/{stem}{hashed}") or f"{FOLDER}/{hashed}"
+        self._open.append(stem)
+        return f"{FOLDER}/{stem}.png"
+
+
+def plain_name(key: str) -> str | None:
+    """Return the mask's key if no other image had a claim on it; None if it cannot be plain."""
+    stem = _plain_stem(key)
+    return None if stem is None else f"{FOLDER}/{stem}.png"
+
+
+def _plain_stem(key: str) -> str | None:
+    found = _PLAIN.fullmatch(key)
+    if found is None or _LOOKS_HASHED.search(found[1]):
+        return None
+    return found[1] if _allowed(f"{FOLDER}/{found[1]}.png") else None
+
+
+def _allowed(name: str) -> str | None:
+    """Return the name if every store can hold it beside all others.
+
+    A folder store cannot hold both ``a.png`` and ``a.png/b.png``; masks are all that ends so.
+    """
+    try:
+        check_key(name)
+    except StoreError:
+        return None
+    within = any(folder.lower().endswith(".png") for folder in name.split("/")[:-1])
+    return None if within or len(name.encode()) > _MAX_BYTES else name
