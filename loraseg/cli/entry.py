@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from loraseg.cli import library, miniature, segment, train_base
+from loraseg.cli import library, miniature, segment, tokens, train_base
 from loraseg.cli.console import complain, say, say_table
 from loraseg.errors import AdapterNotFoundError, ConfigError, LorasegError
 
@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     library.add(commands)
     train_base.add(commands)
     miniature.add(commands)
+    tokens.add(commands)
     _add_spread(commands)
     _add_doctor(commands)
     return parser

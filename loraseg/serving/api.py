@@ -18,8 +18,9 @@ from loraseg.serving.config import ServiceConfig
 from loraseg.serving.desk import Desk
 from loraseg.serving.examples import example_list, example_png
 from loraseg.serving.guard import Guard, Visit, visit_of
+from loraseg.serving.openapi import openapi_document
 from loraseg.serving.orders import Engine
-from loraseg.serving.page import page
+from loraseg.serving.page import docs, page
 from loraseg.serving.params import Asking, one_of_each
 from loraseg.serving.problems import as_service_error, problem_response
 from loraseg.serving.tokens import TokenBook
@@ -51,18 +52,28 @@ def build_api(
     desk = Desk(engine, config, admission)
     api.post("/v1/segment")(desk.segment)
     api.post("/v1/segment/batch")(desk.batch)
+    document = openapi_document(config)
+    api.openapi = lambda: document
+    _add_pages(api, document)
     _add_open_routes(api, engine)
     _add_library_routes(api, engine, config, admission)
     return api
 
 
-def _add_open_routes(api: FastAPI, engine: Engine) -> None:
-    """Add what needs no token."""
-
-    @api.get("/", include_in_schema=False)
+def _add_pages(api: FastAPI, document: dict[str, Any]) -> None:
+    @api.get("/")
     async def index() -> Response:
         content, headers = page()
         return Response(content, headers=headers, media_type="text/html")
+
+    @api.get("/docs")
+    async def documentation() -> Response:
+        content, headers = docs(document)
+        return Response(content, headers=headers, media_type="text/html")
+
+
+def _add_open_routes(api: FastAPI, engine: Engine) -> None:
+    """Add what needs no token."""
 
     @api.get("/healthz")
     async def healthz() -> Response:

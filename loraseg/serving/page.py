@@ -1,26 +1,43 @@
-"""The page at ``/``: one file, which may run nothing but its own inline script."""
+"""The pages for people: each one file, which may run nothing but its own inline script."""
 
 import base64
 import hashlib
 import re
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
-__all__ = ["page"]
+import jinja2
+
+from loraseg.serving.problems import KINDS
+
+__all__ = ["docs", "page"]
 
 _INLINE = re.compile(r"<(script|style)\b[^>]*>(.*?)</\1>", re.DOTALL | re.IGNORECASE)
 
 
 @cache
 def page() -> tuple[bytes, dict[str, str]]:
-    """Return the page and its headers.
-
-    The policy names the inline script and style by their sha256, so that nothing else runs,
-    whatever text finds its way into the page.
-    """
-    # As a browser hashes it: line breaks are normalised while HTML is parsed.
+    """Return the page at ``/`` and its headers."""
     content = files("loraseg.serving").joinpath("static", "index.html").read_bytes()
+    # As a browser hashes it: line breaks are normalised while HTML is parsed.
     text = content.decode().replace("\r\n", "\n")
+    return text.encode(), _headers(text)
+
+
+def docs(document: dict[str, Any]) -> tuple[bytes, dict[str, str]]:
+    """Return an OpenAPI document as a page to read, and its headers."""
+    source = files("loraseg.serving").joinpath("templates", "docs.html.j2").read_text("utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    text = environment.from_string(source).render(document=document, kinds=KINDS)
+    return text.encode(), _headers(text)
+
+
+def _headers(text: str) -> dict[str, str]:
+    """Name the inline scripts and styles by their sha256, so that nothing else runs.
+
+    That holds whatever text finds its way into the page.
+    """
     hashes: dict[str, list[str]] = {"script": [], "style": []}
     for match in _INLINE.finditer(text):
         digest = base64.b64encode(hashlib.sha256(match[2].encode()).digest()).decode()
@@ -35,7 +52,7 @@ def page() -> tuple[bytes, dict[str, str]]:
         "form-action": "'none'",
         "frame-ancestors": "'none'",
     }
-    return text.encode(), {
+    return {
         "Content-Security-Policy": "; ".join(f"{key} {value}" for key, value in policy.items()),
         "Cache-Control": "no-cache",
     }

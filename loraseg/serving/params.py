@@ -11,9 +11,10 @@ from typing import Any, cast
 from loraseg.data.labels import LabelSpace
 from loraseg.errors import ConfigError, DatasetError, ServiceError
 from loraseg.segment.base import check_classes
-from loraseg.segment.choice import AdaptiveSettings, Mode, Wish, preset
+from loraseg.segment.choice import Mode, Wish
 from loraseg.serving.config import Limits, ServiceConfig
 from loraseg.serving.orders import MapName, TilingChoice
+from loraseg.serving.views import default_settings
 
 __all__ = ["MODES", "PARAMETERS", "RETURNS", "TILINGS", "TOP_K", "Ask", "Asking", "one_of_each"]
 
@@ -69,12 +70,7 @@ class Asking:
     def __init__(self, config: ServiceConfig) -> None:
         self._limits: Limits = config.limits
         self._libraries = tuple(config.libraries)
-        usual = preset(config.encoder)
-        self.settings: AdaptiveSettings = replace(
-            usual,
-            k=usual.k if config.k is None else config.k,
-            temperature=usual.temperature if config.temperature is None else config.temperature,
-        )
+        self._settings = default_settings(config)
 
     def read(self, fields: Sequence[tuple[str, str]]) -> Ask:
         """Check all parameters of a segmentation.
@@ -85,10 +81,10 @@ class Asking:
         values, lists = _sorted_out(fields)
         only, exclude = _adapters(lists["adapters"])
         settings = replace(
-            self.settings,
-            k=_integer("top_k", values.get("top_k"), self.settings.k, (1, TOP_K)),
+            self._settings,
+            k=_integer("top_k", values.get("top_k"), self._settings.k, (1, TOP_K)),
             temperature=_number(
-                "temperature", values.get("temperature"), self.settings.temperature, TEMPERATURES
+                "temperature", values.get("temperature"), self._settings.temperature, TEMPERATURES
             ),
             mode=cast(Mode, _one_of("mode", values.get("mode", "fused"), MODES)),
         )

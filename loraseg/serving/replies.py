@@ -10,7 +10,9 @@ import numpy as np
 
 from loraseg.data.labels import LabelSpace
 from loraseg.data.masks import encode_mask
+from loraseg.data.polygons import outline_polygons
 from loraseg.data.rle import encode_rle
+from loraseg.errors import DatasetError, ServiceError
 from loraseg.segment.render import encode_png, overlay
 from loraseg.serving.orders import Order, Outcome
 from loraseg.serving.params import Ask
@@ -24,7 +26,11 @@ _DIGITS = 6
 
 
 def json_members(order: Order, ask: Ask, outcome: Outcome) -> dict[str, Any]:
-    """Return the members of a JSON reply that come from the pixels; slow for large images."""
+    """Return the members of a JSON reply that come from the pixels; slow for large images.
+
+    Raises:
+        ServiceError: ``invalid``: polygons of more corners than anybody can use.
+    """
     result = outcome.result
     labels, space = result.label_map, ask.classes
     height, width = labels.shape
@@ -47,9 +53,7 @@ def json_members(order: Order, ask: Ask, outcome: Outcome) -> dict[str, Any]:
     if "rle" in ask.returns:
         members["rle"] = encode_rle(labels, range(len(space)))
     if "polygons" in ask.returns:
-        from loraseg.data.polygons import encode_polygons
-
-        members["polygons"] = encode_polygons(labels, range(len(space)))
+        members["polygons"] = _polygons(labels, space)
     return members
 
 
@@ -93,6 +97,13 @@ def png_headers(ask: Ask, outcome: Outcome) -> dict[str, str]:
 def rounded_ms(timing: Mapping[str, float]) -> dict[str, float]:
     """Return milliseconds with three digits after the point."""
     return {stage: round(float(value), 3) for stage, value in timing.items()}
+
+
+def _polygons(labels: ndarray, space: LabelSpace) -> list[dict[str, Any]]:
+    try:
+        return outline_polygons(labels, range(len(space)))
+    except DatasetError as error:
+        raise ServiceError("invalid", f"return: {error}") from error
 
 
 def _shares(labels: ndarray, space: LabelSpace) -> dict[str, float]:

@@ -1,0 +1,46 @@
+"""``loraseg token new``: make a bearer token for an endpoint."""
+
+import argparse
+from typing import Any
+
+from loraseg.cli.console import names, say
+
+__all__ = ["add"]
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser."""
+    group = commands.add_parser("token", help="bearer tokens of an endpoint")
+    actions = group.add_subparsers(required=True, metavar="ACTION")
+    new = actions.add_parser("new", help="print a new token, and its entry for the token file")
+    new.add_argument("--name", required=True, metavar="NAME", help="whose it is, for logs")
+    new.add_argument(
+        "--roles", default="segment", metavar="ROLES", help='"segment,admin"; default: %(default)s'
+    )
+    new.add_argument(
+        "--adapters", metavar="PATTERNS", help='those it sees, as "night*, rain"; default: all'
+    )
+    new.add_argument("--concurrent", type=int, metavar="N", help="requests it may have in work")
+    new.set_defaults(command=_new)
+
+
+def _new(arguments: argparse.Namespace) -> int:
+    import yaml
+
+    from loraseg.config import build, to_dict
+    from loraseg.serving.tokens import Token, new_token
+
+    token, digest = new_token()
+    wanted = {
+        "name": arguments.name,
+        "sha256": digest,
+        "roles": names(arguments.roles),
+        "adapters": None if arguments.adapters is None else names(arguments.adapters),
+        "concurrent": arguments.concurrent,
+    }
+    entry = to_dict(build(Token, wanted, where="token"))
+    said = {key: value for key, value in entry.items() if value is not None}
+    say(f"# The token; it is written down nowhere else:\n{token}\n")
+    say("# Its entry, below 'tokens:' in the token file:")
+    say(yaml.safe_dump([said], sort_keys=False, allow_unicode=True, default_flow_style=None))
+    return 0
