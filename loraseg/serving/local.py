@@ -8,7 +8,7 @@ from typing import Any, Self
 from loraseg.engine.lane import Lane
 from loraseg.engine.retrieval import Ask, Picked, RetrievalStage
 from loraseg.engine.segmenting import Segmented, SegmentStage, Task
-from loraseg.errors import LorasegError
+from loraseg.errors import LorasegError, ServiceError
 from loraseg.serving.conduct import conduct
 from loraseg.serving.config import ServiceConfig
 from loraseg.serving.orders import CatalogView, Order, Outcome, Readiness
@@ -28,8 +28,8 @@ class LocalEngine:
     ) -> None:
         """Start the threads; the stages are closed with the engine."""
         self._config, self._retrieval, self._stage = config, retrieval, stage
-        limit = config.limits.queued + config.batch
-        self._lane = Lane(stage, batch=config.batch, wait_s=config.batch_wait_s, limit=limit)
+        self._limit, self._under_way = config.limits.queued + config.batch, 0
+        self._lane = Lane(stage, batch=config.batch, wait_s=config.batch_wait_s, limit=self._limit)
         self._embedding = ThreadPoolExecutor(1, thread_name_prefix="embed")
 
     @property
@@ -42,11 +42,23 @@ class LocalEngine:
         return all(live.wait(timeout_s) for live in self._retrieval.libraries.values())
 
     async def segment(self, order: Order) -> Outcome:
-        """Segment one image; see :func:`~loraseg.serving.conduct.conduct` for what it raises."""
-        libraries = self._retrieval.libraries
-        return await conduct(
-            order, libraries=libraries, retrieve=self._retrieve, segment=self._segment
-        )
+        """Segment one image.
+
+        Raises:
+            ServiceError: ``overloaded``, or as :func:`~loraseg.serving.conduct.conduct`.
+        """
+        if self._under_way >= self._limit:
+            raise ServiceError(
+                "overloaded", f"{self._limit} images are waiting already", retry_after_s=1.0
+            )
+        self._under_way += 1
+        try:
+            libraries = self._retrieval.libraries
+            return await conduct(
+                order, libraries=libraries, retrieve=self._retrieve, segment=self._segment
+            )
+        finally:
+            self._under_way -= 1
 
     async def catalog(self, library: str) -> CatalogView:
         """Return a library's state."""

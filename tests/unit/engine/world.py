@@ -1,0 +1,87 @@
+"""A tiny service: models as files, a library on a store that can be switched off."""
+
+import time
+from dataclasses import dataclass, field
+
+from loraseg.errors import StoreError
+from loraseg.library import Library
+from loraseg.segment.choice import AdaptiveSettings, Wish
+from loraseg.serving.config import ServiceConfig
+from loraseg.serving.orders import Order
+from loraseg.storage import open_store
+from tests.unit.tiny import CLASSES
+
+SETTINGS = AdaptiveSettings(k=2, temperature=3.0)
+
+
+@dataclass
+class SwitchedStore:
+    """A store that notes what is read, and is out of reach while it is off."""
+
+    inner: object
+    is_on: bool = True
+    read: list[str] = field(default_factory=list)
+
+    def __getattr__(self, name):
+        if not self.is_on:
+            raise StoreError("s3://secret-bucket: connection refused")
+        return getattr(self.inner, name)
+
+    @property
+    def uri(self):
+        return self.inner.uri
+
+    def get(self, key):
+        self._touch(key)
+        return self.inner.get(key)
+
+    def get_with_etag(self, key):
+        self._touch(key)
+        return self.inner.get_with_etag(key)
+
+    def with_patience(self, patience_s):
+        return self
+
+    def _touch(self, key):
+        self.read.append(key)
+        if not self.is_on:
+            raise StoreError("s3://secret-bucket: connection refused")
+
+
+def switched_library(folder):
+    store = SwitchedStore(open_store(str(folder)))
+    return store, Library(store)
+
+
+def service_config(models, libraries, **options):
+    uris = {name: str(uri) for name, uri in libraries.items()}
+    return ServiceConfig(
+        libraries=uris, base=models[0], encoder=models[1], **{"poll_s": 0.05, **options}
+    )
+
+
+def wish(*, only=(), exclude=(), settings=SETTINGS):
+    return Wish(settings=settings, only=frozenset(only), exclude=frozenset(exclude))
+
+
+def order(image, *, library="main", timeout_s=30.0, classes=CLASSES, **options):
+    wanted = {
+        name: options.pop(name) for name in ("only", "exclude", "settings") if name in options
+    }
+    return Order(
+        request_id="test",
+        image=image,
+        classes=tuple(classes),
+        library=library,
+        wish=wish(**wanted),
+        deadline=time.time() + timeout_s,
+        **options,
+    )
+
+
+def blob_paths(folder, library, name):
+    """The files of an adapter's current version, below the library's folder."""
+    from loraseg.library.records import blob_key, read_record
+
+    record = read_record(open_store(str(folder)), library.entry(name))
+    return {file: folder / blob_key(blob.sha256) for file, blob in record.files.items()}
