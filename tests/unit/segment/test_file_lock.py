@@ -15,13 +15,13 @@ PATIENCE_S = 60.0
 COUNT = """
 import sys
 from pathlib import Path
-from file_lock import locked
+import file_lock
 
-place, rounds = Path(sys.argv[1]), int(sys.argv[2])
-for _ in range(rounds):
-    with locked(place / "lock", 60.0) as is_held:
+file_lock._POLL_S = 0.0  # all the time between opening and locking
+counter = Path(sys.argv[1], "counter")
+for _ in range(int(sys.argv[2])):
+    with file_lock.locked(counter.with_name("lock"), 60.0) as is_held:
         assert is_held
-        counter = place / "counter"
         counter.write_text(str(int(counter.read_text()) + 1))
 """
 HOLD = """
@@ -50,24 +50,28 @@ def holder(tmp_path):
         process.kill()
 
 
-def test_one_at_a_time_among_processes_and_threads(tmp_path):
+def test_one_process_at_a_time(tmp_path):
     """A counter without a lock of its own, while its lock file comes and goes all the time."""
     (tmp_path / "counter").write_text("0")
-    processes = [start(COUNT, tmp_path, 40) for _ in range(3)]
-
-    def count(_):
-        with locked(tmp_path / "lock", PATIENCE_S) as is_held:
-            assert is_held
-            counter = tmp_path / "counter"
-            counter.write_text(str(int(counter.read_text()) + 1))
-
-    with ThreadPoolExecutor(3) as threads:
-        list(threads.map(count, range(40)))
-    assert [process.wait(PATIENCE_S) for process in processes] == [0, 0, 0]
+    processes = [start(COUNT, tmp_path, 1000) for _ in range(4)]
+    assert [process.wait(PATIENCE_S) for process in processes] == [0] * 4
     for process in processes:
         process.stdout.close()
-    assert (tmp_path / "counter").read_text() == "160"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["counter"]
+    assert (tmp_path / "counter").read_text() == "4000"
+    assert [path.name for path in tmp_path.iterdir()] == ["counter"]
+
+
+def test_one_thread_at_a_time(tmp_path):
+    inside = []
+
+    def enter(_):
+        with locked(tmp_path / "lock", PATIENCE_S) as is_held:
+            inside.append(1)
+            threading.Event().wait(0.002)
+            return is_held, inside.pop(), len(inside)
+
+    with ThreadPoolExecutor(4) as threads:
+        assert set(threads.map(enter, range(40))) == {(True, 1, 0)}
 
 
 def test_a_killed_holder_frees_it(tmp_path, holder):
