@@ -166,6 +166,7 @@ class LiveLibrary:
             head = self._library.head()
             refused, until = self._refused
             if head == refused and time.monotonic() < until:
+                self._problem = _DAMAGED
                 return
             if head != self._head:
                 self._load(head)

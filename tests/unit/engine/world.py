@@ -1,46 +1,34 @@
 """A tiny service: models as files, a library on a store that can be switched off."""
 
 import time
-from dataclasses import dataclass, field
 
 from loraseg.errors import StoreError
 from loraseg.library import Library
 from loraseg.segment.choice import AdaptiveSettings, Wish
 from loraseg.serving.config import ServiceConfig
 from loraseg.serving.orders import Order
-from loraseg.storage import open_store
+from loraseg.storage import LocalStore, open_store
 from tests.unit.tiny import CLASSES
 
 SETTINGS = AdaptiveSettings(k=2, temperature=3.0)
 
 
-@dataclass
-class SwitchedStore:
-    """A store that notes what is read, and is out of reach while it is off."""
+class SwitchedStore(LocalStore):
+    """A folder that notes what is read, and is out of reach while it is off."""
 
-    inner: object
-    is_on: bool = True
-    read: list[str] = field(default_factory=list)
+    is_on = True
 
-    def __getattr__(self, name):
-        if not self.is_on:
-            raise StoreError("s3://secret-bucket: connection refused")
-        return getattr(self.inner, name)
-
-    @property
-    def uri(self):
-        return self.inner.uri
+    def __init__(self, root):
+        super().__init__(root)
+        self.read = []
 
     def get(self, key):
         self._touch(key)
-        return self.inner.get(key)
+        return super().get(key)
 
     def get_with_etag(self, key):
         self._touch(key)
-        return self.inner.get_with_etag(key)
-
-    def with_patience(self, patience_s):
-        return self
+        return super().get_with_etag(key)
 
     def _touch(self, key):
         self.read.append(key)
@@ -49,7 +37,7 @@ class SwitchedStore:
 
 
 def switched_library(folder):
-    store = SwitchedStore(open_store(str(folder)))
+    store = SwitchedStore(folder)
     return store, Library(store)
 
 
