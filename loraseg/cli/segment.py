@@ -1,22 +1,26 @@
-"""``loraseg segment IMAGE... --library URI --classes "road, car"``."""
+"""``loraseg segment IMAGE... --classes "road, car"``, on this machine or by an endpoint."""
 
 import argparse
-import json
 from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraseg.cli.console import complain, names, say
-from loraseg.errors import ConfigError, LorasegError, StoreError
+from loraseg.cli.console import complain, names
+from loraseg.errors import ConfigError, LorasegError
 
 if TYPE_CHECKING:
+    from loraseg.cli.segment_output import Output
     from loraseg.data.labels import LabelSpace
     from loraseg.segment.adaptive import AdaptiveSegmenter, AdaptiveSettings, Segmentation
     from loraseg.tensor_types import ndarray
 
 __all__ = ["add"]
+
+_MAPS = ("confidence", "entropy")
+# What an endpoint has decided for all its clients; by default, as here.
+_OFFLINE = {"base": "miniature", "encoder": "miniature", "precision": "fp32", "sliding": False}
 
 
 def add(commands: Any) -> None:
@@ -29,10 +33,8 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="PNG or JPEG files")
     parser.add_argument("--classes", required=True, metavar="NAMES", help='"road, car, sky"')
-    parser.add_argument("--library", metavar="URI", help="adapter library")
+    parser.add_argument("--library", metavar="URI", help="adapter library; its name at an endpoint")
     parser.add_argument("--out", default="segmented", metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--base", default="miniature", help="default: %(default)s")
-    parser.add_argument("--encoder", default="miniature", help="index CLIP; default: %(default)s")
     parser.add_argument("--top-k", type=int, metavar="K", help="adapters for an image")
     parser.add_argument("--temperature", type=float, metavar="TAU", help="sharpness of weights")
     parser.add_argument(
@@ -42,28 +44,58 @@ def add(commands: Any) -> None:
         help="nearest adapters, all adapters alike, or none; default: %(default)s",
     )
     parser.add_argument(
-        "--precision", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s"
+        "--maps",
+        default="",
+        metavar="NAMES",
+        help='"confidence, entropy": also write NAME_confidence.png and NAME_entropy.png (grey)',
     )
-    parser.add_argument("--sliding", action="store_true", help="overlapping windows")
+    parser.add_argument(
+        "--tiling",
+        choices=("auto", "never", "always"),
+        default="auto",
+        help="overlapping tiles at full resolution: for large images, never, or for all; "
+        "default: %(default)s",
+    )
+    here = parser.add_argument_group("on this machine")
+    here.add_argument("--base", metavar="BASE", help="segmenter; default: miniature")
+    here.add_argument("--encoder", metavar="CLIP", help="index CLIP; default: miniature")
+    here.add_argument("--precision", choices=("fp32", "bf16"), help="default: fp32")
+    here.add_argument(
+        "--sliding", action="store_const", const=True, help="overlapping windows of the base's size"
+    )
+    there = parser.add_argument_group("by an endpoint")
+    there.add_argument("--endpoint", metavar="URL", help="such as https://segment.example.org")
+    there.add_argument("--token-file", metavar="FILE", help="holds the bearer token")
     parser.set_defaults(command=_segment)
 
 
-@dataclass(frozen=True, slots=True)
-class _Picture:
-    path: Path
-    image: "ndarray"
-    label_space: "LabelSpace"
-    result: "Segmentation"
-
-
 def _segment(arguments: argparse.Namespace) -> int:
-    from loraseg.data.images import read_image
-
     label_space = _label_space(arguments.classes)
     paths = _distinct(arguments.images)
+    arguments.maps = _maps(arguments.maps)
+    if arguments.endpoint is None:
+        if arguments.token_file is not None:
+            raise ConfigError("--token-file: goes with --endpoint only")
+        return _segment_here(arguments, label_space, paths)
+    if given := [name for name in _OFFLINE if getattr(arguments, name) is not None]:
+        raise ConfigError(f"--{given[0]}: the endpoint decides this for all of its clients")
+    from loraseg.cli.segment_online import segment_online
+
+    return segment_online(arguments, label_space, paths)
+
+
+def _segment_here(
+    arguments: argparse.Namespace, label_space: "LabelSpace", paths: list[Path]
+) -> int:
+    from loraseg.cli.segment_output import Output
+    from loraseg.data.images import read_image
+
+    for name, default in _OFFLINE.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, default)
     settings = _settings(arguments)
     segmenter = _segmenter(arguments, settings)
-    folder = Path(arguments.out)
+    output = Output(Path(arguments.out), label_space, settings)
     readable: deque[tuple[Path, ndarray]] = deque()
     failures: list[LorasegError] = []
 
@@ -78,21 +110,24 @@ def _segment(arguments: argparse.Namespace) -> int:
             readable.append((path, image))
             yield [image]
 
-    for outcome in segmenter.segment_stream(decoded(), label_space.names):
+    for outcome in segmenter.segment_stream(
+        decoded(), label_space.names, maps=arguments.maps, tiling=arguments.tiling
+    ):
         path, image = readable.popleft()
         try:
             if isinstance(outcome, LorasegError):
                 raise outcome
-            _write(folder, _Picture(path, image, label_space, outcome[0]), settings)
+            _write(output, path, image, outcome[0])
         except LorasegError as error:
             # One broken image must not cost the others.
             complain(error)
             failures.append(error)
-            continue
-        used = outcome[0].explanation
-        parts = ", ".join(f"{part.name} {part.weight:.2f}" for part in used.adapters)
-        say(f"{path} -> {folder / path.stem}.png  {parts or used.fallback or 'base alone'}")
     return int(bool(failures))
+
+
+def _write(output: "Output", path: Path, image: "ndarray", result: "Segmentation") -> None:
+    maps = {"confidence": result.confidence, "entropy": result.entropy}
+    output.write(path, image, result.label_map, maps, result.explanation.to_json())
 
 
 def _label_space(text: str) -> "LabelSpace":
@@ -103,6 +138,12 @@ def _label_space(text: str) -> "LabelSpace":
         return LabelSpace(names(text))
     except DatasetError as error:
         raise ConfigError(f"--classes: {error}") from error
+
+
+def _maps(text: str) -> tuple[str, ...]:
+    if unknown := set(names(text)) - set(_MAPS):
+        raise ConfigError(f"--maps: got {sorted(unknown)[0]!r}, expected {' or '.join(_MAPS)}")
+    return tuple(name for name in _MAPS if name in names(text))
 
 
 def _distinct(images: list[str]) -> list[Path]:
@@ -141,29 +182,3 @@ def _segmenter(arguments: argparse.Namespace, settings: "AdaptiveSettings") -> "
     )
     predictor = Predictor(equipment.base, mode="sliding" if arguments.sliding else "plain")
     return AdaptiveSegmenter(predictor, equipment.encoder, equipment.pool, settings)
-
-
-def _write(folder: Path, picture: _Picture, settings: "AdaptiveSettings") -> None:
-    from loraseg.segment.render import encode_png, overlay_with_legend, palette_png
-
-    labels, label_space = picture.result.label_map, picture.label_space
-    shares = {name: float((labels == index).mean()) for index, name in enumerate(label_space.names)}
-    explanation = {
-        "image": str(picture.path),
-        "shares": shares,
-        "settings": asdict(settings),
-        **picture.result.explanation.to_json(),
-    }
-    text = json.dumps(explanation, indent=1, ensure_ascii=False) + "\n"
-    stem = picture.path.stem
-    files = {
-        f"{stem}.png": palette_png(labels, label_space),
-        f"{stem}_overlay.png": encode_png(overlay_with_legend(picture.image, labels, label_space)),
-        f"{stem}.json": text.encode(),
-    }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, data in files.items():
-            (folder / name).write_bytes(data)
-    except OSError as error:
-        raise StoreError(f"{folder}: cannot write: {error.strerror}") from error

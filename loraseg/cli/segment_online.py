@@ -1,0 +1,114 @@
+"""``loraseg segment --endpoint URL``: the same files, made by an endpoint."""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from loraseg.cli.console import complain
+from loraseg.cli.segment_output import Output
+from loraseg.client import Client, Options, Reply
+from loraseg.client.address import read_token
+from loraseg.data.images import read_image
+from loraseg.data.labels import LabelSpace
+from loraseg.errors import ConfigError, DatasetError, LorasegError, ServiceError
+from loraseg.segment.choice import AdaptiveSettings
+
+__all__ = ["segment_online"]
+
+# Between one finished image and the next; whoever runs the command can see and end it.
+_TIMEOUT_S = 300.0
+# Refusals that another image of the same call would meet, too.
+_MISTAKES = {
+    *("bad_request", "forbidden", "invalid", "no_such_adapter", "no_such_library", "not_found"),
+    "unauthorized",
+}
+
+
+def segment_online(
+    arguments: argparse.Namespace, label_space: LabelSpace, paths: list[Path]
+) -> int:
+    """Let an endpoint segment images and write what comes back, as it comes.
+
+    Raises:
+        ConfigError: The endpoint refuses the arguments or the token.
+        ServiceError: It cannot be reached, or cannot answer now.
+    """
+    token = None if arguments.token_file is None else read_token(arguments.token_file)
+    with Client(arguments.endpoint, token, timeout_s=_TIMEOUT_S) as client:
+        try:
+            settings = _settings(arguments, client.base())
+            output = Output(Path(arguments.out), label_space, settings)
+            return _segment(client, output, arguments, label_space, paths)
+        except ServiceError as error:
+            if error.code in _MISTAKES:
+                raise ConfigError(f"{arguments.endpoint}: {error}") from error
+            raise
+
+
+def _segment(
+    client: Client,
+    output: Output,
+    arguments: argparse.Namespace,
+    label_space: LabelSpace,
+    paths: list[Path],
+) -> int:
+    options: Options = {
+        "library": arguments.library,
+        "top_k": arguments.top_k,
+        "temperature": arguments.temperature,
+        "mode": arguments.mode,
+        "maps": arguments.maps,
+        "tiling": arguments.tiling,
+    }
+    failed = 0
+    for index, outcome in client.segment_batch(paths, label_space.names, **options):
+        try:
+            if isinstance(outcome, LorasegError):
+                raise _named(paths[index], outcome)
+            _write(output, paths[index], outcome)
+        except LorasegError as error:
+            # One broken image must not cost the others.
+            complain(error)
+            failed += 1
+    return int(bool(failed))
+
+
+def _named(path: Path, error: LorasegError) -> LorasegError:
+    """Say which image an endpoint speaks of; files that were not sent are named already."""
+    return error if isinstance(error, DatasetError) else LorasegError(f"{path}: {error}")
+
+
+def _write(output: Output, path: Path, reply: Reply) -> None:
+    image = read_image(path)
+    if image.shape[:2] != reply.label_map.shape:
+        raise LorasegError(f"{path}: changed while it was being segmented")
+    explanation = {
+        "mode": reply.mode,
+        "base": reply.base,
+        "mix": reply.mix,
+        "adapters": [asdict(used) for used in reply.adapters],
+        "fallback": reply.fallback,
+        "library": reply.library,
+        "generation": reply.generation,
+        "skipped": [asdict(skipped) for skipped in reply.skipped],
+        "timing_ms": dict(reply.timing_ms),
+        "request_id": reply.request_id,
+    }
+    maps = {"confidence": reply.confidence, "entropy": reply.entropy}
+    output.write(path, image, reply.label_map, maps, explanation)
+
+
+def _settings(arguments: argparse.Namespace, base: Mapping[str, Any]) -> AdaptiveSettings:
+    """Return the settings that will be used: what is not asked for, the endpoint has chosen."""
+    chosen = base.get("settings", {})
+    top_k, temperature = arguments.top_k, arguments.temperature
+    try:
+        return AdaptiveSettings(
+            mode=arguments.mode,
+            k=int(chosen["top_k"] if top_k is None else top_k),
+            temperature=float(chosen["temperature"] if temperature is None else temperature),
+        )
+    except (KeyError, TypeError) as error:
+        raise ServiceError("bad_reply", f"{arguments.endpoint}: tells no settings") from error

@@ -1,0 +1,85 @@
+"""The files that ``loraseg segment`` writes, whoever has segmented."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loraseg.cli.console import say
+from loraseg.data.labels import LabelSpace
+from loraseg.data.masks import encode_mask
+from loraseg.errors import StoreError
+from loraseg.segment.choice import AdaptiveSettings
+from loraseg.segment.render import encode_png, overlay_with_legend, palette_png
+from loraseg.tensor_types import ndarray
+
+__all__ = ["Output"]
+
+
+class Output:
+    """A folder of results.
+
+    Args:
+        folder: Made when the first result is written.
+        label_space: The classes.
+        settings: How adapters were chosen.
+    """
+
+    def __init__(self, folder: Path, label_space: LabelSpace, settings: AdaptiveSettings) -> None:
+        self._folder = folder
+        self._label_space = label_space
+        self._settings = settings
+
+    def write(
+        self,
+        path: Path,
+        image: ndarray,
+        labels: ndarray,
+        maps: Mapping[str, ndarray | None],
+        explanation: Mapping[str, Any],
+    ) -> None:
+        """Write one image's results and say so.
+
+        Args:
+            path: Of the image.
+            image: RGB, uint8 (h, w, 3).
+            labels: Class ids (h, w).
+            maps: Further maps in [0, 1] (h, w) by name; None for those that nobody wants.
+            explanation: As :meth:`loraseg.segment.adaptive.Explanation.to_json` gives it, and
+                whatever else is known.
+
+        Raises:
+            StoreError: The folder cannot be written.
+        """
+        space = self._label_space
+        shares = {name: float((labels == index).mean()) for index, name in enumerate(space.names)}
+        told: dict[str, Any] = {
+            "image": str(path),
+            "shares": shares,
+            "settings": asdict(self._settings),
+            **explanation,
+        }
+        files = {
+            f"{path.stem}.png": palette_png(labels, space),
+            f"{path.stem}_overlay.png": encode_png(overlay_with_legend(image, labels, space)),
+            f"{path.stem}.json": (json.dumps(told, indent=1, ensure_ascii=False) + "\n").encode(),
+        }
+        for name, values in maps.items():
+            if values is not None:
+                grey = np.rint(255 * values).astype(np.uint8)
+                files[f"{path.stem}_{name}.png"] = encode_mask(grey)
+        self._keep(files)
+        parts = ", ".join(f"{used['name']} {used['weight']:.2f}" for used in told["adapters"])
+        reason = parts or told["fallback"] or "base alone"
+        say(f"{path} -> {self._folder / path.stem}.png  {reason}")
+
+    def _keep(self, files: Mapping[str, bytes]) -> None:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for name, data in files.items():
+                (self._folder / name).write_bytes(data)
+        except OSError as error:
+            raise StoreError(f"{self._folder}: cannot write: {error.strerror}") from error
