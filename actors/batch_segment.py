@@ -1,12 +1,14 @@
 """Segment many images with Ray Data: parts of the listing go through a pool of actors."""
 
 import pickle
-from collections.abc import Generator, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.resources import Placement, StoreAccess, connect, require_room
 from actors.units import run_units
@@ -18,6 +20,8 @@ from loraseg.errors import StageError
 
 __all__ = ["OnRay"]
 
+Make = Callable[[Pinned], Callable[[Part], Outcome]]
+
 
 class OnRay:
     """A crew on a cluster: actors with the models in memory, as many as there is room.
@@ -25,9 +29,10 @@ class OnRay:
     A part that loses its actor or node is done anew by another, ``placement.retries`` times.
     """
 
-    def __init__(self, placement: Placement) -> None:
-        """Take what each actor gets."""
+    def __init__(self, placement: Placement, *, make: Make = PartSegmenter) -> None:
+        """Take what each actor gets, and what makes the one that does its parts."""
         self._placement = placement
+        self._make = make
         self.threads = placement.threads
         self.device = "gpu" if placement.gpus else "cpu"
 
@@ -52,41 +57,70 @@ class OnRay:
             [{"part": pickle.dumps(part)} for part in work], override_num_blocks=len(work)
         )
         most = min(placement.max_parallel or len(work), len(work))
+        access = StoreAccess.of_driver()
         outcomes = rows.map_batches(
             _Worker,
-            fn_constructor_args=(pinned, StoreAccess.of_driver(), placement.threads),
+            fn_constructor_args=(self._make, pinned, access, placement, _start_attempts()),
             batch_size=1,
             num_cpus=placement.cpus,
             num_gpus=placement.gpus or None,
-            resources=placement.custom,
-            max_task_retries=placement.retries,
+            resources=placement.custom or None,
             compute=ray.data.ActorPoolStrategy(
                 min_size=1, max_size=most, max_tasks_in_flight_per_actor=2
             ),
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(placement.threads)}},
         )
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False  # the run tells its own progress
         try:
             for row in outcomes.iter_rows():
                 yield pickle.loads(row["outcome"])
         except RayError as error:
-            raise StageError(f"a part of the images was lost for good: {error}") from error
+            raise StageError(f"the workers were lost for good: {error}") from error
 
     def _join(self) -> None:
         """Connect when there is work: a run that finds nothing to do needs no cluster."""
         if not ray.is_initialized():
             require_room(self._placement, may_grow=not connect())
+        ray.data.DataContext.get_current().enable_progress_bars = False  # the run tells its own
+
+
+class _Attempts:
+    """Counts how often each part was begun: Ray Data itself repeats what is lost for ever."""
+
+    def __init__(self) -> None:
+        self._begun: Counter[str] = Counter()
+
+    def begin(self, part: str) -> int:
+        self._begun[part] += 1
+        return self._begun[part]
+
+
+def _start_attempts() -> Any:
+    # On the driver's own node: a node that is lost without the driver must not take the count.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = ray.remote(_Attempts)
+    return actor.options(num_cpus=0, scheduling_strategy=here).remote()
 
 
 class _Worker:
     """One actor: takes over the driver's settings, then does parts."""
 
-    def __init__(self, pinned: Pinned, access: StoreAccess, threads: int) -> None:
+    def __init__(
+        self, make: Make, pinned: Pinned, access: StoreAccess, placement: Placement, attempts: Any
+    ) -> None:
         access.apply()
-        torch.set_num_threads(threads)
-        self._segment = PartSegmenter(pinned)
+        torch.set_num_threads(placement.threads)
+        self._segment = make(pinned)
+        self._attempts, self._retries = attempts, placement.retries
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
-        outcomes = [self._segment(pickle.loads(part)) for part in batch["part"]]
+        outcomes = [self._outcome(pickle.loads(part)) for part in batch["part"]]
         return {"outcome": [pickle.dumps(outcome) for outcome in outcomes]}
+
+    def _outcome(self, part: Part) -> Outcome:
+        begun: Any = ray.get(self._attempts.begin.remote(part.file))
+        lost = begun - 1
+        if lost > self._retries:
+            first, last = part.items[0].key, part.items[-1].key
+            reason = f"images {first!r} to {last!r} have lost {lost} workers"
+            return Outcome(part, StageError(reason))
+        return self._segment(part)

@@ -1,0 +1,119 @@
+"""The bulk job on a real Ray: same bytes as in one process, whatever is killed."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import yaml
+
+import jobs.segment_images as job
+from actors.batch_segment import OnRay
+from actors.resources import Placement
+from loraseg import config as configuration
+from loraseg.bulk import segment_images
+from loraseg.bulk.run import Here
+from loraseg.errors import StageError
+from loraseg.storage import open_store
+from loraseg.train.segmentation import fixed_threads
+from tests.bulk_world import bad_images, everything, good_images, put_all, world
+from tests.integration.segment_images.accidents import Accident
+
+pytestmark = [
+    pytest.mark.ray,
+    # Ray Data warns of its own defaults when it makes its context.
+    pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.data\..*"),
+]
+CREW = Placement(max_parallel=2)
+
+
+@pytest.fixture
+def config(tmp_path, store_uri):
+    images = {**good_images(count=6), **bad_images()}
+    put_all(f"{store_uri}/images", images)
+    return world(tmp_path / "models", f"{store_uri}/images", f"{store_uri}/out")
+
+
+def alone(config):
+    """What one process without accidents writes."""
+    calm = replace(config, output=f"{config.output} alone")
+    with fixed_threads(1):
+        segment_images(calm, Here())
+    return everything(calm.output)
+
+
+def run_job(tmp_path, config, *overrides):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(configuration.to_dict(config)))
+    with pytest.raises(SystemExit) as leaving:
+        configuration.main(job.main, job.Config, ["--config", str(file), *overrides])
+    return leaving.value.code
+
+
+def test_a_cluster_writes_what_one_process_would(config, tmp_path, ray_cluster, capsys):
+    assert run_job(tmp_path, config, "resources.max_parallel=2") == 0
+    assert "28 images (4 bad_image, 24 ok), 28 of them new" in capsys.readouterr().out
+    before = everything(config.output)
+    assert before == alone(config)
+
+    assert run_job(tmp_path, config, "resources.max_parallel=2") == 0
+    assert "28 images (4 bad_image, 24 ok), 0 of them new" in capsys.readouterr().out
+    assert everything(config.output) == before
+
+    assert run_job(tmp_path, config, "k=1") == 2
+    assert "k was 2 and is 1" in capsys.readouterr().err
+    assert everything(config.output) == before
+
+
+def test_killed_workers_cost_only_time(config, tmp_path, ray_cluster):
+    accident = Accident(before_write=6, times=3, folder=tmp_path)
+    segment_images(config, OnRay(CREW, make=accident))
+    assert len(list(tmp_path.glob("death*"))) == 3
+    assert everything(config.output) == alone(config)
+
+
+def test_workers_lost_too_often_end_the_run(config, tmp_path, ray_cluster):
+    accident = Accident(before_write=1, times=1000, folder=tmp_path)
+    with pytest.raises(StageError, match=r"to .* have lost 2 workers"):
+        segment_images(config, OnRay(replace(CREW, retries=1), make=accident))
+    assert not open_store(config.output).exists("manifest.json")
+    segment_images(config, OnRay(CREW))
+    assert everything(config.output) == alone(config)
+
+
+def test_a_killed_driver_loses_and_doubles_nothing(config, tmp_path, ray_cluster):
+    file = tmp_path / "driver.yaml"
+    file.write_text(yaml.safe_dump(configuration.to_dict(config)))
+    command = [sys.executable, "-m", "jobs.segment_images", "--config", str(file)]
+    driver = subprocess.Popen(command, env=ray_cluster.environment)
+    store = open_store(config.output)
+    deadline = time.monotonic() + 120
+    while not list(store.list("explanations/")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    driver.send_signal(signal.SIGKILL)
+    assert driver.wait() == -signal.SIGKILL
+    done = list(store.list("explanations/"))
+    assert done
+    assert not store.exists("manifest.json")
+
+    summary = segment_images(config, OnRay(CREW))
+    assert summary.new < 28
+    assert everything(config.output) == alone(config)
+    assert json.loads(store.get("manifest.json"))["images"] == 28
+
+
+def test_hostile_keys_of_a_bucket_get_their_rows(config, tmp_path, s3_env, ray_cluster):
+    image = good_images(["day"], 1)["day/0 é.png"]
+    keys = ["../up.png", "a//b.png", "x" * 300 + ".png", "tab\there.png", "d/" * 300 + "a.png"]
+    keys += ["a.png", "a.png/b.png", "a.jpg", "folder/", "\U0001f697.png"]
+    client = s3_env.endpoint.client()
+    for key in keys:
+        client.put_object(Bucket=s3_env.bucket, Key=f"hostile/{key}", Body=image)
+    hostile = replace(config, images=f"{s3_env.uri}/hostile", output=f"{s3_env.uri}/found")
+    summary = segment_images(hostile, OnRay(CREW))
+    assert summary.statuses == {"bad_key": 4, "ok": 5}
+    assert segment_images(hostile, OnRay(CREW)).new == 0
+    assert len([key for key in everything(hostile.output) if key.startswith("masks/")]) == 5
