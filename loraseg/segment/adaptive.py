@@ -6,11 +6,11 @@ The method is SemLA's (methods B.4 and B.5).
 from collections.abc import Collection, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 
-from loraseg.errors import ConfigError, LorasegError
+from loraseg.errors import LorasegError
 from loraseg.fuse.mix import Mix
 from loraseg.segment.base import check_classes
 from loraseg.segment.choice import PRESETS, AdaptiveSettings, Choice, Wish, choose, preset
@@ -31,9 +31,12 @@ __all__ = [
     "Segmentation",
     "TilingChoice",
     "UsedAdapter",
+    "finish",
     "label_map",
     "preset",
 ]
+
+_T = TypeVar("_T")
 
 TilingChoice = Literal["auto", "never", "always"]
 
@@ -114,7 +117,7 @@ class AdaptiveSegmenter:
 
         Raises:
             AdapterMismatchError: A chosen adapter was trained on another base.
-            ConfigError: No class is named, one is blank, or one twice; a map or tiling is unknown;
+            ConfigError: No class is named, one is blank, or one twice; a map is unknown;
                 or scores of an image in tiles are wanted.
             LorasegError: An adapter cannot be loaded.
         """
@@ -141,7 +144,7 @@ class AdaptiveSegmenter:
             the stream for all later ones.
 
         Raises:
-            ConfigError: No class is named, one is blank, or one twice; a map or tiling is unknown.
+            ConfigError: No class is named, one is blank, or one twice; a map is unknown.
         """
         options = _checked(classes, exclude, maps, tiling, keep_scores=keep_scores)
         source = iter(batches)
@@ -211,8 +214,8 @@ class AdaptiveSegmenter:
         ]
 
 
-def finish(work: Generator[None, None, Segmentation]) -> Segmentation:
-    """Run :meth:`Runner.run_tiled` to its end."""
+def finish(work: Generator[None, None, _T]) -> _T:
+    """Run work that pauses, such as :meth:`Runner.run_tiled`, to its end."""
     while True:
         try:
             next(work)
@@ -230,8 +233,6 @@ def _checked(
 ) -> _Options:
     check_classes(classes)
     check_maps(maps)
-    if tiling not in get_args(TilingChoice):
-        raise ConfigError(f"tiling: got {tiling!r}, expected one of {get_args(TilingChoice)}")
     return _Options(
         classes=tuple(classes),
         exclude=frozenset(exclude),

@@ -1,19 +1,23 @@
 import json
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from loraseg.adapters import pack
-from loraseg.errors import AdapterMismatchError, ConfigError, StoreError
+from loraseg.errors import AdapterMismatchError, ConfigError, DatasetError, StoreError
+from loraseg.fuse.mix import fuse
 from loraseg.segment.adaptive import (
     PRESETS,
     AdaptiveSegmenter,
     AdaptiveSettings,
+    finish,
     label_map,
     preset,
 )
+from loraseg.segment.large import needs_tiles, segment_tiles, tile_count
 from loraseg.segment.pool import AdapterPool
 from loraseg.segment.predictor import Predictor
 from tests.unit.segment.naive_pool import Entry, NaiveRetriever
@@ -26,6 +30,8 @@ from tests.unit.tiny import (
     random_adapter,
     tiny_base,
 )
+
+TILINGS = ("auto", "never", "always")
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +191,94 @@ def test_errors_of_the_source_come_through(base, pool):
     assert len(next(stream)) == 2
     with pytest.raises(ValueError, match="a bug"):
         next(stream)
+
+
+def test_further_maps_come_when_asked_for(base, pool):
+    [plain] = segmenter(base, pool).segment(images()[:1], CLASSES)
+    assert plain.confidence is plain.entropy is None
+    [result] = segmenter(base, pool).segment(
+        images()[:1], CLASSES, maps=["entropy", "confidence"], keep_scores=True
+    )
+    np.testing.assert_array_equal(result.confidence, result.scores.max(axis=0))
+    shares = result.scores.astype(np.float64) / result.scores.sum(axis=0, dtype=np.float64)
+    entropy = -(shares * np.log(shares)).sum(axis=0) / np.log(len(CLASSES))
+    np.testing.assert_allclose(result.entropy, entropy, rtol=0, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def small_window(base):
+    return replace(base, window=16)
+
+
+@pytest.mark.parametrize("mode", ["plain", "sliding"])
+def test_large_images_are_cut_into_tiles_in_either_mode(small_window, adapters, pool, mode):
+    predictor = Predictor(small_window, mode=mode)
+    adaptive = AdaptiveSegmenter(predictor, ColorEncoder(), pool, AdaptiveSettings(k=2))
+    side = next(n for n in range(20, 400) if needs_tiles(20, n, predictor))
+    large, nearly = (domain_images("day", 1, size=(20, n))[0] for n in (side, side - 1))
+    tiled, whole, small = adaptive.segment(
+        [large, nearly, images()[1]], CLASSES, maps=["confidence"]
+    )
+    assert (tiled.tiles, whole.tiles, small.tiles) == (tile_count(20, side, predictor), 1, 1)
+    assert tiled.tiles > 1
+    expected = finish(segment_tiles(predictor, large, CLASSES, _mix_of(tiled, adapters)))
+    assert (tiled.label_map == expected.label_map).all()
+    [scores] = predictor.predict([nearly], CLASSES, _mix_of(whole, adapters))
+    # Another batch size rounds otherwise, which changes the class where scores are alike.
+    np.testing.assert_allclose(whole.confidence, scores.numpy().max(axis=0), rtol=0, atol=1e-5)
+
+
+def _mix_of(result, adapters):
+    used = result.explanation.adapters
+    return fuse([adapters[part.name] for part in used], [part.weight for part in used])
+
+
+def test_tiling_is_as_asked_for(small_window, pool):
+    adaptive = segmenter(small_window, pool, k=2)
+    large, small = domain_images("day", 1, size=(52, 40))[0], images()[0]
+    assert [adaptive.segment([large], CLASSES, tiling=t)[0].tiles for t in TILINGS] == [30, 1, 30]
+    assert [adaptive.segment([small], CLASSES, tiling=t)[0].tiles for t in TILINGS] == [1, 1, 4]
+
+
+def test_an_image_of_one_window_is_the_same_with_and_without_tiles(small_window, pool):
+    image = domain_images("day", 1, size=(16, 16))[0]
+    plain, tiled = (
+        segmenter(replace(small_window, pad_multiple=1), pool).segment(
+            [image], CLASSES, maps=["confidence"], tiling=tiling
+        )[0]
+        for tiling in ("never", "always")
+    )
+    np.testing.assert_allclose(tiled.confidence, plain.confidence, rtol=0, atol=1e-5)
+    assert (tiled.label_map == plain.label_map).all()
+    assert tiled.explanation == plain.explanation
+
+
+def test_a_stream_knows_maps_and_tiles_too(small_window, pool):
+    large = domain_images("day", 1, size=(52, 40))[0]
+    options = {"maps": ["entropy"], "tiling": "auto"}
+    adaptive = segmenter(small_window, pool, k=2)
+    [[one, other]] = adaptive.segment_stream([[large, images()[0]]], CLASSES, **options)
+    alone, small = adaptive.segment([large, images()[0]], CLASSES, **options)
+    assert (one.tiles, other.tiles) == (30, 1)
+    assert (one.entropy == alone.entropy).all()
+    assert (other.entropy == small.entropy).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"maps": ["depth"]}, r"maps: got \['depth'\]"),
+        ({"tiling": "always", "keep_scores": True}, "keep_scores: an image of"),
+    ],
+)
+def test_options_that_make_no_result_are_refused(base, pool, options, message):
+    with pytest.raises(ConfigError, match=message):
+        segmenter(base, pool).segment(images(), CLASSES, **options)
+
+
+def test_what_is_no_image_is_refused(base, pool):
+    with pytest.raises(DatasetError, match="expected uint8 RGB"):
+        segmenter(base, pool, mode="base").segment([images()[0][..., 0]], CLASSES)
 
 
 def test_no_images_give_no_results(base, pool):
