@@ -87,6 +87,7 @@ def _resized(maps: Tensor, height: int, width: int) -> Tensor:
     )[0]
 
 
+@torch.no_grad()
 def _wrapped(model: CATSeg, adapters: Sequence[Adapter]) -> Any:
     rank = next(iter(adapters[0].pairs.values())).down.shape[0]
     names = list(adapters[0].pairs)

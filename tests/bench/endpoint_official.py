@@ -1,0 +1,207 @@
+"""CPU time of the whole API in one process against the official procedure, ViT-B/16 and ViT-L/14.
+
+Random weights in the real sizes: CAT-Seg at ViT-B/16@384, ViT-L/14@224 as index encoder, 20
+adapters of rank 8, K = 5, 19 classes, one crop. A batch of 8 images of 512 x 512, each with a mix
+of its own, goes through the API (HTTP, PNG decoding, embedding, retrieval, fusion, segmentation,
+PNG encoding); two of them, one by one, through the official procedure, which gets them decoded.
+
+``compatible``: attention adapters of CLIP inert and text features of the first image kept, as the
+official code has it. ``correct``: they act, and every image has its own adapted text.
+"""
+
+import asyncio
+import base64
+import gc
+import io
+import json
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import httpx2
+import numpy as np
+import torch
+from PIL import Image
+
+from loraseg.adapters import pack
+from loraseg.backbones.bpe import BpeTokenizer
+from loraseg.backbones.clip import ClipEncoder, Preprocessing
+from loraseg.compat import prepare_torchvision
+from loraseg.engine.live import LiveLibrary
+from loraseg.engine.retrieval import RetrievalStage
+from loraseg.engine.segmenting import SegmentStage
+from loraseg.engine.shelf import Taste
+from loraseg.engine.source import AdapterSource
+from loraseg.library.catalog import Library
+from loraseg.seeding import numpy_generator
+from loraseg.segment.base import SegmentationBase
+from loraseg.segment.catseg.config import CATSegConfig
+from loraseg.segment.catseg.model import CATSeg
+from loraseg.segment.pack_folder import PackFolder
+from loraseg.segment.pool import AdapterCache
+from loraseg.segment.predictor import Predictor
+from loraseg.segment.runner import Runner
+from loraseg.serving.api import build_api
+from loraseg.serving.config import Limits, ServiceConfig
+from loraseg.serving.local import LocalEngine
+from loraseg.storage import open_store
+from tests.bench.harness import Times, interleave
+from tests.bench.large_library import entries, publish_catalog
+from tests.bench.official_semla import OfficialSemla
+from tests.bench.random_adapters import random_adapter
+
+__all__ = ["Measured", "measure"]
+
+ADAPTERS, K, RANK, SIDE, IMAGES, RIVAL_IMAGES, ROUNDS = 20, 5, 8, 512, 8, 2, 2
+# Distances of random features are large; this spreads the weights over all five.
+TEMPERATURE = 0.05
+CLASSES = (
+    *("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign"),
+    *("vegetation", "terrain", "sky", "person", "rider", "car", "truck", "bus", "train"),
+    *("motorcycle", "bicycle"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Part of a benchmark's result."""
+
+    ratios: dict[str, float]
+    checks: dict[str, bool]
+    times: Times
+    setting: dict[str, object]
+
+
+def measure(place: Path) -> Measured:
+    """Measure both modes; takes about five minutes and 6 GB."""
+    encoder, times = _encoder(), Times()
+    ratios: dict[str, float] = {}
+    agreement: dict[str, float] = {}
+    for mode, name in (("compatible", "vs_official"), ("correct", "vs_official_correct")):
+        with _rivals(place / mode, encoder, mode) as (official, engine):
+            found, agreement[mode] = _compare(official, engine, mode)
+        times |= found
+        ours, theirs = (min(times[f"{rival}_{mode}"]) for rival in ("api", "official"))
+        ratios[name] = round((ours / IMAGES) / (theirs / RIVAL_IMAGES), 4)
+        gc.collect()
+    return Measured(
+        ratios=ratios,
+        checks={"agrees_with_official": min(agreement.values()) >= 0.999},
+        times=times,
+        setting={
+            "official": f"ViT-B/16@384, ViT-L/14@224, {ADAPTERS} adapters, K {K}, rank {RANK}",
+            "official_images": {"api": IMAGES, "official": RIVAL_IMAGES, "side": SIDE},
+            "same_pixels_as_official": agreement,
+        },
+    )
+
+
+def _compare(official: OfficialSemla, engine: LocalEngine, mode: str) -> tuple[Times, float]:
+    """Return the CPU times of both, and the share of pixels with the same class."""
+    images = _pictures()
+    pngs = [_png(image) for image in images]
+    api = build_api(engine, _config("file:///elsewhere"))
+    masks: dict[str, list[np.ndarray]] = {}
+
+    def ours() -> None:
+        masks["api"] = asyncio.run(_through_api(api, pngs))
+
+    def theirs() -> None:
+        stale = mode == "compatible"
+        some = images[:RIVAL_IMAGES]
+        masks["official"] = [official.segment(i, CLASSES, stale_text=stale) for i in some]
+
+    times = interleave({f"api_{mode}": ours, f"official_{mode}": theirs}, rounds=ROUNDS)
+    pairs = zip(masks["api"], masks["official"], strict=False)
+    return times, round(float(np.mean([np.mean(a == b) for a, b in pairs])), 6)
+
+
+@contextmanager
+def _rivals(
+    place: Path, encoder: ClipEncoder, mode: str
+) -> Generator[tuple[OfficialSemla, LocalEngine], None, None]:
+    base = _base("inert" if mode == "compatible" else "active")
+    adapters = [random_adapter(base.model, number, rank=RANK) for number in range(ADAPTERS)]
+    known = np.concatenate([encoder.encode_images([image]) for image in _pictures("known")])
+    published = entries(known, ADAPTERS, base_digest=base.digest, encoder_id=encoder.encoder_id)
+    folder = PackFolder(place / "packed")
+    for adapter, entry in zip(adapters, published, strict=True):
+        folder.put(replace(pack(adapter), digest=entry.digest))
+    centroids = [entry.card.centroids[0].vector for entry in published]
+    official = OfficialSemla(base, encoder, adapters, centroids, k=K, temperature=TEMPERATURE)
+    uri = publish_catalog(place / "library", published)
+    with _engine(base, encoder, uri, folder, stale=mode == "compatible") as engine:
+        yield official, engine
+
+
+@contextmanager
+def _engine(
+    base: SegmentationBase, encoder: ClipEncoder, uri: str, folder: PackFolder, *, stale: bool
+) -> Generator[LocalEngine, None, None]:
+    library = Library(open_store(uri))
+    attention = base.model.config.clip_attention_lora
+    taste = Taste(base_digest=base.digest, encoder_id=encoder.encoder_id, attention=attention)
+    live = LiveLibrary(library, name="main", taste=taste, poll_s=60.0).start()
+    cache = AdapterCache(AdapterSource({"main": library}, base, folder))
+    predictor = Predictor(base, text_cache="first_image" if stale else "per_adapter")
+    runner = Runner(predictor, cache)
+    retrieval = RetrievalStage(encoder, {"main": live})
+    config = _config(uri)
+    with LocalEngine(config, retrieval, SegmentStage(lambda _: runner, cache)) as engine:
+        assert engine.wait_until_ready(60)
+        yield engine
+
+
+def _config(uri: str) -> ServiceConfig:
+    limits = Limits(request_timeout_s=900.0)
+    return ServiceConfig(
+        libraries={"main": uri}, k=K, temperature=TEMPERATURE, batch=IMAGES, limits=limits
+    )
+
+
+async def _through_api(api: object, pngs: Sequence[bytes]) -> list[np.ndarray]:
+    transport = httpx2.ASGITransport(app=api)
+    files = [("images", (f"{n}.png", png, "image/png")) for n, png in enumerate(pngs)]
+    fields = {"classes": json.dumps(CLASSES), "tiling": "never", "timeout_s": "600"}
+    async with httpx2.AsyncClient(transport=transport, base_url="http://bench") as client:
+        reply = await client.post("/v1/segment/batch", files=files, data=fields, timeout=600)
+    reply.raise_for_status()
+    lines = [json.loads(line) for line in reply.text.splitlines()]
+    masks = {line["index"]: line["segmentation_mask"] for line in lines if "index" in line}
+    return [
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(masks[n])))) for n in range(len(pngs))
+    ]
+
+
+def _base(attention: str) -> SegmentationBase:
+    torch.manual_seed(0)
+    config = CATSegConfig(clip_attention_lora=attention)
+    model = CATSeg(config).eval().requires_grad_(False)
+    tokenizer = BpeTokenizer(config.context_length)
+    return SegmentationBase(name="bench", digest="ab" * 32, model=model, tokenizer=tokenizer)
+
+
+def _encoder() -> ClipEncoder:
+    prepare_torchvision()
+    import open_clip
+
+    torch.manual_seed(1)
+    model = open_clip.create_model("ViT-L-14", pretrained=None)
+    del model.transformer  # the text side is not used
+    tokenizer = BpeTokenizer(77)
+    return ClipEncoder(
+        model, tokenizer, Preprocessing(224), name="bench", digest="cd" * 32, batch_size=8
+    )
+
+
+def _pictures(key: str = "pictures") -> list[np.ndarray]:
+    random = numpy_generator(0, "bench", key)
+    small = random.integers(0, 256, (IMAGES, 16, 16, 3), dtype=np.uint8)
+    return [np.asarray(Image.fromarray(x).resize((SIDE, SIDE))) for x in small]
+
+
+def _png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    return buffer.getvalue()
