@@ -3,7 +3,7 @@
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from loraseg.engine.lane import Lane
 from loraseg.engine.retrieval import Ask, Picked, RetrievalStage
@@ -91,7 +91,7 @@ class LocalEngine:
         self._embedding.shutdown(wait=False, cancel_futures=True)
         self._lane.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "LocalEngine":
         return self
 
     def __exit__(

@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 
 from loraseg.backbones.clip import load_clip
@@ -26,8 +28,14 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LORASEG_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.fixture(scope="session")
+def published(tmp_path_factory, base, encoder):
+    folder = tmp_path_factory.mktemp("published") / "library"
+    publish(folder, base, encoder)
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path, base, encoder, own_cache):
-    """A library of four adapters."""
-    publish(tmp_path / "library", base, encoder)
-    return tmp_path / "library"
+def folder(tmp_path, published, own_cache):
+    """A library of four adapters, to be spoilt at will."""
+    return shutil.copytree(published, tmp_path / "library")
