@@ -80,4 +80,6 @@ def to_rgb(image: Image.Image) -> UInt8[ndarray, "h w 3"]:
     if image.mode.startswith("I"):
         grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
+    # Pillow warns that it drops transparency, which is what is wanted.
+    image.info.pop("transparency", None)
     return np.array(image.convert("RGB"))

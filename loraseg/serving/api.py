@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -96,7 +97,7 @@ def _add_open_routes(api: FastAPI, engine: Engine) -> None:
     @api.get("/v1/examples/{n}.png")
     async def example(request: Request) -> Response:
         n = request.path_params["n"]
-        picture = await asyncio.to_thread(example_png, int(n) if n.isdecimal() else -1)
+        picture = await asyncio.to_thread(example_png, int(n) if re.fullmatch("[0-9]{1,3}", n) else -1)
         headers = {"Cache-Control": "public, max-age=3600"}
         return Response(picture, headers=headers, media_type="image/png")
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from loraseg.segment.adaptive import Segmentation
 from loraseg.segment.choice import Wish
@@ -126,6 +126,7 @@ class Readiness:
     waiting_for: tuple[str, ...] = ()
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Whatever segments: this process, or a cluster behind it. Used from one event loop.
 
