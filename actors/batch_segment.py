@@ -78,8 +78,7 @@ class OnRay:
 
     def _join(self) -> None:
         """Connect when there is work: a run that finds nothing to do needs no cluster."""
-        if not ray.is_initialized():
-            require_room(self._placement, may_grow=not connect())
+        require_room(self._placement, may_grow=not connect())
         ray.data.DataContext.get_current().enable_progress_bars = False  # the run tells its own
 
 

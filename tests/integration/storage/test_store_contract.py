@@ -75,6 +75,14 @@ def test_list_orders_whole_keys(store):
     assert list(store.list("no/such/folder")) == []
 
 
+def test_scan_tells_sizes_and_only_true_etags(store):
+    etags = {key: store.put(key, b"x" * size) for size, key in enumerate(["a", "b/c", "b/d"])}
+    sizes = {item.key: item.size_bytes for item in store.scan()}
+    assert sizes == {"a": 0, "b/c": 1, "b/d": 2}
+    assert [item.key for item in store.scan("b/")] == ["b/c", "b/d"]
+    assert all(item.etag in (None, etags[item.key]) for item in store.scan())
+
+
 def test_list_pages(store):
     keys = [f"page/{number:04d}" for number in range(1200)]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:

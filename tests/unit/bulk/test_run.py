@@ -1,5 +1,6 @@
 """The whole of it without Ray: same masks as one by one, killed anywhere, changed inputs."""
 
+import contextlib
 import io
 import json
 import shutil
@@ -174,6 +175,29 @@ def test_a_replaced_image_is_done_anew(config, tmp_path):
     assert masks(fresh) == masks(config)
     assert rows(fresh.output) == rows(config.output)
     assert store.exists("day/1 é.png")
+
+
+@pytest.mark.parametrize("fatal", range(6))
+def test_killed_while_it_takes_back_what_was_replaced(config, tmp_path, monkeypatch, fatal):
+    segment_images(config, Here())
+    put_all(config.images, {"day/1 é.png": png(domain_images("night", 2)[1][:, :16])})
+    deletes = 0
+
+    def delete(self, key, whole=LocalStore.delete):
+        nonlocal deletes
+        deletes += 1
+        if deletes > fatal:
+            raise _Killed
+        whole(self, key)
+
+    with monkeypatch.context() as patch, contextlib.suppress(_Killed):
+        patch.setattr(LocalStore, "delete", delete)
+        segment_images(config, Here())
+    segment_images(config, Here())
+    fresh = replace(config, output=str(tmp_path / "fresh"))
+    segment_images(fresh, Here())
+    assert masks(fresh) == masks(config)
+    assert rows(fresh.output) == rows(config.output)
 
 
 def masks(config):
