@@ -12,7 +12,10 @@ from pathlib import Path
 
 from tests.bench.goals import table
 
-BENCHES = ("retrieval", "catseg_decoder", "text_bank", "library_scale", "training", "fused_forward")
+BENCHES = (
+    *("retrieval", "catseg_decoder", "text_bank", "library_scale"),
+    *("training", "fused_forward", "endpoint"),
+)
 FOLDER = Path("bench-results")
 
 

@@ -16,7 +16,7 @@ import io
 import json
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import httpx2
@@ -48,10 +48,11 @@ from loraseg.serving.local import LocalEngine
 from loraseg.storage import open_store
 from tests.bench.harness import Times, interleave
 from tests.bench.large_library import entries, publish_catalog
+from tests.bench.measured import Measured
 from tests.bench.official_semla import OfficialSemla
 from tests.bench.random_adapters import random_adapter
 
-__all__ = ["Measured", "measure"]
+__all__ = ["measure"]
 
 ADAPTERS, K, RANK, SIDE, IMAGES, RIVAL_IMAGES, ROUNDS = 20, 5, 8, 512, 8, 2, 2
 # Distances of random features are large; this spreads the weights over all five.
@@ -61,16 +62,6 @@ CLASSES = (
     *("vegetation", "terrain", "sky", "person", "rider", "car", "truck", "bus", "train"),
     *("motorcycle", "bicycle"),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """Part of a benchmark's result."""
-
-    ratios: dict[str, float]
-    checks: dict[str, bool]
-    times: Times
-    setting: dict[str, object]
 
 
 def measure(place: Path) -> Measured:

@@ -24,6 +24,9 @@ GOALS: Mapping[tuple[str, str], tuple[str, float, str]] = {
     ("catseg_decoder", "speedup_c59"): (">=", 1.6, "decoder, 59 classes"),
     ("catseg_decoder", "speedup_c150"): (">=", 1.1, "decoder, 150 classes"),
     ("text_bank", "speedup_c150"): (">=", 11.9, "adapted text of 150 classes"),
+    ("endpoint", "vs_official"): ("<=", 0.50, "the API against the official procedure"),
+    ("endpoint", "http_overhead_b8"): ("<=", 1.10, "8 images over HTTP against the bare engine"),
+    ("endpoint", "served_n10000_vs_n20"): ("<=", 1.05, "8 images over HTTP, 10,000 adapters"),
 }
 
 

@@ -1,0 +1,250 @@
+"""The endpoint as people run it (``python -m jobs.serve``) on the miniature models.
+
+The bare engine is :class:`AdaptiveSegmenter` in this process, with one thread, on decoded images.
+Over HTTP the same images go as PNG, in one batch request or from several clients at once; times
+are of the clock, since the work is spread over processes, and of the quickest round. The libraries
+have 20 and 10,000 adapters, packed on this machine's disk.
+"""
+
+import base64
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import psutil
+from PIL import Image
+
+from loraseg.adapters import pack
+from loraseg.engine.assemble import Wanted, equip
+from loraseg.segment.adaptive import AdaptiveSegmenter, preset
+from loraseg.segment.pack_folder import PackFolder
+from loraseg.segment.predictor import Predictor
+from tests.bench.harness import Times
+from tests.bench.large_library import (
+    entries,
+    keep_packed,
+    known_embeddings,
+    publish_catalog,
+    scenes,
+)
+from tests.bench.measured import Measured
+from tests.bench.random_adapters import random_adapter
+
+__all__ = ["measure"]
+
+FEW, MANY, RANK, BATCH, ROUNDS = 20, 10_000, 8, 8, 12
+CLIENTS, LOAD_S = (1, 4, 16), 12.0
+CLASSES = ("road", "sky", "car", "person")
+
+
+def measure(place: Path) -> Measured:
+    """Measure; takes about four minutes and 6 GB of disk."""
+    before = os.environ.get("LORASEG_CACHE")
+    os.environ["LORASEG_CACHE"] = str(place / "cache")
+    try:
+        uris = _libraries(place)
+        with _served(uris) as url, httpx2.Client(base_url=url, timeout=120) as client:
+            return _measure(url, client, uris)
+    finally:
+        if before is None:
+            del os.environ["LORASEG_CACHE"]
+        else:
+            os.environ["LORASEG_CACHE"] = before
+
+
+def _measure(url: str, client: httpx2.Client, uris: Mapping[str, str]) -> Measured:
+    bare = _bare(uris["few"])
+    batches = [scenes(f"round {number}", BATCH) for number in range(ROUNDS + 1)]
+    times, masks = _overhead(client, bare, batches)
+    times |= _by_size(client, batches)
+    load, shares = {}, {}
+    for clients in CLIENTS:
+        load[str(clients)], shares[str(clients)] = _under_load(url, clients)
+    equal = _same_pixels(bare, batches[-1], masks)
+    quickest = {name: min(seconds) for name, seconds in times.items()}
+    return Measured(
+        ratios={
+            "http_overhead_b8": round(quickest["http_batch"] / quickest["bare_batch"], 4),
+            "http_overhead_8_clients": round(
+                quickest["http_8_clients"] / quickest["bare_batch"], 4
+            ),
+            "served_n10000_vs_n20": round(
+                statistics.median(times[f"http_{MANY}"]) / statistics.median(times[f"http_{FEW}"]),
+                4,
+            ),
+        },
+        checks={"pixels_equal": equal == 1.0},
+        times=times,
+        setting={
+            "same_pixels_as_offline": equal,
+            "miniature": f"{BATCH} images of 64 x 64, K {preset('miniature').k}, rank {RANK}",
+            "load": load,
+            "stage_shares": shares,
+        },
+    )
+
+
+def _libraries(place: Path) -> dict[str, str]:
+    kit = equip(Wanted(library=None))
+    known = known_embeddings(kit.encoder)
+    template = pack(random_adapter(kit.base.model, 0, rank=RANK))
+    folder = PackFolder(place / "cache" / "packed")
+    uris: dict[str, str] = {}
+    for name, count in (("few", FEW), ("many", MANY)):
+        digest, encoder = kit.base.digest, kit.encoder.encoder_id
+        published = entries(known, count, base_digest=digest, encoder_id=encoder)
+        keep_packed(folder, published, template)
+        uris[name] = publish_catalog(place / name, published)
+    return uris
+
+
+@contextmanager
+def _served(uris: Mapping[str, str]) -> Generator[str, None, None]:
+    command = [sys.executable, "-m", "jobs.serve", "port=0", f"batch={BATCH}"]
+    command += [f"libraries.{name}={uri}" for name, uri in uris.items()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            for line in server.stdout or ():
+                if line.startswith("ready: "):
+                    break
+            else:
+                raise RuntimeError("the endpoint did not start")
+            yield line.removeprefix("ready: ").strip()
+        finally:
+            family = psutil.Process(server.pid).children(recursive=True)
+            server.terminate()
+            _, stubborn = psutil.wait_procs([psutil.Process(server.pid), *family], timeout=60)
+            for process in stubborn:
+                process.kill()
+
+
+def _bare(uri: str) -> AdaptiveSegmenter:
+    kit = equip(Wanted(library=uri))
+    return AdaptiveSegmenter(Predictor(kit.base), kit.encoder, kit.pool, preset("miniature"))
+
+
+def _overhead(
+    client: httpx2.Client, bare: AdaptiveSegmenter, batches: Sequence[Sequence[np.ndarray]]
+) -> tuple[Times, list[np.ndarray]]:
+    """Take turns; every rival sees a round's images once, so that mixes are new to each."""
+    masks: list[np.ndarray] = []
+    with ThreadPoolExecutor(BATCH) as clients:
+
+        def together(images: Sequence[np.ndarray]) -> None:
+            list(clients.map(lambda png: _one(client, png), [_png(i) for i in images]))
+
+        def batch(images: Sequence[np.ndarray]) -> None:
+            masks[:] = _batch(client, [_png(image) for image in images])
+
+        rivals: dict[str, Callable[[Any], object]] = {
+            "bare_batch": lambda images: bare.segment(images, CLASSES),
+            "http_batch": batch,
+            "http_8_clients": together,
+        }
+        return _rounds(rivals, batches), masks
+
+
+def _by_size(client: httpx2.Client, batches: Sequence[Sequence[np.ndarray]]) -> Times:
+    def over(library: str) -> Callable[[Any], object]:
+        return lambda images: _batch(client, [_png(image) for image in images], library=library)
+
+    return _rounds({f"http_{FEW}": over("few"), f"http_{MANY}": over("many")}, batches)
+
+
+def _rounds(rivals: Mapping[str, Callable[[Any], object]], batches: Sequence[Any]) -> Times:
+    for rival in rivals.values():
+        rival(batches[0])
+    times: Times = {name: [] for name in rivals}
+    for number, batch in enumerate(batches[1:]):
+        order = list(rivals.items())
+        for name, rival in order[number % len(order) :] + order[: number % len(order)]:
+            started = time.perf_counter()
+            rival(batch)
+            times[name].append(time.perf_counter() - started)
+    return times
+
+
+def _under_load(url: str, clients: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Return images a second and latencies, and each stage's share of the latency."""
+    pngs = [_png(image) for number in range(8) for image in scenes(f"load {number}", BATCH)]
+    seconds: list[float] = []
+    stages: Counter[str] = Counter()
+    until = time.perf_counter() + LOAD_S
+    lock = threading.Lock()
+
+    def visit(offset: int) -> None:
+        with httpx2.Client(base_url=url, timeout=120) as client:
+            turn = offset
+            while time.perf_counter() < until:
+                started = time.perf_counter()
+                timing = _one(client, pngs[turn % len(pngs)])["timing_ms"]
+                spent = time.perf_counter() - started
+                with lock:
+                    seconds.append(spent)
+                    stages.update(timing)
+                turn += 1
+
+    with ThreadPoolExecutor(clients) as pool:
+        list(pool.map(visit, range(0, 5 * clients, 5)))
+    p50, p95, p99 = np.percentile(seconds, [50, 95, 99])
+    total = 1e3 * sum(seconds)
+    named = {name: round(spent / total, 3) for name, spent in stages.items() if name != "total"}
+    figures = {
+        "images_per_s": round(len(seconds) / LOAD_S, 1),
+        "p50_ms": round(1e3 * float(p50), 1),
+        "p95_ms": round(1e3 * float(p95), 1),
+        "p99_ms": round(1e3 * float(p99), 1),
+    }
+    return figures, {**named, "http": round(1 - sum(named.values()), 3)}
+
+
+def _one(client: httpx2.Client, png: bytes, library: str = "few") -> dict[str, Any]:
+    reply = client.post(
+        "/v1/segment",
+        params={"classes": ",".join(CLASSES), "library": library},
+        content=png,
+        headers={"Content-Type": "image/png"},
+    )
+    reply.raise_for_status()
+    return reply.json()
+
+
+def _batch(client: httpx2.Client, pngs: Sequence[bytes], library: str = "few") -> list[np.ndarray]:
+    files = [("images", (f"{n}.png", png, "image/png")) for n, png in enumerate(pngs)]
+    fields = {"classes": ",".join(CLASSES), "library": library}
+    reply = client.post("/v1/segment/batch", files=files, data=fields)
+    reply.raise_for_status()
+    lines = [json.loads(line) for line in reply.text.splitlines()]
+    masks = {line["index"]: line["segmentation_mask"] for line in lines if "index" in line}
+    return [_labels(masks[number]) for number in range(len(pngs))]
+
+
+def _labels(encoded: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))))
+
+
+def _same_pixels(
+    bare: AdaptiveSegmenter, images: Sequence[np.ndarray], masks: Sequence[np.ndarray]
+) -> float:
+    """Share of pixels that the batch request and offline, image by image, agree on."""
+    offline = [bare.segment([image], CLASSES)[0].label_map for image in images]
+    return round(float(np.mean([np.mean(a == b) for a, b in zip(offline, masks, strict=True)])), 6)
+
+
+def _png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    return buffer.getvalue()
