@@ -1,0 +1,275 @@
+"""The page at ``/``, as people use it: in a real browser, against the real API and models."""
+
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import expect
+
+from loraseg.miniature.world import render
+from tests.e2e.conftest import TOKEN
+from tests.e2e.page_hands import (
+    CLASSES,
+    SNOW,
+    ask,
+    chart,
+    choose,
+    decoded,
+    frame,
+    hover,
+    overlay,
+    png_bytes,
+    ready,
+    settle,
+    tab_to,
+    view,
+    write_classes,
+)
+from tests.e2e.page_server import DOMAINS
+
+pytestmark = pytest.mark.e2e
+
+
+def test_an_upload_is_segmented_and_another_class_changes_the_overlay(visit, endpoint):
+    page = visit()
+    ready(page)
+    reply = ask(endpoint)
+    labels, palette = decoded(reply["segmentation_mask"]), np.array(reply["palette"], np.uint8)
+    before = overlay(page)
+    np.testing.assert_array_equal(before[..., :3], palette[labels])
+    assert (before[..., 3] == 255).all()
+
+    page.get_by_label("Add a class", exact=True).fill("terrain, pavement,")
+    settle(page)
+    assert (overlay(page) != before).any()
+    rows = page.locator("#legend li .name").all_inner_texts()
+    assert rows == [*CLASSES, "terrain", "pavement"]
+
+
+def test_the_chart_shows_the_retrieved_adapters(visit, endpoint):
+    page = visit()
+    ready(page)
+    adapters = ask(endpoint)["adapters"]
+    assert list(chart(page)) == [used["name"] for used in adapters]
+    assert set(chart(page)) <= set(DOMAINS)
+    for used, weight in zip(adapters, chart(page).values(), strict=True):
+        assert weight == pytest.approx(100 * used["weight"], abs=0.06)
+    distances = page.locator("#chart .far b").all_inner_texts()
+    assert distances == [f"{used['distance']:.3f}" for used in adapters]
+    widths = [bar.bounding_box()["width"] for bar in page.locator("#chart .near .bar i").all()]
+    assert widths == sorted(widths, reverse=True)
+    page.locator("#chart summary").first.click()
+    expect(page.locator("#chart .facts").first).to_contain_text(adapters[0]["digest"])
+    expect(page.locator("#chart .facts").first).to_contain_text("miou")
+
+
+def test_an_adapter_can_be_left_out_and_put_back(visit):
+    page = visit()
+    ready(page)
+    first = next(iter(chart(page)))
+    page.locator("#chart summary").first.click()
+    page.get_by_role("button", name=f"Segment without {first}").click()
+    settle(page)
+    assert first not in chart(page)
+    page.get_by_label(f"Put {first} back").click()
+    settle(page)
+    assert first in chart(page)
+
+
+def test_base_and_fused_alone_and_side_by_side(visit, endpoint):
+    page = visit()
+    ready(page)
+    fused = overlay(page)
+    view(page, "Base")
+    settle(page)
+    base = overlay(page, "base")
+    expect(page.locator("#adapters-none")).to_contain_text("no adapter was asked for")
+    assert chart(page) == {}
+    view(page, "Side by side")
+    settle(page)
+    np.testing.assert_array_equal(overlay(page, "base"), base)
+    np.testing.assert_array_equal(overlay(page, "fused"), fused)
+    changed = (fused != base).any(axis=2).mean()
+    assert changed > 0
+    expect(page.locator("figure[data-mode=fused]")).to_contain_text(f"{100 * changed:.1f} %")
+    labels = decoded(ask(endpoint, mode="base")["segmentation_mask"])
+    shares = page.locator("#legend .share").all_inner_texts()
+    assert [text.split(" → ")[0] for text in shares] == [
+        f"{100 * (labels == index).mean():.1f} %" for index in range(len(CLASSES))
+    ]
+    hover(page, 40, 40, "base")
+    expect(page.locator(".tip:visible")).to_have_count(2)
+
+
+def test_hovering_tells_class_and_confidence(visit, endpoint):
+    page = visit()
+    ready(page)
+    reply = ask(endpoint)
+    labels, confidence = decoded(reply["segmentation_mask"]), decoded(reply["confidence"])
+    for x, y in ((0, 0), (63, 63), (20, 40), (40, 10)):
+        hover(page, x, y)
+        tip = frame(page).locator(".tip")
+        expect(tip).to_contain_text(f"{x}, {y}")
+        name, sure = CLASSES[labels[y, x]], f"{100 * int(confidence[y, x]) / 255:.0f} %"
+        expect(tip).to_contain_text(f"{name}{sure}")
+    page.mouse.move(2, 2)
+    expect(frame(page).locator(".tip")).to_be_hidden()
+
+
+def test_classes_can_be_hidden_and_the_confidence_shown(visit, endpoint):
+    page = visit()
+    ready(page)
+    labels = decoded(ask(endpoint)["segmentation_mask"])
+    page.locator("#legend").get_by_label("road").uncheck()
+    np.testing.assert_array_equal(overlay(page)[..., 3] == 0, labels == CLASSES.index("road"))
+    page.get_by_role("button", name="Hide all").click()
+    assert not overlay(page).any()
+    page.get_by_role("button", name="Show all").click()
+    before = overlay(page)
+    view(page, "Confidence")
+    after = overlay(page)
+    assert (before != after).any()
+    assert (after[..., 3] == 255).all()
+    page.get_by_label("Opacity").fill("20")
+    expect(page.locator("canvas.over")).to_have_css("opacity", "0.2")
+
+
+def test_downloads(visit, endpoint):
+    page = visit()
+    ready(page)
+    reply = ask(endpoint)
+    with page.expect_download() as download:
+        page.get_by_role("button", name="PNG").click()
+    assert download.value.suggested_filename == "snow-fused.png"
+    picture = Image.open(download.value.path())
+    assert (picture.mode, picture.size) == ("P", (64, 64))
+    np.testing.assert_array_equal(np.array(picture), decoded(reply["segmentation_mask"]))
+    colors = np.reshape(picture.getpalette(), (-1, 3))[: len(CLASSES)]
+    np.testing.assert_array_equal(colors, reply["palette"])
+
+    with page.expect_download() as download:
+        page.get_by_role("button", name="JSON").click()
+    saved = json.loads(Path(download.value.path()).read_text())
+    for name in set(reply) - {"request_id", "timing_ms", "batch"}:
+        assert saved[name] == reply[name]
+
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Picture").click()
+    assert download.value.suggested_filename == "snow-fused-overlay.png"
+    shown = np.array(Image.open(download.value.path()).convert("RGB"), np.float64)
+    image = np.array(Image.open(io.BytesIO(SNOW)), np.float64)
+    colors = overlay(page)[..., :3]
+    np.testing.assert_allclose(shown, image * 0.35 + colors * 0.65, atol=2)
+
+
+def test_a_whole_run_with_the_keyboard_alone(visit):
+    page = visit()
+    page.locator(".thumb canvas").first.wait_for()
+    tab_to(page, ".thumb")
+    page.keyboard.press("Enter")
+    settle(page)
+    tab_to(page, "#word")
+    page.keyboard.type("lamp")
+    page.keyboard.press("Enter")
+    settle(page)
+    expect(page.locator("#legend")).to_contain_text("lamp")
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("Delete")
+    settle(page)
+    expect(page.locator("#legend")).not_to_contain_text("lamp")
+    tab_to(page, "[name=view]")
+    page.keyboard.press("ArrowRight")
+    settle(page)
+    tab_to(page, ".frame")
+    expect(page.locator("#spot")).to_have_text(re.compile(r".+, \d+ %"))
+    page.keyboard.press("ArrowRight")
+    expect(page.locator(".tip:visible")).to_contain_text("33, 32")
+    page.keyboard.press("Shift+ArrowDown")
+    expect(page.locator(".tip:visible")).to_contain_text("33, 40")
+    tab_to(page, "#save-png")
+    with page.expect_download() as download:
+        page.keyboard.press("Enter")
+    assert download.value.suggested_filename.endswith("-base.png")
+
+
+def test_errors_are_told_in_words(visit):
+    page = visit()
+    ready(page)
+    alert = page.get_by_role("alert")
+    choose(page, b"Dear diary", "diary.txt")
+    expect(alert).to_contain_text("“diary.txt” is not an image that can be read.")
+    page.get_by_role("button", name="Dismiss").click()
+    expect(alert).to_be_hidden()
+    page.get_by_label("Add a class", exact=True).fill("x" * 101)
+    page.keyboard.press("Enter")
+    expect(alert).to_contain_text("A parameter is wrong. Classes: a name of 101 characters")
+    expect(page.get_by_role("button", name="PNG")).to_be_disabled()
+    page.get_by_label(f"Remove {'x' * 101}").click()
+    settle(page)
+    expect(alert).to_be_hidden()
+    page.context.set_offline(True)
+    page.get_by_role("button", name="Segment", exact=True).click()
+    expect(alert).to_contain_text("The server did not answer.")
+    page.context.set_offline(False)
+    page.get_by_role("button", name="Segment", exact=True).click()
+    settle(page)
+    expect(alert).to_be_hidden()
+
+
+def test_a_busy_server_is_asked_again(visit):
+    page = visit()
+    refused = []
+
+    def refuse_once(route):
+        if refused:
+            route.continue_()
+            return
+        refused.append(route.request)
+        body = json.dumps({"title": "The service is busy", "status": 503, "code": "overloaded"})
+        route.fulfill(status=503, headers={"Retry-After": "2"}, body=body)
+
+    page.route("**/v1/segment", refuse_once)
+    write_classes(page)
+    choose(page)
+    expect(page.locator("#notice")).to_contain_text("Trying again in 2 seconds")
+    settle(page)
+    expect(page.locator("#notice")).to_be_hidden()
+    assert len(refused) == 1
+
+
+def test_a_token_is_asked_for(visit, locked_endpoint):
+    page = visit(locked_endpoint)
+    dialog = page.get_by_role("dialog")
+    expect(page.get_by_role("alert")).to_contain_text("token")
+    dialog.get_by_label("Token", exact=True).fill("wrong")
+    dialog.get_by_role("button", name="Use this token").click()
+    expect(dialog).to_contain_text("The server refuses the token it was sent.")
+    dialog.get_by_label("Token", exact=True).fill(TOKEN)
+    dialog.get_by_role("button", name="Use this token").click()
+    expect(dialog).to_be_hidden()
+    ready(page)
+    assert chart(page)
+    page.reload()
+    ready(page)
+    page.get_by_role("button", name="Token").click()
+    dialog.get_by_role("button", name="Forget").click()
+    expect(dialog).to_be_visible()
+    assert page.evaluate("[localStorage.length, sessionStorage.length]") == [0, 0]
+
+
+def test_large_pictures_are_drawn_smaller_and_downloaded_whole(visit):
+    page = visit()
+    large = np.kron(render("night", 1, 5, "page")[0][0], np.ones((36, 32, 1), np.uint8))
+    page.locator("#settings summary").click()
+    page.get_by_label("Tiles").select_option("never")
+    ready(page, data=png_bytes(large))
+    height, width = overlay(page).shape[:2]
+    assert height * width <= 4.1e6
+    assert width / height == pytest.approx(large.shape[1] / large.shape[0], abs=0.01)
+    with page.expect_download() as download:
+        page.get_by_role("button", name="PNG").click()
+    assert Image.open(download.value.path()).size == large.shape[1::-1]
