@@ -5,11 +5,14 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loraseg.cli import library, miniature, segment, tokens, train_base
 from loraseg.cli.console import complain, say, say_table
 from loraseg.errors import AdapterNotFoundError, ConfigError, LorasegError
+
+if TYPE_CHECKING:
+    from loraseg.doctor import Finding
 
 __all__ = ["main"]
 
@@ -62,13 +65,15 @@ def _add_spread(commands: Any) -> None:
 
 
 def _add_doctor(commands: Any) -> None:
-    parser = commands.add_parser("doctor", help="check versions, devices and, if named, a store")
+    parser = commands.add_parser("doctor", help="check versions, devices, a store, an endpoint")
     parser.add_argument("--store", metavar="URI", help="probe it for conditional writes")
     parser.add_argument(
         "--measure-merging",
         action="store_true",
         help="measure when to merge adapters on this device and keep it in the cache folder",
     )
+    parser.add_argument("--endpoint", metavar="URL", help="check it, and segment a tiny image")
+    parser.add_argument("--token-file", metavar="FILE", help="holds its bearer token")
     parser.set_defaults(command=_doctor)
 
 
@@ -83,6 +88,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from loraseg.doctor import examine, measure_merging
 
     findings = list(examine(arguments.store))
+    findings += _endpoint(arguments)
     if arguments.measure_merging:
         findings.append(measure_merging())
     say_table([("ok" if f.is_well else "BAD", f.what, f.state) for f in findings])
@@ -90,3 +96,15 @@ def _doctor(arguments: argparse.Namespace) -> int:
     if unwell:
         say(f"needs care: {', '.join(unwell)}")
     return int(bool(unwell))
+
+
+def _endpoint(arguments: argparse.Namespace) -> "list[Finding]":
+    if arguments.endpoint is None:
+        if arguments.token_file is not None:
+            raise ConfigError("--token-file: goes with --endpoint only")
+        return []
+    from loraseg.client.address import read_token
+    from loraseg.client.diagnosis import diagnose
+
+    token = None if arguments.token_file is None else read_token(arguments.token_file)
+    return list(diagnose(arguments.endpoint, token))

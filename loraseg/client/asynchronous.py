@@ -53,13 +53,13 @@ class AsyncClient:
             raise ConfigError(
                 f"timeout_s {timeout_s}, retries {retries}: expected above 0, and 0 or more"
             )
-        self._address = check_address(url, token, allow_insecure=allow_insecure)
+        self.address = check_address(url, token, allow_insecure=allow_insecure)
         self._timeout_s = timeout_s
         self._retries = retries
-        self._http = connect(self._address, token)
+        self._http = connect(self.address, token)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._address.url!r})"
+        return f"{type(self).__name__}({self.address.url!r})"
 
     async def __aenter__(self) -> "AsyncClient":
         return self
@@ -93,7 +93,7 @@ class AsyncClient:
         """
         upload = await asyncio.to_thread(prepare, image)
         question = segment_question(upload, fields(classes, options))
-        answer = await self._ask(question, options.get("timeout_s"))
+        answer = await self.ask(question, options.get("timeout_s"))
 
         def read() -> Reply:
             return parse_reply(Node(parse_json(answer.body)), upload, len(classes))
@@ -143,7 +143,7 @@ class AsyncClient:
     async def refresh(self, library: str | None = None) -> LibraryInfo:
         """Let the endpoint look for a newer generation now. Needs the role ``admin``."""
         path = "/v1/library/refresh"
-        answer = await self._ask(Question(method="POST", path=path, params=_named(library)))
+        answer = await self.ask(Question(method="POST", path=path, params=_named(library)))
         return parse_library(Node(parse_json(answer.body)))
 
     async def base(self) -> dict[str, Any]:
@@ -155,18 +155,16 @@ class AsyncClient:
         try:
             await self._once(Question(method="GET", path="/readyz"), self._timeout_s)
         except ServiceError as error:
-            logger.debug("%s is not ready: %s", self._address.url, error)
+            logger.debug("%s is not ready: %s", self.address.url, error)
             return False
         return True
 
-    async def _get(self, path: str, params: Mapping[str, str]) -> Node:
-        answer = await self._ask(Question(method="GET", path=path, params=params))
-        return Node(parse_json(answer.body))
+    async def ask(self, question: Question, timeout_s: float | None = None) -> Answer:
+        """Send any request until it succeeds, is refused for good, or time is over.
 
-    async def _once(self, question: Question, left_s: float) -> Answer:
-        return await exchange(self._http, self._address, question, left_s)
-
-    async def _ask(self, question: Question, timeout_s: float | None = None) -> Answer:
+        Raises:
+            ServiceError: As for :meth:`segment`.
+        """
         patience = Patience(timeout_s or self._timeout_s)
         attempt = 0
         while True:
@@ -176,6 +174,13 @@ class AsyncClient:
                 await self._pause(attempt, error, patience)
             attempt += 1
 
+    async def _get(self, path: str, params: Mapping[str, str]) -> Node:
+        answer = await self.ask(Question(method="GET", path=path, params=params))
+        return Node(parse_json(answer.body))
+
+    async def _once(self, question: Question, left_s: float) -> Answer:
+        return await exchange(self._http, self.address, question, left_s)
+
     async def _finish(
         self, batch: Batch, timeout_s: float | None
     ) -> AsyncGenerator[tuple[int, Reply | ServiceError], None]:
@@ -183,7 +188,7 @@ class AsyncClient:
         attempt = 0
         while batch.pending:
             question = batch.question().within(patience.left_s)
-            lines = exchange_lines(self._http, self._address, question, patience)
+            lines = exchange_lines(self._http, self.address, question, patience)
             is_whole = False
             try:
                 async with aclosing(lines):
@@ -216,7 +221,7 @@ class AsyncClient:
         )
         if pause is None:
             raise error
-        logger.info("%s: %s; again in %.2f s", self._address.url, error, pause)
+        logger.info("%s: %s; again in %.2f s", self.address.url, error, pause)
         await asyncio.sleep(pause)
 
 

@@ -6,10 +6,11 @@ from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, TypeVar, Unpack
 
-from loraseg.client.asking import Options
+from loraseg.client.asking import Options, Question
 from loraseg.client.asynchronous import AsyncClient
 from loraseg.client.pictures import ImageInput
 from loraseg.client.reply import AdapterInfo, LibraryInfo, Reply
+from loraseg.client.transfer import Answer
 from loraseg.errors import LorasegError, ServiceError
 
 __all__ = ["Client"]
@@ -39,6 +40,7 @@ class Client:
         self._client = AsyncClient(
             url, token, timeout_s=timeout_s, retries=retries, allow_insecure=allow_insecure
         )
+        self.address = self._client.address
         self._loop = _LoopThread()
 
     def __repr__(self) -> str:
@@ -109,6 +111,10 @@ class Client:
     def is_ready(self) -> bool:
         """Tell whether the endpoint can segment now; False too if it cannot be reached."""
         return self._loop.run(self._client.is_ready())
+
+    def ask(self, question: Question, timeout_s: float | None = None) -> Answer:
+        """Send any request, as :meth:`AsyncClient.ask` does."""
+        return self._loop.run(self._client.ask(question, timeout_s))
 
 
 class _LoopThread:
