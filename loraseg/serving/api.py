@@ -46,7 +46,8 @@ def build_api(
         on_done: Told about each request when it is over, for metrics.
         writes_id: Whether answers get X-Request-ID; False behind a proxy that writes it.
     """
-    api = FastAPI(title="loraseg", version="1", docs_url=None, redoc_url=None)
+    # No redirects: they would be built from the Host header, which is the client's text.
+    api = FastAPI(docs_url=None, redoc_url=None, redirect_slashes=False)
     api.add_middleware(Guard, limits=config.limits, on_done=on_done, writes_id=writes_id)
     api.add_exception_handler(HTTPException, _refused)
     admission = Admission(tokens, config.limits)
@@ -97,7 +98,9 @@ def _add_open_routes(api: FastAPI, engine: Engine) -> None:
     @api.get("/v1/examples/{n}.png")
     async def example(request: Request) -> Response:
         n = request.path_params["n"]
-        picture = await asyncio.to_thread(example_png, int(n) if re.fullmatch("[0-9]{1,3}", n) else -1)
+        picture = await asyncio.to_thread(
+            example_png, int(n) if re.fullmatch("[0-9]{1,3}", n) else -1
+        )
         headers = {"Cache-Control": "public, max-age=3600"}
         return Response(picture, headers=headers, media_type="image/png")
 

@@ -100,7 +100,7 @@ async def read_submission(
     expected = ["multipart/form-data", *(RAW_TYPES if file_field == "image" else ())]
     raise ServiceError(
         "unsupported_media_type",
-        f"Content-Type {media_type[:80]!r}: expected {', '.join(expected)}.",
+        f"Content-Type {media_type[:80]!a}: expected {', '.join(expected)}.",
     )
 
 
@@ -110,10 +110,8 @@ def query_fields(request: Request) -> list[tuple[str, str]]:
     Raises:
         ServiceError: ``bad_request``: too many, or not UTF-8.
     """
-    text = request.url.query
-    if not text:
-        return []
     try:
+        text = request.scope["query_string"].decode("ascii")
         return parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=_MOST_FIELDS)
     except ValueError as error:
         raise ServiceError(

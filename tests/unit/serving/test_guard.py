@@ -1,0 +1,199 @@
+"""What only shows on a real connection: slow, endless, refused and abandoned requests."""
+
+import asyncio
+import contextlib
+import json
+import socket
+import threading
+import time
+
+import pytest
+import uvicorn
+
+from loraseg.serving.api import build_api
+from loraseg.serving.orders import Readiness
+from tests.unit.serving.talking import NIGHT, Talk, png
+from tests.unit.serving.test_bodies import form
+
+
+class Waiting:
+    """An engine that is never done; remembers what became of its orders."""
+
+    def __init__(self):
+        self.begun, self.cancelled = threading.Semaphore(0), threading.Semaphore(0)
+
+    async def segment(self, order):
+        self.begun.release()
+        try:
+            await asyncio.sleep(30)
+        except asyncio.CancelledError:
+            self.cancelled.release()
+            raise
+
+    async def readiness(self):
+        return Readiness(False, ("library 'main': being loaded",))
+
+    async def catalog(self, library):
+        raise RuntimeError("secret of /work/main")
+
+    async def card(self, library, name):
+        raise NotImplementedError
+
+    async def refresh(self, library):
+        raise NotImplementedError
+
+    async def base(self):
+        raise NotImplementedError
+
+
+@contextlib.contextmanager
+def serving(api):
+    config = uvicorn.Config(api, port=0, log_level="error", lifespan="off")
+    server = uvicorn.Server(config)
+    listening = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        yield listening.getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        listening.close()
+
+
+def connect(port, *parts):
+    connection = socket.create_connection(("127.0.0.1", port), timeout=20)
+    for part in parts:
+        connection.sendall(part)
+    return connection
+
+
+def answer(connection):
+    """Read until the server closes; return status and body."""
+    data = b""
+    while piece := connection.recv(65536):
+        data += piece
+    head, _, body = data.partition(b"\r\n\r\n")
+    return int(head.split()[1]), body
+
+
+def head(length, kind="image/png", path="/v1/segment?classes=road"):
+    lines = [f"POST {path} HTTP/1.1", "Host: x", f"Content-Type: {kind}", "Connection: close"]
+    return "\r\n".join([*lines, f"Content-Length: {length}", "", ""]).encode()
+
+
+def code(connection):
+    status, body = answer(connection)
+    return status, json.loads(body)["code"]
+
+
+@pytest.fixture
+def small(engine, world):
+    talk = Talk(engine, world, limits={"body_bytes": 100_000, "body_timeout_s": 0.5})
+    with serving(talk.api) as port:
+        yield port
+
+
+def test_slow_body_is_given_up(small):
+    with connect(small, head(1000), b"x" * 10) as connection:
+        assert code(connection) == (408, "body_timeout")
+
+
+def test_trickling_body_is_given_up_in_the_same_time(small):
+    with connect(small, head(1000)) as connection:
+        started = time.monotonic()
+        with contextlib.suppress(OSError):
+            while time.monotonic() - started < 2:
+                connection.sendall(b"x")
+                time.sleep(0.1)
+                connection.settimeout(0.01)
+                with contextlib.suppress(TimeoutError):
+                    assert connection.recv(12) == b"HTTP/1.1 408"
+                    break
+        assert time.monotonic() - started < 1.9
+
+
+def test_announced_length_is_refused_before_the_body_is_read(small):
+    with connect(small, head(10**12)) as connection:
+        assert code(connection) == (413, "body_too_large")
+
+
+def test_client_that_sends_it_all_the_same_hears_the_reason(small):
+    with connect(small, head(3_000_000), b"x" * 3_000_000) as connection:
+        assert code(connection) == (413, "body_too_large")
+
+
+def test_endless_chunks_are_refused_at_the_limit(small):
+    start = head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+    chunks = b"".join(b"4000\r\n" + b"x" * 0x4000 + b"\r\n" for _ in range(8))
+    with connect(small, start, chunks) as connection:
+        assert code(connection) == (413, "body_too_large")
+
+
+def test_refusal_does_not_wait_for_the_body(small):
+    with connect(small, head(50_000, kind="text/plain")) as connection:
+        started = time.monotonic()
+        connection.settimeout(5)
+        assert connection.recv(12) == b"HTTP/1.1 415"
+        assert time.monotonic() - started < 0.45
+
+
+@pytest.mark.parametrize("path", ["/v1/segment", "/v1/segment/batch"])
+def test_work_is_cancelled_when_the_client_leaves(world, path):
+    engine = Waiting()
+    talk = Talk(engine, world, limits={"concurrent": 1})
+    field = "images" if path.endswith("batch") else "image"
+    body = form([("classes", None, b"road"), (field, "a", png(NIGHT))])
+    kind = "multipart/form-data; boundary=----b0undary"
+    with serving(talk.api) as port:
+        with connect(port, head(len(body), kind, path), body):
+            assert engine.begun.acquire(timeout=10)
+        assert engine.cancelled.acquire(timeout=10)
+        # The place is free again.
+        with connect(port, head(len(body), kind, path), body):
+            assert engine.begun.acquire(timeout=10)
+    assert talk.visits[0].status in (499, 200)
+
+
+def test_places_are_bounded(world):
+    engine = Waiting()
+    api = Talk(engine, world, limits={"concurrent": 1}).api
+    body = png(NIGHT)
+    with serving(api) as port, connect(port, head(len(body)), body):
+        assert engine.begun.acquire(timeout=10)
+        with connect(port, head(len(body)), body) as second:
+            assert code(second) == (429, "too_many_requests")
+
+
+def test_not_ready_says_what_is_missing(world):
+    told = Talk(Waiting(), world)("GET", "/readyz")
+    assert told.status_code == 503
+    assert told.headers["retry-after"] == "1"
+    assert told.json()["waiting_for"] == ["library 'main': being loaded"]
+    assert told.json()["ready"] is False
+
+
+def test_fault_is_logged_and_not_told(world, caplog):
+    talk = Talk(Waiting(), world)
+    with pytest.raises(AssertionError):
+        talk("GET", "/v1/adapters")
+    assert "secret of /work/main" in caplog.text
+    with serving(build_api(Waiting(), world)) as port:
+        request = b"GET /v1/adapters HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        with connect(port, request) as connection:
+            status, body = answer(connection)
+    assert status == 500
+    assert b"secret" not in body
+
+
+def test_each_request_is_reported_once_with_route_and_bytes(talk):
+    talk.segment(headers={"X-Request-ID": "seen"})
+    talk("GET", "/v1/adapters/fog")
+    talk("GET", "/nothing/here")
+    first, second, third = talk.visits
+    assert (first.request_id, first.route, first.status) == ("seen", "/v1/segment", 200)
+    assert first.bytes_in > 100
+    assert first.bytes_out > 500
+    assert first.duration_s > 0
+    assert second.route == "/v1/adapters/{name}"
+    assert (third.route, third.status, third.code) == ("-", 404, "not_found")
