@@ -11,3 +11,6 @@ STRIKES = 3 if FULL else 2
 PUBLISHERS, ADAPTERS, READERS = (16, 25, 8) if FULL else (6, 5, 3)
 OUTAGE_S = 60 if FULL else 10
 SPOILT_SHARE = 0.1
+# The endpoint under load: seconds, and how many adapters are published, retired, rolled back.
+LOAD_S = 180 if FULL else 20
+CHANGES = (50, 20, 5) if FULL else (6, 3, 2)
