@@ -13,5 +13,7 @@ COPY loraseg loraseg
 COPY actors actors
 COPY jobs jobs
 RUN pip install --no-cache-dir --constraint constraints.txt .
+# Serve's proxies then answer in the API's words for a gateway that was lost.
+ENV RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=actors.proxying:middlewares
 
 WORKDIR /root

@@ -99,8 +99,11 @@ class StoreAccess:
         os.environ.update(self.variables)
 
 
-def connect() -> bool:
+def connect(*, cpus: int | None = None) -> bool:
     """Join the cluster that ``RAY_ADDRESS`` names, else start one on this machine.
+
+    Args:
+        cpus: What a cluster that is started here offers; None for what the machine has.
 
     Returns:
         True if the cluster was started here, and so ends with this process. A process that is
@@ -124,6 +127,7 @@ def connect() -> bool:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     ray.init(
         address="local",
+        num_cpus=cpus,
         include_dashboard=False,
         object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
         **options,

@@ -1,0 +1,119 @@
+"""The endpoint of tiny models on a real Ray, up once for each module."""
+
+import contextlib
+import os
+import socket
+import time
+import uuid
+from dataclasses import dataclass
+
+import httpx2 as httpx
+import psutil
+import pytest
+from ray import serve
+
+from actors.proxying import CALLBACK
+from actors.service import build_app
+from loraseg.backbones.clip import load_clip
+from loraseg.segment.base import load_base
+from loraseg.serving.config import Limits, Replicas, ServiceConfig
+from tests.unit.tiny import publish, write_models
+
+# Ray is started once for all tests; its proxies read this at their start.
+os.environ.update(CALLBACK)
+
+_START_S = 120
+_NONE_SET_ASIDE = Replicas(cpus=0)
+
+
+@dataclass(frozen=True)
+class Service:
+    """A running endpoint."""
+
+    name: str
+    url: str
+    config: ServiceConfig
+
+    def client(self, **options):
+        return httpx.Client(base_url=self.url, timeout=60, **options)
+
+    def async_client(self):
+        return httpx.AsyncClient(base_url=self.url, timeout=60)
+
+    def replicas(self, deployment):
+        """The processes of a deployment's replicas."""
+        title = f"ray::ServeReplica:{self.name}:{deployment}"
+        return [
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if (process.info["cmdline"] or [""])[0].startswith(title)
+        ]
+
+    def wait_ready(self, deadline_s=_START_S):
+        deadline = time.monotonic() + deadline_s
+        with self.client() as client:
+            while (state := client.get("/readyz")).status_code != 200:
+                assert time.monotonic() < deadline, state.text
+                time.sleep(0.2)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    return write_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory, models):
+    """A folder with a library of four adapters."""
+    folder = tmp_path_factory.mktemp("served") / "library"
+    publish(folder, load_base(models[0]), load_clip(models[1]))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def serve_port(ray_cluster):
+    """Start Serve's proxy on a free port of this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    yield port
+    serve.shutdown()
+
+
+@pytest.fixture(scope="module")
+def start(serve_port, models):
+    """Return a context manager: a service of some libraries, with options of its config."""
+
+    @contextlib.contextmanager
+    def started(libraries, **options):
+        config = ServiceConfig(
+            libraries={name: str(uri) for name, uri in libraries.items()},
+            base=models[0],
+            encoder=models[1],
+            **{
+                "poll_s": 0.2,
+                "temperature": 3.0,
+                "k": 2,
+                "gateway": _NONE_SET_ASIDE,
+                "retrieval": _NONE_SET_ASIDE,
+                "segmenter": _NONE_SET_ASIDE,
+                **options,
+            },
+        )
+        name = f"loraseg-{uuid.uuid4().hex[:8]}"
+        serve.run(build_app(config), name=name, route_prefix="/")
+        service = Service(name, f"http://127.0.0.1:{serve_port}", config)
+        try:
+            service.wait_ready()
+            yield service
+        finally:
+            serve.delete(name)
+
+    return started
+
+
+@pytest.fixture(scope="module")
+def service(start, library):
+    with start({"main": library}, limits=Limits(request_timeout_s=30.0)) as running:
+        yield running
