@@ -1,4 +1,4 @@
-"""``loraseg library ls | show | verify | rollback``."""
+"""``loraseg library ls | show | verify | rollback | retire``."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ __all__ = ["add"]
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    group = commands.add_parser("library", help="look into an adapter library, or roll back")
+    group = commands.add_parser("library", help="look into an adapter library, roll back, retire")
     actions = group.add_subparsers(required=True, metavar="ACTION")
     listing = actions.add_parser("ls", help="list the current adapters")
     listing.add_argument("uri", metavar="URI")
@@ -30,6 +30,12 @@ def add(commands: Any) -> None:
     rollback.add_argument("name", metavar="NAME")
     rollback.add_argument("version", type=int, metavar="VERSION")
     rollback.set_defaults(command=_rollback)
+    retire = actions.add_parser(
+        "retire", help="list and serve a name no more; its versions stay, rollback brings it back"
+    )
+    retire.add_argument("uri", metavar="URI")
+    retire.add_argument("name", metavar="NAME")
+    retire.set_defaults(command=_retire)
 
 
 def _ls(arguments: argparse.Namespace) -> int:
@@ -75,6 +81,12 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _rollback(arguments: argparse.Namespace) -> int:
     entry = _open(arguments.uri).rollback(arguments.name, arguments.version)
     say(f"{entry.name} is version {entry.version} now ({entry.digest})")
+    return 0
+
+
+def _retire(arguments: argparse.Namespace) -> int:
+    _open(arguments.uri).retire(arguments.name)
+    say(f"{arguments.name} is retired")
     return 0
 
 

@@ -188,6 +188,18 @@ class Library:
         entries = self._commit(lambda known: _with_pointer(known, name, version, self.uri))
         return _find(entries, name, version, self.uri)
 
+    def retire(self, name: str) -> None:
+        """Let a name point to no version, so that it is neither listed nor retrieved any more.
+
+        Nothing is deleted: :meth:`rollback` to any version brings it back, publishing other files
+        too. Publishing the same again does not.
+
+        Raises:
+            AdapterNotFoundError: There is no such adapter.
+        """
+        self._probe()
+        self._commit(lambda known: _with_pointer(known, name, None, self.uri))
+
     def verify(self) -> Report:
         """Read every object that the newest generation refers to and check its digest."""
         # Listed first: what is published while the check runs must not look like garbage.
@@ -336,9 +348,11 @@ def _with_published(known: tuple[Entry, ...], new: Sequence[Entry]) -> tuple[Ent
 
 
 def _with_pointer(
-    known: tuple[Entry, ...], name: str, version: int, where: str
+    known: tuple[Entry, ...], name: str, version: int | None, where: str
 ) -> tuple[Entry, ...]:
-    _find(known, name, version, where)
+    _versions(known, name, where)
+    if version is not None:
+        _find(known, name, version, where)
     return tuple(
         dataclasses.replace(entry, current=entry.version == version)
         if entry.name == name
@@ -347,7 +361,7 @@ def _with_pointer(
     )
 
 
-def _find(entries: Sequence[Entry], name: str, version: int | None, where: str) -> Entry:
+def _versions(entries: Sequence[Entry], name: str, where: str) -> dict[int, Entry]:
     check_name(name)
     versions = {entry.version: entry for entry in entries if entry.name == name}
     if not versions:
@@ -355,9 +369,17 @@ def _find(entries: Sequence[Entry], name: str, version: int | None, where: str) 
         close = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise AdapterNotFoundError(f"{where}: no adapter {name!r} among {len(names)}{hint}")
+    return versions
+
+
+def _find(entries: Sequence[Entry], name: str, version: int | None, where: str) -> Entry:
+    versions = _versions(entries, name, where)
+    known = ", ".join(str(number) for number in sorted(versions))
     if version is None:
-        return next(entry for entry in versions.values() if entry.current)
+        current = [entry for entry in versions.values() if entry.current]
+        if not current:
+            raise AdapterNotFoundError(f"{where}: {name!r} is retired; it has versions {known}")
+        return current[0]
     if version not in versions:
-        known = ", ".join(str(number) for number in sorted(versions))
         raise AdapterNotFoundError(f"{where}: {name!r} has no version {version}; it has {known}")
     return versions[version]

@@ -173,6 +173,11 @@ def test_library_rollback(models, tmp_path, capsys):
     assert library.entry("day").version == 1
     assert capsys.readouterr().out.startswith("day is version 1 now")
     assert main(["library", "rollback", str(tmp_path), "day", "9"]) == 2
+    capsys.readouterr()
+    assert main(["library", "retire", str(tmp_path), "day"]) == 0
+    assert capsys.readouterr().out == "day is retired\n"
+    assert main(["library", "show", str(tmp_path), "day"]) == 2
+    assert "'day' is retired" in capsys.readouterr().err
 
 
 def test_library_verify_finds_damage(models, tmp_path, capsys):

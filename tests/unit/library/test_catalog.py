@@ -79,6 +79,27 @@ def test_names_point_to_the_newest_until_rolled_back(library):
     assert library.rollback("fog", 2).digest == second.digest
 
 
+def test_a_retired_name_is_gone_until_it_is_brought_back(library, store):
+    publish(library, "fog", "one")
+    publish(library, "fog", "two")
+    publish(library, "rain")
+    library.retire("fog")
+    assert listed(Library(store).entries()) == [("rain", 1)]
+    with pytest.raises(AdapterNotFoundError, match="'fog' is retired; it has versions 1, 2"):
+        library.entry("fog")
+    assert library.load("fog", 2)[0] == make_files("two")
+    assert library.verify().ok
+    assert not publish(library, "fog", "two").current, "a job that runs again changes nothing"
+    generation = library.generation()
+    library.retire("fog")
+    assert library.generation() == generation, "it was retired already"
+    assert library.rollback("fog", 1).current
+    library.retire("fog")
+    assert publish(library, "fog", "three").current
+    with pytest.raises(AdapterNotFoundError, match="did you mean 'fog'"):
+        library.retire("fgo")
+
+
 def test_older_generations_stay_readable(library):
     publish(library, "fog", "one")
     publish(library, "fog", "two")
