@@ -64,7 +64,6 @@ class Token:
         if not self.name.isprintable() or not 1 <= len(self.name) <= 64:
             raise ConfigError(f"name {self.name!r}: expected 1 to 64 printable characters")
         if not _DIGEST.fullmatch(self.sha256):
-            # The text is not repeated: people may have put the token itself here.
             raise ConfigError(f"token {self.name!r}: sha256: expected 64 hexadecimal digits")
         if not self.roles or (self.concurrent is not None and self.concurrent < 1):
             raise ConfigError(
@@ -168,4 +167,11 @@ def _parse(content: bytes) -> tuple[Token, ...]:
         raise ConfigError(f"token file: not YAML or JSON{line}") from error
     if not isinstance(values, dict):
         raise ConfigError("token file: expected a mapping with the key 'tokens'")
+    entries = values.get("tokens")
+    for place, entry in enumerate(entries if isinstance(entries, list) else []):
+        digest = entry.get("sha256", "") if isinstance(entry, dict) else ""
+        # Looked at before all else, whose messages repeat what they got: people may have put the
+        # token itself here.
+        if not isinstance(digest, str) or (digest and not _DIGEST.fullmatch(digest)):
+            raise ConfigError(f"token file: entry {place}: sha256: expected 64 hexadecimal digits")
     return build(TokenFile, values, where="token file").tokens

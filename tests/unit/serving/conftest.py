@@ -3,7 +3,7 @@ import pytest
 from loraseg.backbones.clip import load_clip
 from loraseg.segment.base import load_base
 from loraseg.serving.build import build_local
-from loraseg.serving.config import ServiceConfig
+from loraseg.serving.config import Limits, ServiceConfig
 from tests.unit.serving.talking import Talk
 from tests.unit.tiny import publish, write_models
 
@@ -15,7 +15,13 @@ def world(tmp_path_factory):
     base, encoder = write_models(folder)
     publish(folder / "library", load_base(base), load_clip(encoder))
     return ServiceConfig(
-        libraries={"main": str(folder / "library")}, base=base, encoder=encoder, k=2, poll_s=0.2
+        libraries={"main": str(folder / "library")},
+        base=base,
+        encoder=encoder,
+        k=2,
+        poll_s=0.2,
+        # Busy machines are slow, which is not what these tests are about.
+        limits=Limits(request_timeout_s=500.0),
     )
 
 
@@ -26,7 +32,13 @@ def engine(world):
         yield engine
 
 
-@pytest.fixture
-def talk(engine, world):
-    """Talks to an open API over the engine."""
+@pytest.fixture(scope="package")
+def open_talk(engine, world):
     return Talk(engine, world)
+
+
+@pytest.fixture
+def talk(open_talk):
+    """Talks to an open API over the engine."""
+    open_talk.visits.clear()
+    return open_talk

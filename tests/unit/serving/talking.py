@@ -11,7 +11,6 @@ import numpy as np
 from PIL import Image
 
 from loraseg.serving.api import build_api
-from loraseg.serving.config import Limits
 from loraseg.serving.problems import KINDS
 from tests.unit.tiny import domain_images
 
@@ -42,7 +41,7 @@ class Talk:
 
     def __init__(self, engine, config, *, tokens=None, limits=None, **options):
         if limits:
-            config = replace(config, limits=replace(Limits(), **limits))
+            config = replace(config, limits=replace(config.limits, **limits))
         self.visits = []
         self.api = build_api(engine, config, tokens=tokens, on_done=self.visits.append, **options)
 
@@ -52,7 +51,7 @@ class Talk:
     async def send(self, method, path, **options):
         transport = httpx2.ASGITransport(app=self.api)
         async with httpx2.AsyncClient(transport=transport, base_url="http://service") as client:
-            answer = await client.request(method, path, timeout=60, **options)
+            answer = await client.request(method, path, timeout=600, **options)
         check(answer)
         return answer
 

@@ -31,7 +31,7 @@ described = schemathesis.pytest.from_fixture("service")
 
 @described.parametrize()
 @settings(
-    max_examples=25,
+    max_examples=12,
     deadline=None,
     derandomize=True,
     database=None,

@@ -70,6 +70,7 @@ class TestBook:
             "tokens: []",
             "[1]",
             "tokens: [{name: a, sha256: secret-token}]",
+            "tokens: [{name: a, sha256: [secret-token]}]",
             "tokens: [{name: a, sha256: '%s', role: admin}]" % ("0" * 64),
             "tokens: [{name: a, sha256: '%s', roles: [root]}]" % ("0" * 64),
             "tokens: [{name: a, sha256: '%s', roles: []}]" % ("0" * 64),
