@@ -9,9 +9,16 @@ from loraseg.data.labels import IGNORE, LabelSpace
 from loraseg.data.masks import encode_mask
 from loraseg.data.palette import IGNORE_COLOR
 from loraseg.errors import DatasetError
-from loraseg.tensor_types import UInt8, ndarray
+from loraseg.tensor_types import Float, UInt8, ndarray
 
-__all__ = ["colorize", "encode_png", "overlay", "overlay_with_legend", "palette_png"]
+__all__ = [
+    "colorize",
+    "encode_png",
+    "grey_png",
+    "overlay",
+    "overlay_with_legend",
+    "palette_png",
+]
 
 _BAR = 22  # height of a line of the legend, pixels
 _SWATCH = 12
@@ -31,6 +38,21 @@ def encode_png(image: UInt8[ndarray, "h w 3"]) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(image)).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
+
+
+def grey_png(values: Float[ndarray, "h w"]) -> bytes:
+    """Return a map such as confidence as a grey PNG of 8 bits.
+
+    Args:
+        values: In [0, 1]; a grey level is 255 times that, rounded, halves to even.
+
+    Raises:
+        DatasetError: A value is outside [0, 1] or not a number.
+    """
+    if values.size and not (values.min() >= 0 and values.max() <= 1):
+        raise DatasetError(f"map: values from {values.min()} to {values.max()}; expected 0 to 1")
+    # In float64 the product is exact, so that no half is made or lost by rounding twice.
+    return encode_mask(np.rint(values * np.float64(255)).astype(np.uint8))
 
 
 def colorize(labels: UInt8[ndarray, "h w"], label_space: LabelSpace) -> UInt8[ndarray, "h w 3"]:

@@ -9,6 +9,7 @@ from loraseg.errors import DatasetError
 from loraseg.segment.render import (
     colorize,
     encode_png,
+    grey_png,
     overlay,
     overlay_with_legend,
     palette_png,
@@ -45,6 +46,25 @@ def test_palette_png_refuses_unknown_ids(labels):
 
 def test_png_is_lossless(image):
     np.testing.assert_array_equal(np.asarray(decoded(encode_png(image))), image)
+
+
+def test_grey_png_is_255_levels_and_rounds_a_half_to_even():
+    levels = np.arange(256)
+    picture = decoded(grey_png(np.stack([levels / 255, np.full(256, 0.5)])))
+    assert picture.mode == "L"
+    np.testing.assert_array_equal(np.asarray(picture), [levels, np.full(256, 128)])
+
+
+def test_grey_png_of_float32_is_within_half_a_level():
+    values = np.random.default_rng(0).random((30, 40), dtype=np.float32)
+    shown = np.asarray(decoded(grey_png(values))).astype(np.float64)
+    assert np.abs(shown - 255 * values.astype(np.float64)).max() <= 0.5
+
+
+@pytest.mark.parametrize("wrong", [-0.1, 1.01, np.nan])
+def test_grey_png_refuses_what_is_no_share(wrong):
+    with pytest.raises(DatasetError, match="expected 0 to 1"):
+        grey_png(np.array([[0.5, wrong]], np.float32))
 
 
 def test_overlay_blends_pixel_by_pixel(image, labels):
