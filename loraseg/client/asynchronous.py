@@ -165,13 +165,14 @@ class AsyncClient:
         Raises:
             ServiceError: As for :meth:`segment`.
         """
-        patience = Patience(timeout_s or self._timeout_s)
+        patience = Patience(self._timeout_s if timeout_s is None else timeout_s)
         attempt = 0
         while True:
             try:
                 return await self._once(question.within(patience.left_s), patience.left_s)
             except ServiceError as error:
-                await self._pause(attempt, error, patience)
+                if not await self._has_waited(attempt, error, patience):
+                    raise
             attempt += 1
 
     async def _get(self, path: str, params: Mapping[str, str]) -> Node:
@@ -184,7 +185,7 @@ class AsyncClient:
     async def _finish(
         self, batch: Batch, timeout_s: float | None
     ) -> AsyncGenerator[tuple[int, Reply | ServiceError], None]:
-        patience = Patience(timeout_s or self._timeout_s)
+        patience = Patience(self._timeout_s if timeout_s is None else timeout_s)
         attempt = 0
         while batch.pending:
             question = batch.question().within(patience.left_s)
@@ -203,26 +204,25 @@ class AsyncClient:
                 is_whole = True
                 raise refusal
             except ServiceError as error:
-                try:
-                    await self._pause(attempt, error, patience)
-                except ServiceError:
-                    if not is_whole:
-                        raise
-                    break
+                if not await self._has_waited(attempt, error, patience):
+                    if is_whole:
+                        break
+                    raise
             attempt += 1
         for settled in batch.give_up():
             yield settled
 
-    async def _pause(self, attempt: int, error: ServiceError, patience: Patience) -> None:
-        """Wait before another attempt, or raise the error."""
+    async def _has_waited(self, attempt: int, error: ServiceError, patience: Patience) -> bool:
+        """Wait before another attempt; False at once if there should be none."""
         jitter = float(seeding.numpy_generator(time.time_ns(), "client", attempt).uniform())
         pause = pause_s(
             attempt, error, retries=self._retries, left_s=patience.left_s, jitter=jitter
         )
         if pause is None:
-            raise error
+            return False
         logger.info("%s: %s; again in %.2f s", self.address.url, error, pause)
         await asyncio.sleep(pause)
+        return True
 
 
 def _named(library: str | None) -> dict[str, str]:
