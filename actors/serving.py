@@ -80,12 +80,12 @@ def serve_until_told(
         ConfigError: The port is taken, or a field is wrong.
         StageError: The application does not start.
     """
-    told = _Told()
     config = ServiceConfig(**{f.name: getattr(config, f.name) for f in fields(ServiceConfig)})
     address = address.settled()
     for name, value in {**CALLBACK, **_EAGER}.items():
         os.environ.setdefault(name, value)
     is_ours = connect(cpus=_cpus(config))
+    told = _Told()  # after Ray, which sets its own handlers
     try:
         _start(config, address)
         if _wait_ready(address, told):
