@@ -9,6 +9,7 @@ from urllib.parse import urlencode
 import numpy as np
 import pytest
 from PIL import Image
+from playwright.sync_api import expect
 
 from loraseg.miniature.world import render
 
@@ -47,7 +48,7 @@ def choose(page, data=SNOW, name="snow.png"):
 
 def write_classes(page, names=CLASSES):
     # The page begins with the classes of the library as soon as it knows them.
-    page.get_by_label("Remove sky").wait_for()
+    expect(page.get_by_label("Remove sky")).to_be_visible()
     page.get_by_role("button", name="Clear", exact=True).click()
     for name in names:
         page.get_by_label("Add a class", exact=True).fill(name)
@@ -56,7 +57,7 @@ def write_classes(page, names=CLASSES):
 
 def settle(page):
     """Wait until everything in view answers the present question."""
-    page.locator("main[data-answered=true]").wait_for()
+    expect(page.locator("main")).to_have_attribute("data-answered", "true")
 
 
 def ready(page, classes=CLASSES, data=SNOW):

@@ -168,7 +168,7 @@ def test_downloads(visit, endpoint):
 
 def test_a_whole_run_with_the_keyboard_alone(visit):
     page = visit()
-    page.locator(".thumb canvas").first.wait_for()
+    expect(page.locator(".thumb canvas").first).to_be_visible()
     tab_to(page, ".thumb")
     page.keyboard.press("Enter")
     settle(page)
