@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from loraseg.backbones.clip import load_clip
-from loraseg.errors import AdapterMismatchError, AdapterNotFoundError, ConfigError
 from loraseg.engine.assemble import Wanted, equip
+from loraseg.errors import AdapterMismatchError, AdapterNotFoundError, ConfigError
 from loraseg.evaluate.leave_one_out import Scoring
 from loraseg.evaluate.output import write_results
 from loraseg.evaluate.run import Domain, EvaluationConfig, Work, _equip_once, evaluate
