@@ -50,7 +50,7 @@ def publish_random(folder: Path) -> str:
 def serving(config: ServiceConfig) -> Iterator[str]:
     """Serve with the token file that the config names; yield the page's URL."""
     with build_local(config) as engine:
-        assert engine.wait_until_ready(60)
+        assert engine.wait_until_ready(60.0)
         tokens = None if config.tokens is None else TokenBook.open(config.tokens)
         app = build_api(engine, config, tokens=tokens)
         settings = {"port": 0, "log_level": "error", "ws": "none", "lifespan": "off"}

@@ -145,7 +145,7 @@ def test_downloads(visit, endpoint):
     with page.expect_download() as download:
         page.get_by_role("button", name="PNG").click()
     assert download.value.suggested_filename == "snow-fused.png"
-    picture = Image.open(download.value.path())
+    picture = Image.open(io.BytesIO(Path(download.value.path()).read_bytes()))
     assert (picture.mode, picture.size) == ("P", (64, 64))
     np.testing.assert_array_equal(np.array(picture), decoded(reply["segmentation_mask"]))
     colors = np.reshape(picture.getpalette(), (-1, 3))[: len(CLASSES)]
@@ -160,7 +160,8 @@ def test_downloads(visit, endpoint):
     with page.expect_download() as download:
         page.get_by_role("button", name="Picture").click()
     assert download.value.suggested_filename == "snow-fused-overlay.png"
-    shown = np.array(Image.open(download.value.path()).convert("RGB"), np.float64)
+    with Image.open(download.value.path()) as picture:
+        shown = np.array(picture.convert("RGB"), np.float64)
     image = np.array(Image.open(io.BytesIO(SNOW)), np.float64)
     colors = overlay(page)[..., :3]
     np.testing.assert_allclose(shown, image * 0.35 + colors * 0.65, atol=2)
@@ -272,4 +273,5 @@ def test_large_pictures_are_drawn_smaller_and_downloaded_whole(visit):
     assert width / height == pytest.approx(large.shape[1] / large.shape[0], abs=0.01)
     with page.expect_download() as download:
         page.get_by_role("button", name="PNG").click()
-    assert Image.open(download.value.path()).size == large.shape[1::-1]
+    with Image.open(download.value.path()) as picture:
+        assert picture.size == large.shape[1::-1]
