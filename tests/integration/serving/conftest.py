@@ -17,13 +17,13 @@ from actors.service import build_app
 from loraseg.backbones.clip import load_clip
 from loraseg.segment.base import load_base
 from loraseg.serving.config import Limits, Replicas, ServiceConfig
-from tests.unit.tiny import publish, write_models
+from tests.unit.tiny import DOMAINS, domain_images, publish, write_models
 
 # Ray is started once for all tests; its proxies read this at their start.
 os.environ.update(CALLBACK)
 
 _START_S = 120
-_NONE_SET_ASIDE = Replicas(cpus=0)
+_NONE_SET_ASIDE = Replicas(cpus=0.0)
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,12 @@ class Service:
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     return write_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def images():
+    """Two images of each domain; adapters differ from image to image."""
+    return [image for name in DOMAINS for image in domain_images(name, 2)]
 
 
 @pytest.fixture(scope="module")

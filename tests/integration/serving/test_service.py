@@ -1,59 +1,28 @@
 """The endpoint on Ray against the engine of one process, and what Ray adds to it."""
 
 import asyncio
-import base64
-import io
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
-from PIL import Image
-from ray import serve
 
-from loraseg.backbones.clip import load_clip
 from loraseg.segment.base import load_base
 from loraseg.serving.build import build_local
-from tests.unit.tiny import DOMAINS, domain_images, publish
+from tests.integration.serving.asking import (
+    CLASSES,
+    PNG,
+    SEGMENT,
+    eventually,
+    label_map,
+    png,
+    together,
+)
+from tests.unit.tiny import DOMAINS, domain_images
 
 pytestmark = pytest.mark.ray
-
-CLASSES = ("road", "car", "sky")
-SEGMENT = f"/v1/segment?classes={','.join(CLASSES)}"
-
-
-@pytest.fixture(scope="module")
-def images():
-    """Two images of each domain; adapters differ from image to image."""
-    return [image for name in DOMAINS for image in domain_images(name, 2)]
-
-
-def png(image):
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def label_map(reply):
-    data = base64.b64decode(reply["segmentation_mask"])
-    return np.asarray(Image.open(io.BytesIO(data)))
-
-
-def together(service, images, path=SEGMENT):
-    """Send all images at once; return the responses."""
-
-    async def send():
-        async with service.async_client() as client:
-            posts = [
-                client.post(path, content=png(image), headers={"Content-Type": "image/png"})
-                for image in images
-            ]
-            return await asyncio.gather(*posts)
-
-    return asyncio.run(send())
 
 
 def told_alike(one, other):
@@ -66,7 +35,7 @@ def test_answers_are_those_of_one_process_alone_and_in_a_mixed_crowd(service, im
     alone = [together(service, [image])[0].json() for image in images]
     crowd = [response.json() for response in together(service, images)]
     with build_local(service.config) as engine:
-        assert engine.wait_until_ready(30)
+        assert engine.wait_until_ready(30.0)
         local = asyncio.run(_locally(engine, service.config, images))
     assert len({reply["mix"] for reply in alone}) > 1
     for one, many, outcome in zip(alone, crowd, local, strict=True):
@@ -145,7 +114,9 @@ def test_a_killed_segmenter_costs_no_request(service, images):
         async with service.async_client() as client:
             posts = [
                 asyncio.create_task(
-                    client.post(SEGMENT, content=png(images[n % len(images)]), timeout=60)
+                    client.post(
+                        SEGMENT, content=png(images[n % len(images)]), headers=PNG, timeout=60
+                    )
                 )
                 for n in range(16)
             ]
@@ -172,7 +143,7 @@ def test_a_killed_gateway_tells_its_clients_to_ask_again(service, images):
                     process.kill()
                 yield png(images[0])[50:]
 
-            return await client.post(SEGMENT, content=slow_body())
+            return await client.post(SEGMENT, content=slow_body(), headers=PNG)
 
     response = asyncio.run(lose())
     assert (response.status_code, response.json()["code"]) == (503, "replica_lost")
@@ -181,70 +152,12 @@ def test_a_killed_gateway_tells_its_clients_to_ask_again(service, images):
     assert together(service, images[:1])[0].status_code == 200
 
 
-def test_what_is_published_and_rolled_back_is_served_within_seconds(
-    start, tmp_path, models, images
-):
-    folder, base, encoder = tmp_path / "library", load_base(models[0]), load_clip(models[1])
-    names = list(DOMAINS)
-    publish(folder, base, encoder, names[:2])
-    with start({"live": folder}) as service, service.client() as client:
-
-        def versions():
-            listed = client.get("/v1/adapters").json()["adapters"]
-            return {entry["name"]: entry["version"] for entry in listed}
-
-        assert versions() == {names[0]: 1, names[1]: 1}
-        library = publish(folder, base, encoder, names[2:])
-        eventually(lambda: versions() == dict.fromkeys(names, 1))
-        files, card = library.load(names[1])
-        library.publish(names[0], files, replace(card, name=names[0]))
-        eventually(lambda: versions()[names[0]] == 2)
-        library.rollback(names[0], 1)
-        eventually(lambda: versions()[names[0]] == 1)
-        for response in together(service, images):
-            for used in response.json()["adapters"]:
-                entry = library.entry(used["name"])
-                assert (used["version"], used["digest"]) == (entry.version, entry.digest)
-
-
-def test_beyond_its_queue_the_service_says_when_to_come_back(start, library, images):
-    from loraseg.serving.config import Limits
-
-    with start({"main": library}, batch=1, limits=Limits(queued=1)) as service:
-        responses = together(service, images * 4)
-    assert {response.status_code for response in responses} == {200, 503}
-    for response in responses:
-        if response.status_code == 503:
-            assert response.json()["code"] == "overloaded"
-            assert int(response.headers["retry-after"]) >= 1
-
-
-def test_a_draining_gateway_finishes_what_it_has_and_takes_nothing_new(start, library, images):
-    with start({"main": library}) as service:
-        gateway = serve.get_deployment_handle("Gateway", service.name)
-        image = np.tile(images[0], (20, 20, 1))
-
-        async def drain():
-            async with service.async_client() as client:
-                path = f"{SEGMENT}&tiling=always"
-                running = asyncio.create_task(client.post(path, content=png(image)))
-                await asyncio.sleep(0.3)
-                await gateway.broadcast("drain").results_async()
-                refused = await client.get("/v1/adapters")
-                return await running, refused
-
-        running, refused = asyncio.run(drain())
-        assert running.status_code == 200
-        assert (refused.status_code, refused.json()["code"]) == (503, "draining")
-        assert gateway.broadcast("drain").results() == [0]
-
-
 def test_metrics_are_exported_and_logs_are_json_with_the_request_id(service, images):
     with service.client() as client:
         client.post(
             SEGMENT,
             content=png(images[0]),
-            headers={"Content-Type": "image/png", "X-Request-ID": "find-me"},
+            headers={**PNG, "X-Request-ID": "find-me"},
         )
     [node] = [node for node in ray.nodes() if node["Alive"]]
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
@@ -265,10 +178,3 @@ def test_metrics_are_exported_and_logs_are_json_with_the_request_id(service, ima
     lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     [told] = [line for line in lines if line.get("request_id") == "find-me" and "route" in line]
     assert told["status"] == 200
-
-
-def eventually(condition, deadline_s=20.0):
-    deadline = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.2)

@@ -34,6 +34,7 @@ class Replica:
         self.free = asyncio.Event()
         self.free.set()
         self.lost = 0
+        self.hangs_after_loss = False
 
     def call(self, items):
         reply = Reply(items, self._answer)
@@ -48,6 +49,8 @@ class Replica:
         await self.free.wait()
         if self.lost:
             self.lost -= 1
+            if self.hangs_after_loss:
+                self.free.clear()
             raise ActorDiedError()
         yield [(index, answer_to(item)) for index, item in enumerate(items)]
 
@@ -165,13 +168,9 @@ def test_what_brings_down_replica_after_replica_is_given_up():
 
 def test_after_a_loss_the_answer_at_the_deadline_says_so():
     async def scenario(carrier, replica):
-        replica.lost = 1
-        sending = asyncio.create_task(carrier.send(1, key="any", deadline=soon(0.6)))
-        while replica.lost:
-            await asyncio.sleep(0.01)
-        replica.free.clear()
+        replica.lost, replica.hangs_after_loss = 1, True
         with pytest.raises(ServiceError) as caught:
-            await sending
+            await carrier.send(1, key="any", deadline=soon(0.6))
         assert caught.value.code == "replica_lost"
 
     run(scenario)

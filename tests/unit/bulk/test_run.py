@@ -100,10 +100,14 @@ def test_a_second_run_does_nothing(config, monkeypatch):
     segment_images(config, Here())
     before = everything(config.output)
     for write in ("put", "put_if_absent", "put_if_match", "delete"):
-        monkeypatch.delattr(LocalStore, write)
+        monkeypatch.setattr(LocalStore, write, _forbidden)
     summary = segment_images(config, _NobodyHere())
     assert summary.new == 0
     assert everything(config.output) == before
+
+
+def _forbidden(*_):
+    raise AssertionError("nothing is to be written")
 
 
 class _NobodyHere:
@@ -120,7 +124,7 @@ class _Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("fatal", range(0, 19, 3))
+@pytest.mark.parametrize("fatal", [0, 6, 15])
 def test_killed_before_any_write_it_ends_in_the_same_bytes(config, tmp_path, monkeypatch, fatal):
     segment_images(config, Here())
     undisturbed = everything(config.output)
@@ -177,7 +181,7 @@ def test_a_replaced_image_is_done_anew(config, tmp_path):
     assert store.exists("day/1 é.png")
 
 
-@pytest.mark.parametrize("fatal", range(6))
+@pytest.mark.parametrize("fatal", [0, 2, 5])
 def test_killed_while_it_takes_back_what_was_replaced(config, tmp_path, monkeypatch, fatal):
     segment_images(config, Here())
     put_all(config.images, {"day/1 é.png": png(domain_images("night", 2)[1][:, :16])})
@@ -212,21 +216,18 @@ def test_results_outlive_their_images(config, tmp_path):
     assert everything(config.output) == before
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_other_settings_are_refused(config):
+    segment_images(config, Here())
+    for change, message in (
         ({"classes": ("road", "car")}, r'classes was \["road", "car", "sky"\] and is'),
         ({"k": 1}, "k was 2 and is 1"),
         ({"temperature": 0.4}, "temperature was 0.3 and is 0.4"),
         ({"generation": 3}, "generation was 4 and is 3"),
         ({"mode": "uniform"}, 'mode was "fused" and is "uniform"'),
         ({"images_per_file": 5}, "images_per_file was 4 and is 5"),
-    ],
-)
-def test_other_settings_are_refused(config, change, message):
-    segment_images(config, Here())
-    with pytest.raises(ConfigError, match=message):
-        segment_images(replace(config, **change), Here())
+    ):
+        with pytest.raises(ConfigError, match=message):
+            segment_images(replace(config, **change), Here())
 
 
 def test_other_threads_are_refused(config):
