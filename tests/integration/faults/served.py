@@ -56,7 +56,7 @@ class Stock:
 
     def _item(self, number, seed):
         name, base = f"a{number:03d}", self.base
-        pairs = random_pairs(base.model, f"{number} {seed}", size=1.0)
+        pairs = random_pairs(base.model, 1000 * seed + number, size=1.0)
         files = adapter_files(pairs, base_digest=base.digest)
         adapter = pack(load_adapter(files, name=name))
         self.published[adapter.digest] = adapter

@@ -143,7 +143,7 @@ def test_what_an_endpoint_refuses(online, options, status, message, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--library", "elsewhere"), "no library"),
+        (("--library", "elsewhere"), "library 'elsewhere'"),
         (("--sliding",), "--sliding: the endpoint decides"),
         (("--base", "miniature"), "--base: the endpoint decides"),
         (("--maps", "depth"), "--maps: got 'depth', expected confidence or entropy"),
