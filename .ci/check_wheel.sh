@@ -21,5 +21,7 @@ load_base("miniature")
 load_clip("miniature")
 template = importlib.resources.files("loraseg.evaluate") / "templates" / "report.html.j2"
 assert template.is_file()
+assert (importlib.resources.files("loraseg.serving") / "static" / "index.html").is_file()
+assert (importlib.resources.files("jobs") / "grafana_dashboard.json").is_file()
 print("wheel: weights and template found, base and encoder load")
 PY

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Install the browser that the tests of the page drive; without root or apt they are skipped.
+set -euo pipefail
+if command -v chromium > /dev/null || [ "$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then
+    exit 0
+fi
+apt-get update -qq
+DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium > /dev/null
