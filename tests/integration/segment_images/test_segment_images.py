@@ -1,6 +1,7 @@
 """The bulk job on a real Ray: same bytes as in one process, whatever is killed."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -30,6 +31,13 @@ pytestmark = [
 CREW = Placement(max_parallel=2)
 
 
+def on(*kinds):
+    """Choose the stores of a test: accidents take a minute each."""
+    marks = {"durable": pytest.mark.durable}
+    stores = [pytest.param(kind, marks=marks.get(kind, ())) for kind in kinds]
+    return pytest.mark.parametrize("store_uri", stores, indirect=True)
+
+
 @pytest.fixture
 def config(tmp_path, store_uri):
     images = {**good_images(count=6), **bad_images()}
@@ -53,6 +61,7 @@ def run_job(tmp_path, config, *overrides):
     return leaving.value.code
 
 
+@on("file", "durable")
 def test_a_cluster_writes_what_one_process_would(config, tmp_path, ray_cluster, capsys):
     assert run_job(tmp_path, config, "resources.max_parallel=2") == 0
     assert "28 images (4 bad_image, 24 ok), 28 of them new" in capsys.readouterr().out
@@ -68,6 +77,7 @@ def test_a_cluster_writes_what_one_process_would(config, tmp_path, ray_cluster, 
     assert everything(config.output) == before
 
 
+@on("durable")
 def test_killed_workers_cost_only_time(config, tmp_path, ray_cluster):
     accident = Accident(before_write=6, times=2, folder=tmp_path)
     segment_images(config, OnRay(CREW, make=accident))
@@ -75,6 +85,7 @@ def test_killed_workers_cost_only_time(config, tmp_path, ray_cluster):
     assert everything(config.output) == alone(config)
 
 
+@on("durable")
 def test_workers_lost_too_often_end_the_run(config, tmp_path, ray_cluster):
     accident = Accident(before_write=1, times=1000, folder=tmp_path)
     with pytest.raises(StageError, match=r"to .* have lost 2 workers"):
@@ -84,11 +95,12 @@ def test_workers_lost_too_often_end_the_run(config, tmp_path, ray_cluster):
     assert everything(config.output) == alone(config)
 
 
+@on("durable")
 def test_a_killed_driver_loses_and_doubles_nothing(config, tmp_path, ray_cluster):
     file = tmp_path / "driver.yaml"
     file.write_text(yaml.safe_dump(configuration.to_dict(config)))
     command = [sys.executable, "-m", "jobs.segment_images", "--config", str(file)]
-    driver = subprocess.Popen(command, env=ray_cluster.environment)
+    driver = subprocess.Popen(command, env={**os.environ, "RAY_ADDRESS": ray_cluster.address})
     store = open_store(config.output)
     deadline = time.monotonic() + 120
     while not list(store.list("explanations/")) and time.monotonic() < deadline:
@@ -105,6 +117,7 @@ def test_a_killed_driver_loses_and_doubles_nothing(config, tmp_path, ray_cluster
     assert json.loads(store.get("manifest.json"))["images"] == 28
 
 
+@on("moto")
 def test_hostile_keys_of_a_bucket_get_their_rows(config, tmp_path, s3_env, ray_cluster):
     image = good_images(["day"], 1)["day/0 é.png"]
     keys = ["../up.png", "a//b.png", "x" * 300 + ".png", "tab\there.png", "d/" * 300 + "a.png"]
