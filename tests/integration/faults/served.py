@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 from loraseg.adapters import adapter_files, load_adapter, pack
 from loraseg.backbones.clip import load_clip
 from loraseg.library import BaseModel, Card, Centroid, Library
+from loraseg.library.retrieve import Retriever
 from loraseg.seeding import numpy_generator
 from loraseg.segment.base import load_base
 from loraseg.storage import open_store
@@ -77,6 +79,12 @@ class Stock:
             centroids=(centroid,),
         )
         return name, files, card
+
+    def nearest(self):
+        """The names of adapters that images are nearest to, the most frequent first."""
+        retriever = Retriever(self.library.entries())
+        found = retriever.retrieve_batch(np.stack(self.embeddings), 1, TEMPERATURE)
+        return [name for name, _ in Counter(near[0].entry.name for near in found).most_common()]
 
     @property
     def adapter_bytes(self):

@@ -125,8 +125,8 @@ def test_adapters_come_and_go(stock, durable_env, chronicle, tmp_path):
 
 def test_blobs_rot(stock, durable_env, chronicle, tmp_path):
     store = open_store(stock.uri)
-    stock.publish(range(16), seed=2)
-    rotten = ("a000", "a004")  # near to images of two domains
+    stock.publish(_ADAPTERS, seed=2)
+    rotten = stock.nearest()[:2]
     for name in rotten:
         stock.library.rollback(name, 1)
     with (
