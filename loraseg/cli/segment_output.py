@@ -6,14 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from loraseg.cli.console import say
 from loraseg.data.labels import LabelSpace
-from loraseg.data.masks import encode_mask
 from loraseg.errors import StoreError
 from loraseg.segment.choice import AdaptiveSettings
-from loraseg.segment.render import encode_png, overlay_with_legend, palette_png
+from loraseg.segment.render import encode_png, grey_png, overlay_with_legend, palette_png
 from loraseg.tensor_types import ndarray
 
 __all__ = ["Output"]
@@ -69,8 +66,7 @@ class Output:
         }
         for name, values in maps.items():
             if values is not None:
-                grey = np.rint(255 * values).astype(np.uint8)
-                files[f"{path.stem}_{name}.png"] = encode_mask(grey)
+                files[f"{path.stem}_{name}.png"] = grey_png(values)
         self._keep(files)
         parts = ", ".join(f"{used['name']} {used['weight']:.2f}" for used in told["adapters"])
         reason = parts or told["fallback"] or "base alone"

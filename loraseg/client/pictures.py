@@ -1,8 +1,6 @@
 """Images to send and maps that come back, with every size checked before it costs memory."""
 
 import io
-import struct
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,26 +9,13 @@ from numpy import ndarray
 from PIL import Image
 
 from loraseg.errors import DatasetError
+from loraseg.pictures import DECODE_ERRORS, MAX_PIXELS
 
 __all__ = ["ImageInput", "Upload", "decode_map", "prepare"]
 
 ImageInput = ndarray | bytes | Path | str
 
 _TYPES = {"PNG": "image/png", "JPEG": "image/jpeg"}
-# As many as the offline tool reads.
-_MAX_PIXELS = 64_000_000
-_DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    OverflowError,
-    IndexError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +74,7 @@ def decode_map(png: bytes, shapes: frozenset[tuple[int, int]]) -> ndarray:
             if picture.mode not in ("L", "P") or (height, width) not in shapes:
                 raise ValueError(f"mode {picture.mode}, {width} x {height}, expected one of 8 bits")
             return np.array(picture)
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         raise ValueError(f"not the expected PNG: {error}") from error
 
 
@@ -111,12 +96,12 @@ def _checked(data: bytes, what: str) -> Upload:
         with Image.open(io.BytesIO(data), formats=tuple(_TYPES)) as picture:
             width, height = picture.size
             content_type = _TYPES[picture.format or "PNG"]
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         raise DatasetError(f"{what}: not a PNG or JPEG image") from error
     _check_pixels(height, width, what)
     return Upload(data, content_type, frozenset({(height, width), (width, height)}))
 
 
 def _check_pixels(height: int, width: int, what: str) -> None:
-    if height * width > _MAX_PIXELS:
-        raise DatasetError(f"{what}: {width} x {height} pixels; at most {_MAX_PIXELS} are sent")
+    if height * width > MAX_PIXELS:
+        raise DatasetError(f"{what}: {width} x {height} pixels; at most {MAX_PIXELS} are sent")

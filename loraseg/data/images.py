@@ -1,32 +1,15 @@
 """Images from disk, fully decoded and bounded in size."""
 
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from loraseg.errors import DatasetError
+from loraseg.pictures import DECODE_ERRORS, MAX_PIXELS
 from loraseg.tensor_types import UInt8, ndarray
 
-__all__ = ["DECODE_ERRORS", "MAX_PIXELS", "open_checked", "read_image", "to_rgb"]
-
-# Below Pillow's own limit (89 million), so that ours is the message that people see.
-MAX_PIXELS = 64_000_000
-# What Pillow raises on broken or hostile files: the tests cut and flip bytes of good ones.
-DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    OverflowError,
-    IndexError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
+__all__ = ["open_checked", "read_image", "to_rgb"]
 
 
 def open_checked(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:

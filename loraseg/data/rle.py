@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from loraseg.data.images import MAX_PIXELS
 from loraseg.errors import DatasetError
+from loraseg.pictures import MAX_PIXELS
 from loraseg.tensor_types import Bool, ndarray
 
 __all__ = ["decode_rle", "encode_rle"]

@@ -5,8 +5,9 @@ import struct
 
 from PIL import Image
 
-from loraseg.data.images import DECODE_ERRORS, MAX_PIXELS, to_rgb
+from loraseg.data.images import to_rgb
 from loraseg.errors import DatasetError
+from loraseg.pictures import DECODE_ERRORS, MAX_PIXELS
 from loraseg.tensor_types import UInt8, ndarray
 
 __all__ = ["decode_image", "image_size"]

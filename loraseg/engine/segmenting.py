@@ -6,12 +6,12 @@ from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from loraseg.engine.adapter_ref import AdapterRef, AdapterUnavailableError, Failure
 from loraseg.engine.shelf import Attention
 from loraseg.errors import LorasegError, ServiceError
-from loraseg.segment.choice import Choice
+from loraseg.segment.choice import Choice, TilingChoice
 from loraseg.segment.large import needs_tiles
 from loraseg.segment.pool import AdapterCache, EntryLike, UnusableAdaptersError
 from loraseg.segment.runner import Job, Runner, Segmentation
@@ -43,7 +43,7 @@ class Task:
     choice: Choice
     attention: Attention | None = None
     maps: frozenset[str] = field(default_factory=frozenset[str])
-    tiling: Literal["auto", "never", "always"] = "auto"
+    tiling: TilingChoice = "auto"
     deadline: float = float("inf")
 
 

@@ -6,14 +6,22 @@ The method is SemLA's (methods B.4 and B.5).
 from collections.abc import Collection, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 
 from loraseg.errors import LorasegError
 from loraseg.fuse.mix import Mix
 from loraseg.segment.base import check_classes
-from loraseg.segment.choice import PRESETS, AdaptiveSettings, Choice, Wish, choose, preset
+from loraseg.segment.choice import (
+    PRESETS,
+    AdaptiveSettings,
+    Choice,
+    TilingChoice,
+    Wish,
+    choose,
+    preset,
+)
 from loraseg.segment.large import needs_tiles
 from loraseg.segment.pixel_maps import check_maps, label_map
 from loraseg.segment.pool import AdapterPool, UnusableAdaptersError
@@ -37,8 +45,6 @@ __all__ = [
 ]
 
 _T = TypeVar("_T")
-
-TilingChoice = Literal["auto", "never", "always"]
 
 
 @runtime_checkable

@@ -15,6 +15,7 @@ __all__ = [
     "Choice",
     "Mode",
     "Part",
+    "TilingChoice",
     "Wish",
     "adapters_not_found",
     "choose",
@@ -25,6 +26,7 @@ __all__ = [
 _TOLD = 5
 
 Mode = Literal["fused", "uniform", "base"]
+TilingChoice = Literal["auto", "never", "always"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

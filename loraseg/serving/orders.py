@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from loraseg.segment.adaptive import Segmentation
-from loraseg.segment.choice import Wish
+from loraseg.segment.choice import TilingChoice, Wish
 from loraseg.tensor_types import ndarray
 
 __all__ = [
@@ -17,11 +17,9 @@ __all__ = [
     "Outcome",
     "Readiness",
     "Skipped",
-    "TilingChoice",
 ]
 
 MapName = Literal["confidence", "entropy"]
-TilingChoice = Literal["auto", "never", "always"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,20 +6,20 @@ import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from loraseg.data.labels import LabelSpace
 from loraseg.errors import ConfigError, DatasetError, ServiceError
 from loraseg.segment.base import check_classes
-from loraseg.segment.choice import Mode, Wish
+from loraseg.segment.choice import Mode, TilingChoice, Wish
 from loraseg.serving.config import Limits, ServiceConfig
-from loraseg.serving.orders import MapName, TilingChoice
+from loraseg.serving.orders import MapName
 from loraseg.serving.views import default_settings
 
 __all__ = ["MODES", "PARAMETERS", "RETURNS", "TILINGS", "TOP_K", "Ask", "Asking", "one_of_each"]
 
 MODES = ("fused", "base", "uniform")
-TILINGS = ("auto", "never", "always")
+TILINGS = get_args(TilingChoice)
 RETURNS = ("mask", "confidence", "entropy", "overlay", "rle", "polygons", "explanation")
 DEFAULT_RETURNS = ("mask", "explanation")
 # More neighbours would make one request load a library.

@@ -1,12 +1,8 @@
 """The endpoint in this process, on a free port, and a library for it to serve."""
 
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import uvicorn
 
 from loraseg.adapters.peft_io import adapter_files
 from loraseg.backbones.clip import load_clip
@@ -19,6 +15,7 @@ from loraseg.serving.build import build_local
 from loraseg.serving.config import ServiceConfig
 from loraseg.serving.tokens import TokenBook
 from loraseg.storage import open_store
+from tests.asgi_server import listening
 from tests.unit.tiny import random_pairs
 
 DOMAINS = ("fog-light", "night", "snow", "sketch")
@@ -53,16 +50,5 @@ def serving(config: ServiceConfig) -> Iterator[str]:
         assert engine.wait_until_ready(60.0)
         tokens = None if config.tokens is None else TokenBook.open(config.tokens)
         app = build_api(engine, config, tokens=tokens)
-        settings = {"port": 0, "log_level": "error", "ws": "none", "lifespan": "off"}
-        server = uvicorn.Server(uvicorn.Config(app, **settings))
-        thread = threading.Thread(target=server.run, name="page-server")
-        thread.start()
-        try:
-            while not server.started:
-                assert thread.is_alive(), "the server did not start"
-                time.sleep(0.02)
-            port = server.servers[0].sockets[0].getsockname()[1]
+        with listening(app) as port:
             yield f"http://127.0.0.1:{port}/"
-        finally:
-            server.should_exit = True
-            thread.join()

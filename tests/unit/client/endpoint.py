@@ -2,16 +2,14 @@
 
 import contextlib
 import hashlib
-import socket
-import threading
 
-import uvicorn
 import yaml
 
 from loraseg.serving.api import build_api
 from loraseg.serving.build import build_local
 from loraseg.serving.config import ServiceConfig
 from loraseg.serving.tokens import TokenBook
+from tests.asgi_server import listening
 
 TOKENS = {"worker": ["segment"], "admin": ["segment", "admin"]}
 
@@ -40,15 +38,6 @@ def endpoint(models, library, *, tokens=None, tls=None, **config):
 
 @contextlib.contextmanager
 def serve(app, tls=None):
-    """Serve an ASGI app on a free port, with TLS if (certificate, key) are named."""
-    files = {} if tls is None else {"ssl_certfile": tls[0], "ssl_keyfile": tls[1]}
-    options = {"log_config": None, "lifespan": "off", "ws": "none", "timeout_graceful_shutdown": 5}
-    server = uvicorn.Server(uvicorn.Config(app, **options, **files))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            yield f"{'http' if tls is None else 'https'}://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
+    """Serve an ASGI app on a free port; yield the URL."""
+    with listening(app, tls) as port:
+        yield f"{'http' if tls is None else 'https'}://127.0.0.1:{port}"

@@ -5,6 +5,7 @@ import base64
 import io
 import json
 from dataclasses import replace
+from pathlib import Path
 from urllib.parse import unquote_plus
 
 import httpx2
@@ -16,7 +17,19 @@ from loraseg.serving.problems import KINDS
 from tests.unit.tiny import domain_images
 
 # What would tell a client about this machine.
-LEAKS = ("/work", "/tmp", "/root", "/home", "Traceback", 'File "', "0x", "site-packages", "s3://")
+ROOT = str(Path(__file__).parents[3])
+LEAKS = (
+    ROOT,
+    "/etc",
+    "/tmp",
+    "/root",
+    "/home",
+    "Traceback",
+    'File "',
+    "0x",
+    "site-packages",
+    "s3://",
+)
 
 
 def png(image, **options):

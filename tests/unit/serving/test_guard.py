@@ -8,10 +8,10 @@ import threading
 import time
 
 import pytest
-import uvicorn
 
 from loraseg.serving.api import build_api
 from loraseg.serving.orders import Readiness
+from tests.asgi_server import listening
 from tests.unit.serving.talking import NIGHT, Talk, png
 from tests.unit.serving.test_bodies import form
 
@@ -34,7 +34,7 @@ class Waiting:
         return Readiness(False, ("library 'main': being loaded",))
 
     async def catalog(self, library):
-        raise RuntimeError("secret of /work/main")
+        raise RuntimeError("secret of /etc/service")
 
     async def card(self, library, name):
         raise NotImplementedError
@@ -44,21 +44,6 @@ class Waiting:
 
     async def base(self):
         raise NotImplementedError
-
-
-@contextlib.contextmanager
-def serving(api):
-    config = uvicorn.Config(api, port=0, log_level="error", lifespan="off")
-    server = uvicorn.Server(config)
-    listening = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    try:
-        yield listening.getsockname()[1]
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        listening.close()
 
 
 def connect(port, *parts):
@@ -90,7 +75,7 @@ def code(connection):
 @pytest.fixture
 def small(engine, world):
     talk = Talk(engine, world, limits={"body_bytes": 100_000, "body_timeout_s": 0.5})
-    with serving(talk.api) as port:
+    with listening(talk.api) as port:
         yield port
 
 
@@ -145,7 +130,7 @@ def test_work_is_cancelled_when_the_client_leaves(world, path):
     field = "images" if path.endswith("batch") else "image"
     body = form([("classes", None, b"road"), (field, "a", png(NIGHT))])
     kind = "multipart/form-data; boundary=----b0undary"
-    with serving(talk.api) as port:
+    with listening(talk.api) as port:
         with connect(port, head(len(body), kind, path), body):
             assert engine.begun.acquire(timeout=10)
         assert engine.cancelled.acquire(timeout=10)
@@ -156,14 +141,16 @@ def test_work_is_cancelled_when_the_client_leaves(world, path):
             with connect(port, head(len(body), kind, path), body):
                 is_begun = engine.begun.acquire(timeout=0.5)
         assert is_begun
-    assert talk.visits[0].status in (499, 200)
+    # Those who came before the place was free were sent away, maybe earlier than the first ended.
+    served = [visit.status for visit in talk.visits if visit.status != 429]
+    assert served[0] in (499, 200)
 
 
 def test_places_are_bounded(world):
     engine = Waiting()
     api = Talk(engine, world, limits={"concurrent": 1}).api
     body = png(NIGHT)
-    with serving(api) as port, connect(port, head(len(body)), body):
+    with listening(api) as port, connect(port, head(len(body)), body):
         assert engine.begun.acquire(timeout=10)
         with connect(port, head(len(body)), body) as second:
             assert code(second) == (429, "too_many_requests")
@@ -181,8 +168,8 @@ def test_fault_is_logged_and_not_told(world, caplog):
     talk = Talk(Waiting(), world)
     with pytest.raises(AssertionError):
         talk("GET", "/v1/adapters")
-    assert "secret of /work/main" in caplog.text
-    with serving(build_api(Waiting(), world)) as port:
+    assert "secret of /etc/service" in caplog.text
+    with listening(build_api(Waiting(), world)) as port:
         request = b"GET /v1/adapters HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
         with connect(port, request) as connection:
             status, body = answer(connection)
