@@ -1,9 +1,19 @@
 """Mixing adapters: weights from distances, mixes, and the bank that lets them act per image."""
 
-__all__ = ["AdapterBank", "LateSum", "Mix", "concat_lora", "fuse", "late_fusion", "mixing_weights"]
+__all__ = [
+    "AdapterBank",
+    "LateSum",
+    "Mix",
+    "concat_lora",
+    "fuse",
+    "late_fusion",
+    "merged",
+    "mixing_weights",
+]
 
 from loraseg.fuse.bank import AdapterBank
 from loraseg.fuse.concat import concat_lora
 from loraseg.fuse.late import LateSum, late_fusion
+from loraseg.fuse.merged import merged
 from loraseg.fuse.mix import Mix, fuse
 from loraseg.fuse.weights import mixing_weights

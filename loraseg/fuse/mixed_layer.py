@@ -11,7 +11,10 @@ from loraseg.errors import StageError
 from loraseg.fuse.merging import MergeTable
 from loraseg.tensor_types import Float, Tensor
 
-__all__ = ["MixedLayer", "Plan", "Segment"]
+__all__ = ["MERGED", "MixedLayer", "Plan", "Segment", "check_free"]
+
+# What :func:`loraseg.fuse.merged.merged` leaves on a layer instance while a mix is in its weight.
+MERGED = "merged_mix"
 
 # Values of a merged weight that is worth keeping: those of the aggregator, not of large towers.
 _KEPT_SIZE = 2**17
@@ -71,10 +74,7 @@ class MixedLayer:
         Raises:
             StageError: Something else stands in its place already.
         """
-        if "forward" in vars(self.linear):
-            raise StageError(
-                f"layer {self.name}: other adapters are in use on it; leave them first"
-            )
+        check_free(self.name, self.linear)
         self._plan, self._down, self._up, self._scratch = plan, down, up, scratch
         kept, weight = self._kept, self.linear.weight
         self._kept = {key: kept[key] for key in plan.digests if key in kept}
@@ -174,6 +174,16 @@ class MixedLayer:
         out = type(self.linear).forward(self.linear, *inputs)
         low = _products(rows, sides, down, None).reshape(parts, -1, down.shape[1])
         return torch.baddbmm(out.reshape(parts, -1, out.shape[-1]), low, up)
+
+
+def check_free(name: str, linear: nn.Linear) -> None:
+    """Check that no adapters act on a layer, in its weight or in place of its ``forward``.
+
+    Raises:
+        StageError: Some do.
+    """
+    if vars(linear).keys() & {"forward", MERGED}:
+        raise StageError(f"layer {name}: other adapters are in use on it; leave them first")
 
 
 # Rows, what goes with them on the second input, and where their results go.
