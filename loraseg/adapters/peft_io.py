@@ -29,6 +29,7 @@ from loraseg.tensor_types import Tensor
 
 __all__ = [
     "CONFIG_FILE",
+    "FUSION_FILE",
     "WEIGHTS_FILE",
     "adapter_files",
     "files_digest",
@@ -39,6 +40,8 @@ __all__ = [
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+# What a generator's adapter has beside its pairs, see loraseg.adapters.fusion_file.
+FUSION_FILE = "fusion.safetensors"
 MAX_HEADER_BYTES = 2**24
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"base_model\.model\.((?:[A-Za-z0-9_]+\.)+)lora_(A|B)\.weight")
@@ -158,9 +161,11 @@ def pairs_of(model: nn.Module, adapter_name: str = "default") -> dict[str, LoraP
 def files_digest(files: Mapping[str, bytes]) -> str:
     """Return an adapter's digest: sha256 of canonical JSON of {file name: sha256 of its bytes}.
 
-    Only the two weight files count, so a card beside them does not change it.
+    The two weight files count, and the fusion layers where there are any; a card or an exported
+    form beside them does not change it.
     """
-    parts = {name: hashlib.sha256(files[name]).hexdigest() for name in (CONFIG_FILE, WEIGHTS_FILE)}
+    names = (CONFIG_FILE, WEIGHTS_FILE, *({FUSION_FILE} & files.keys()))
+    parts = {name: hashlib.sha256(files[name]).hexdigest() for name in names}
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -171,7 +176,7 @@ def _read_folder(folder: Path) -> dict[str, bytes]:
     config = folder / CONFIG_FILE
     if config.is_file() and config.stat().st_size > MAX_CONFIG_BYTES:
         raise IntegrityError(f"{config}: larger than {MAX_CONFIG_BYTES} bytes")
-    known = (CONFIG_FILE, WEIGHTS_FILE)
+    known = (CONFIG_FILE, FUSION_FILE, WEIGHTS_FILE)
     # The bytes of other files are not needed, their names are, to say why a pickle is refused.
     return {
         path.name: path.read_bytes() if path.name in known else b""

@@ -1,4 +1,4 @@
-"""The training loop: AdamW, cosine after warm-up, clipping, checkpoints; nothing task-specific.
+"""The training loop: AdamW, schedule, clipping, averaging, checkpoints; nothing task-specific.
 
 What happens at step s depends on the parameters, the optimiser's state and s alone, so a run that
 is killed and resumed any number of times ends in the same bytes as one that is left alone.
@@ -8,7 +8,8 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -18,11 +19,22 @@ from loraseg.errors import ConfigError, StageError
 from loraseg.tensor_types import Tensor
 from loraseg.train.checkpoint import CheckpointSlot, Snapshot
 
-__all__ = ["LoopConfig", "LoopResult", "Optimisation", "Watcher", "rate_factor", "run_loop"]
+__all__ = [
+    "AveragingLoopConfig",
+    "LoopConfig",
+    "LoopResult",
+    "Loss",
+    "Optimisation",
+    "Watcher",
+    "rate_factor",
+    "run_loop",
+]
 
 logger = logging.getLogger(__name__)
 
 Watcher = Callable[[int, float], None]
+# Whole, or in parts that are summed; each part's graph is gone before the next is asked for.
+Loss = Tensor | Iterable[Tensor]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +75,33 @@ class LoopConfig:
             raise ConfigError(f"clip_norm: got {self.clip_norm}, expected above 0")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class AveragingLoopConfig(LoopConfig):
+    """A loop that may also keep its rate, and average what it passes through.
+
+    A class of its own since the fields of :class:`LoopConfig` are part of the digests by which
+    adapters that were published long ago are known to be done.
+
+    Attributes:
+        schedule: "cosine", or "constant" after the warm-up.
+        ema_decay: Share of the average that a step keeps, in (0, 1); at step t at most
+            (1 + t) / (10 + t), so that the start is soon forgotten. None averages nothing.
+    """
+
+    schedule: Literal["cosine", "constant"] = "cosine"
+    ema_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ConfigError: A value is out of range.
+        """
+        LoopConfig.__post_init__(self)
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ConfigError(f"ema_decay: got {self.ema_decay}, expected in (0, 1) or null")
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class LoopResult:
     """How a loop went: the last loss, batches without a label, and where it took up again."""
@@ -75,13 +114,14 @@ class LoopResult:
 def rate_factor(config: LoopConfig, step: int) -> float:
     """Return the share of the peak rate at a step in [0, steps).
 
-    A cosine from 1 to 0 over all steps; before ``warmup_steps`` a straight line from
-    ``warmup_factor`` up to that cosine (methods B.2).
+    A cosine from 1 to 0 over all steps, or 1 all along; before ``warmup_steps`` a straight line
+    from ``warmup_factor`` up to that (methods B.2).
     """
+    constant = isinstance(config, AveragingLoopConfig) and config.schedule == "constant"
     if step >= config.warmup_steps:
-        return _cosine(config, step)
+        return 1.0 if constant else _cosine(config, step)
     share = step / config.warmup_steps
-    top = _cosine(config, config.warmup_steps)
+    top = 1.0 if constant else _cosine(config, config.warmup_steps)
     return config.warmup_factor * (1 - share) + top * share
 
 
@@ -114,9 +154,10 @@ class Optimisation:
         self._parameters, self._slot, self._watch = parameters, slot, watch
         self._optimizer = torch.optim.AdamW([dict(group) for group in groups])
         self._peaks = [group["lr"] for group in self._optimizer.param_groups]
+        self._average = _Average.of(config, parameters)
         snapshot = slot.load() if slot else None
         if snapshot:
-            _restore(snapshot, parameters, self._optimizer)
+            _restore(snapshot, parameters, self._optimizer, self._average)
         self.first, self._skipped = (
             (snapshot.step, snapshot.skipped_batches) if snapshot else (0, 0)
         )
@@ -126,13 +167,14 @@ class Optimisation:
         """Whether this run has still to make a step."""
         return self.first <= step < self.config.steps
 
-    def advance(self, step: int, loss: Tensor | None) -> None:
+    def advance(self, step: int, loss: Loss | None) -> None:
         """Make one step; steps come in order, from ``first`` on, none left out.
 
         Args:
             step: Number of the step.
             loss: Its loss, a pure function of the step and the parameters. None says that the
-                step's batch has nothing to learn from.
+                step's batch has nothing to learn from. Parts are taken back one after the other:
+                their sum is the loss, and the memory is that of one part.
 
         Raises:
             StageError: The loss or a gradient is not finite.
@@ -144,11 +186,35 @@ class Optimisation:
             self._loss = math.nan
         else:
             self._loss = _update(loss, self._parameters, self._optimizer, self.config, step)
+            if self._average:
+                self._average.follow(step)
         done = step + 1
         if self._slot and (done % self.config.checkpoint_every == 0 or done == self.config.steps):
-            self._slot.save(_snapshot(done, self._skipped, self._parameters, self._optimizer))
+            self._slot.save(self._snapshot(done))
         if self._watch:
             self._watch(done, self._loss)
+
+    @contextmanager
+    def averaged(self) -> Generator[None, None, None]:
+        """Let the parameters be what is to be kept of the run: their average, if one is taken.
+
+        At the end they are again what the next step goes on from.
+        """
+        if self._average is None:
+            yield
+            return
+        with self._average.in_place():
+            yield
+
+    def _snapshot(self, step: int) -> Snapshot:
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self._parameters.items():
+            tensors[f"value/{name}"] = parameter.detach().cpu()
+            for key, value in self._optimizer.state.get(parameter, {}).items():
+                tensors[f"{key}/{name}"] = value.detach().cpu()
+            if self._average:
+                tensors[f"average/{name}"] = self._average.values[name].cpu()
+        return Snapshot(step, self._skipped, tensors)
 
     def result(self) -> LoopResult:
         """Return how it went, after the last step.
@@ -168,7 +234,7 @@ class Optimisation:
 def run_loop(
     parameters: Mapping[str, nn.Parameter],
     groups: Iterable[Mapping[str, Any]],
-    loss_of: Callable[[int], Tensor | None],
+    loss_of: Callable[[int], Loss | None],
     config: LoopConfig,
     *,
     slot: CheckpointSlot | None = None,
@@ -199,20 +265,22 @@ def _cosine(config: LoopConfig, step: int) -> float:
 
 
 def _update(
-    loss: Tensor,
+    loss: Loss,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     config: LoopConfig,
     step: int,
 ) -> float:
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise StageError(
-            f"step {step}: the loss is {value}; expected a finite number (lower the learning "
-            f"rate, or look for broken images)"
-        )
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    value = 0.0
+    for part in (loss,) if isinstance(loss, Tensor) else loss:
+        value += float(part.detach())
+        if not math.isfinite(value):
+            raise StageError(
+                f"step {step}: the loss is {value}; expected a finite number (lower the learning "
+                f"rate, or look for broken images)"
+            )
+        part.backward()
     norm = float(nn.utils.clip_grad_norm_(parameters.values(), config.clip_norm))
     if not math.isfinite(norm):
         raise StageError(f"step {step}: the gradient norm is {norm}; expected a finite number")
@@ -220,34 +288,57 @@ def _update(
     return value
 
 
-def _snapshot(
-    step: int,
-    skipped: int,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-) -> Snapshot:
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in parameters.items():
-        tensors[f"value/{name}"] = parameter.detach().cpu()
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}/{name}"] = value.detach().cpu()
-    return Snapshot(step, skipped, tensors)
+class _Average:
+    """The running average of parameters, on their devices."""
+
+    def __init__(self, decay: float, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._decay, self._parameters = decay, parameters
+        self.values = {name: value.detach().clone() for name, value in parameters.items()}
+
+    @classmethod
+    def of(cls, config: LoopConfig, parameters: Mapping[str, nn.Parameter]) -> "_Average | None":
+        if isinstance(config, AveragingLoopConfig) and config.ema_decay is not None:
+            return cls(config.ema_decay, parameters)
+        return None
+
+    def follow(self, step: int) -> None:
+        decay = min(self._decay, (1 + step) / (10 + step))
+        for name, parameter in self._parameters.items():
+            self.values[name].lerp_(parameter.detach(), 1 - decay)
+
+    @contextmanager
+    def in_place(self) -> Generator[None, None, None]:
+        current = {name: value.detach().clone() for name, value in self._parameters.items()}
+        self._set(self.values)
+        try:
+            yield
+        finally:
+            self._set(current)
+
+    def _set(self, values: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(values[name])
 
 
 def _restore(
     snapshot: Snapshot,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
+    average: _Average | None,
 ) -> None:
-    values = {key: tensor for key, tensor in snapshot.tensors.items() if key.startswith("value/")}
-    if set(values) != {f"value/{name}" for name in parameters}:
-        raise StageError("the checkpoint holds other parameters than the model that resumes it")
+    for kind, wanted in (("value", parameters), ("average", average.values if average else {})):
+        held = {key for key in snapshot.tensors if key.startswith(f"{kind}/")}
+        if held != {f"{kind}/{name}" for name in wanted}:
+            raise StageError("the checkpoint holds other parameters than the model that resumes it")
     with torch.no_grad():
         for key, tensor in snapshot.tensors.items():
             kind, _, name = key.partition("/")
             parameter = parameters[name]
             if kind == "value":
                 parameter.copy_(tensor)
+            elif kind == "average" and average:
+                average.values[name].copy_(tensor)
             else:
                 # AdamW counts its steps on the CPU, wherever the parameters are.
                 where = "cpu" if kind == "step" else parameter.device

@@ -7,7 +7,13 @@ from torch import nn
 from loraseg.errors import ConfigError, StageError
 from loraseg.storage import open_store
 from loraseg.train.checkpoint import CheckpointSlot, Snapshot
-from loraseg.train.loop import LoopConfig, rate_factor, run_loop
+from loraseg.train.loop import (
+    AveragingLoopConfig,
+    LoopConfig,
+    Optimisation,
+    rate_factor,
+    run_loop,
+)
 from tests.unit.train.killing import Killed, kill_at
 
 CONFIG = LoopConfig(steps=12, warmup_steps=3, clip_norm=0.5, checkpoint_every=4)
@@ -186,3 +192,75 @@ def test_rate_rises_linearly_and_falls_to_zero():
 def test_refuses_settings_out_of_range(values, reason):
     with pytest.raises(ConfigError, match=reason):
         LoopConfig(**values)
+
+
+AVERAGING = AveragingLoopConfig(
+    steps=12, warmup_steps=3, clip_norm=0.5, checkpoint_every=4, schedule="constant", ema_decay=0.5
+)
+
+
+def test_the_average_is_the_one_written_out():
+    seen, problem = [], Problem(skip=(2,))
+    states = lambda done, loss: seen.append(problem.state().double())  # noqa: E731
+    run = Optimisation(problem.parameters, problem.groups, AVERAGING, watch=states)
+    expected = problem.state().double()
+    for step in range(12):
+        run.advance(step, problem.loss_of(step))
+    for step, state in enumerate(seen):
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = expected if step == 2 else decay * expected + (1 - decay) * state
+    last = problem.state()
+    with run.averaged():
+        torch.testing.assert_close(problem.state().double(), expected, rtol=0, atol=1e-6)
+    assert torch.equal(problem.state(), last)
+    assert not torch.equal(last.double(), expected)
+
+
+@pytest.mark.parametrize("kills", [(1,), (5, 7), (11,)])
+def test_the_average_survives_kills_bit_by_bit(tmp_path, kills):
+    def averaged(problem, **options):
+        run = Optimisation(problem.parameters, problem.groups, AVERAGING, **options)
+        for step in range(run.first, AVERAGING.steps):
+            run.advance(step, problem.loss_of(step))
+        with run.averaged():
+            return problem.state()
+
+    whole = averaged(Problem())
+    slot = CheckpointSlot(open_store(str(tmp_path)))
+    for step in kills:
+        with pytest.raises(Killed):
+            averaged(Problem(), slot=slot, watch=kill_at(step))
+    assert torch.equal(averaged(Problem(), slot=slot), whole)
+
+
+def test_a_checkpoint_without_the_average_is_refused(tmp_path):
+    slot = CheckpointSlot(open_store(str(tmp_path)))
+    Problem().run(slot=slot)
+    with pytest.raises(StageError, match="other parameters"):
+        Problem().run(AVERAGING, slot=slot)
+
+
+def test_a_loss_in_parts_is_their_sum():
+    whole, parted = Problem(), Problem()
+    losses = [], []
+    inner = parted.loss_of
+    parted.loss_of = lambda step: (inner(step) * share for share in (0.25, 0.5, 0.25))
+    for problem, kept in zip((whole, parted), losses, strict=True):
+        problem.run(watch=lambda done, loss, kept=kept: kept.append(loss))
+    torch.testing.assert_close(whole.state(), parted.state(), rtol=1e-6, atol=1e-6)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_constant_rate_stays_after_the_warm_up():
+    factors = [rate_factor(AVERAGING, step) for step in range(12)]
+    assert factors[:3] == pytest.approx([0.01, 0.34, 0.67])
+    assert factors[3:] == [1.0] * 9
+    cosine = AveragingLoopConfig(steps=12, warmup_steps=3)
+    plain = LoopConfig(steps=12, warmup_steps=3)
+    assert [rate_factor(cosine, s) for s in range(12)] == [rate_factor(plain, s) for s in range(12)]
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0, math.nan])
+def test_refuses_an_average_that_is_none(decay):
+    with pytest.raises(ConfigError, match="ema_decay: got"):
+        AveragingLoopConfig(steps=1, ema_decay=decay)

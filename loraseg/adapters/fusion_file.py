@@ -1,0 +1,109 @@
+"""``fusion.safetensors``: the layers that mix plain and rectified attention (methods b.2, d.4).
+
+A file of its own: keys without "lora" in a LoRA file make stock loaders refuse it.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from loraseg.adapters.peft_io import FUSION_FILE
+from loraseg.errors import AdapterMismatchError, IntegrityError
+from loraseg.storage.tensors import encode_tensors
+from loraseg.tensor_types import Tensor
+
+__all__ = ["FUSION_FILE", "FusionMode", "FusionState", "fusion_file", "read_fusion"]
+
+FusionMode = Literal["token", "pooled"]
+
+_KEY = re.compile(r"(?:[A-Za-z0-9_]+\.)+alpha\.(weight|bias)")
+_MAX_BYTES = 2**26
+_MAX_LAYERS = 4096
+_MODES = ("token", "pooled")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FusionState:
+    """The layers by ``<attention module>.alpha.weight`` (1, c) and ``.bias`` (1,), float32.
+
+    Attributes:
+        tensors: Weights and biases, both for every layer.
+        mode: Whether a layer looks at each token or at the mean over them.
+    """
+
+    tensors: Mapping[str, Tensor]
+    mode: FusionMode
+
+
+def fusion_file(tensors: Mapping[str, Tensor], mode: FusionMode) -> bytes:
+    """Return the file; equal arguments give equal bytes.
+
+    Raises:
+        AdapterMismatchError: A name or shape is not as in :class:`FusionState`, or there is none.
+    """
+    try:
+        _check(tensors)
+    except IntegrityError as error:
+        raise AdapterMismatchError(str(error)) from error
+    return encode_tensors(
+        {name: tensor.float() for name, tensor in sorted(tensors.items())}, {"mode": mode}
+    )
+
+
+def read_fusion(data: bytes) -> FusionState:
+    """Read the file as if a stranger had made it.
+
+    Raises:
+        IntegrityError: It is malformed, too large, or a tensor has a wrong name, type, shape or a
+            value that is not finite.
+    """
+    if len(data) > _MAX_BYTES:
+        raise IntegrityError(f"{FUSION_FILE}: {len(data)} bytes, at most {_MAX_BYTES}")
+    try:
+        tensors = safetensors.torch.load(data)
+        mode = _metadata(data).get("mode")
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise IntegrityError(f"{FUSION_FILE}: not a safetensors file: {error}") from error
+    if mode not in _MODES:
+        raise IntegrityError(
+            f"{FUSION_FILE}: mode {str(mode)[:40]!r}, expected one of {', '.join(_MODES)}"
+        )
+    _check(tensors)
+    return FusionState(tensors, mode)
+
+
+def _metadata(data: bytes) -> dict[str, Any]:
+    size = int.from_bytes(data[:8], "little")
+    return dict(json.loads(data[8 : 8 + size])["__metadata__"])
+
+
+def _check(tensors: Mapping[str, Tensor]) -> None:
+    if not 1 <= len(tensors) <= 2 * _MAX_LAYERS:
+        raise IntegrityError(
+            f"{FUSION_FILE}: {len(tensors)} tensors, expected 2 for each of 1 to {_MAX_LAYERS} "
+            "layers"
+        )
+    for name, tensor in tensors.items():
+        match = _KEY.fullmatch(name)
+        if match is None:
+            raise IntegrityError(
+                f"{FUSION_FILE}: unexpected tensor {name[:200]!r}, expected names like "
+                "<attention module>.alpha.weight"
+            )
+        partner = name.removesuffix(match[1]) + ("bias" if match[1] == "weight" else "weight")
+        if partner not in tensors:
+            raise IntegrityError(f"{FUSION_FILE}: {partner[:200]} is missing, its partner is there")
+        fits = tensor.ndim == 2 if match[1] == "weight" else tensor.ndim == 1
+        if not fits or tensor.shape[0] != 1 or not tensor.is_floating_point():
+            raise IntegrityError(
+                f"{FUSION_FILE}: {name[:200]}: {tuple(tensor.shape)} of {tensor.dtype}; expected "
+                "weight (1, c) and bias (1,) of a floating point type"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise IntegrityError(f"{FUSION_FILE}: {name[:200]} holds NaN or infinite values")
