@@ -1,0 +1,181 @@
+"""From a mask to what the generator is told: prompt, token classes and regions (methods b.1)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from loraseg.data.labels import IGNORE, LabelSpace
+from loraseg.errors import ConfigError, DatasetError
+from loraseg.synth.nearest_fill import fill_ignored
+from loraseg.synth.prompts import class_words, prompt_pieces, split_template
+from loraseg.synth.token_map import TokenMap
+from loraseg.tensor_types import Int, UInt8, ndarray
+
+__all__ = ["Condition", "Conditioner", "ConditioningConfig", "Downsampling"]
+
+Downsampling = Literal["nearest", "max"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConditioningConfig:
+    """How masks become prompts and regions.
+
+    Attributes:
+        template: Holds ``{classes}`` once, e.g. ``{classes} in heavy fog``; its own words are
+            seen by all pixels.
+        background_word: Word of a class named "background"; None leaves it out of the prompt.
+        words: Other words for class names that mean something else to the text model.
+        downsampling: ``nearest``, or ``max`` for thin objects
+            (:class:`~loraseg.synth.regions.Regions`).
+    """
+
+    template: str = "{classes}"
+    background_word: str | None = None
+    words: dict[str, str] = field(default_factory=dict[str, str])
+    downsampling: Downsampling = "nearest"
+
+    def __post_init__(self) -> None:
+        split_template(self.template)
+        if self.downsampling not in ("nearest", "max"):
+            raise ConfigError(f"downsampling {self.downsampling!r}: expected nearest or max")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Condition:
+    """What one mask asks for.
+
+    Attributes:
+        prompt: The words of its classes by rising id, in the template.
+        token_classes: (l,) class id of each token; -1 for start, end, padding and template.
+        regions: (h, w) classes for conditioning: ignored pixels have the nearest class, 255 is a
+            place that sees only the tokens of no class.
+        label: (h, w) the mask as a label of the images: 255 also where a class was dropped.
+        classes: Ids of the classes in the prompt, rising.
+        dropped: Ids of the classes left out because the prompt would be too long, rising.
+        downsampling: How ``regions`` is reduced to a layer's resolution.
+    """
+
+    prompt: str
+    token_classes: Int[ndarray, " l"]
+    regions: UInt8[ndarray, "h w"]
+    label: UInt8[ndarray, "h w"]
+    classes: tuple[int, ...]
+    dropped: tuple[int, ...]
+    downsampling: Downsampling = "nearest"
+
+
+class Conditioner:
+    """Turns masks into conditions, for one label space and one pipeline's tokenizers."""
+
+    def __init__(
+        self, tokenizers: Sequence[Any], label_space: LabelSpace, config: ConditioningConfig
+    ) -> None:
+        """Tokenise every class name once.
+
+        Args:
+            tokenizers: Those of the pipeline; two must agree on where each word stands.
+            label_space: Class of each id in the masks.
+            config: Template, words and downsampling.
+
+        Raises:
+            ConfigError: ``words`` names an unknown class, the template is too long, or the
+                tokenizers disagree.
+            DatasetError: A class name makes no token, a special one, or more than fit.
+        """
+        self.label_space = label_space
+        self.config = config
+        self._tokens = TokenMap(tokenizers)
+        self._words = class_words(label_space, config.words, config.background_word)
+        before, after = (part.strip() for part in split_template(config.template))
+        where = f"template {config.template!r}"
+        self._room = self._tokens.room - sum(
+            self._tokens.count(part, where) for part in (before, after)
+        )
+        if self._room < 1:
+            raise ConfigError(
+                f"{where}: it leaves {self._room} of {self._tokens.room} tokens for class names, "
+                "expected at least 1"
+            )
+        self._lengths = {
+            index: self._length(index, word)
+            for index, word in enumerate(self._words)
+            if word is not None
+        }
+
+    def __call__(self, mask: ndarray, *, where: str = "mask") -> Condition:
+        """Return the condition of a mask.
+
+        If the names of its classes make too many tokens, the class with the fewest pixels is left
+        out (of equal ones that with the larger id), until they fit: its pixels become 255. A mask
+        of nothing but a background without a word has a prompt without classes.
+
+        Args:
+            mask: (h, w) uint8, ids of the label space or 255; not changed.
+            where: What to call the mask in errors.
+
+        Raises:
+            DatasetError: It is empty, of another type or shape, holds unknown ids, or ignores
+                every pixel.
+            ConfigError: A word reads differently inside the prompt than alone.
+        """
+        areas = self._areas(mask, where)
+        classes, dropped = self._fitting(areas)
+        words = [word for index in classes if (word := self._words[index]) is not None]
+        prompt, pieces = prompt_pieces(self.config.template, words)
+        seen = np.full(256, IGNORE, dtype=np.uint8)
+        seen[list(classes)] = classes
+        kept = np.arange(256, dtype=np.uint8)
+        kept[list(dropped)] = IGNORE
+        return Condition(
+            prompt=prompt,
+            token_classes=self._tokens.places(prompt, pieces, (-1, *classes, -1)),
+            regions=seen[fill_ignored(mask)],
+            label=kept[mask],
+            classes=classes,
+            dropped=dropped,
+            downsampling=self.config.downsampling,
+        )
+
+    def _length(self, index: int, word: str) -> int:
+        where = f"class {index} ({self.label_space.names[index]!r})"
+        length = self._tokens.count(word, where)
+        if not 1 <= length <= self._room:
+            raise DatasetError(
+                f"{where}: its word {word!r} makes {length} tokens, expected 1 to {self._room}; "
+                "give it another one by words"
+            )
+        return length
+
+    def _areas(self, mask: ndarray, where: str) -> dict[int, int]:
+        """Return the pixels of each class in a mask, by rising id."""
+        if mask.dtype != np.uint8 or mask.ndim != 2 or not mask.size:
+            raise DatasetError(
+                f"{where}: got {mask.dtype} {mask.shape}, expected uint8 (h, w), not empty"
+            )
+        counts = np.bincount(mask.ravel(), minlength=256)
+        present = [int(index) for index in np.flatnonzero(counts) if index != IGNORE]
+        unknown = [index for index in present if index >= len(self.label_space)]
+        if unknown:
+            raise DatasetError(
+                f"{where}: got class ids {unknown[:8]}, expected 0 to "
+                f"{len(self.label_space) - 1} or {IGNORE}"
+            )
+        if not present:
+            raise DatasetError(f"{where}: every pixel is ignored, expected at least one class")
+        return {index: int(counts[index]) for index in present}
+
+    def _fitting(self, areas: dict[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the ids of the classes that the prompt has room for, and of the others."""
+        chosen = [index for index in areas if index in self._lengths]
+        dropped: list[int] = []
+        by_area = sorted(chosen, key=lambda index: (areas[index], -index))
+        total = sum(self._lengths[index] for index in chosen)
+        for index in by_area:
+            if total <= self._room:
+                break
+            total -= self._lengths[index]
+            dropped.append(index)
+        classes = tuple(index for index in chosen if index not in dropped)
+        return classes, tuple(sorted(dropped))
