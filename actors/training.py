@@ -18,7 +18,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -113,15 +112,10 @@ def _warn(tasks: Sequence[AdapterTask], placement: Placement) -> None:
             placement.cpus,
         )
     hosts = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-    places = {place for task in tasks for place in _places(task)}
+    places = {place for task in tasks for place in task.places()}
     local = sorted(place for place in places if not place.startswith("s3://"))
     if len(hosts) > 1 and local:
         logger.warning("%d machines must all find %s: use s3:// or share it", len(hosts), local[0])
-
-
-def _places(task: AdapterTask) -> tuple[str, ...]:
-    weights = (spec for spec in (task.base, task.encoder) if Path(spec).is_absolute())
-    return task.data, task.library, task.checkpoints, *weights
 
 
 def _start_board() -> Any:

@@ -5,9 +5,9 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-__all__ = ["Pace", "Progress", "Report"]
+__all__ = ["Pace", "Phase", "Progress", "Report"]
 
-Phase = Literal["train", "evaluate", "publish"]
+Phase = Literal["encode", "train", "evaluate", "publish"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -7,7 +7,8 @@ from loraseg.errors import ConfigError, LorasegError
 from loraseg.train.lora import Member, TrainedPairs, count_parameters, train_group
 from loraseg.train.progress import Progress, Report
 from loraseg.train.recipes import CLIP_IS_FROZEN, shared_part
-from loraseg.train.work import AdapterTask, Loaded, TaskResult, Work
+from loraseg.train.unit import Loaded, TaskResult
+from loraseg.train.work import AdapterTask, Work
 
 __all__ = [
     "AdapterTask",
@@ -42,15 +43,16 @@ def plan(task: AdapterTask) -> TaskPlan:
         IntegrityError: The base's weights are damaged.
         StoreError: The library cannot be read.
     """
-    work = Work.prepare(task, Loaded())
-    work.check_images()
+    loaded = Loaded()
+    work = Work.prepare(task, loaded)
+    work.unit.check_images(loaded)
     return TaskPlan(
         name=task.name,
-        images=len(work.samples),
+        images=len(work.unit.samples),
         parameters=count_parameters(work.base.model, task.recipe),
         steps=task.recipe.loop.steps,
-        digest=work.digest,
-        published=work.published() is not None,
+        digest=work.unit.digest,
+        published=work.unit.published() is not None,
     )
 
 
@@ -128,9 +130,9 @@ def run_tasks(
     for index, task in enumerate(tasks):
         try:
             work = Work.prepare(task, loaded)
-            done = work.found_done()
+            done = work.unit.found_done()
             if done is None:
-                work.check_images()
+                work.unit.check_images(loaded)
                 works[index] = work, work.member(report)
             else:
                 outcomes[index] = done
@@ -158,10 +160,10 @@ def _train(works: Sequence[tuple[Work, Member]]) -> list[TrainedPairs | LorasegE
         return []
     first = works[0][0]
     for work, _ in works:
-        work.pace.restart()
+        work.unit.pace.restart()
     members = [member for _, member in works]
     try:
-        names = first.dataset.label_space.names
+        names = first.unit.dataset.label_space.names
         return train_group(first.base, first.training_images(), names, members)
     except LorasegError as error:
         return [error] * len(works)
