@@ -10,7 +10,7 @@ import loraseg
 from loraseg.errors import ConfigError, IntegrityError
 from loraseg.storage import open_store
 
-__all__ = ["WeightSource", "absolute_spec", "cache_dir", "resolve"]
+__all__ = ["WeightSource", "absolute_spec", "cache_dir", "resolve", "split_pin"]
 
 _HUB = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?:(?P<file>.+)")
 _PIN = re.compile(r"(?P<spec>.*)#sha256=(?P<digest>[0-9a-f]{64})", re.DOTALL)
@@ -46,8 +46,7 @@ def resolve(spec: str, *, miniature: str = "catseg") -> WeightSource:
         IntegrityError: The bytes are not the pinned ones.
         StoreError: The store cannot be reached or lacks the object.
     """
-    pinned = _PIN.fullmatch(spec)
-    name, digest = (pinned["spec"], pinned["digest"]) if pinned else (spec, None)
+    name, digest = split_pin(spec)
     if name.startswith("s3://"):
         source = _cached(name, digest) or _fetch(name)
     elif name.startswith("hf:"):
@@ -62,12 +61,22 @@ def resolve(spec: str, *, miniature: str = "catseg") -> WeightSource:
     return source
 
 
+def split_pin(spec: str) -> tuple[str, str | None]:
+    """Return a spec without its pinned digest, and the digest if there is one."""
+    pinned = _PIN.fullmatch(spec)
+    return (pinned["spec"], pinned["digest"]) if pinned else (spec, None)
+
+
 def absolute_spec(spec: str) -> str:
-    """Return a spec that means the same in any folder: a path to a file becomes absolute."""
+    """Return a spec that means the same in any folder: a path to a file becomes absolute.
+
+    So does one to the folder of a diffusers pipeline.
+    """
     path, mark, pin = spec.partition("#")
-    if spec == "miniature" or not Path(path).expanduser().is_file():
+    place = Path(path).expanduser()
+    if spec == "miniature" or not (place.is_file() or (place / "model_index.json").is_file()):
         return spec
-    return str(Path(path).expanduser().resolve()) + mark + pin
+    return str(place.resolve()) + mark + pin
 
 
 def cache_dir() -> Path:
