@@ -12,12 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from loraseg.backbones.pipeline_source import (
-    PIPELINE_KINDS,
-    Kind,
-    load_parts,
-    resolve_pipeline,
-)
+from loraseg.backbones.pipeline_layout import PIPELINE_KINDS, Kind
+from loraseg.backbones.pipeline_source import load_parts, resolve_pipeline
 from loraseg.errors import ConfigError, DatasetError, IntegrityError
 from loraseg.tensor_types import Float, Int, Tensor, UInt8
 
@@ -57,7 +53,7 @@ class DiffusionBase:
     Attributes:
         name: What the user called it.
         digest: sha256 (hex) over its files, see
-            :func:`~loraseg.backbones.pipeline_source.pipeline_digest`.
+            :func:`~loraseg.backbones.pipeline_layout.pipeline_digest`.
         kind: ``sd``, or ``sdxl`` with two text encoders and size conditions.
         unet: diffusers' ``UNet2DConditionModel``.
         vae: diffusers' ``AutoencoderKL``.

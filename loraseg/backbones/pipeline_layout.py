@@ -1,0 +1,222 @@
+# pyright: basic
+"""What a diffusers pipeline folder must hold, checked as if a stranger had made it.
+
+Only the parts that loraseg uses are looked at, each with the one class that it may have.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+from loraseg.compat import prepare_torchvision
+from loraseg.errors import IntegrityError
+
+__all__ = [
+    "INDEX",
+    "MODELS",
+    "PARTS",
+    "PIPELINE_KINDS",
+    "TOKENIZER_FILES",
+    "TOKENIZER_PARTS",
+    "Kind",
+    "Listing",
+    "local_listing",
+    "pipeline_digest",
+    "read_index",
+    "used_files",
+]
+
+Kind = Literal["sd", "sdxl"]
+PIPELINE_KINDS: Mapping[str, Kind] = MappingProxyType(
+    {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
+)
+INDEX = "model_index.json"
+_MAX_JSON_BYTES = 2**24
+_SHARD = re.compile(r"[A-Za-z0-9_.-]+\.safetensors")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+# Part -> library, classes that the index may name (the first is the one used), weight file's stem.
+MODELS = {
+    "unet": ("diffusers", ("UNet2DConditionModel",), "diffusion_pytorch_model"),
+    "vae": ("diffusers", ("AutoencoderKL",), "diffusion_pytorch_model"),
+    "text_encoder": ("transformers", ("CLIPTextModel",), "model"),
+    "text_encoder_2": ("transformers", ("CLIPTextModelWithProjection",), "model"),
+}
+_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+TOKENIZER_PARTS = ("tokenizer", "tokenizer_2")
+PARTS: Mapping[Kind, tuple[str, ...]] = MappingProxyType(
+    {
+        "sd": ("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
+        "sdxl": (
+            *("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
+            *("text_encoder_2", "tokenizer_2"),
+        ),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The files that a folder or a store offers, and how to read one of them."""
+
+    where: str
+    names: frozenset[str]
+    read: Callable[[str], bytes]
+
+
+def pipeline_digest(folder: Path) -> str:
+    """Return sha256 (hex) of canonical JSON {relative path: sha256} of the files that are used.
+
+    Those are model_index.json and, of each part that loraseg loads, configs, tokenizer files and
+    safetensors; what else lies in the folder does not change it.
+
+    Raises:
+        IntegrityError: The folder is no pipeline that can be loaded.
+    """
+    digests: dict[str, str] = {}
+    for name in used_files(local_listing(folder)):
+        with (folder / name).open("rb") as file:
+            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    text = json.dumps(digests, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def local_listing(folder: Path) -> Listing:
+    """List a folder's index and the files of the parts that a pipeline may have."""
+    paths = [folder / INDEX]
+    for part in PARTS["sdxl"]:
+        paths += sorted((folder / part).iterdir()) if (folder / part).is_dir() else []
+    names = frozenset(path.relative_to(folder).as_posix() for path in paths if path.is_file())
+    return Listing(str(folder), names, lambda name: _read(folder / name))
+
+
+def _read(path: Path) -> bytes:
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise IntegrityError(f"{path}: larger than {_MAX_JSON_BYTES} bytes")
+    return path.read_bytes()
+
+
+def read_index(listing: Listing) -> tuple[dict[str, Any], Kind]:
+    """Return model_index.json and the kind of pipeline that it describes.
+
+    Raises:
+        IntegrityError: The pipeline or a part is of another class than loraseg can use.
+    """
+    index = _read_object(listing, INDEX)
+    found = index.get("_class_name")
+    if not isinstance(found, str) or found not in PIPELINE_KINDS:
+        raise IntegrityError(
+            f"{listing.where}/{INDEX}: the pipeline is a {str(found)[:80]}, expected "
+            f"{' or '.join(PIPELINE_KINDS)}"
+        )
+    kind = PIPELINE_KINDS[found]
+    for part in PARTS[kind]:
+        _check_class(listing.where, part, index.get(part))
+    if not isinstance(index.get("force_zeros_for_empty_prompt", True), bool):
+        raise IntegrityError(
+            f"{listing.where}/{INDEX}: force_zeros_for_empty_prompt is no true or false"
+        )
+    return index, kind
+
+
+def _check_class(where: str, part: str, entry: object) -> None:
+    if part in MODELS:
+        library, allowed, _ = MODELS[part]
+    elif part == "scheduler":
+        library, allowed = "diffusers", _scheduler_classes()
+    else:
+        library, allowed = "transformers", _TOKENIZERS
+    if not any(entry == [library, name] for name in allowed):
+        expected = "one of its schedulers" if part == "scheduler" else " or ".join(allowed)
+        raise IntegrityError(
+            f"{where}/{INDEX}: {part} is {str(entry)[:80]}, expected {expected} of {library}"
+        )
+
+
+def _scheduler_classes() -> tuple[str, ...]:
+    prepare_torchvision()
+    from diffusers import schedulers
+
+    return tuple(name for name in dir(schedulers) if name.endswith("Scheduler"))
+
+
+def used_files(listing: Listing) -> list[str]:
+    """Return the files that loading reads.
+
+    Raises:
+        IntegrityError: One is missing or a pickle.
+    """
+    _, kind = read_index(listing)
+    files = [INDEX]
+    for part in PARTS[kind]:
+        if f"{part}/adapter_config.json" in listing.names:
+            raise IntegrityError(
+                f"{listing.where}/{part}: holds adapter_config.json; expected a plain model, with "
+                f"adapters merged or kept elsewhere"
+            )
+        files += [f"{part}/{name}" for name in _files_of_part(listing, part)]
+    return files
+
+
+def _files_of_part(listing: Listing, part: str) -> list[str]:
+    if part == "scheduler":
+        return _require(listing, part, ["scheduler_config.json"])
+    if part not in MODELS:
+        there = [name for name in TOKENIZER_FILES if f"{part}/{name}" in listing.names]
+        words = ["tokenizer.json"] if "tokenizer.json" in there else ["vocab.json", "merges.txt"]
+        _require(listing, part, ["tokenizer_config.json", *words])
+        return there
+    weights = f"{MODELS[part][2]}.safetensors"
+    if f"{part}/{weights}.index.json" not in listing.names:
+        return _require(listing, part, ["config.json", weights])
+    shards = _shards(listing, f"{part}/{weights}.index.json")
+    return _require(listing, part, ["config.json", f"{weights}.index.json", *shards])
+
+
+def _require(listing: Listing, part: str, names: list[str]) -> list[str]:
+    for name in names:
+        if f"{part}/{name}" in listing.names:
+            continue
+        there = sorted(n.partition("/")[2] for n in listing.names if n.startswith(f"{part}/"))
+        pickles = [other for other in there if other.endswith(_PICKLES)]
+        if name.endswith(".safetensors") and pickles:
+            raise IntegrityError(
+                f"{listing.where}/{part}: {pickles[0]} is a pickle, which can run code when it is "
+                f"read; expected {name}"
+            )
+        raise IntegrityError(f"{listing.where}/{part}: {name} is missing (files: {there[:10]})")
+    return names
+
+
+def _shards(listing: Listing, name: str) -> list[str]:
+    places = _read_object(listing, name).get("weight_map")
+    values = set(places.values()) if isinstance(places, dict) else set()
+    if not values or not all(isinstance(v, str) and _SHARD.fullmatch(v) for v in values):
+        raise IntegrityError(
+            f"{listing.where}/{name}: weight_map does not name plain .safetensors files"
+        )
+    return sorted(values)
+
+
+def _read_object(listing: Listing, name: str) -> dict[str, Any]:
+    if name not in listing.names:
+        raise IntegrityError(f"{listing.where}: {name} is missing; not a diffusers pipeline")
+    try:
+        values = json.loads(listing.read(name))
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"{listing.where}/{name}: not readable as JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise IntegrityError(f"{listing.where}/{name}: expected a JSON object")
+    return values
