@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from loraseg.adapters.adapter import Adapter, LoraPair
@@ -24,6 +22,7 @@ from loraseg.adapters.peft_config import (
     parse_config,
     render_config,
 )
+from loraseg.adapters.tensor_file import finite, read_header, read_tensors, require_dtype
 from loraseg.errors import AdapterMismatchError, IntegrityError
 from loraseg.tensor_types import Tensor
 
@@ -42,10 +41,8 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 # What a generator's adapter has beside its pairs, see loraseg.adapters.fusion_file.
 FUSION_FILE = "fusion.safetensors"
-MAX_HEADER_BYTES = 2**24
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"base_model\.model\.((?:[A-Za-z0-9_]+\.)+)lora_(A|B)\.weight")
-_DTYPES = ("F64", "F32", "F16", "BF16")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -200,10 +197,7 @@ def _require_files(files: Mapping[str, bytes], called: str) -> None:
 
 def _read_pairs(data: bytes, config: PeftLoraConfig) -> dict[str, LoraPair]:
     keys = _checked_keys(data, plain=_is_plain(config))
-    try:
-        tensors = safetensors.torch.load(data)
-    except SafetensorError as error:
-        raise IntegrityError(f"{WEIGHTS_FILE}: {error}") from error
+    tensors = read_tensors(data, WEIGHTS_FILE)
     modules = sorted({module for module, _ in keys.values()})
     if not modules:
         raise IntegrityError(f"{WEIGHTS_FILE}: holds no LoRA pair")
@@ -213,7 +207,7 @@ def _read_pairs(data: bytes, config: PeftLoraConfig) -> dict[str, LoraPair]:
         for key in sides:
             if key not in tensors:
                 raise IntegrityError(f"{WEIGHTS_FILE}: {key} is missing, its partner is there")
-        down, up = (_finite(tensors[key], key) for key in sides)
+        down, up = (finite(tensors[key], key, WEIGHTS_FILE) for key in sides)
         pairs[module] = _checked_pair(module, down, up, config)
     return pairs
 
@@ -228,19 +222,13 @@ def _checked_pair(module: str, down: Tensor, up: Tensor, config: PeftLoraConfig)
     return LoraPair(down, up, config.scale_of(module))
 
 
-def _finite(tensor: Tensor, key: str) -> Tensor:
-    if not bool(torch.isfinite(tensor).all()):
-        raise IntegrityError(f"{WEIGHTS_FILE}: {key} holds NaN or infinite values")
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
 def _is_plain(config: PeftLoraConfig) -> bool:
     return not config.use_dora and config.bias == "none" and not config.modules_to_save
 
 
 def _checked_keys(data: bytes, *, plain: bool) -> dict[str, tuple[str, str]]:
     """Check the header before any tensor is touched; return key -> (module, "A" | "B")."""
-    header = _read_header(data)
+    header = read_header(data, WEIGHTS_FILE)
     keys: dict[str, tuple[str, str]] = {}
     for key, entry in header.items():
         if key == "__metadata__":
@@ -253,33 +241,5 @@ def _checked_keys(data: bytes, *, plain: bool) -> dict[str, tuple[str, str]]:
                 f"{WEIGHTS_FILE}: unexpected tensor {key[:200]!r}, expected names like "
                 f"{_PREFIX}<module>.lora_A.weight"
             )
-        dtype = entry.get("dtype") if isinstance(entry, dict) else None
-        if dtype not in _DTYPES:
-            raise IntegrityError(
-                f"{WEIGHTS_FILE}: {key[:200]!r} has type {str(dtype)[:20]}, expected one of "
-                f"{', '.join(_DTYPES)}"
-            )
+        require_dtype(entry, key, WEIGHTS_FILE)
     return keys
-
-
-def _read_header(data: bytes) -> dict[str, Any]:
-    size = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or not 0 < size <= min(len(data) - 8, MAX_HEADER_BYTES):
-        raise IntegrityError(
-            f"{WEIGHTS_FILE}: header of {size} bytes claimed in a file of {len(data)} "
-            f"(at most {MAX_HEADER_BYTES} allowed)"
-        )
-    try:
-        header = json.loads(data[8 : 8 + size], object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"{WEIGHTS_FILE}: header is not readable: {error}") from error
-    if not isinstance(header, dict):
-        raise IntegrityError(f"{WEIGHTS_FILE}: header is no JSON object")
-    return header
-
-
-def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(items)
-    if len(values) != len(items):
-        raise ValueError("a name occurs twice")
-    return values
