@@ -1,0 +1,258 @@
+"""Adapters of a diffusion UNet in the forms that other programs read (methods d.4).
+
+diffusers' ``pytorch_lora_weights.safetensors`` and the kohya form. Both are written so that a
+reader that ignores metadata and alphas is right too: the scale is folded into B, alpha equals the
+rank, and every layer is padded with zeros to one rank.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from loraseg.adapters.adapter import LoraPair
+from loraseg.adapters.peft_config import PeftLoraConfig, parse_config
+from loraseg.adapters.tensor_file import finite, read_header, read_tensors, require_dtype
+from loraseg.errors import AdapterMismatchError, IntegrityError
+from loraseg.storage.tensors import encode_tensors
+from loraseg.tensor_types import Tensor
+
+__all__ = [
+    "DIFFUSERS_FILE",
+    "KOHYA_FILE",
+    "diffusers_files",
+    "kohya_file",
+    "read_diffusers",
+    "read_kohya",
+]
+
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+KOHYA_FILE = "kohya.safetensors"
+_METADATA = "lora_adapter_metadata"
+_PART = "unet."
+_DIFFUSERS_KEY = re.compile(r"unet\.((?:[A-Za-z0-9_]+\.)+)lora_([AB])\.weight")
+_KOHYA_KEY = re.compile(r"lora_unet_([A-Za-z0-9_]+)\.(lora_down\.weight|lora_up\.weight|alpha)")
+_TOP_LEVEL = (
+    *("down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out"),
+    *("time_embedding", "add_embedding", "class_embedding"),
+)
+# kohya writes "_" for every ".", so the names that hold a "_" themselves must be known.
+_KOHYA_WORDS = re.compile(
+    r"(?:down_blocks|up_blocks|mid_block|transformer_blocks|time_emb_proj|time_embedding"
+    r"|add_embedding|class_embedding|conv_shortcut|conv_in|conv_out|proj_in|proj_out|linear_\d"
+    r"|to_(?:q|k|v|out)|[A-Za-z0-9]+)(?:_|$)"
+)
+
+
+def diffusers_files(pairs: Mapping[str, LoraPair]) -> dict[str, bytes]:
+    """Return the file that stock ``load_lora_weights`` reads; equal pairs give equal bytes.
+
+    Args:
+        pairs: By module name of the UNet; scales and ranks may differ.
+
+    Raises:
+        AdapterMismatchError: There is no pair.
+    """
+    rank, padded = _padded(pairs)
+    tensors: dict[str, Tensor] = {}
+    for module, (down, up) in padded.items():
+        tensors[f"{_PART}{module}.lora_A.weight"] = down
+        tensors[f"{_PART}{module}.lora_B.weight"] = up
+    settings = {
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(pairs),
+    }
+    metadata = json.dumps({_PART + key: value for key, value in settings.items()}, sort_keys=True)
+    return {DIFFUSERS_FILE: encode_tensors(tensors, {"format": "pt", _METADATA: metadata})}
+
+
+def kohya_file(pairs: Mapping[str, LoraPair]) -> bytes:
+    """Return the form that ComfyUI and the web UIs read; equal pairs give equal bytes.
+
+    Raises:
+        AdapterMismatchError: There is no pair, or a module's name would not come back from
+            kohya's way of writing it.
+    """
+    rank, padded = _padded(pairs)
+    tensors: dict[str, Tensor] = {}
+    for module, (down, up) in padded.items():
+        name = module.replace(".", "_")
+        if _module_of(name) != module:
+            raise AdapterMismatchError(
+                f"module {module!r} has no kohya form; expected one of a diffusers UNet"
+            )
+        tensors[f"lora_unet_{name}.lora_down.weight"] = down
+        tensors[f"lora_unet_{name}.lora_up.weight"] = up
+        tensors[f"lora_unet_{name}.alpha"] = torch.tensor(float(rank))
+    return encode_tensors(tensors, {"format": "pt"})
+
+
+def read_diffusers(data: bytes) -> dict[str, LoraPair]:
+    """Read a file of the diffusers form; pairs by module name of the UNet.
+
+    Without metadata the scale is 1, as in diffusers.
+
+    Raises:
+        IntegrityError: The file is malformed, holds something besides LoRA pairs of a UNet's
+            linear layers, a pair is incomplete, a value not finite, or the metadata describe
+            another adapter.
+    """
+    header = read_header(data, DIFFUSERS_FILE)
+    sides: dict[str, tuple[str, str]] = {}
+    for key, entry in _entries(header):
+        match = _DIFFUSERS_KEY.fullmatch(key)
+        if match is None:
+            raise IntegrityError(
+                f"{DIFFUSERS_FILE}: unexpected tensor {key[:200]!r}, expected names like "
+                f"unet.<module>.lora_A.weight"
+            )
+        require_dtype(entry, key, DIFFUSERS_FILE)
+        sides[key] = (match[1].removesuffix("."), "down" if match[2] == "A" else "up")
+    config = _config_of(header)
+    return _collect(
+        _Loaded(DIFFUSERS_FILE, read_tensors(data, DIFFUSERS_FILE), sides),
+        lambda module, rank, _: 1.0 if config is None else _scale(config, module, rank),
+    )
+
+
+def read_kohya(data: bytes) -> dict[str, LoraPair]:
+    """Read a file of the kohya form with diffusers' block names; pairs by module name.
+
+    The scale is alpha / rank, 1 where there is no alpha.
+
+    Raises:
+        IntegrityError: The file is malformed, holds something besides LoRA pairs of a UNet's
+            linear layers, two names mean one module, a pair is incomplete, or a value is not
+            finite.
+    """
+    header = read_header(data, KOHYA_FILE)
+    sides: dict[str, tuple[str, str]] = {}
+    for key, entry in _entries(header):
+        match = _KOHYA_KEY.fullmatch(key)
+        module = _module_of(match[1]) if match else None
+        if match is None or module is None:
+            raise IntegrityError(
+                f"{KOHYA_FILE}: unexpected tensor {key[:200]!r}, expected names like "
+                f"lora_unet_<module>.lora_down.weight with the blocks of a diffusers UNet"
+            )
+        require_dtype(entry, key, KOHYA_FILE)
+        sides[key] = (module, match[2].removeprefix("lora_").partition(".")[0])
+    if len(set(sides.values())) != len(sides):
+        raise IntegrityError(f"{KOHYA_FILE}: two tensors stand for the same part of a module")
+    return _collect(
+        _Loaded(KOHYA_FILE, read_tensors(data, KOHYA_FILE), sides),
+        lambda _, rank, alpha: 1.0 if alpha is None else alpha / rank,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A file's tensors, and which side of which module each is: "down", "up" or "alpha"."""
+
+    where: str
+    tensors: Mapping[str, Tensor]
+    sides: Mapping[str, tuple[str, str]]
+
+
+def _collect(
+    loaded: _Loaded, scale_of: Callable[[str, int, float | None], float]
+) -> dict[str, LoraPair]:
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, (module, side) in loaded.sides.items():
+        found.setdefault(module, {})[side] = finite(loaded.tensors[key], key, loaded.where)
+    if not found:
+        raise IntegrityError(f"{loaded.where}: holds no LoRA pair")
+    pairs: dict[str, LoraPair] = {}
+    for module, sides in sorted(found.items()):
+        missing = {"down", "up"} - set(sides)
+        if missing:
+            raise IntegrityError(
+                f"{loaded.where}: module {module!r} has no {missing.pop()} matrix, its partner is "
+                f"there"
+            )
+        alpha = _number(sides.get("alpha"), module, loaded.where)
+        try:
+            scale = scale_of(module, sides["down"].shape[0] if sides["down"].ndim else 0, alpha)
+            pairs[module] = LoraPair(sides["down"], sides["up"], scale)
+        except (AdapterMismatchError, ZeroDivisionError) as error:
+            raise IntegrityError(f"{loaded.where}: module {module!r}: {error}") from error
+    return pairs
+
+
+def _number(alpha: Tensor | None, module: str, where: str) -> float | None:
+    if alpha is not None and alpha.numel() != 1:
+        raise IntegrityError(
+            f"{where}: module {module!r}: alpha of shape {tuple(alpha.shape)}, expected one number"
+        )
+    return None if alpha is None else float(alpha)
+
+
+def _entries(header: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return [(key, entry) for key, entry in header.items() if key != "__metadata__"]
+
+
+def _config_of(header: Mapping[str, Any]) -> PeftLoraConfig | None:
+    """Return the UNet's part of peft's settings that diffusers keeps in the header, if any."""
+    metadata = header.get("__metadata__")
+    text = metadata.get(_METADATA) if isinstance(metadata, dict) else None
+    if text is None:
+        return None
+    try:
+        values = json.loads(text)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise IntegrityError(f"{DIFFUSERS_FILE}: {_METADATA} is not readable: {error}") from error
+    if not isinstance(values, dict):
+        raise IntegrityError(f"{DIFFUSERS_FILE}: {_METADATA} is no JSON object")
+    own = {key.removeprefix(_PART): value for key, value in values.items() if key.startswith(_PART)}
+    try:
+        config = parse_config(json.dumps({**own, "peft_type": "LORA"}).encode())
+    except IntegrityError as error:
+        raise IntegrityError(f"{DIFFUSERS_FILE}: {_METADATA}, read as {error}") from error
+    if config.use_dora or config.bias != "none" or config.modules_to_save:
+        raise IntegrityError(
+            f"{DIFFUSERS_FILE}: the adapter has parts beside its pairs (DoRA, biases or modules)"
+        )
+    return config
+
+
+def _scale(config: PeftLoraConfig, module: str, rank: int) -> float:
+    if config.rank_of(module) != rank:
+        raise AdapterMismatchError(
+            f"down has rank {rank}, the metadata say {config.rank_of(module)}"
+        )
+    return config.scale_of(module)
+
+
+def _padded(pairs: Mapping[str, LoraPair]) -> tuple[int, dict[str, tuple[Tensor, Tensor]]]:
+    """Return the largest rank and float32 (A, scale * B) of that rank, sorted by module."""
+    if not pairs:
+        raise AdapterMismatchError("an adapter needs at least one LoRA pair, got none")
+    rank = max(pair.rank for pair in pairs.values())
+    padded: dict[str, tuple[Tensor, Tensor]] = {}
+    for module, pair in sorted(pairs.items()):
+        down, up = pair.down.detach().cpu(), pair.up.detach().cpu()
+        wide = torch.zeros(rank, down.shape[1])
+        tall = torch.zeros(up.shape[0], rank)
+        wide[: pair.rank] = down
+        tall[:, : pair.rank] = pair.scale * up.double()
+        padded[module] = (wide, tall)
+    return rank, padded
+
+
+def _module_of(name: str) -> str | None:
+    """Return the module name that kohya's form stands for, None if it is no UNet's."""
+    words: list[str] = []
+    start = 0
+    while start < len(name):
+        match = _KOHYA_WORDS.match(name, start)
+        if match is None:
+            return None
+        words.append(match[0].removesuffix("_"))
+        start = match.end()
+    return ".".join(words) if words[0] in _TOP_LEVEL else None
