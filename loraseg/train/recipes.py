@@ -16,6 +16,7 @@ __all__ = [
     "RECIPES",
     "AdapterRecipe",
     "DomainKind",
+    "merged_values",
     "miniature",
     "named_recipe",
     "semla",
@@ -178,9 +179,7 @@ def named_recipe(name: str, *overrides: Mapping[str, Any]) -> AdapterRecipe:
     """
     if name not in RECIPES:
         raise ConfigError(f"recipe: got {name!r}, known: {', '.join(RECIPES)}")
-    values = configuration.to_dict(RECIPES[name]())
-    for changes in overrides:
-        values = _merged(values, changes)
+    values = merged_values(configuration.to_dict(RECIPES[name]()), *overrides)
     return configuration.build(AdapterRecipe, values, where=f"recipe {name}")
 
 
@@ -202,12 +201,14 @@ def shared_part(recipe: AdapterRecipe) -> AdapterRecipe:
     )
 
 
-def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def merged_values(values: Mapping[str, Any], *overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return plain values with some changed, nested mappings key by key; a later change wins."""
     merged = dict(values)
-    for key, change in changes.items():
+    for key, change in (item for changes in overrides for item in changes.items()):
         old = merged.get(key)
         if isinstance(old, Mapping) and isinstance(change, Mapping):
-            merged[key] = _merged(cast(Mapping[str, Any], old), cast(Mapping[str, Any], change))
+            inner = cast(Mapping[str, Any], old), cast(Mapping[str, Any], change)
+            merged[key] = merged_values(*inner)
         else:
             merged[key] = change
     return merged

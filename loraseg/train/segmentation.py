@@ -16,6 +16,7 @@ from loraseg.seeding import numpy_generator
 from loraseg.segment.base import SegmentationBase
 from loraseg.segment.losses import catseg_bce
 from loraseg.tensor_types import Float, Int, Tensor, UInt8, ndarray
+from loraseg.train.rounds import index_at
 
 __all__ = [
     "ImageSide",
@@ -90,7 +91,7 @@ class TrainingImages:
         """
         pairs: list[tuple[ndarray, ndarray]] = []
         for position in range(step * size, (step + 1) * size):
-            image, mask = self._load(self._index_at(position))
+            image, mask = self._load(index_at(position, len(self), self.seed, *self._keys))
             generator = numpy_generator(self.seed, *self._keys, "augment", position)
             pairs.append(augment(image, mask, self._augment, generator))
         return np.stack([image for image, _ in pairs]), np.stack([mask for _, mask in pairs])
@@ -106,11 +107,6 @@ class TrainingImages:
                 f"{self._dataset.path}: no labelled pixel in any of {len(self)} masks (all "
                 f"{IGNORE}); nothing to learn from"
             )
-
-    def _index_at(self, position: int) -> int:
-        round_, place = divmod(position, len(self))
-        generator = numpy_generator(self.seed, *self._keys, "order", round_)
-        return int(generator.permutation(len(self))[place])
 
     def _load(self, index: int) -> tuple[ndarray, ndarray]:
         if index in self._decoded:

@@ -1,0 +1,209 @@
+"""Training of generator adapters: bits, sums, averages, and the base left as it was."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from loraseg.errors import AdapterMismatchError, ConfigError, StageError
+from loraseg.storage import open_store
+from loraseg.train.checkpoint import CheckpointSlot
+from loraseg.train.generator import Hooks, base_loss, finetune_full, train_generator
+from tests.unit.train.killing import Killed, kill_at
+from tests.unit.train.tiny_generator import data_of, recipe_of, tiny_generator
+
+
+@pytest.fixture(scope="module")
+def base():
+    return tiny_generator()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def data(base, folder):
+    return data_of(folder, base, recipe_of())
+
+
+@pytest.fixture(scope="module")
+def plain(base, data):
+    return train_generator(base, data, recipe_of())
+
+
+def same(one, other):
+    assert one.pairs.keys() == other.pairs.keys()
+    assert one.alphas.keys() == other.alphas.keys()
+    return all(
+        torch.equal(pair.down, other.pairs[name].down)
+        and torch.equal(pair.up, other.pairs[name].up)
+        for name, pair in one.pairs.items()
+    ) and all(torch.equal(value, other.alphas[name]) for name, value in one.alphas.items())
+
+
+def close(one, other, **tolerance):
+    for name, pair in one.pairs.items():
+        torch.testing.assert_close(pair.down, other.pairs[name].down, **tolerance)
+        torch.testing.assert_close(pair.up, other.pairs[name].up, **tolerance)
+    for name, value in one.alphas.items():
+        torch.testing.assert_close(value, other.alphas[name], **tolerance)
+
+
+def snapshot(base):
+    return {name: value.clone() for name, value in base.unet.state_dict().items()}
+
+
+def test_the_base_is_afterwards_as_it_was(base, data):
+    before, processors = snapshot(base), dict(base.unet.attn_processors)
+    train_generator(base, data, recipe_of(recompute=True))
+    after = base.unet.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert base.unet.attn_processors == processors
+    assert not base.unet.is_gradient_checkpointing
+    assert not base.unet.training
+    assert all(p.grad is None for p in base.unet.parameters())
+
+
+def test_all_pairs_and_fusion_layers_train(plain):
+    assert all(pair.up.any() for pair in plain.pairs.values())
+    assert len(plain.alphas) == 14
+    assert all((value != -2).all() for key, value in plain.alphas.items() if "bias" in key)
+    assert all(value.any() for key, value in plain.alphas.items() if "weight" in key)
+    assert {pair.scale for pair in plain.pairs.values()} == {1.0}
+
+
+def test_the_loss_falls_below_that_of_the_base(base, folder):
+    recipe = recipe_of(
+        rank=8, learning_rate=0.05, batch_size=4, loop={"steps": 30, "checkpoint_every": 30}
+    )
+    data = data_of(folder, base, recipe)
+    trained = train_generator(base, data, recipe, Hooks(held_out=data))
+    assert trained.held_out < base_loss(base, data, recipe) - 0.01
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_twice_gives_the_same_bits(base, folder, data, precision):
+    recipe = recipe_of(loop={"precision": precision})
+    first, second = (train_generator(base, data, recipe) for _ in range(2))
+    assert same(first, second)
+    other = train_generator(base, data_of(folder, base, recipe, seed=1), recipe)
+    assert not same(first, other)
+
+
+@pytest.mark.parametrize("kills", [(1,), (3, 5), (6,)])
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_ends_in_the_same_bits_whatever_kills_it(base, data, tmp_path, kills, ema):
+    recipe = recipe_of(loop={"ema_decay": ema})
+    slot = CheckpointSlot(open_store(str(tmp_path)))
+    for step in kills:
+        with pytest.raises(Killed):
+            train_generator(base, data, recipe, Hooks(slot=slot, watch=kill_at(step)))
+    resumed = train_generator(base, data, recipe, Hooks(slot=slot))
+    assert resumed.loop.resumed_from_step == max(kills) // 2 * 2
+    assert same(resumed, train_generator(base, data, recipe))
+
+
+def test_parts_of_a_step_add_up_to_the_whole(base, folder):
+    loop = {"steps": 2, "warmup_steps": 1}
+    whole, parted, odd = (
+        train_generator(
+            base,
+            data_of(folder, base, recipe_of()),
+            recipe_of(batch_size=6, accumulate=count, loop=loop),
+        )
+        for count in (1, 3, 4)
+    )
+    close(whole, parted, rtol=0, atol=1e-4)
+    close(whole, odd, rtol=0, atol=1e-4)
+    assert whole.loop.loss == pytest.approx(parted.loop.loss, rel=1e-5)
+
+
+def test_recomputing_changes_no_gradient(base, data, plain):
+    close(train_generator(base, data, recipe_of(recompute=True)), plain, rtol=0, atol=1e-6)
+
+
+def test_the_average_is_what_is_kept(base, data, plain):
+    averaged = train_generator(base, data, recipe_of(loop={"ema_decay": 0.5}))
+    assert averaged.loop.loss == plain.loop.loss
+    assert not same(averaged, plain)
+
+
+def test_without_regions_there_are_no_fusion_layers(base, folder, plain):
+    recipe = recipe_of(draws={"regions": False})
+    trained = train_generator(base, data_of(folder, base, recipe), recipe)
+    assert trained.alphas == {}
+    assert trained.loop.loss != plain.loop.loss
+
+
+def test_fusion_off_rectifies_everywhere(base, data, plain):
+    trained = train_generator(base, data, recipe_of(fusion={"mode": "off"}))
+    assert trained.alphas == {}
+    pooled = train_generator(base, data, recipe_of(fusion={"mode": "pooled"}))
+    assert len({t.loop.loss for t in (trained, pooled, plain)}) == 3
+
+
+def test_sdxl_trains_too(tmp_path):
+    base = tiny_generator("sdxl")
+    recipe = recipe_of(loop={"steps": 2, "warmup_steps": 1})
+    trained = train_generator(base, data_of(tmp_path, base, recipe), recipe)
+    assert any(pair.up.any() for pair in trained.pairs.values())
+
+
+def test_pictures_see_the_bare_unet_and_change_nothing(base, data, plain):
+    seen = []
+
+    def show(step, kept):
+        assert not any("forward" in vars(module) for module in base.unet.modules())
+        seen.append((step, kept))
+
+    shown = train_generator(base, data, recipe_of(grid={"every": 3}), Hooks(show=show))
+    assert [step for step, _ in seen] == [3, 6]
+    assert same(shown, plain)
+    assert same(seen[1][1], dataclasses.replace(plain, loop=None))
+
+
+def test_stops_at_a_loss_that_is_not_finite(base, data):
+    with pytest.raises(StageError, match=r"the (loss|gradient norm) is"):
+        train_generator(base, data, recipe_of(learning_rate=1e38, alpha=1e8))
+    before = snapshot(base)
+    assert all(torch.isfinite(value).all() for value in before.values())
+
+
+def test_names_of_no_layer_are_refused(base, data):
+    with pytest.raises(AdapterMismatchError, match="no linear layer 'mid_block'"):
+        train_generator(base, data, recipe_of(targets=["mid_block"]))
+
+
+def test_full_tuning_moves_every_weight_and_puts_them_back(base, data):
+    before = snapshot(base)
+    tuned = finetune_full(base, data, recipe_of(learning_rate=1e-3))
+    after = base.unet.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert not any(p.requires_grad for p in base.unet.parameters())
+    moved = [not torch.equal(tuned.unet[name], value) for name, value in before.items()]
+    assert all(moved)
+    assert len(tuned.alphas) == 14
+    assert tuned.loop.resumed_from_step == 0
+
+
+def test_full_tuning_ends_in_the_same_bits_after_a_kill(base, data, tmp_path):
+    recipe = recipe_of(learning_rate=1e-3)
+    slot = CheckpointSlot(open_store(str(tmp_path)))
+    with pytest.raises(Killed):
+        finetune_full(base, data, recipe, Hooks(slot=slot, watch=kill_at(3)))
+    resumed = finetune_full(base, data, recipe, Hooks(slot=slot))
+    whole = finetune_full(base, data, recipe)
+    assert resumed.loop.resumed_from_step == 2
+    assert all(torch.equal(value, whole.unet[name]) for name, value in resumed.unet.items())
+
+
+def test_gradient_checkpointing_that_is_on_already_is_refused(base, data):
+    base.unet.enable_gradient_checkpointing()
+    try:
+        with pytest.raises(ConfigError, match="is on already"):
+            train_generator(base, data, recipe_of(recompute=True))
+    finally:
+        base.unet.disable_gradient_checkpointing()

@@ -1,0 +1,66 @@
+"""A tiny generator with its data at hand, or as files for whole units of work."""
+
+import functools
+import tempfile
+from pathlib import Path
+
+from loraseg.backbones.diffusion import DiffusionBase
+from loraseg.data import DatasetFolder
+from loraseg.storage import open_store
+from loraseg.synth.conditioning import Conditioner
+from loraseg.train.denoising_data import Conditions, DenoisingData
+from loraseg.train.generator_recipes import named_generator_recipe
+from loraseg.train.latents import TensorCache
+from loraseg.train.views import Views
+from tests.tiny_world import write_domain
+from tests.unit.tiny_diffusion import tiny_sd, tiny_sdxl
+
+RECIPE = {
+    "rank": 2,
+    "learning_rate": 0.01,
+    "batch_size": 2,
+    "view": {"size": [32, 32]},
+    "loop": {"steps": 6, "warmup_steps": 2, "checkpoint_every": 2},
+}
+
+
+def recipe_of(**changes):
+    return named_generator_recipe("matchmask-miniature", RECIPE, changes)
+
+
+def tiny_generator(kind="sd", prediction="epsilon"):
+    pipeline = tiny_sd(prediction) if kind == "sd" else tiny_sdxl(prediction)
+    base = DiffusionBase.of(pipeline, name="tiny", digest="ab" * 32)
+    base.unet.requires_grad_(False)
+    return base
+
+
+def data_of(folder, base, recipe, *, split="train", seed=0, keys=("t",)):
+    """Data of the domain in a folder, which is written if it is not there."""
+    if not (folder / "fog").exists():
+        write_domain(folder / "fog", "fog")
+    dataset = DatasetFolder.open(folder / "fog")
+    views = Views(dataset, dataset.samples(split), recipe.view, seed=seed, keys=keys)
+    conditioner = Conditioner(base.tokenizers, dataset.label_space, recipe.conditioning)
+    conditions = Conditions(views, conditioner)
+    cache = TensorCache(open_store(str(folder / "cache")))
+    return DenoisingData.prepare(base, views, conditions, recipe.draws, cache)
+
+
+@functools.cache
+def _pipeline_files():
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_sd().save_pretrained(folder)
+        return {
+            path.relative_to(folder): path.read_bytes()
+            for path in Path(folder).rglob("*")
+            if path.is_file()
+        }
+
+
+def write_pipeline(folder):
+    """Write the pipeline of ``tiny_generator`` as an ordinary diffusers folder."""
+    for name, data in _pipeline_files().items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
