@@ -128,8 +128,7 @@ def read_kohya(data: bytes) -> dict[str, LoraPair]:
 
     Raises:
         IntegrityError: The file is malformed, holds something besides LoRA pairs of a UNet's
-            linear layers, two names mean one module, a pair is incomplete, or a value is not
-            finite.
+            linear layers, a pair is incomplete, or a value is not finite.
     """
     header = read_header(data, KOHYA_FILE)
     sides: dict[str, tuple[str, str]] = {}
@@ -143,8 +142,6 @@ def read_kohya(data: bytes) -> dict[str, LoraPair]:
             )
         require_dtype(entry, key, KOHYA_FILE)
         sides[key] = (module, match[2].removeprefix("lora_").partition(".")[0])
-    if len(set(sides.values())) != len(sides):
-        raise IntegrityError(f"{KOHYA_FILE}: two tensors stand for the same part of a module")
     return _collect(
         _Loaded(KOHYA_FILE, read_tensors(data, KOHYA_FILE), sides),
         lambda _, rank, alpha: 1.0 if alpha is None else alpha / rank,
@@ -249,6 +246,8 @@ def _module_of(name: str) -> str | None:
     """Return the module name that kohya's form stands for, None if it is no UNet's."""
     words: list[str] = []
     start = 0
+    if name.endswith("_"):
+        return None
     while start < len(name):
         match = _KOHYA_WORDS.match(name, start)
         if match is None:
