@@ -38,8 +38,6 @@ class ConditioningConfig:
 
     def __post_init__(self) -> None:
         split_template(self.template)
-        if self.downsampling not in ("nearest", "max"):
-            raise ConfigError(f"downsampling {self.downsampling!r}: expected nearest or max")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

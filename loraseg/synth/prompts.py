@@ -34,8 +34,9 @@ def class_words(
         try:
             index = label_space.index(name)
         except DatasetError as error:
-            near = difflib.get_close_matches(name, label_space.names, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            folded = {known.casefold(): known for known in label_space.names}
+            near = difflib.get_close_matches(name.casefold(), folded, n=1)
+            hint = f"; did you mean {folded[near[0]]!r}?" if near else ""
             raise ConfigError(f"words: no class {name!r}{hint}") from error
         chosen[index] = word
     return tuple(None if word is None else " ".join(word.split()) for word in chosen)

@@ -58,11 +58,9 @@ class RegionControl:
             fixed_share: Share of all other modules: 0 is rectified, 1 plain attention.
 
         Raises:
-            ConfigError: An unknown or no cross-attention module, an unknown mode or a share
-                outside [0, 1], or a UNet whose attention is not the stock one.
+            ConfigError: ``alpha_modules`` names no cross-attention module, the share is outside
+                [0, 1], or the UNet's attention is not the stock one.
         """
-        if mode not in ("token", "pooled"):
-            raise ConfigError(f"mode {mode!r}: expected token or pooled")
         if not 0 <= fixed_share <= 1:
             raise ConfigError(f"fixed_share {fixed_share}: expected a value in [0, 1]")
         self._modules = _cross_attention(unet)

@@ -26,7 +26,7 @@ class Regions:
 
     Attributes:
         labels: (b, H, W) class ids at the masks' size; 255 where no word is meant.
-        token_classes: (b, l) class id of each token, -1 for none.
+        token_classes: (n, l), n = b, class id of each token, -1 for none.
         downsampling: ``nearest`` takes one pixel per cell, as ``interpolate(mode="nearest")``;
             ``max`` lets a cell see the tokens of every class that has a pixel in it, so that thin
             objects do not vanish at coarse resolutions.
@@ -36,7 +36,7 @@ class Regions:
     """
 
     labels: UInt8[Tensor, "b H W"] | Int[Tensor, "b H W"]
-    token_classes: Int[Tensor, "b l"]
+    token_classes: Int[Tensor, "n l"]
     downsampling: Downsampling = "nearest"
     _masks: dict[tuple[int, int], Tensor] = field(default_factory=dict, init=False, repr=False)
     _biases: dict[tuple[int, int, torch.dtype], Tensor] = field(
@@ -124,19 +124,18 @@ class Regions:
 def token_grid(places: int, latent: tuple[int, int]) -> tuple[int, int]:
     """Return the rows and columns of a layer's query tokens.
 
-    ``rows = round(H * sqrt(places / (H * W)))`` for latents (H, W) (methods b.1), so images need
-    not be square.
+    A UNet halves both sides of its latents (H, W) from level to level, rounding up. Where they
+    divide evenly that is ``rows = H * sqrt(places / (H * W))`` (methods b.1).
 
     Raises:
-        StageError: No such grid has that many places.
+        StageError: No level has that many places.
     """
-    height, width = latent
-    rows = max(1, round(height * (places / (height * width)) ** 0.5))
-    columns = places // rows
+    rows, columns = latent
+    while rows * columns > places and rows * columns > 1:
+        rows, columns = -(-rows // 2), -(-columns // 2)
     if rows * columns != places:
         raise StageError(
-            f"a layer has {places} query tokens, which is no grid of the shape of the latents "
-            f"({height}, {width})"
+            f"a layer has {places} query tokens, which is no level of latents of the size {latent}"
         )
     return rows, columns
 
