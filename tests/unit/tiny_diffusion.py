@@ -35,6 +35,27 @@ SCHEDULE = {
     "num_train_timesteps": 1000,
     "steps_offset": 1,
 }
+# What loraseg reads of a saved pipeline.
+PIPELINE_FILES = {
+    "sd": {
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "tokenizer/tokenizer.json",
+        "tokenizer/tokenizer_config.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    }
+}
+PIPELINE_FILES["sdxl"] = PIPELINE_FILES["sd"] | {
+    "text_encoder_2/config.json",
+    "text_encoder_2/model.safetensors",
+    "tokenizer_2/tokenizer.json",
+    "tokenizer_2/tokenizer_config.json",
+}
 FULL_UNETS = {
     "sd1.4": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
     "sd2.1": {
