@@ -157,7 +157,7 @@ class RegionAttention:
             plain = scaled_dot_product_attention(query[:free], key[:free], value[:free])
             return torch.cat([_merge(plain), rectified])
         plain = _merge(scaled_dot_product_attention(query, key, value))
-        share = self._share(hidden[free:])
+        share = self._share(hidden[free:]).to(plain.dtype)
         # lerp gives exactly its end at a share of one and its start at zero.
         if torch.is_grad_enabled():
             mixed = torch.lerp(rectified, plain[free:], share)
@@ -172,7 +172,7 @@ class RegionAttention:
         inputs = hidden.mean(dim=1, keepdim=True) if self._mode == "pooled" else hidden
         # The share's own weights stay in float32 beside a base in half precision.
         logits = linear(inputs, self.alpha.weight.to(inputs), self.alpha.bias.to(inputs))
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid().to(hidden)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
 
 
 def _split(attn: Any, projected: Tensor) -> Tensor:

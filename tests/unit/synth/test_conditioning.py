@@ -2,20 +2,23 @@ from itertools import product
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
 from loraseg.config import build
 from loraseg.data.labels import LabelSpace
 from loraseg.errors import ConfigError, DatasetError
 from loraseg.synth.conditioning import Conditioner, ConditioningConfig
+from loraseg.synth.regions import Regions
 from tests.unit.tiny_diffusion import tiny_tokenizer
 
 CITY = LabelSpace(("background", "road", "sidewalk", "traffic light", "sky", "Car"))
 TOKENIZER = tiny_tokenizer()
 
 
-def conditioner(label_space=CITY, tokenizers=(TOKENIZER,), **settings):
-    return Conditioner(tokenizers, label_space, ConditioningConfig(**settings))
+def conditioner(label_space=CITY, tokenizers=(TOKENIZER,), **fields):
+    return Conditioner(tokenizers, label_space, ConditioningConfig(**fields))
 
 
 def stripes(*ids, size=12):
@@ -118,6 +121,34 @@ def test_too_many_names_leave_out_the_smallest_classes():
     assert all(counts[i] == (4 if i in made.classes else 0) for i in range(30))
 
 
+@given(
+    st.integers(0, 2**31),
+    st.integers(1, 40),
+    st.tuples(st.integers(1, 24), st.integers(1, 24)),
+    st.sampled_from([0.0, 0.3, 0.95]),
+    st.sampled_from(["nearest", "max"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_place_sees_its_own_class_and_is_never_blind(seed, count, shape, ignored, way):
+    generator = np.random.default_rng(seed)
+    words = ("road", "sidewalk", "traffic light", "sky", "bicycle")
+    names = tuple(f"{words[i % 5]} {i}" for i in range(count))
+    mask = generator.integers(0, count, shape).astype(np.uint8)
+    mask[generator.random(shape) < ignored] = 255
+    mask[0, 0] = generator.integers(count)
+    made = conditioner(LabelSpace(names), downsampling=way)(mask)
+    seen = Regions.stack([made]).mask(*shape)[0, 0].numpy()
+    np.testing.assert_array_equal(
+        seen, (made.regions.reshape(-1, 1) == made.token_classes) | (made.token_classes == -1)
+    )
+    assert Regions.stack([made]).mask(3, 2).any(dim=-1).all()
+    kept = (mask != 255) & ~np.isin(mask, made.dropped)
+    np.testing.assert_array_equal(made.regions[kept], mask[kept])
+    np.testing.assert_array_equal(made.label, np.where(kept, mask, 255))
+    assert set(made.classes) | set(made.dropped) == {*np.unique(mask).tolist()} - {255}
+    assert set(made.token_classes.tolist()) == {-1, *made.classes}
+
+
 def test_two_hundred_classes_in_one_mask():
     made = conditioner(LabelSpace(tuple(f"cat {i}" for i in range(200))))(
         np.arange(200, dtype=np.uint8).reshape(10, 20).repeat(2, 0)
@@ -184,7 +215,7 @@ def test_words_that_cannot_be_told(word, match):
 
 
 @pytest.mark.parametrize(
-    ("settings", "match"),
+    ("fields", "match"),
     [
         ({"template": "a photo"}, "'a photo': expected text with {classes} exactly once"),
         ({"template": "{classes} {classes}"}, "exactly once"),
@@ -192,9 +223,9 @@ def test_words_that_cannot_be_told(word, match):
         ({"downsampling": "mean"}, "downsampling: Input should be 'nearest' or 'max'"),
     ],
 )
-def test_settings_that_are_refused(settings, match):
+def test_settings_that_are_refused(fields, match):
     with pytest.raises(ConfigError, match=match):
-        build(ConditioningConfig, settings)
+        build(ConditioningConfig, fields)
 
 
 def test_settings_that_do_not_fit_the_classes():

@@ -1,10 +1,13 @@
+import copy
 import math
 
 import peft
 import pytest
 import torch
 
+from loraseg.adapters.adapter import Adapter, LoraPair
 from loraseg.errors import AdapterMismatchError, ConfigError, StageError
+from loraseg.fuse import AdapterBank, fuse
 from loraseg.synth.region_attention import RegionControl, Regions, alpha_owners
 from tests.unit.synth.region_world import (
     PIPELINES,
@@ -87,6 +90,31 @@ def test_a_row_per_sample_needs_no_index_and_keeps_the_bits():
     assert torch.equal(ours, plain)
 
 
+def test_constant_text_with_other_adapters_in_every_row():
+    unet = copy.deepcopy(PIPELINES["sd"].unet)
+    hidden, arguments = texts(unet)[INDEX], inputs(unet, 8)
+    arguments["encoder_hidden_states"] = hidden
+    control, regions = RegionControl(unet), Regions.stack(conditions(PIPELINES["sd"], count=4))
+    mixes = [fuse([adapter(unet, seed)], [1.0]) if seed else None for seed in (0, 1, 2, 3)] * 2
+    bare = run(control, regions, arguments, unet, unconditional=4)
+    with AdapterBank(unet).use(mixes):
+        plain = run(control, regions, arguments, unet, unconditional=4)
+        ours = cached(control, regions, arguments, unet, hidden, torch.arange(8), steps=2)
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-6)
+    changed = (plain - bare).abs().amax((1, 2, 3)) > 1e-3
+    assert changed.tolist() == [False, True, True, True] * 2
+
+
+def adapter(unet, seed):
+    generator = torch.Generator().manual_seed(seed)
+    pairs = {}
+    for name, attn in cross_modules(unet).items():
+        d_out, d_in = attn.to_k.weight.shape
+        down, up = (torch.randn(shape, generator=generator) for shape in ((2, d_in), (d_out, 2)))
+        pairs[f"{name}.to_k"] = LoraPair(down, up, 0.5)
+    return Adapter(name=f"head{seed}", pairs=pairs, digest=f"{seed:064x}")
+
+
 def _psnr(ours, plain):
     error = float((ours.double() - plain.double()).square().mean())
     return 10 * math.log10(float(plain.abs().max()) ** 2 / max(error, 1e-30))
@@ -141,6 +169,30 @@ def test_gradient_checkpointing_keeps_the_gradients():
     assert all(gradient.abs().max() > 0 for gradient in found[0])
     for plain, checkpointed in zip(*found, strict=True):
         torch.testing.assert_close(plain, checkpointed)
+
+
+@pytest.mark.parametrize("automatic", [False, True])
+def test_half_precision(automatic):
+    """A base in bfloat16, or one that computes in it, beside shares in float32."""
+    unet = copy.deepcopy(PIPELINES["sd"].unet)
+    regions, arguments = Regions.stack(conditions(PIPELINES["sd"])), inputs(unet, 4)
+    owners = list(cross_modules(unet))
+    alphas = random_alphas(RegionControl(unet, alpha_modules=owners))
+
+    def ours(**settings):
+        control = RegionControl(unet, alpha_modules=owners, **settings)
+        if not settings:
+            control.load_alphas(alphas)
+        return run(control, regions, arguments, unet, unconditional=2)
+
+    expected = ours()
+    if not automatic:
+        unet.bfloat16()
+        for key in ("sample", "encoder_hidden_states"):
+            arguments[key] = arguments[key].bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=automatic), torch.no_grad():
+        torch.testing.assert_close(ours().float(), expected, rtol=0, atol=0.05)
+        assert torch.equal(ours(initial_bias=50.0), unet(**arguments).sample)
 
 
 def test_the_base_stays_as_it_is():
