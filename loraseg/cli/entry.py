@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from loraseg.cli import library, miniature, segment, tokens, train_base
+from loraseg.cli import generate, library, miniature, segment, tokens, train_base
 from loraseg.cli.console import complain, say, say_table
 from loraseg.errors import AdapterNotFoundError, ConfigError, LorasegError
 
@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     segment.add(commands)
+    generate.add(commands)
     library.add(commands)
     train_base.add(commands)
     miniature.add(commands)
