@@ -29,7 +29,7 @@ from actors.units import run_units
 from loraseg.errors import LorasegError
 from loraseg.train.board import ProgressBoard, Standing, changes
 from loraseg.train.progress import Progress, Report
-from loraseg.train.tasks import AdapterTask, TaskResult, groups, run_tasks
+from loraseg.train.tasks import AnyTask, TaskResult, groups, run_tasks
 
 __all__ = ["Outcome", "train_adapters"]
 
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 _REPORT_EVERY_S = 0.5
 
-Run = Callable[[Sequence[AdapterTask], Report], list[TaskResult | LorasegError]]
+Run = Callable[[Sequence[AnyTask], Report], list[TaskResult | LorasegError]]
 Watch = Callable[[Mapping[str, Standing]], None]
 
 
@@ -51,7 +51,7 @@ class Outcome:
 
 
 def train_adapters(
-    tasks: Sequence[AdapterTask],
+    tasks: Sequence[AnyTask],
     placement: Placement,
     *,
     run: Run = run_tasks,
@@ -102,7 +102,7 @@ def _workers(tasks: int, placement: Placement) -> int:
     return placement.max_parallel or room or max(tasks, 1)
 
 
-def _warn(tasks: Sequence[AdapterTask], placement: Placement) -> None:
+def _warn(tasks: Sequence[AnyTask], placement: Placement) -> None:
     """Say what works but is hardly meant."""
     threads = max((task.recipe.threads for task in tasks), default=0)
     if threads > placement.cpus:
@@ -126,7 +126,7 @@ def _start_board() -> Any:
 
 
 def _run_reporting(
-    run: Run, tasks: Sequence[AdapterTask], board: Any
+    run: Run, tasks: Sequence[AnyTask], board: Any
 ) -> list[TaskResult | LorasegError]:
     return run(tasks, _Reporter(board))
 

@@ -15,7 +15,7 @@ from loraseg.errors import LorasegError
 from loraseg.storage import SHORT_PATIENCE_S, open_store, probe_conditional_writes
 from loraseg.train.manifest import Manifest
 from loraseg.train.tables import left_out_lines, plan_table, result_table
-from loraseg.train.tasks import AdapterTask, TaskPlan, plan
+from loraseg.train.tasks import AnyTask, TaskPlan, plan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +43,7 @@ def main(config: Config) -> int:
     return int(any(outcome.result is None for outcome in outcomes))
 
 
-def _plan(task: AdapterTask) -> TaskPlan | tuple[str, str]:
+def _plan(task: AnyTask) -> TaskPlan | tuple[str, str]:
     try:
         return plan(task)
     except LorasegError as error:

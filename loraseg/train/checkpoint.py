@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 _LATEST = "latest.json"
 _KEY = re.compile(r"\d+\.safetensors")
+_PICTURES = "pictures/"
+_PICTURE = re.compile(r"pictures/(\d{9})\.png")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -94,10 +96,28 @@ class CheckpointSlot:
             logger.warning("%s: checkpoint not usable, starting again: %s", self._store.uri, error)
             return None
 
+    def keep_picture(self, step: int, png: bytes) -> None:
+        """Keep a picture of the run after ``step`` steps; a store that fails is only logged."""
+        try:
+            self._hasty.put(f"{_PICTURES}{step:09d}.png", png)
+        except StoreError as error:
+            logger.warning("step %d: picture not kept: %s", step, error)
+
+    def pictures(self) -> dict[int, bytes]:
+        """Return the pictures that were kept, by their steps, rising.
+
+        Raises:
+            StoreError: The store cannot be read.
+        """
+        found = (_PICTURE.fullmatch(key) for key in self._store.list(_PICTURES))
+        return {int(match[1]): self._store.get(match[0]) for match in found if match}
+
     def clear(self) -> None:
         """Delete everything in the slot; the pointer goes first."""
         self._store.delete(_LATEST)
         _delete_data(self._store)
+        for key in list(self._store.list(_PICTURES)):
+            self._store.delete(key)
 
     def _latest_step(self) -> int:
         try:

@@ -172,12 +172,17 @@ class DenoisingData:
         """Draw what the samples of one step are; each depends on its own position only."""
         return [self._drawn(position) for position in range(step * size, (step + 1) * size)]
 
-    def levels(self, count: int) -> list[Draw]:
-        """Return every view at ``count`` evenly spread noise levels, always with the same noise."""
+    def levels(self, count: int, views: int) -> list[Draw]:
+        """Return the first views at ``count`` evenly spread noise levels, the noise always equal.
+
+        Args:
+            count: Number of levels.
+            views: Most views.
+        """
         steps = [int((place + 0.5) * self._levels / count) for place in range(count)]
         return [
             Draw(view, flipped=False, captioned=True, timestep=t, keys=("levels", view, t))
-            for view in range(len(self))
+            for view in range(min(views, len(self)))
             for t in steps
         ]
 

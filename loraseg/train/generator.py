@@ -33,7 +33,8 @@ __all__ = [
     "train_generator",
 ]
 
-_LEVELS = 4
+# What a score rests on: so many views at so many noise levels.
+_SCORED_VIEWS, _LEVELS = 32, 4
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -44,13 +45,13 @@ class TrainedGenerator:
         pairs: By module name.
         alphas: As :meth:`~loraseg.synth.region_attention.RegionControl.alpha_state`; may be empty.
         loop: How training went; None in the course of it.
-        held_out: Loss on the held-out data; None without such data, and in the course of training.
+        losses: Mean loss at the end, by the names of :attr:`Hooks.score_on`.
     """
 
     pairs: dict[str, LoraPair]
     alphas: dict[str, Tensor]
     loop: LoopResult | None = None
-    held_out: float | None = None
+    losses: dict[str, float] = dataclasses.field(default_factory=dict[str, float])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -72,14 +73,17 @@ class Hooks:
         active: Adapters that act, frozen, all the while.
         show: Called every ``grid.every`` steps with (steps done, what would be kept now), while
             nothing of the training is in the UNet.
-        held_out: Data to score on at the end.
+        score_on: Data to score on at the end, always at the same noise. (The last step's loss is
+            no such figure: it depends on the draw, and a run resumed at its end has none.)
     """
 
     slot: CheckpointSlot | None = None
     watch: Watcher | None = None
     active: Mix | None = None
     show: Callable[[int, TrainedGenerator], None] | None = None
-    held_out: DenoisingData | None = None
+    score_on: Mapping[str, DenoisingData] = dataclasses.field(
+        default_factory=dict[str, DenoisingData]
+    )
 
 
 _NO_HOOKS = Hooks()
@@ -125,8 +129,8 @@ def train_generator(
         run = _Run(base, data, recipe, control, in_place)
         loop = run.train(pairs.parameters(), hooks, now)
         with run.optimisation.averaged():
-            held_out = None if hooks.held_out is None else run.score(hooks.held_out)
-            return dataclasses.replace(now(), loop=loop, held_out=held_out)
+            losses = {name: run.score(held) for name, held in hooks.score_on.items()}
+            return dataclasses.replace(now(), loop=loop, losses=losses)
 
 
 def finetune_full(
@@ -170,7 +174,7 @@ def finetune_full(
 
 
 def base_loss(base: DiffusionBase, data: DenoisingData, recipe: GeneratorRecipe) -> float:
-    """Return the loss of the bare base with plain attention, as ``held_out`` is one."""
+    """Return the loss of the bare base with plain attention, at the noise of ``score_on``."""
     batches = (
         dataclasses.replace(batch, regions=None)
         for batch in _fixed_batches(data, recipe, base.device)
@@ -277,7 +281,7 @@ def _recomputing(unet: Any, recipe: GeneratorRecipe) -> Generator[None, None, No
 def _fixed_batches(
     data: DenoisingData, recipe: GeneratorRecipe, device: torch.device
 ) -> Generator[DenoisingBatch, None, None]:
-    draws: list[Draw] = data.levels(_LEVELS)
+    draws: list[Draw] = data.levels(_LEVELS, _SCORED_VIEWS)
     for start in range(0, len(draws), recipe.batch_size):
         yield data.of(draws[start : start + recipe.batch_size], device)
 

@@ -1,13 +1,16 @@
 """A manifest of domains: what to train, into which library, one adapter a domain."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from loraseg.backbones.source import absolute_spec
 from loraseg.errors import ConfigError
 from loraseg.storage import absolute
+from loraseg.train.generator_recipes import named_generator_recipe
+from loraseg.train.generator_targets import absolute_targets
+from loraseg.train.generator_task import ActiveAdapter
 from loraseg.train.recipes import named_recipe
-from loraseg.train.tasks import AdapterTask
+from loraseg.train.tasks import AdapterTask, AnyTask, GeneratorTask
 
 __all__ = ["Domain", "Manifest"]
 
@@ -40,27 +43,36 @@ class Manifest:
     Attributes:
         library: Store URI of the adapter library to publish to.
         checkpoints: Store URI below which unfinished adapters keep their state.
-        base: The frozen segmenter, see :func:`loraseg.segment.load_base`.
-        encoder: The CLIP that places domains in the index.
-        recipe: Name of the recipe.
+        role: What the adapters are for: a "segmenter" or a "generator" of images.
+        base: The frozen segmenter (:func:`loraseg.segment.load_base`) or generator
+            (:func:`loraseg.backbones.diffusion.load_diffusion`).
+        encoder: The CLIP that places domains of segmenters in the index.
+        recipe: Name of the recipe; None is the role's for its miniature.
         overrides: Fields of the recipe that differ from the named one.
         data_order: See :class:`~loraseg.train.tasks.AdapterTask`; "per_dataset" lets domains with
             the same data be trained together.
         images: Few-shot: train on so many images of each domain; None for all.
         skip_bad: List and leave out unusable images rather than fail the domain.
+        active: Generators' adapters that act, frozen, while others are trained.
+        cache: For generators, see :class:`~loraseg.train.generator_task.GeneratorTask`.
+        output: For generators, where reports go.
         domains: One adapter each; names must differ.
     """
 
     library: str
     checkpoints: str
+    role: Literal["segmenter", "generator"] = "segmenter"
     base: str = "miniature"
     encoder: str = "miniature"
-    recipe: str = "miniature"
+    recipe: str | None = None
     overrides: dict[str, Any] = field(default_factory=dict[str, Any])
     seed: int = 0
     data_order: Literal["per_adapter", "per_dataset"] = "per_adapter"
     images: int | None = None
     skip_bad: bool = False
+    active: tuple[ActiveAdapter, ...] = ()
+    cache: str | None = None
+    output: str | None = None
     domains: tuple[Domain, ...]
 
     def __post_init__(self) -> None:
@@ -72,27 +84,49 @@ class Manifest:
         if twice:
             raise ConfigError(f"domains: names must differ, got {', '.join(twice)} more than once")
 
-    def tasks(self) -> tuple[AdapterTask, ...]:
+    def tasks(self) -> tuple[AnyTask, ...]:
         """Return one unit of work for each domain, with addresses that hold on any machine.
 
         Raises:
-            ConfigError: The recipe is unknown or an override does not fit it.
+            ConfigError: The recipe is unknown, an override does not fit it, or a field is for the
+                other role.
         """
-        return tuple(
-            AdapterTask(
-                name=domain.name,
-                data=absolute(domain.data),
-                split=domain.split,
-                val_split=domain.val_split,
-                images=self.images if domain.images is None else domain.images,
-                base=absolute_spec(self.base),
-                encoder=absolute_spec(self.encoder),
-                recipe=named_recipe(self.recipe, self.overrides, domain.overrides),
-                seed=self.seed,
-                data_order=self.data_order,
-                library=absolute(self.library),
-                checkpoints=absolute(self.checkpoints),
-                skip_bad=self.skip_bad,
-            )
-            for domain in self.domains
+        if self.role == "generator":
+            return tuple(self._generator(domain) for domain in self.domains)
+        if self.active or self.cache or self.output:
+            raise ConfigError("active, cache and output are for role generator only")
+        return tuple(self._segmenter(domain) for domain in self.domains)
+
+    def _segmenter(self, domain: Domain) -> AdapterTask:
+        recipe = self.recipe or "miniature"
+        return AdapterTask(
+            **self._shared(domain),
+            encoder=absolute_spec(self.encoder),
+            recipe=named_recipe(recipe, self.overrides, domain.overrides),
         )
+
+    def _generator(self, domain: Domain) -> GeneratorTask:
+        name = self.recipe or "matchmask-miniature"
+        recipe = named_generator_recipe(name, self.overrides, domain.overrides)
+        return GeneratorTask(
+            **self._shared(domain),
+            recipe=replace(recipe, targets=absolute_targets(recipe.targets)),
+            active=self.active,
+            cache=self.cache and absolute(self.cache),
+            output=self.output and absolute(self.output),
+        )
+
+    def _shared(self, domain: Domain) -> dict[str, Any]:
+        return {
+            "name": domain.name,
+            "data": absolute(domain.data),
+            "split": domain.split,
+            "val_split": domain.val_split,
+            "images": self.images if domain.images is None else domain.images,
+            "base": absolute_spec(self.base),
+            "seed": self.seed,
+            "data_order": self.data_order,
+            "library": absolute(self.library),
+            "checkpoints": absolute(self.checkpoints),
+            "skip_bad": self.skip_bad,
+        }

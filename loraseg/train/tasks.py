@@ -1,17 +1,23 @@
 """Adapters as units of work: plan them, run them, resume, publish. Safe to run twice."""
 
-import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from loraseg.errors import ConfigError, LorasegError
+from loraseg.train.generator_task import GeneratorTask
 from loraseg.train.lora import Member, TrainedPairs, count_parameters, train_group
 from loraseg.train.progress import Progress, Report
 from loraseg.train.recipes import CLIP_IS_FROZEN, shared_part
-from loraseg.train.unit import Loaded, TaskResult
+from loraseg.train.unit import Loaded, TaskPlan, TaskResult
 from loraseg.train.work import AdapterTask, Work
+
+if TYPE_CHECKING:
+    from loraseg.train.generator_work import GeneratorWork
 
 __all__ = [
     "AdapterTask",
+    "AnyTask",
+    "GeneratorTask",
     "Progress",
     "Report",
     "TaskPlan",
@@ -22,20 +28,10 @@ __all__ = [
     "run_tasks",
 ]
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class TaskPlan:
-    """What a task would do; ``digest`` tells tasks with different results apart."""
-
-    name: str
-    images: int
-    parameters: int
-    steps: int
-    digest: str
-    published: bool
+AnyTask = AdapterTask | GeneratorTask
 
 
-def plan(task: AdapterTask) -> TaskPlan:
+def plan(task: AnyTask) -> TaskPlan:
     """Look at data, base and library and say what :func:`run_task` would do.
 
     Raises:
@@ -43,20 +39,15 @@ def plan(task: AdapterTask) -> TaskPlan:
         IntegrityError: The base's weights are damaged.
         StoreError: The library cannot be read.
     """
+    if isinstance(task, GeneratorTask):
+        return _generator_work(task).plan()
     loaded = Loaded()
     work = Work.prepare(task, loaded)
     work.unit.check_images(loaded)
-    return TaskPlan(
-        name=task.name,
-        images=len(work.unit.samples),
-        parameters=count_parameters(work.base.model, task.recipe),
-        steps=task.recipe.loop.steps,
-        digest=work.unit.digest,
-        published=work.unit.published() is not None,
-    )
+    return work.unit.plan(count_parameters(work.base.model, task.recipe))
 
 
-def run_task(task: AdapterTask, report: Report = lambda progress: None) -> TaskResult:
+def run_task(task: AnyTask, report: Report = lambda progress: None) -> TaskResult:
     """Train, score and publish one adapter, or find that this has been done.
 
     Killed at any point and run again, it goes on from its last checkpoint and publishes the same
@@ -78,11 +69,11 @@ def run_task(task: AdapterTask, report: Report = lambda progress: None) -> TaskR
     return outcome
 
 
-def groups(tasks: Sequence[AdapterTask], *, most: int) -> list[tuple[int, ...]]:
+def groups(tasks: Sequence[AnyTask], *, most: int) -> list[tuple[int, ...]]:
     """Divide tasks into groups whose adapters share work when they are trained together.
 
-    Those are adapters of one dataset and seed with "per_dataset" order whose rule leaves CLIP as
-    it is. What becomes of an adapter does not depend on its group.
+    Those are segmenters' adapters of one dataset and seed with "per_dataset" order whose rule
+    leaves CLIP as it is. What becomes of an adapter does not depend on its group.
 
     Args:
         tasks: Any.
@@ -106,7 +97,7 @@ def groups(tasks: Sequence[AdapterTask], *, most: int) -> list[tuple[int, ...]]:
 
 
 def run_tasks(
-    tasks: Sequence[AdapterTask], report: Report = lambda progress: None
+    tasks: Sequence[AnyTask], report: Report = lambda progress: None
 ) -> list[TaskResult | LorasegError]:
     """Do :func:`run_task` for each of a group from :func:`groups`, training side by side.
 
@@ -129,6 +120,9 @@ def run_tasks(
     outcomes: dict[int, TaskResult | LorasegError] = {}
     for index, task in enumerate(tasks):
         try:
+            if isinstance(task, GeneratorTask):
+                outcomes[index] = _generator_work(task).run(report)
+                continue
             work = Work.prepare(task, loaded)
             done = work.unit.found_done()
             if done is None:
@@ -147,8 +141,17 @@ def run_tasks(
     return [outcomes[index] for index in range(len(tasks))]
 
 
-def _group_key(task: AdapterTask) -> object | None:
+def _generator_work(task: GeneratorTask) -> "GeneratorWork":
+    # Here, so that workers that train segmenters do not load what diffusion takes.
+    from loraseg.train.generator_work import GeneratorWork
+
+    return GeneratorWork.prepare(task)
+
+
+def _group_key(task: AnyTask) -> object | None:
     """Return what members of a group have in common, None if a task shares nothing."""
+    if isinstance(task, GeneratorTask):
+        return None
     if task.data_order != "per_dataset" or task.recipe.targets not in CLIP_IS_FROZEN:
         return None
     data = (task.data, task.split, task.val_split, task.images, task.seed, task.skip_bad)

@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from loraseg.data import DatasetFolder, Sample, few_shot
 from loraseg.errors import ConfigError, IntegrityError, StoreError
@@ -15,7 +15,7 @@ from loraseg.storage import open_store
 from loraseg.train.checkpoint import CheckpointSlot
 from loraseg.train.progress import Pace, Phase, Report
 
-__all__ = ["Loaded", "Task", "TaskResult", "Unit", "open_samples"]
+__all__ = ["Loaded", "Task", "TaskPlan", "TaskResult", "Unit", "open_samples"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,9 @@ class Task:
         images: Train on so many images, chosen by seed; None for all.
         base: The frozen model.
         seed: Decides the choice of images, the initial values and the batches.
+        data_order: "per_adapter" draws images and batches for each adapter's name. "per_dataset"
+            draws them for the data alone: adapters of one dataset and seed see the same batches,
+            so that they differ by their recipes only.
         library: Store URI to publish to.
         checkpoints: Store URI for unfinished work.
         skip_bad: Leave out unusable images rather than fail.
@@ -46,6 +49,7 @@ class Task:
     images: int | None = None
     base: str = "miniature"
     seed: int = 0
+    data_order: Literal["per_adapter", "per_dataset"] = "per_adapter"
     library: str
     checkpoints: str
     skip_bad: bool = False
@@ -67,6 +71,18 @@ class Task:
         """Return all addresses that a worker has to reach; names of models are none."""
         weights = (self.base,) if Path(self.base).is_absolute() else ()
         return self.data, self.library, self.checkpoints, *weights
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TaskPlan:
+    """What a task would do; ``digest`` tells tasks with different results apart."""
+
+    name: str
+    images: int
+    parameters: int
+    steps: int
+    digest: str
+    published: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,15 +122,8 @@ class Loaded:
         return self._kept[key]
 
 
-def open_samples(
-    task: Task, loaded: Loaded, *whose: str
-) -> tuple[DatasetFolder, tuple[Sample, ...]]:
+def open_samples(task: Task, loaded: Loaded) -> tuple[DatasetFolder, tuple[Sample, ...]]:
     """Return a task's data and the images that it trains on.
-
-    Args:
-        task: The task.
-        loaded: Keeps the opened folder.
-        whose: Keys that the choice of images is drawn with, such as the task's name.
 
     Raises:
         DatasetError: The data cannot be used, or there are fewer images than are asked for.
@@ -122,6 +131,7 @@ def open_samples(
     dataset = loaded.once(DatasetFolder.open, task.data, skip_bad=task.skip_bad)
     samples = dataset.samples(task.split)
     if task.images is not None:
+        whose = (task.name,) if task.data_order == "per_adapter" else ()
         samples = few_shot(samples, task.images, task.seed, *whose)
     return dataset, samples
 
@@ -150,6 +160,28 @@ class Unit:
 
     def __post_init__(self) -> None:
         self.report_to(lambda progress: None)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """What the batches are drawn with beside the seed."""
+        if self.task.data_order == "per_adapter":
+            return "train", self.task.name
+        return "train-data", self.training_digest
+
+    def plan(self, parameters: int) -> TaskPlan:
+        """Say what the task would do, which trains so many values.
+
+        Raises:
+            StoreError: The library cannot be read.
+        """
+        return TaskPlan(
+            name=self.task.name,
+            images=len(self.samples),
+            parameters=parameters,
+            steps=self.steps,
+            digest=self.digest,
+            published=self.published() is not None,
+        )
 
     def report_to(self, report: Report) -> None:
         """Send progress there from now on."""

@@ -71,8 +71,9 @@ class Views:
             dataset: Where the samples are from.
             samples: All with masks.
             config: Size and fit.
-            seed: Draws the crops.
-            keys: What the crops are for.
+            seed: Draws the crops; with the keys, what is drawn of the views.
+            keys: What the views are for. Crops do not depend on them, so that all adapters of a
+                seed share their latents.
 
         Raises:
             DatasetError: There is no sample, or one has no mask.
@@ -122,13 +123,12 @@ class Views:
         if self.config.fit == "crop":
             # The corner may depend on the mask, see below.
             mask = view.sample.mask and hashlib.sha256(view.sample.mask.read_bytes()).hexdigest()
-            draw = [self.seed, *self.keys, view.sample.id, view.crop]
-            known |= {"mask": mask, "draw": draw}
+            known |= {"mask": mask, "draw": [self.seed, view.sample.id, view.crop]}
         return known
 
     def _corner(self, view: View, mask: ndarray) -> tuple[int, int]:
         """Draw where a crop begins; one without a labelled pixel is moved to where there is one."""
-        generator = numpy_generator(self.seed, *self.keys, "crop", view.sample.id, view.crop)
+        generator = numpy_generator(self.seed, "crop", view.sample.id, view.crop)
         ranges = [have - want for have, want in zip(mask.shape, self.config.size, strict=True)]
         corner = [int(generator.integers(0, room + 1)) for room in ranges]
         ends = [start + want for start, want in zip(corner, self.config.size, strict=True)]

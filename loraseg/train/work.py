@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,14 +43,10 @@ class AdapterTask(Task):
         base: The frozen segmenter, see :func:`loraseg.segment.base.load_base`.
         encoder: The CLIP whose space the centroid lies in.
         recipe: How to train.
-        data_order: "per_adapter" draws images and batches for each adapter's name. "per_dataset"
-            draws them for the data alone: adapters of one dataset and seed see the same batches,
-            so that they differ by their recipes only, and can be trained together.
     """
 
     encoder: str = "miniature"
     recipe: AdapterRecipe
-    data_order: Literal["per_adapter", "per_dataset"] = "per_adapter"
 
     def places(self) -> tuple[str, ...]:
         """Return all addresses that a worker has to reach; names of models are none."""
@@ -81,8 +77,7 @@ class Work:
             DatasetError: The data cannot be used.
             IntegrityError: The weights are damaged.
         """
-        whose = (task.name,) if task.data_order == "per_adapter" else ()
-        dataset, samples = open_samples(task, loaded, *whose)
+        dataset, samples = open_samples(task, loaded)
         base = loaded.once(
             load_base, task.base, clip_attention_lora=task.recipe.clip_attention_lora
         )
@@ -126,9 +121,7 @@ class Work:
             self.task.recipe.augment,
             first_resize=self.task.recipe.resize,
             seed=self.task.seed,
-            keys=("train", self.task.name)
-            if self.task.data_order == "per_adapter"
-            else ("train-data", self.unit.training_digest),
+            keys=self.unit.keys,
         )
 
     def score(self, adapter: Adapter) -> dict[str, float]:

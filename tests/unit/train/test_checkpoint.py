@@ -70,3 +70,19 @@ def test_a_pointer_that_leads_elsewhere_counts_as_damaged(tmp_path, caplog):
         store.put("latest.json", json.dumps(pointer).encode())
         assert CheckpointSlot(store).load() is None
     assert caplog.text.count("starting again") == 3
+
+
+def test_pictures_are_kept_beside_checkpoints_until_all_is_cleared(store, caplog):
+    slot = CheckpointSlot(store)
+    slot.save(snapshot(10))
+    slot.keep_picture(100, b"later")
+    slot.keep_picture(20, b"first")
+    slot.save(snapshot(20))
+    store.put("pictures/other.txt", b"not ours")
+    assert list(slot.pictures().items()) == [(20, b"first"), (100, b"later")]
+    store.is_down = True
+    slot.keep_picture(30, b"lost")
+    assert caplog.messages == ["step 30: picture not kept: down"]
+    store.is_down = False
+    slot.clear()
+    assert list(store.list()) == []

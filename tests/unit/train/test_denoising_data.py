@@ -121,10 +121,11 @@ def test_noise_is_normal_and_new_each_time(data):
 
 
 def test_levels_spread_over_all_views(data):
-    draws = data.levels(4)
+    draws = data.levels(4, 9)
     assert sorted({draw.timestep for draw in draws}) == [125, 375, 625, 875]
     assert len(draws) == 4 * len(data)
     assert len({draw.keys for draw in draws}) == len(draws)
+    assert {draw.view for draw in data.levels(4, 2)} == {0, 1}
 
 
 def views_of(folder, **config):

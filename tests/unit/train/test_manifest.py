@@ -7,8 +7,9 @@ import pytest
 from loraseg import config as configuration
 from loraseg.errors import ConfigError
 from loraseg.storage import absolute
+from loraseg.train.generator_task import ActiveAdapter
 from loraseg.train.manifest import Manifest
-from loraseg.train.tasks import groups
+from loraseg.train.tasks import AdapterTask, GeneratorTask, groups
 
 
 def manifest(**changes):
@@ -80,3 +81,48 @@ def test_a_sweep_over_one_dataset_is_a_manifest_of_overrides():
     assert (long.recipe.rank, long.recipe.loop.steps) == (8, 20)
     assert long.recipe.loop.warmup_steps == 2
     assert groups((small, long), most=2) == [(0, 1)]
+
+
+def test_the_role_decides_what_is_trained():
+    assert all(isinstance(task, AdapterTask) for task in manifest().tasks())
+    fog, rain = manifest(role="generator").tasks()
+    assert isinstance(fog, GeneratorTask)
+    assert (fog.recipe.name, fog.base, fog.images) == ("matchmask-miniature", "miniature", 8)
+    assert (rain.split, rain.data) == ("all", "s3://bucket/rain")
+    assert fog.report_place == f"{fog.checkpoints}/_reports"
+    assert fog.cache_place == f"{fog.checkpoints}/_cache"
+
+
+def test_a_generators_addresses_hold_in_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sd").mkdir()
+    (tmp_path / "sd" / "model_index.json").touch()
+    fog, _ = manifest(
+        role="generator",
+        base="sd",
+        recipe="matchmask",
+        cache="cache",
+        output="s3://bucket/reports",
+        overrides={"targets": "layers.json", "top": 40},
+        active=[{"name": "style"}],
+    ).tasks()
+    here = tmp_path.resolve()
+    assert (fog.base, fog.cache) == (str(here / "sd"), str(here / "cache"))
+    assert (fog.output, fog.recipe.targets) == ("s3://bucket/reports", str(here / "layers.json"))
+    assert fog.active == (ActiveAdapter(name="style"),)
+    assert {fog.base, fog.cache, fog.output} < set(fog.places())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"output": "reports"}, "for role generator only"),
+        ({"role": "generator", "recipe": "semla"}, "got 'semla', known: matchmask"),
+        ({"role": "generator", "overrides": {"rnk": 4}}, "unknown key 'rnk'; did you mean 'rank'"),
+        ({"role": "generator", "active": [{"name": "A"}]}, "active: "),
+        ({"role": "painter"}, "role"),
+    ],
+)
+def test_mistakes_about_roles_are_named(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        manifest(**changes).tasks()

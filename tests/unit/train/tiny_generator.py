@@ -10,6 +10,7 @@ from loraseg.storage import open_store
 from loraseg.synth.conditioning import Conditioner
 from loraseg.train.denoising_data import Conditions, DenoisingData
 from loraseg.train.generator_recipes import named_generator_recipe
+from loraseg.train.generator_task import GeneratorTask
 from loraseg.train.latents import TensorCache
 from loraseg.train.views import Views
 from tests.tiny_world import write_domain
@@ -64,3 +65,22 @@ def write_pipeline(folder):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
     return folder
+
+
+def tiny_generator_task(folder, name="fog", *, recipe=None, **changes):
+    """Write everything below ``folder`` that is not there yet and return a task for it."""
+    if not (folder / "pipeline").exists():
+        write_pipeline(folder / "pipeline")
+    if not (folder / "fog").exists():
+        write_domain(folder / "fog", "fog")
+    return GeneratorTask(
+        **{
+            "name": name,
+            "data": str(folder / "fog"),
+            "base": str(folder / "pipeline"),
+            "recipe": recipe or recipe_of(),
+            "library": str(folder / "library"),
+            "checkpoints": str(folder / "checkpoints"),
+            **changes,
+        }
+    )

@@ -1,0 +1,137 @@
+"""What a generator draws in the course of its training: grids, and one HTML page at the end."""
+
+import base64
+import dataclasses
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import jinja2
+
+from loraseg.adapters import adapter_files, load_adapter
+from loraseg.adapters.fusion_file import FusionMode, FusionState
+from loraseg.backbones.diffusion import DiffusionBase
+from loraseg.library import Card
+from loraseg.segment.render import encode_png
+from loraseg.synth.conditioning import Conditioner
+from loraseg.synth.generator import Generator as ImageGenerator
+from loraseg.synth.generator_adapter import GeneratorAdapter
+from loraseg.synth.sampling import SamplingConfig
+from loraseg.synth.sheet import SheetRow, contact_sheet
+from loraseg.tensor_types import ndarray
+from loraseg.train.generator import TrainedGenerator
+from loraseg.train.generator_recipes import GeneratorRecipe
+
+__all__ = ["SampleGrid", "encoders_beside", "render_page"]
+
+_IMAGES = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SampleGrid:
+    """Draws a few masks with the adapter as it is.
+
+    Attributes:
+        base: The generator; nothing of the training is in its UNet.
+        conditioner: Of the training.
+        recipe: Says how to sample.
+        shown: (name, image, mask) of the size that is trained on.
+        active: Adapters that act beside the one that is trained.
+        seed: Decides the noise, the same for every grid.
+    """
+
+    base: DiffusionBase
+    conditioner: Conditioner
+    recipe: GeneratorRecipe
+    shown: Sequence[tuple[str, ndarray, ndarray]]
+    active: Sequence[GeneratorAdapter] = ()
+    seed: int = 0
+
+    def draw(self, kept: TrainedGenerator) -> bytes:
+        """Return a PNG with a row for each mask: the mask, its image, generated ones."""
+        recipe = self.recipe
+        files = adapter_files(kept.pairs, base_digest=self.base.digest)
+        fusion = None
+        if kept.alphas:
+            fusion = FusionState(kept.alphas, cast(FusionMode, recipe.fusion.mode))
+        own = GeneratorAdapter.of(load_adapter(files), fusion=fusion)
+        config = SamplingConfig(
+            images=_IMAGES,
+            steps=recipe.grid.steps,
+            guidance=recipe.grid.guidance,
+            scheduler="ddim",
+            seed=self.seed,
+            batch=_IMAGES * len(self.shown),
+            regions=recipe.draws.regions,
+        )
+        pictures: dict[str, list[tuple[str, ndarray]]] = {}
+        with encoders_beside(self.base):
+            generator = ImageGenerator(
+                self.base, self.conditioner, adapters=[*self.active, own], config=config
+            )
+            for one in generator.generate([(name, mask) for name, _, mask in self.shown]):
+                row = pictures.setdefault(one.name, [])
+                row.append((f"generated {len(row) + 1}", one.image))
+        rows = [
+            SheetRow(title=name, mask=mask, pictures=[("image", image), *pictures[name]])
+            for name, image, mask in self.shown
+        ]
+        return encode_png(contact_sheet(rows, self.conditioner.label_space))
+
+
+@contextmanager
+def encoders_beside(base: DiffusionBase) -> Generator[None, None, None]:
+    """Have VAE and text encoders where the UNet is; at the end they are on the CPU."""
+    parts: list[Any] = [base.vae, *base.text_encoders]
+    try:
+        for part in parts:
+            part.to(base.device)
+        yield
+    finally:
+        for part in parts:
+            part.to("cpu")
+
+
+def render_page(card: Card, pictures: Mapping[int, bytes]) -> str:
+    """Return one HTML page that needs neither network nor script.
+
+    Args:
+        card: Of the adapter that is published.
+        pictures: PNG by step.
+    """
+    training = card.training
+    images = training.images if training else 0
+    return _template().render(
+        title=f"Generator adapter {card.name}",
+        summary=f"Trained on {images} images, on base {card.base.name}.",
+        losses=[(name, f"{value:.4f}") for name, value in sorted(card.metrics.items())],
+        pictures=[
+            {"step": step, "uri": f"data:image/png;base64,{base64.b64encode(png).decode()}"}
+            for step, png in sorted(pictures.items())
+        ],
+        settings=_flat({**card.recipe, "base digest": card.base.digest}),
+    )
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("generator.html.j2")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    lines: list[tuple[str, str]] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            lines += _flat(cast(Mapping[str, Any], value), f"{prefix}{key}.")
+        else:
+            lines.append((f"{prefix}{key}", str(value)))
+    return lines
