@@ -3,16 +3,19 @@
 import dataclasses
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from loraseg.adapters import adapter_files, load_adapter
 from loraseg.adapters.adapter import LoraPair
+from loraseg.adapters.fusion_file import FusionMode, FusionState
 from loraseg.backbones.diffusion import DiffusionBase
 from loraseg.errors import ConfigError
 from loraseg.fuse.merged import merged
 from loraseg.fuse.mix import Mix
+from loraseg.synth.generator_adapter import GeneratorAdapter
 from loraseg.synth.region_attention import RegionControl
 from loraseg.tensor_types import Tensor
 from loraseg.train.checkpoint import CheckpointSlot
@@ -53,14 +56,26 @@ class TrainedGenerator:
     loop: LoopResult | None = None
     losses: dict[str, float] = dataclasses.field(default_factory=dict[str, float])
 
+    def adapter(self, base: DiffusionBase, recipe: GeneratorRecipe) -> GeneratorAdapter:
+        """Return what a :class:`~loraseg.synth.generator.Generator` draws with."""
+        fusion = None
+        if self.alphas:
+            fusion = FusionState(self.alphas, cast(FusionMode, recipe.fusion.mode))
+        files = adapter_files(self.pairs, base_digest=base.digest)
+        return GeneratorAdapter.of(load_adapter(files), fusion=fusion)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FullTuning:
-    """The UNet's weights after full tuning, on the CPU, with those of fusion layers."""
+    """The UNet's weights after full tuning, on the CPU, with those of fusion layers.
+
+    ``losses`` as in :class:`TrainedGenerator`.
+    """
 
     unet: dict[str, Tensor]
     alphas: dict[str, Tensor]
     loop: LoopResult
+    losses: dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,7 +180,9 @@ def finetune_full(
             loop = run.train(parameters, hooks, lambda: TrainedGenerator({}, {}))
             with run.optimisation.averaged():
                 state = {k: v.detach().cpu().clone() for k, v in unet.state_dict().items()}
-                return FullTuning(state, control.alpha_state() if control else {}, loop)
+                alphas = control.alpha_state() if control else {}
+                losses = {name: run.score(held) for name, held in hooks.score_on.items()}
+                return FullTuning(state, alphas, loop, losses)
     finally:
         unet.load_state_dict(before)
         for name, parameter in parameters.items():
@@ -215,15 +232,22 @@ class _Run:
         self.optimisation = Optimisation(
             {**parameters, **alphas}, rated, recipe.loop, slot=hooks.slot, watch=hooks.watch
         )
-        for step in range(self.optimisation.first, recipe.loop.steps):
+        first = self.optimisation.first
+        if first:
+            self._show(first, hooks, now)  # the kill may have come before the picture
+        for step in range(first, recipe.loop.steps):
             # Entered anew for each step: pictures and checkpoints see the bare UNet in between.
             with self._acting(), closing(self._losses(step)) as losses:
                 self.optimisation.advance(step, losses)
-            if hooks.show and recipe.grid.every and (step + 1) % recipe.grid.every == 0:
-                with self.optimisation.averaged():
-                    kept = now()
-                hooks.show(step + 1, kept)
+            self._show(step + 1, hooks, now)
         return self.optimisation.result()
+
+    def _show(self, done: int, hooks: Hooks, now: Callable[[], TrainedGenerator]) -> None:
+        every = self._recipe.grid.every
+        if hooks.show and every and done % every == 0:
+            with self.optimisation.averaged():
+                kept = now()
+            hooks.show(done, kept)
 
     def score(self, data: DenoisingData) -> float:
         batches = _fixed_batches(data, self._recipe, self._base.device)

@@ -10,8 +10,6 @@ from typing import Any, cast
 
 import jinja2
 
-from loraseg.adapters import adapter_files, load_adapter
-from loraseg.adapters.fusion_file import FusionMode, FusionState
 from loraseg.backbones.diffusion import DiffusionBase
 from loraseg.library import Card
 from loraseg.segment.render import encode_png
@@ -52,11 +50,7 @@ class SampleGrid:
     def draw(self, kept: TrainedGenerator) -> bytes:
         """Return a PNG with a row for each mask: the mask, its image, generated ones."""
         recipe = self.recipe
-        files = adapter_files(kept.pairs, base_digest=self.base.digest)
-        fusion = None
-        if kept.alphas:
-            fusion = FusionState(kept.alphas, cast(FusionMode, recipe.fusion.mode))
-        own = GeneratorAdapter.of(load_adapter(files), fusion=fusion)
+        adapters = [*self.active, kept.adapter(self.base, recipe)]
         config = SamplingConfig(
             images=_IMAGES,
             steps=recipe.grid.steps,
@@ -69,7 +63,7 @@ class SampleGrid:
         pictures: dict[str, list[tuple[str, ndarray]]] = {}
         with encoders_beside(self.base):
             generator = ImageGenerator(
-                self.base, self.conditioner, adapters=[*self.active, own], config=config
+                self.base, self.conditioner, adapters=adapters, config=config
             )
             for one in generator.generate([(name, mask) for name, _, mask in self.shown]):
                 row = pictures.setdefault(one.name, [])

@@ -163,6 +163,7 @@ class GeneratorWork:
             "seed": task.seed,
             "task_digest": unit.digest,
             "active": [one.as_json() for one in self.active],
+            "active_adapters": [one.adapter.adapter.digest for one in self.active],
         }
         return Card(
             name=task.name,

@@ -77,7 +77,7 @@ def test_publishes_an_adapter_with_a_full_card(done):
     )
     assert (card.recipe["rank"], card.recipe["loop"]["steps"]) == (2, 6)
     assert card.recipe["task_digest"] == plan(task).digest
-    assert card.recipe["active"] == []
+    assert card.recipe["active"] == card.recipe["active_adapters"] == []
     assert card.parents == ()
     assert set(card.metrics) == {"train_loss", "val_loss", "val_loss_base"}
     assert card.metrics == result.metrics
@@ -229,6 +229,7 @@ def test_the_card_says_what_was_active(with_active, done):
     assert card.recipe["active"] == [
         {"name": "style", "version": 1, "digest": style.digest, "weight": 0.5}
     ]
+    assert card.recipe["active_adapters"] == [style.digest]
     alone = dataclasses.replace(with_active, active=())
     assert plan(alone).digest != plan(with_active).digest
     assert result.digest != done[1].digest
@@ -304,8 +305,9 @@ def test_the_average_is_published(done, tmp_path):
 
 
 def test_an_order_per_dataset_does_not_depend_on_the_name(tmp_path):
+    short = recipe_of(loop={"steps": 1, "warmup_steps": 0})
     tasks = [
-        tiny_generator_task(tmp_path, name, data_order="per_dataset", images=2)
+        tiny_generator_task(tmp_path, name, data_order="per_dataset", images=2, recipe=short)
         for name in ("one", "two")
     ]
     assert len({run_task(task).digest for task in tasks}) == 1
