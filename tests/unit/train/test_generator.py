@@ -77,7 +77,7 @@ def test_all_pairs_and_fusion_layers_train(plain):
 
 def test_the_loss_falls_below_that_of_the_base(base, folder):
     recipe = recipe_of(
-        rank=8, learning_rate=0.05, batch_size=4, loop={"steps": 30, "checkpoint_every": 30}
+        rank=8, learning_rate=0.05, batch_size=4, loop={"steps": 20, "checkpoint_every": 20}
     )
     data = data_of(folder, base, recipe)
     trained = train_generator(base, data, recipe, Hooks(score_on={"all": data}))
@@ -86,7 +86,7 @@ def test_the_loss_falls_below_that_of_the_base(base, folder):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_twice_gives_the_same_bits(base, folder, data, precision):
-    recipe = recipe_of(loop={"precision": precision})
+    recipe = recipe_of(loop={"precision": precision, "steps": 3})
     first, second = (train_generator(base, data, recipe) for _ in range(2))
     assert same(first, second)
     other = train_generator(base, data_of(folder, base, recipe, seed=1), recipe)

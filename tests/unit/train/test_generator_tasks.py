@@ -258,13 +258,12 @@ def spoil(folder, name, mask):
     Image.fromarray(mask).save(folder / "fog" / "masks" / name / "0.png")
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize(
-    ("mask", "reason"),
+    ("split", "mask", "reason"),
     [
-        (np.full((64, 64), 9, np.uint8), "0.png"),
-        (np.full((64, 64), 255, np.uint8), "every pixel is ignored"),
-        (np.zeros((32, 64), np.uint8), "64 x 32 pixels"),
+        ("train", np.full((64, 64), 9, np.uint8), "0.png"),
+        ("val", np.full((64, 64), 255, np.uint8), "every pixel is ignored"),
+        ("train", np.zeros((32, 64), np.uint8), "64 x 32 pixels"),
     ],
 )
 def test_bad_masks_stop_it_before_anything_is_encoded(tmp_path, split, mask, reason):
@@ -306,14 +305,13 @@ def test_the_average_is_published(done, tmp_path):
 
 def test_an_order_per_dataset_does_not_depend_on_the_name(tmp_path):
     short = recipe_of(loop={"steps": 1, "warmup_steps": 0})
-    tasks = [
-        tiny_generator_task(tmp_path, name, data_order="per_dataset", images=2, recipe=short)
-        for name in ("one", "two")
+    results = [
+        run_task(
+            tiny_generator_task(tmp_path, name, data_order=order, images=2, recipe=short)
+        ).digest
+        for name, order in (("one", "per_dataset"), ("two", "per_dataset"), ("two", "per_adapter"))
     ]
-    assert len({run_task(task).digest for task in tasks}) == 1
-    assert (
-        len({run_task(dataclasses.replace(t, data_order="per_adapter")).digest for t in tasks}) == 2
-    )
+    assert results[0] == results[1] != results[2]
 
 
 def test_planning_segmenters_loads_no_diffusers():
