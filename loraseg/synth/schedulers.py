@@ -65,10 +65,6 @@ _REFUSED: Mapping[str, str] = MappingProxyType(
         "EDMEulerScheduler": "it ignores the noise schedule of the pipeline",
     }
 )
-# PLMS is PNDM without its Runge-Kutta start; not every pipeline's config says so.
-_SETTINGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {"PNDMScheduler": {"skip_prk_steps": True}}
-)
 
 
 class Steps:
@@ -156,17 +152,19 @@ def _make(own: Any, name: str, steps: int) -> Any:
     cls = getattr(diffusers, name, None)
     if cls is None:
         raise ConfigError(f"scheduler {name!r}: diffusers {diffusers.__version__} has none")
-    same = type(own).__name__ == name
-    # Settings of another class that this one does not have are no news to anybody.
-    known = {"self", *inspect.signature(cls.__init__).parameters}
-    config = {
-        key: value for key, value in own.config.items() if same or key in known or key[0] == "_"
-    }
+    config, known = dict(own.config), inspect.signature(cls.__init__).parameters
+    if type(own).__name__ != name:
+        # PLMS is PNDM without its Runge-Kutta start; configs of other classes do not say so.
+        config = {"skip_prk_steps": True, **config}
+    # As the stock pipeline has it, whatever a config says: latents are not pixels in [-1, 1].
+    config["clip_sample"] = False
+    # Settings of other classes are no news to anybody.
+    config = {key: value for key, value in config.items() if key in known}
     try:
         with warnings.catch_warnings():
             # diffusers hands tensors to numpy in a way that numpy 2 warns of.
             warnings.simplefilter("ignore", DeprecationWarning)
-            scheduler = cls.from_config(config, **({} if same else _SETTINGS.get(name, {})))
+            scheduler = cls.from_config(config)
             scheduler.set_timesteps(steps)
     except (ValueError, NotImplementedError, ImportError) as error:
         raise ConfigError(f"scheduler {name} with {steps} steps: {error}") from error

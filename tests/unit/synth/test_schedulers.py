@@ -62,6 +62,15 @@ def test_the_schedule_of_the_pipeline_is_kept():
     assert scheduler.num_inference_steps is None  # the pipeline's own is not touched
 
 
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+def test_latents_are_not_clipped_as_if_they_were_pixels(name):
+    """diffusers' default for a pipeline whose config comes from PNDM and does not say."""
+    assert run(name, [1]).abs().max() > 1
+    clipping = diffusers.DDIMScheduler(**SCHEDULE, clip_sample=True)
+    assert Steps(clipping, name, 3, CPU)._scheduler.config.clip_sample is False
+    assert clipping.config.clip_sample is True
+
+
 def test_plms_calls_the_unet_once_more_than_it_has_steps():
     for scheduler in (own(), diffusers.DDIMScheduler(**SCHEDULE, set_alpha_to_one=False)):
         plan = Steps(scheduler, "pndm", 50, CPU)
