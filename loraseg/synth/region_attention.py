@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from loraseg.adapters.projections import attention_projections
 from loraseg.compat import prepare_torchvision
 from loraseg.errors import AdapterMismatchError, ConfigError, StageError
 from loraseg.synth.region_processor import (
@@ -64,6 +65,8 @@ class RegionControl:
         if not 0 <= fixed_share <= 1:
             raise ConfigError(f"fixed_share {fixed_share}: expected a value in [0, 1]")
         self._modules = _cross_attention(unet)
+        cross = [one for one in attention_projections(unet) if one.cross]
+        self._factors = sorted({one.factor for one in cross})
         self._alphas: dict[str, nn.Linear] = {}
         for name in alpha_modules:
             self._alphas[name] = _new_alpha(_known(name, self._modules), initial_bias)
@@ -118,6 +121,8 @@ class RegionControl:
         """
         self._require_installed()
         context = self._context
+        if regions is not None and not torch.is_grad_enabled():
+            self._prepare(regions, latent)
         before = context.regions, context.unconditional, context.latent
         context.regions, context.unconditional, context.latent = regions, unconditional, latent
         try:
@@ -131,18 +136,17 @@ class RegionControl:
     ) -> Generator[None, None, None]:
         """Compute keys and values of each module once, for prompts that do not change.
 
-        The ``encoder_hidden_states`` of the UNet are then not read, but must have b rows; what
-        acts through ``to_k`` and ``to_v`` must stay the same meanwhile. Adapters that differ from
-        row to row change the keys of one prompt in several ways: then give one row of ``hidden``
-        per row of the batch, and ``index = arange(b)``.
+        That is done at once, with what acts through ``to_k`` and ``to_v`` at that time. The
+        ``encoder_hidden_states`` of the UNet are then not read, but must have b rows. Adapters
+        that differ from row to row change the keys of one prompt in several ways: then give one
+        row of ``hidden`` per row of the batch, and ``index = arange(b)``.
 
         Args:
             hidden: Encoded distinct prompts.
             index: Which of them each row of the batch has, the unconditional rows included.
 
         Raises:
-            StageError: Not within :meth:`installed`, or (on the first call of the UNet)
-                gradients are on.
+            StageError: Not within :meth:`installed`, or gradients are on.
             ConfigError: An index is out of range.
         """
         self._require_installed()
@@ -151,8 +155,14 @@ class RegionControl:
                 f"constant text of {len(hidden)} prompts: got indices {index.tolist()}, "
                 f"expected at least one, each in 0..{len(hidden) - 1}"
             )
+        if torch.is_grad_enabled():
+            raise StageError(
+                "constant text is for sampling, but gradients are on; use torch.no_grad(), or "
+                "leave constant_text() for training"
+            )
         before = self._context.text
-        self._context.text = ConstantText(hidden, index)
+        self._context.text = ConstantText(hidden, index, self._modules)
+        self._context.projections += self._context.text.projections
         try:
             yield
         finally:
@@ -193,6 +203,14 @@ class RegionControl:
         with torch.no_grad():
             for key, value in state.items():
                 alphas[key].copy_(value)
+
+    def _prepare(self, regions: Regions, latent: tuple[int, int]) -> None:
+        """Make the masks of all levels ahead, so that a compiled UNet only ever reads them."""
+        dtype = next(iter(self._modules.values())).to_q.weight.dtype
+        for factor in self._factors:
+            rows, columns = (side // factor for side in latent)
+            if rows and columns:
+                regions.bias(rows, columns, dtype)
 
     def _require_installed(self) -> None:
         for name, attn in self._modules.items():

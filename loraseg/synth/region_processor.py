@@ -1,6 +1,7 @@
 """The attention of one cross-attention module: plain, rectified or a mix (methods b.1, b.2)."""
 # pyright: basic
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,30 +22,37 @@ class ConstantText:
     """Keys and values of prompts that stay the same during a sampling run.
 
     Each module projects the n distinct prompts once; the b rows of a batch share them by index.
+    All is done before the UNet runs, so that a compiled UNet only ever reads it.
     """
 
-    def __init__(self, hidden: Float[Tensor, "n l d"], index: Int[Tensor, " b"]) -> None:
-        self.hidden = hidden
-        self.index = index.to(hidden.device)
-        # Where each row has a prompt of its own there is nothing to gather.
-        self._as_is = index.tolist() == list(range(len(hidden)))
-        self._known: dict[str, tuple[Tensor, Tensor]] = {}
+    def __init__(
+        self,
+        hidden: Float[Tensor, "n l d"],
+        index: Int[Tensor, " b"],
+        modules: Mapping[str, Any],
+    ) -> None:
+        """Project.
 
-    def of(self, name: str, attn: Any) -> tuple[Tensor, Tensor, int]:
-        """Return the keys and values (b, l, c) of a module, and how many rows it projected now."""
-        known = self._known.get(name)
-        if known is not None:
-            return *known, 0
-        if torch.is_grad_enabled():
-            raise StageError(
-                f"{name}: constant text is for sampling, but gradients are on; "
-                "use torch.no_grad(), or leave constant_text() for training"
-            )
-        key, value = attn.to_k(self.hidden), attn.to_v(self.hidden)
-        if not self._as_is:
-            key, value = key.index_select(0, self.index), value.index_select(0, self.index)
-        self._known[name] = key, value
-        return key, value, len(self.hidden)
+        Args:
+            hidden: Encoded distinct prompts.
+            index: Which of them each row has.
+            modules: The cross-attention modules.
+        """
+        self.rows = len(index)
+        self.projections = len(hidden) * len(modules)
+        index = index.to(hidden.device)
+        # Where each row has a prompt of its own there is nothing to gather.
+        as_is = index.tolist() == list(range(len(hidden)))
+        self._known: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, attn in modules.items():
+            key, value = attn.to_k(hidden), attn.to_v(hidden)
+            if not as_is:
+                key, value = key.index_select(0, index), value.index_select(0, index)
+            self._known[name] = key, value
+
+    def of(self, name: str) -> tuple[Float[Tensor, "b l c"], Float[Tensor, "b l c"]]:
+        """Return the keys and values of a module."""
+        return self._known[name]
 
 
 @dataclass(slots=True)
@@ -126,14 +134,12 @@ class RegionAttention:
         if context.text is None:
             context.projections += len(hidden)
             return attn.to_k(hidden), attn.to_v(hidden)
-        if len(hidden) != len(context.text.index):
+        if len(hidden) != context.text.rows:
             raise StageError(
                 f"{self.name}: the UNet got {len(hidden)} rows, "
-                f"expected {len(context.text.index)}, one per index of the constant text"
+                f"expected {context.text.rows}, one per index of the constant text"
             )
-        key, value, projected = context.text.of(self.name, attn)
-        context.projections += projected
-        return key, value
+        return context.text.of(self.name)
 
     def _attend(self, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Return the heads' outputs side by side (b, places, c)."""

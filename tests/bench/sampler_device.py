@@ -23,12 +23,13 @@ from loraseg.compat import prepare_torchvision
 from loraseg.synth.region_attention import RegionControl
 from loraseg.synth.regions import Regions
 from loraseg.synth.sampling import SamplingBatch, SamplingConfig, denoise
+from loraseg.synth.schedulers import Steps
 
 # Methods' count for one image: 50 steps of two UNet passes, decoding, text (performance.md 7).
 UNET_TFLOP, DECODE_TFLOP = 0.803, 2.52
 PEAK_TFLOPS = 790.0
 TOKENS, SLICE = 77, 8
-REPEATS = 2
+REPEATS, WARM_UP_STEPS = 2, 4
 
 
 def main(arguments: list[str]) -> int:
@@ -103,27 +104,22 @@ class _Bench:
     def run(self) -> None:
         main = self._options.main_batch
         self._compare(min(main, 4))
-        self._measure(f"stock_b{main}", main, lambda: self._run_stock(main))
-        self._measure(f"ours_b{main}", main, lambda: self._run_ours(main))
-        self._measure(f"regions_b{main}", main, lambda: self._run_ours(main, regions=True))
-        self._measure(
-            f"shares_b{main}",
-            main,
-            lambda: self._run_ours(main, regions=True, control=self._shares),
-        )
+        self._measure("stock", main, self._stock_run)
+        self._measure("ours", main, self._run_ours)
+        self._measure("regions", main, self._run_regions)
+        self._measure("shares", main, self._run_shares)
         for batch in sorted({int(one) for one in self._options.batches.split(",")} - {main}):
-            self._measure(f"ours_b{batch}", batch, lambda batch=batch: self._run_ours(batch))
-            self._measure(f"stock_b{batch}", batch, lambda batch=batch: self._run_stock(batch))
+            self._measure("ours", batch, self._run_ours)
+            if batch < main:
+                self._measure("stock", batch, self._stock_run)
         self._base.unet.to(memory_format=torch.channels_last)
         self._base.vae.to(memory_format=torch.channels_last)
-        self._measure(f"ours_channels_last_b{main}", main, lambda: self._run_ours(main))
+        self._measure("ours_channels_last", main, self._run_ours)
         if not self._options.no_compile:
             self._base.unet.compile()
-            self._measure(f"ours_compiled_b{main}", main, lambda: self._run_ours(main))
-            self._measure(f"stock_compiled_b{main}", main, lambda: self._run_stock(main))
-            self._measure(
-                f"regions_compiled_b{main}", main, lambda: self._run_ours(main, regions=True)
-            )
+            self._measure("ours_compiled", main, self._run_ours)
+            self._measure("regions_compiled", main, self._run_regions)
+            self._measure("stock_compiled", main, self._stock_run)
 
     def result(self) -> dict[str, object]:
         main = self._options.main_batch
@@ -163,8 +159,9 @@ class _Bench:
     def _tflop(self) -> float:
         return round(self._options.steps * 2 * UNET_TFLOP + DECODE_TFLOP, 2)
 
-    def _measure(self, name: str, batch: int, run: Callable[[], object]) -> None:
-        """Run once to warm up, then take the faster of two runs."""
+    def _measure(self, what: str, batch: int, run: Callable[[int, int], object]) -> None:
+        """Run a few steps to warm up, then take the faster of two runs."""
+        name = f"{what}_b{batch}"
         used = time.perf_counter() - self._started
         if used > self._options.budget_s:
             self._skipped[name] = f"{used:.0f} s were used up"
@@ -172,8 +169,10 @@ class _Bench:
         try:
             if self._device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            first = self._timed(run)
-            seconds = min(self._timed(run) for _ in range(REPEATS))
+            first = self._timed(lambda: run(batch, min(WARM_UP_STEPS, self._options.steps)))
+            seconds = min(
+                self._timed(lambda: run(batch, self._options.steps)) for _ in range(REPEATS)
+            )
         except (RuntimeError, torch.OutOfMemoryError) as error:
             self._skipped[name] = f"{type(error).__name__}: {str(error)[:200]}"
             return
@@ -201,7 +200,7 @@ class _Bench:
         return noise, text[:1], text[1:]
 
     def _latents(
-        self, batch: int, *, regions: bool = False, control: RegionControl | None = None
+        self, batch: int, steps: int, control: RegionControl, *, regions: bool = False
     ) -> torch.Tensor:
         noise, text, empty = self._inputs(batch)
         wish = SamplingBatch(
@@ -212,29 +211,44 @@ class _Bench:
             generators=[torch.Generator().manual_seed(k) for k in range(batch)],
             regions=self._regions(batch) if regions else None,
         )
-        return denoise(self._base, control or self._control, wish, self._config)
+        config = dataclasses.replace(self._config, steps=steps)
+        return denoise(self._base, control, wish, config)
 
-    def _run_ours(
-        self, batch: int, *, regions: bool = False, control: RegionControl | None = None
-    ) -> np.ndarray:
-        latents = self._latents(batch, regions=regions, control=control)
+    def _run_ours(self, batch: int, steps: int) -> np.ndarray:
+        return self._pixels(self._latents(batch, steps, self._control))
+
+    def _run_regions(self, batch: int, steps: int) -> np.ndarray:
+        return self._pixels(self._latents(batch, steps, self._control, regions=True))
+
+    def _run_shares(self, batch: int, steps: int) -> np.ndarray:
+        return self._pixels(self._latents(batch, steps, self._shares, regions=True))
+
+    def _pixels(self, latents: torch.Tensor) -> np.ndarray:
         return self._base.decode_latents(latents, slice_size=SLICE).cpu().numpy()
 
-    def _run_stock(self, batch: int, output: str = "np") -> np.ndarray | torch.Tensor:
+    def _stock_run(self, batch: int, steps: int) -> np.ndarray:
+        return (self._stock_images(batch, steps, "np") * 255).round().astype(np.uint8)
+
+    def _stock_images(self, batch: int, steps: int, output: str) -> np.ndarray | torch.Tensor:
         noise, text, empty = self._inputs(batch)
-        images = self._pipeline(
+        # A scheduler as we use it, so that what differs is the loop alone.
+        self._pipeline.scheduler = Steps(
+            self._base.scheduler, self._options.scheduler, steps, torch.device("cpu")
+        )._scheduler
+        return self._pipeline(
             prompt_embeds=text.repeat(batch, 1, 1),
             negative_prompt_embeds=empty.repeat(batch, 1, 1),
             latents=noise.to(self._device, self._dtype),
-            num_inference_steps=self._options.steps,
+            num_inference_steps=steps,
             guidance_scale=self._config.guidance,
             output_type=output,
         ).images
-        return (images * 255).round().astype(np.uint8) if output == "np" else images
 
     def _compare(self, batch: int) -> None:
         """Compare pixels with those of the stock pipeline at equal noise."""
-        ours, stock = self._latents(batch), self._run_stock(batch, "latent")
+        steps = self._options.steps
+        ours = self._latents(batch, steps, self._control)
+        stock = self._stock_images(batch, steps, "latent")
         scale = self._base.vae.config.scaling_factor
         first, second = (
             self._base.vae.decode((one / scale).to(self._dtype)).sample.float().clamp(-1, 1)
@@ -306,14 +320,14 @@ def _base(device: torch.device, dtype: torch.dtype, *, tiny: bool) -> DiffusionB
 
 
 def _stock(base: DiffusionBase) -> object:
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline(
         unet=base.unet,
         vae=base.vae,
         text_encoder=None,
         tokenizer=None,
-        scheduler=DDIMScheduler.from_config(base.scheduler.config),
+        scheduler=base.scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

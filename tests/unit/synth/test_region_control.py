@@ -328,5 +328,5 @@ def test_constant_text_is_not_for_training():
     control = RegionControl(unet)
     arguments = inputs(unet, 3)
     constant = control.constant_text(texts(unet), torch.arange(3))
-    with control.installed(), constant, pytest.raises(StageError, match="gradients are on"):
+    with control.installed(), pytest.raises(StageError, match="gradients are on"), constant:
         unet(**arguments)

@@ -6,6 +6,7 @@ import torch
 from loraseg.errors import ConfigError
 from loraseg.seeding import derive
 from loraseg.synth.region_attention import RegionControl
+from loraseg.synth.regions import Regions
 from loraseg.synth.sampling import (
     NoiseStream,
     PromptCache,
@@ -14,7 +15,14 @@ from loraseg.synth.sampling import (
     denoise,
 )
 from loraseg.synth.schedulers import Steps
-from tests.unit.synth.generating import PIPELINES, base, one_thread, pipeline  # noqa: F401
+from tests.unit.synth.generating import (
+    PIPELINES,
+    base,
+    generator,
+    mask,
+    one_thread,  # noqa: F401
+    pipeline,
+)
 
 PROMPTS = ["road sky", "car in heavy fog", "car in heavy fog"]
 pytestmark = [
@@ -162,3 +170,35 @@ def test_noise_is_a_stream_of_the_image():
 def test_settings_out_of_range(values, message):
     with pytest.raises(ConfigError, match=message):
         SamplingConfig(**values)
+
+
+def test_the_unet_only_reads_masks_and_text(monkeypatch):
+    """A compiled UNet is compiled anew for whatever its own calls change."""
+    own, noises = base("sd"), streams(2)
+    control = RegionControl(own.unet)
+    conditions = [generator().conditioner(mask(number)) for number in range(2)]
+    batch = SamplingBatch(
+        noise=torch.stack([one.initial((4, 16, 16)) for one in noises]),
+        text=own.encode_text([one.prompt for one in conditions]),
+        prompts=(0, 1),
+        unconditional=own.encode_unconditional(),
+        generators=[one.generator for one in noises],
+        regions=Regions.stack(conditions),
+    )
+    states = []
+    forward = own.unet.forward
+
+    def state():
+        return control.projections_computed, sorted(batch.regions._biases, key=str)
+
+    def watched(*arguments, **named):
+        states.append(state())
+        result = forward(*arguments, **named)
+        states.append(state())
+        return result
+
+    monkeypatch.setattr(own.unet, "forward", watched)
+    denoise(own, control, batch, SamplingConfig(steps=2))
+    assert len(states) == 6
+    assert all(one == states[0] for one in states)
+    assert [key[:2] for key in states[0][1]] == [(16, 16), (8, 8)]
