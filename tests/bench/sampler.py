@@ -18,6 +18,7 @@ from loraseg.data.labels import LabelSpace
 from loraseg.seeding import numpy_generator
 from loraseg.synth.conditioning import Conditioner, ConditioningConfig
 from loraseg.synth.generator import Generator
+from loraseg.synth.region_attention import RegionControl
 from loraseg.synth.sampling import NoiseStream, SamplingConfig
 from tests.bench.harness import Times, interleave, ratio, setting, single_thread
 
@@ -31,6 +32,7 @@ def run() -> dict[str, object]:
     with single_thread(), torch.no_grad():
         pipeline, base, source = _models()
         off, on = (_generator(base, regions=regions) for regions in (False, True))
+        shares = _with_learned_shares(base)
         masks = [("mask", _mask(0))]
         [*made] = off.generate(masks)
         noise = _noise(base, made[0].lineage.mask_id)
@@ -54,6 +56,7 @@ def run() -> dict[str, object]:
                 "stock": stock,
                 "off": lambda: list(off.generate(masks)),
                 "on": lambda: list(on.generate(masks)),
+                "shares": lambda: list(shares.generate(masks)),
             },
             rounds=ROUNDS,
         )
@@ -70,6 +73,7 @@ def run() -> dict[str, object]:
         "ratios": {
             "vs_stock_off": ratio(times, "off", "stock"),
             "region_on_vs_off": ratio(times, "on", "off"),
+            "learned_shares_on_vs_off": ratio(times, "shares", "off"),
         },
         "checks": checks,
         "setting": setting(
@@ -145,6 +149,14 @@ def _generator(base: DiffusionBase, *, regions: bool) -> Generator:
         regions=regions,
     )
     return Generator(base, conditioner, config=config)
+
+
+def _with_learned_shares(base: DiffusionBase) -> Generator:
+    """Both attentions in every module, mixed by layers at their start."""
+    made = _generator(base, regions=True)
+    cross = [n for n, m in base.unet.named_modules() if getattr(m, "is_cross_attention", False)]
+    made._control = RegionControl(base.unet, alpha_modules=cross)
+    return made
 
 
 def _mask(number: int) -> np.ndarray:
