@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -90,6 +91,8 @@ class Hooks:
             nothing of the training is in the UNet.
         score_on: Data to score on at the end, always at the same noise. (The last step's loss is
             no such figure: it depends on the draw, and a run resumed at its end has none.)
+        stop: For full tuning. Called after each step with (steps done, the UNet's state before the
+            first one, on the CPU) while the UNet holds what has been learnt; True ends it there.
     """
 
     slot: CheckpointSlot | None = None
@@ -99,6 +102,7 @@ class Hooks:
     score_on: Mapping[str, DenoisingData] = dataclasses.field(
         default_factory=dict[str, DenoisingData]
     )
+    stop: Callable[[int, Mapping[str, Tensor]], bool] | None = None
 
 
 _NO_HOOKS = Hooks()
@@ -160,7 +164,7 @@ def finetune_full(
         base: As in :func:`train_generator`, like the rest.
         data: Its seed decides the batches.
         recipe: How to train.
-        hooks: ``active`` and ``show`` are for adapters only.
+        hooks: ``active`` and ``show`` are for adapters only; with ``stop`` there are no checkpoints.
 
     Raises:
         StageError: The loss is not finite.
@@ -172,12 +176,14 @@ def finetune_full(
     before = {name: value.detach().cpu().clone() for name, value in unet.state_dict().items()}
     parameters: dict[str, nn.Parameter] = dict(unet.named_parameters())
     wanted = {name: parameter.requires_grad for name, parameter in parameters.items()}
-    hooks = dataclasses.replace(hooks, active=None, show=None)
+    slot = None if hooks.stop else hooks.slot
+    hooks = dataclasses.replace(hooks, active=None, show=None, slot=slot)
     try:
         unet.requires_grad_(True)
         with fixed_threads(recipe.threads), _recomputing(unet, recipe):
             run = _Run(base, data, recipe, control, nullcontext)
-            loop = run.train(parameters, hooks, lambda: TrainedGenerator({}, {}))
+            stop = partial(_stops, hooks, before)
+            loop = run.train(parameters, hooks, lambda: TrainedGenerator({}, {}), stop)
             with run.optimisation.averaged():
                 state = {k: v.detach().cpu().clone() for k, v in unet.state_dict().items()}
                 alphas = control.alpha_state() if control else {}
@@ -221,6 +227,7 @@ class _Run:
         parameters: Mapping[str, nn.Parameter],
         hooks: Hooks,
         now: Callable[[], TrainedGenerator],
+        stop: Callable[[int], bool] = lambda done: False,
     ) -> LoopResult:
         recipe = self._recipe
         alphas = self._control.alphas() if self._control else {}
@@ -240,6 +247,8 @@ class _Run:
             with self._acting(), closing(self._losses(step)) as losses:
                 self.optimisation.advance(step, losses)
             self._show(step + 1, hooks, now)
+            if stop(step + 1):
+                break
         return self.optimisation.result()
 
     def _show(self, done: int, hooks: Hooks, now: Callable[[], TrainedGenerator]) -> None:
@@ -275,6 +284,10 @@ class _Run:
         if self._control is None:
             return nullcontext()
         return self._control.regions(batch.regions, latent=batch.latent_size)
+
+
+def _stops(hooks: Hooks, before: Mapping[str, Tensor], done: int) -> bool:
+    return hooks.stop is not None and hooks.stop(done, before)
 
 
 def _control(

@@ -161,6 +161,7 @@ class Optimisation:
         self.first, self._skipped = (
             (snapshot.step, snapshot.skipped_batches) if snapshot else (0, 0)
         )
+        self._done = self.first
         self._loss, self._started = math.nan, time.monotonic()
 
     def wants(self, step: int) -> bool:
@@ -188,7 +189,7 @@ class Optimisation:
             self._loss = _update(loss, self._parameters, self._optimizer, self.config, step)
             if self._average:
                 self._average.follow(step)
-        done = step + 1
+        done = self._done = step + 1
         if self._slot and (done % self.config.checkpoint_every == 0 or done == self.config.steps):
             self._slot.save(self._snapshot(done))
         if self._watch:
@@ -217,7 +218,7 @@ class Optimisation:
         return Snapshot(step, self._skipped, tensors)
 
     def result(self) -> LoopResult:
-        """Return how it went, after the last step.
+        """Return how it went, after the last step that is made.
 
         Raises:
             StageError: Every batch was skipped.
@@ -226,7 +227,7 @@ class Optimisation:
             raise StageError(
                 f"all {self._skipped} batches held no labelled pixel; nothing was learnt"
             )
-        steps, seconds = self.config.steps - self.first, time.monotonic() - self._started
+        steps, seconds = self._done - self.first, time.monotonic() - self._started
         logger.info("%d steps, %.1f s", steps, seconds)
         return LoopResult(self._loss, self._skipped, self.first)
 

@@ -1,0 +1,236 @@
+"""Which layers full tuning changes most: MatchMask's probe (methods b.3)."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from loraseg import config as configuration
+from loraseg.adapters.layer_report import LayerReport, LayerScore
+from loraseg.adapters.projections import attention_projections
+from loraseg.adapters.selection import from_report
+from loraseg.backbones.diffusion import DiffusionBase
+from loraseg.errors import ConfigError
+from loraseg.tensor_types import Tensor
+from loraseg.train.denoising_data import DenoisingData, DrawConfig
+from loraseg.train.generator import Hooks, finetune_full
+from loraseg.train.generator_recipes import FusionConfig, GeneratorRecipe
+from loraseg.train.loop import AveragingLoopConfig, Watcher
+
+__all__ = ["GradientProbeConfig", "gradient_probe", "relative_changes"]
+
+logger = logging.getLogger(__name__)
+
+# Below it a tensor counts as zero-initialised: its relative change would say nothing.
+_SMALLEST_NORM = 1e-8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class GradientProbeConfig:
+    """How the UNet is tuned, and when its ranking has settled.
+
+    Attributes:
+        epochs: At most so many.
+        learning_rate: Of AdamW without weight decay, constant. The default is for Stable Diffusion;
+            the miniature wants 1e-4.
+        batch_size: Images per step; an epoch has ceil(views / batch_size) steps.
+        accumulate: Parts that a step's images go through one after the other, to save memory.
+        top: The ranking's head that has to settle, so many projections; None to go by ``share``.
+        share: This share of all projections, in (0, 1].
+        stop_overlap: Stop when the heads of two epochs have this Jaccard overlap, in (0, 1].
+        clip_norm: Largest L2 norm of all gradients together.
+        precision: "bf16" runs the UNet under autocast; its weights stay float32.
+        recompute: Gradient checkpointing.
+        threads: CPU threads while training. The last bits of a result depend on it.
+    """
+
+    epochs: int = 5
+    learning_rate: float = 1e-5
+    batch_size: int = 4
+    accumulate: int = 1
+    top: int | None = None
+    share: float = 0.3
+    stop_overlap: float = 0.9
+    clip_norm: float = 1.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    recompute: bool = False
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ConfigError: A value is out of range.
+        """
+        for field in ("share", "stop_overlap"):
+            if not 0 < getattr(self, field) <= 1:
+                raise ConfigError(f"{field}: got {getattr(self, field)}, expected in (0, 1]")
+        if self.epochs < 1 or (self.top is not None and self.top < 1):
+            raise ConfigError(f"epochs {self.epochs}, top {self.top}: expected at least 1")
+        self.recipe(1)  # which checks the rest
+
+    def recipe(self, views: int) -> GeneratorRecipe:
+        """Return how to tune on so many views.
+
+        Raises:
+            ConfigError: A value is out of range.
+        """
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size: got {self.batch_size}, expected at least 1")
+        return GeneratorRecipe(
+            name="gradient-probe",
+            learning_rate=self.learning_rate,
+            weight_decay=0.0,  # it changes weights too, and would be taken for learning
+            batch_size=self.batch_size,
+            accumulate=self.accumulate,
+            draws=DrawConfig(regions=True),
+            fusion=FusionConfig(mode="off"),
+            recompute=self.recompute,
+            loop=AveragingLoopConfig(
+                steps=self.epochs * self.epoch_steps(views),
+                clip_norm=self.clip_norm,
+                schedule="constant",
+                precision=self.precision,
+            ),
+            threads=self.threads,
+        )
+
+    def epoch_steps(self, views: int) -> int:
+        """Return the steps of one epoch."""
+        return -(-views // self.batch_size)
+
+
+_DEFAULT = GradientProbeConfig()
+
+
+def gradient_probe(
+    base: DiffusionBase,
+    data: DenoisingData,
+    config: GradientProbeConfig = _DEFAULT,
+    *,
+    watch: Watcher | None = None,
+) -> LayerReport:
+    """Tune the whole UNet and score each layer by how far its weight has moved.
+
+    The score is S = |W - W'| / |W'| with Frobenius norms, W' before and W after the last epoch; a
+    layer's history holds S at the end of each. Layers with |W'| below 1e-8 have no score. W' waits
+    on the CPU and is compared weight by weight, so that the accelerator holds what training needs
+    and one more weight at a time. Afterwards the base is as it was, bit by bit, and on the CPU the
+    same arguments give the same bytes.
+
+    Args:
+        base: Where its UNet is (CPU or GPU) is where training happens; of float32.
+        data: Few labelled images, with regions for rectified attention; their seed decides the
+            batches.
+        config: How to tune and when to stop.
+        watch: Called after each step with (steps done, loss).
+
+    Raises:
+        ConfigError: The UNet is not of float32, or ``top`` exceeds its projections.
+        AdapterMismatchError: The UNet has no attention projection.
+        StageError: The loss is not finite.
+    """
+    if base.dtype != torch.float32:
+        # Steps as small as the rate are lost in the rounding of half precision.
+        raise ConfigError(
+            f"gradient probe: the UNet is of {base.dtype}, expected torch.float32 (precision=bf16 "
+            f"trains float32 weights under autocast)"
+        )
+    ranking = _Ranking(base, config, data)
+    finetune_full(base, data, config.recipe(len(data)), Hooks(watch=watch, stop=ranking.follow))
+    return ranking.report()
+
+
+@torch.no_grad()
+def relative_changes(module: nn.Module, before: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return |p - p'| / |p'| of each parameter p that was not zero (methods b.3).
+
+    Args:
+        module: Holds the parameters p, any shapes.
+        before: Holds each p' by the parameter's name, on any device.
+
+    Returns:
+        By the parameter's name; those with |p'| below 1e-8 are left out.
+    """
+    changes: dict[str, float] = {}
+    for name, parameter in module.named_parameters():
+        start = before[name].to(parameter.device)
+        norm = _norm(start)
+        if norm >= _SMALLEST_NORM:
+            changes[name] = _norm(parameter - start) / norm
+    return changes
+
+
+class _Ranking:
+    """The layers' scores in the course of the epochs."""
+
+    def __init__(
+        self, base: DiffusionBase, config: GradientProbeConfig, data: DenoisingData
+    ) -> None:
+        self._base, self._config, self._data = base, config, data
+        self._unet: nn.Module = base.unet
+        self._projections = {found.name: found for found in attention_projections(self._unet)}
+        if config.top is not None and config.top > len(self._projections):
+            raise ConfigError(
+                f"gradient probe: top {config.top}, expected at most {len(self._projections)}, "
+                f"the number of attention projections"
+            )
+        self._epoch_steps = config.epoch_steps(len(data))
+        self._epochs: list[dict[str, float]] = []
+        self._overlaps: list[float] = []
+        self._head: frozenset[str] = frozenset()
+
+    def follow(self, done: int, before: Mapping[str, Tensor]) -> bool:
+        """Score the layers if an epoch is over; return whether their ranking has settled."""
+        if done % self._epoch_steps:
+            return False
+        self._epochs.append(relative_changes(self._unet, before))
+        report = self.report()
+        top = self._config.top
+        share = self._config.share if top is None else None
+        head = frozenset(from_report(report, top=top, share=share))
+        if len(self._epochs) > 1:
+            self._overlaps.append(len(head & self._head) / len(head | self._head))
+            logger.info("epoch %d: overlap %.3f", len(self._epochs), self._overlaps[-1])
+        self._head = head
+        return bool(self._overlaps) and self._overlaps[-1] >= self._config.stop_overlap
+
+    def report(self) -> LayerReport:
+        """Return what is known after the last epoch."""
+        scored = [name for name in self._weights() if f"{name}.weight" in self._epochs[-1]]
+        settings: dict[str, Any] = configuration.to_dict(self._config)
+        return LayerReport(
+            method="gradient",
+            base_name=self._base.name,
+            base_digest=self._base.digest,
+            scores=tuple(self._score(name) for name in scored),
+            samples={
+                "views": len(self._data),
+                "epochs": len(self._epochs),
+                "steps": len(self._epochs) * self._epoch_steps,
+                "layers_left_out": len(self._weights()) - len(scored),
+            },
+            settings={**settings, "seed": self._data.seed, "overlaps": list(self._overlaps)},
+        )
+
+    def _weights(self) -> dict[str, int]:
+        """Return the values of each layer's weight."""
+        return {
+            name.removesuffix(".weight"): parameter.numel()
+            for name, parameter in self._unet.named_parameters()
+            if name.endswith(".weight")
+        }
+
+    def _score(self, name: str) -> LayerScore:
+        history = tuple(epoch[f"{name}.weight"] for epoch in self._epochs)
+        if name in self._projections:
+            return LayerScore.of_projection(self._projections[name], history[-1], history)
+        numel = self._weights()[name]
+        return LayerScore(name=name, score=history[-1], history=history, numel=numel)
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
