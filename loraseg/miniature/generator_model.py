@@ -1,0 +1,137 @@
+"""The miniature text-to-image model: diffusers' and transformers' own classes at small sizes.
+
+Saved, it is an ordinary Stable Diffusion folder; nothing that uses it can tell it from SD but by
+its path and its sizes. Where it differs from SD, and why: the latents have half the picture's side,
+since a person is four pixels wide; attention among pixels is left to the two coarsest levels, where
+it is affordable on a CPU (``only_cross_attention``), so that the first attention of a finer block
+is cross-attention too; it predicts v, which keeps few sampling steps stable.
+"""
+# pyright: basic
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from loraseg.compat import prepare_torchvision
+from loraseg.miniature.canvas import SIZE
+from loraseg.miniature.generator_text import LENGTH, build_tokenizer, pruned_bpe
+from loraseg.storage.tensors import encode_tensors
+
+__all__ = ["SCHEDULE", "build_codec", "build_text_encoder", "build_unet", "write_pipeline"]
+
+_TEXT_WIDTH = 96
+_LATENT_CHANNELS = 4
+SCHEDULE: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "prediction_type": "v_prediction",
+}
+
+
+def build_codec(scaling_factor: float = 1.0) -> Any:
+    """Return a fresh ``AutoencoderKL`` that halves the side."""
+    return _diffusers().AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(24, 48),
+        layers_per_block=1,
+        latent_channels=_LATENT_CHANNELS,
+        norm_num_groups=8,
+        sample_size=SIZE,
+        scaling_factor=scaling_factor,
+        force_upcast=False,
+        mid_block_add_attention=False,
+    )
+
+
+def build_text_encoder() -> Any:
+    """Return a fresh ``CLIPTextModel`` over the pruned vocabulary."""
+    prepare_torchvision()
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    ids, _ = pruned_bpe()
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(ids),
+            hidden_size=_TEXT_WIDTH,
+            intermediate_size=4 * _TEXT_WIDTH,
+            projection_dim=_TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=LENGTH,
+            hidden_act="quick_gelu",
+            bos_token_id=len(ids) - 2,
+            eos_token_id=len(ids) - 1,
+            pad_token_id=len(ids) - 1,
+        )
+    )
+
+
+def build_unet() -> Any:
+    """Return a fresh ``UNet2DConditionModel`` of 4.3 M parameters."""
+    return _diffusers().UNet2DConditionModel(
+        sample_size=SIZE // 2,
+        in_channels=_LATENT_CHANNELS,
+        out_channels=_LATENT_CHANNELS,
+        down_block_types=("CrossAttnDownBlock2D",) * 3,
+        up_block_types=("CrossAttnUpBlock2D",) * 3,
+        block_out_channels=(32, 64, 128),
+        layers_per_block=1,
+        cross_attention_dim=_TEXT_WIDTH,
+        attention_head_dim=(1, 2, 4),
+        norm_num_groups=16,
+        only_cross_attention=(True, True, False),
+    )
+
+
+def write_pipeline(
+    folder: Path, *, unet: nn.Module, codec: nn.Module, text_encoder: nn.Module
+) -> None:
+    """Write a ``StableDiffusionPipeline`` folder with float16 weights; equal models, equal bytes.
+
+    Beside what ``save_pretrained`` writes there are ``vocab.json`` and ``merges.txt``, which older
+    releases of transformers read.
+    """
+    diffusers = _diffusers()
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=codec,
+        text_encoder=text_encoder,
+        tokenizer=build_tokenizer(),
+        unet=unet,
+        scheduler=diffusers.PNDMScheduler(
+            **SCHEDULE, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    ids, merges = pruned_bpe()
+    tokenizer = folder / "tokenizer"
+    (tokenizer / "vocab.json").write_text(json.dumps(ids), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
+    (tokenizer / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for path in sorted(folder.glob("*/*.safetensors")):
+        _halve(path)
+
+
+def _diffusers() -> Any:
+    prepare_torchvision()
+    import diffusers
+
+    return diffusers
+
+
+def _halve(path: Path) -> None:
+    from safetensors.torch import load_file
+
+    tensors = {
+        name: tensor.half() if tensor.dtype == torch.float32 else tensor
+        for name, tensor in load_file(path).items()
+    }
+    path.write_bytes(encode_tensors(tensors, {"format": "pt"}))

@@ -1,0 +1,253 @@
+"""Pretrain the miniature generator: the latent codec, text and UNet together, and the judge."""
+# pyright: basic
+
+import copy
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from loraseg.miniature.canvas import CLASSES
+from loraseg.miniature.generator_model import SCHEDULE, build_codec, build_text_encoder, build_unet
+from loraseg.miniature.generator_scenes import CAPTIONS, Scenes
+from loraseg.miniature.generator_text import CaptionIds
+from loraseg.seeding import derive
+from loraseg.segment.closed_set import SmallUNet
+
+__all__ = ["GeneratorTraining", "TextToImage", "train_codec", "train_judge", "train_text_to_image"]
+
+logger = logging.getLogger(__name__)
+
+_EMPTY_CAPTIONS = 0.1
+# Pictures that the latents' deviation is measured on, and encoded at a time.
+_DEVIATION_IMAGES, _ENCODE_BATCH = 2048, 1024
+# Small things are few pixels and count double.
+_RARE = ("bus", "person", "pole", "sign", "car")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class GeneratorTraining:
+    """Settings of the pretraining; the card beside the weights tells how those came about.
+
+    Attributes:
+        seed: Of scenes, batches, noise and the initial weights.
+        scenes: Rendered scenes a domain.
+        codec_steps: Steps of the latent codec.
+        judge_steps: Steps of the judging segmenter.
+        steps: Steps of text encoder and UNet.
+        batch: Pictures a step; of codec and judge at most 256.
+        learning_rate: Peak of text encoder and UNet, after 500 steps of warm-up; cosine to 2 %.
+        ema: Of the weights that are shipped.
+        compiled: Compile the UNet; pays off on a GPU.
+        device: Where to train.
+    """
+
+    seed: int = 0
+    scenes: int = 8_000
+    codec_steps: int = 4_000
+    judge_steps: int = 5_000
+    steps: int = 4_000
+    batch: int = 1024
+    learning_rate: float = 1.5e-3
+    ema: float = 0.9995
+    compiled: bool = False
+    device: str = "cpu"
+
+
+@dataclasses.dataclass(slots=True)
+class TextToImage:
+    """What pretraining makes beside the codec."""
+
+    text_encoder: Any
+    unet: Any
+
+
+def train_codec(config: GeneratorTraining, scenes: Scenes) -> Any:
+    """Train the latent codec; its scaling factor makes latents of unit deviation."""
+    device = torch.device(config.device)
+    torch.manual_seed(derive(config.seed, "pretrain-generator", "codec"))
+    codec = build_codec().to(device).train()
+    average = copy.deepcopy(codec).requires_grad_(False)
+    images = torch.from_numpy(scenes.images)
+    optimiser = torch.optim.AdamW(codec.parameters(), 2e-3, weight_decay=0.0, betas=(0.9, 0.98))
+    for step in range(config.codec_steps):
+        _set_rate(optimiser, 2e-3, step, config.codec_steps, warm=100)
+        rows = torch.randint(len(images), (min(config.batch, 256),))
+        x = _pixels(images[rows], device)
+        with torch.autocast(device.type, torch.bfloat16):
+            posterior = codec.encode(x).latent_dist
+            out = codec.decode(posterior.sample()).sample
+        error = out.float() - x
+        loss = error.abs().mean() + error.square().mean() + 1e-5 * posterior.kl().mean() / 4096
+        _step(optimiser, codec, loss)
+        _average(average, codec, min(0.999, step / (step + 10)))
+        if step % 500 == 499:
+            logger.info("codec %d: PSNR %.2f", step + 1, _decibel(error))
+    with torch.inference_mode():
+        rows = torch.randint(len(images), (_DEVIATION_IMAGES,))
+        deviation = float(average.encode(_pixels(images[rows], device)).latent_dist.mode().std())
+    average.register_to_config(scaling_factor=round(1 / deviation, 5))
+    return average.eval()
+
+
+def train_judge(config: GeneratorTraining, scenes: Scenes) -> SmallUNet:
+    """Train the segmenter that tells whether a picture shows what its mask says."""
+    device = torch.device(config.device)
+    torch.manual_seed(derive(config.seed, "pretrain-generator", "judge"))
+    model = SmallUNet(len(CLASSES)).to(device).train()
+    images, masks = torch.from_numpy(scenes.images), torch.from_numpy(scenes.masks)
+    weights = torch.tensor([2.0 if name in _RARE else 1.0 for name in CLASSES], device=device)
+    optimiser = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.01, betas=(0.9, 0.98))
+    for step in range(config.judge_steps):
+        _set_rate(optimiser, 3e-3, step, config.judge_steps, warm=100)
+        rows = torch.randint(len(images), (min(config.batch, 256),))
+        x, target = _pixels(images[rows], device), masks[rows].to(device).long()
+        if step % 2:
+            x, target = x.flip(3), target.flip(2)
+        with torch.autocast(device.type, torch.bfloat16):
+            logits = model(x)
+        _step(optimiser, model, functional.cross_entropy(logits.float(), target, weights))
+    return model.eval()
+
+
+def train_text_to_image(
+    config: GeneratorTraining,
+    codec: Any,
+    scenes: Scenes,
+    checkpoint: Callable[[TextToImage, int], None] = lambda model, step: None,
+    *,
+    every: int = 500,
+    init: TextToImage | None = None,
+) -> TextToImage:
+    """Train text encoder and UNet together on captions; no mask takes part.
+
+    Args:
+        config: Settings.
+        codec: From :func:`train_codec`.
+        scenes: Pictures and captions; flipped pictures are used as well.
+        checkpoint: Called with the averaged weights.
+        every: Steps between two calls of it.
+        init: Weights to start from, those of an earlier run; it stays as it is.
+    """
+    device = torch.device(config.device)
+    torch.manual_seed(derive(config.seed, "pretrain-generator", "weights"))
+    live = _fresh_or(init).to(device).train()
+    live["unet"].to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    average = copy.deepcopy(live).requires_grad_(False).eval()
+    averaged = TextToImage(average["text"], average["unet"])
+    unet = torch.compile(live["unet"]) if config.compiled else live["unet"]
+    draw = _Draws(_encode_all(codec, scenes, device), torch.from_numpy(scenes.captions).to(device))
+    optimiser = torch.optim.AdamW(
+        live.parameters(), config.learning_rate, weight_decay=0.01, betas=(0.9, 0.98)
+    )
+    started = time.perf_counter()
+    for step in range(config.steps):
+        _set_rate(optimiser, config.learning_rate, step, config.steps, warm=500)
+        batch = draw(config.batch)
+        with torch.autocast(device.type, torch.bfloat16):
+            hidden = live["text"](input_ids=batch.ids)[0]
+            out = unet(batch.noisy, batch.times, hidden, return_dict=False)[0]
+        loss = functional.mse_loss(out.float(), batch.target)
+        _step(optimiser, live, loss)
+        _average(average, live, min(config.ema, (step + 1) / (step + 10)))
+        if step % 500 == 499:
+            pace = (step + 1) / (time.perf_counter() - started)
+            logger.info("step %d: loss %.4f, %.1f steps/s", step + 1, float(loss.detach()), pace)
+        if step % every == every - 1:
+            checkpoint(averaged, step + 1)
+    return averaged
+
+
+@dataclasses.dataclass(slots=True)
+class _Batch:
+    ids: Tensor
+    noisy: Tensor
+    times: Tensor
+    target: Tensor
+
+
+class _Draws:
+    """Draws pictures, one caption of each, times and noise; and makes the velocities of them."""
+
+    def __init__(self, latents: Tensor, captions: Tensor) -> None:
+        self._latents, self._captions = latents, captions
+        self._empty = torch.from_numpy(CaptionIds().encode("")).to(latents.device).long()
+        self._alphas = _alphas_cumprod(latents.device)
+
+    def __call__(self, count: int) -> _Batch:
+        device = self._latents.device
+        rows = torch.randint(len(self._captions), (count,), device=device)
+        flips = torch.randint(2, (count,), device=device)
+        ids = self._captions[rows, torch.randint(CAPTIONS, (count,), device=device)].long()
+        ids[torch.rand(count, device=device) < _EMPTY_CAPTIONS] = self._empty
+        clean = self._latents[flips, rows].float()
+        times = torch.randint(len(self._alphas), (count,), device=device)
+        noise, alphas = torch.randn_like(clean), self._alphas[times][:, None, None, None]
+        signal, spread = alphas.sqrt(), (1 - alphas).sqrt()
+        noisy = (signal * clean + spread * noise).contiguous(memory_format=torch.channels_last)
+        return _Batch(ids, noisy, times, signal * noise - spread * clean)
+
+
+def _fresh_or(init: TextToImage | None) -> nn.ModuleDict:
+    if init is None:
+        return nn.ModuleDict({"text": build_text_encoder(), "unet": build_unet()})
+    parts = {"text": init.text_encoder, "unet": init.unet}
+    return nn.ModuleDict(copy.deepcopy(parts)).float().requires_grad_(True)
+
+
+@torch.inference_mode()
+def _encode_all(codec: Any, scenes: Scenes, device: torch.device) -> Tensor:
+    """Return latents (2, n, c, h, w) in float16 of the pictures and their mirror images."""
+    images = torch.from_numpy(scenes.images)
+    sides: list[Tensor] = []
+    for flipped in (False, True):
+        rows: list[Tensor] = []
+        for start in range(0, len(images), _ENCODE_BATCH):
+            x = _pixels(images[start : start + _ENCODE_BATCH], device)
+            x = x.flip(3) if flipped else x
+            rows.append(codec.encode(x).latent_dist.mode().half())
+        sides.append(torch.cat(rows))
+    return torch.stack(sides) * codec.config.scaling_factor
+
+
+def _alphas_cumprod(device: torch.device) -> Tensor:
+    root = torch.linspace(
+        SCHEDULE["beta_start"] ** 0.5, SCHEDULE["beta_end"] ** 0.5, SCHEDULE["num_train_timesteps"]
+    )
+    return (1 - root.square()).cumprod(0).to(device)
+
+
+def _decibel(error: Tensor) -> float:
+    """Return the PSNR for errors of pixels in [-1, 1]."""
+    return -10 * math.log10(float(error.detach().square().mean()) / 4)
+
+
+def _pixels(images: Tensor, device: torch.device) -> Tensor:
+    return images.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _step(optimiser: torch.optim.Optimizer, model: nn.Module, loss: Tensor) -> None:
+    optimiser.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimiser.step()
+
+
+def _average(average: nn.Module, live: nn.Module, keep: float) -> None:
+    with torch.no_grad():
+        for mean, value in zip(average.parameters(), live.parameters(), strict=True):
+            mean.lerp_(value, 1 - keep)
+
+
+def _set_rate(
+    optimiser: torch.optim.Optimizer, peak: float, step: int, steps: int, *, warm: int
+) -> None:
+    rate = peak * (0.49 * (1 + math.cos(math.pi * step / steps)) + 0.02)
+    for group in optimiser.param_groups:
+        group["lr"] = rate * min(1.0, (step + 1) / warm)

@@ -1,0 +1,99 @@
+"""A small U-Net with a fixed list of classes, for worlds where a large segmenter would be a waste.
+
+Pretraining's judge and the baselines of the miniature use it; it knows nothing of adapters.
+"""
+# pyright: basic
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from loraseg.errors import IntegrityError
+from loraseg.storage.tensors import encode_tensors
+from loraseg.tensor_types import Float, Tensor, UInt8, ndarray
+
+__all__ = ["SmallUNet", "load_unet", "predict", "unet_bytes"]
+
+_PREDICT_BATCH = 64
+
+
+class SmallUNet(nn.Module):
+    """Three levels of convolutions with group norm; (b, 3, h, w) in [-1, 1] to class logits."""
+
+    def __init__(self, classes: int, width: int = 24) -> None:
+        """Make a fresh network.
+
+        Args:
+            classes: Logits a pixel.
+            width: Channels at full resolution; twice and four times as many below. A multiple of 8.
+        """
+        super().__init__()
+        self.classes, self.width = classes, width
+        self.down = nn.ModuleList(
+            [_double(3, width), _double(width, 2 * width), _double(2 * width, 4 * width)]
+        )
+        self.up = nn.ModuleList([_double(3 * width, width), _double(6 * width, 2 * width)])
+        self.head = nn.Conv2d(width, classes, 1)
+
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c h w"]:
+        """Return logits; height and width must be multiples of 4."""
+        fine = self.down[0](images)
+        middle = self.down[1](nn.functional.max_pool2d(fine, 2))
+        coarse = self.down[2](nn.functional.max_pool2d(middle, 2))
+        middle = self.up[1](torch.cat([middle, _twice(coarse)], 1))
+        return self.head(self.up[0](torch.cat([fine, _twice(middle)], 1)))
+
+
+def predict(model: SmallUNet, images: UInt8[ndarray, "n h w 3"]) -> UInt8[ndarray, "n h w"]:
+    """Return the likeliest class of each pixel."""
+    parameter = next(model.parameters())
+    labels: list[Tensor] = []
+    with torch.inference_mode():
+        for start in range(0, len(images), _PREDICT_BATCH):
+            part = torch.from_numpy(images[start : start + _PREDICT_BATCH]).to(parameter.device)
+            logits = model(part.permute(0, 3, 1, 2).to(parameter.dtype) / 127.5 - 1)
+            labels.append(logits.argmax(1).byte().cpu())
+    return torch.cat(labels).numpy()
+
+
+def unet_bytes(model: SmallUNet, class_names: Sequence[str]) -> bytes:
+    """Return a safetensors file of the weights in float16; equal models give equal bytes."""
+    header = {"classes": json.dumps(list(class_names)), "width": str(model.width)}
+    return encode_tensors({k: v.half() for k, v in model.state_dict().items()}, header)
+
+
+def load_unet(path: Path) -> tuple[SmallUNet, tuple[str, ...]]:
+    """Read what :func:`unet_bytes` wrote: the network in float32, frozen, and its class names.
+
+    Raises:
+        IntegrityError: The file is no such network.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata()
+            state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+        names = tuple(str(name) for name in json.loads(header["classes"]))
+        model = SmallUNet(len(names), int(header["width"]))
+        model.load_state_dict(state)
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise IntegrityError(f"{path}: not a small U-Net: {error}") from error
+    return model.eval().requires_grad_(False), names
+
+
+def _double(channels: int, out: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels, out, 3, padding=1, bias=False),
+        nn.GroupNorm(8, out),
+        nn.SiLU(),
+        nn.Conv2d(out, out, 3, padding=1, bias=False),
+        nn.GroupNorm(8, out),
+        nn.SiLU(),
+    )
+
+
+def _twice(features: Tensor) -> Tensor:
+    return nn.functional.interpolate(features, scale_factor=2.0, mode="nearest")
