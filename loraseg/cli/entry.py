@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from loraseg.cli import generate, library, miniature, segment, tokens, train_base
+from loraseg.cli import generate, library, miniature, report, segment, tokens, train_base
 from loraseg.cli.console import complain, say, say_table
 from loraseg.errors import AdapterNotFoundError, ConfigError, LorasegError
 
@@ -45,12 +45,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="loraseg",
         description="A library of LoRA adapters for segmentation, retrieved and fused per image.",
-        epilog="On a cluster: python -m jobs.train_adapters and python -m jobs.evaluate.",
+        epilog="On a cluster: python -m jobs.train_adapters, jobs.evaluate and jobs.probe.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     segment.add(commands)
     generate.add(commands)
     library.add(commands)
+    report.add(commands)
     train_base.add(commands)
     miniature.add(commands)
     tokens.add(commands)

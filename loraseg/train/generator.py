@@ -164,7 +164,7 @@ def finetune_full(
         base: As in :func:`train_generator`, like the rest.
         data: Its seed decides the batches.
         recipe: How to train.
-        hooks: ``active`` and ``show`` are for adapters only; with ``stop`` there are no checkpoints.
+        hooks: ``active`` and ``show`` are for adapters only. With ``stop`` no checkpoints are kept.
 
     Raises:
         StageError: The loss is not finite.

@@ -1,0 +1,38 @@
+"""Probe which layers of a generator matter for a domain: a report, and its tables on the terminal.
+
+python -m jobs.probe method=gradient base=miniature gradient.learning_rate=1e-4 data=FOLDER \
+    images=16 output=s3://bucket/reports/fog.json
+
+The report serves as ``targets`` of a generator's recipe. ``loraseg report show`` prints it again.
+"""
+
+import sys
+from dataclasses import dataclass, field
+
+from actors.probing import probe_on_ray
+from actors.resources import Placement, connect, require_room
+from loraseg import config as configuration
+from loraseg.adapters.layer_report import LayerReport
+from loraseg.probes.task import ProbeTask
+from loraseg.probes.views import overview
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config(ProbeTask):
+    """What is probed, and what it takes on Ray."""
+
+    resources: Placement = field(default_factory=Placement)
+
+
+def main(config: Config) -> None:
+    """Probe, or find that it has been done; print what the report says."""
+    task = config.resolved()
+    started_here = connect()
+    require_room(config.resources, may_grow=not started_here)
+    result = probe_on_ray(task, config.resources)
+    state = "probed before" if result.skipped else "written"
+    sys.stdout.write(f"{overview(LayerReport.parse(result.report))}\n{task.output}: {state}\n")
+
+
+if __name__ == "__main__":
+    configuration.main(main, Config, description=__doc__)

@@ -1,0 +1,52 @@
+"""``loraseg report show | compare``."""
+
+import argparse
+import sys
+from typing import Any
+
+__all__ = ["add"]
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser."""
+    group = commands.add_parser("report", help="look into reports of probes (jobs.probe)")
+    actions = group.add_subparsers(required=True, metavar="ACTION")
+    show = actions.add_parser("show", help="print which layers lead, and which parts of the model")
+    show.add_argument("file", metavar="FILE", help="path or URI of a layer report")
+    show.add_argument("--top", type=int, default=10, metavar="K", help="default: 10 layers")
+    show.set_defaults(command=_show)
+    compare = actions.add_parser("compare", help="print how far two reports agree")
+    compare.add_argument("first", metavar="A")
+    compare.add_argument("second", metavar="B")
+    compare.add_argument(
+        "--top", type=int, action="append", metavar="K", help="of the first K; may be repeated"
+    )
+    compare.set_defaults(command=_compare)
+    for parser in (show, compare):
+        parser.add_argument(
+            "--projections",
+            action="store_true",
+            help="only the attention projections, which adapters are put on",
+        )
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from loraseg.probes.views import overview
+
+    sys.stdout.write(overview(_read(arguments.file, arguments), arguments.top))
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from loraseg.probes.views import comparison
+
+    first, second = (_read(place, arguments) for place in (arguments.first, arguments.second))
+    sys.stdout.write(comparison(first, second, arguments.top or ()))
+    return 0
+
+
+def _read(place: str, arguments: argparse.Namespace) -> Any:
+    from loraseg.probes.places import read_report
+
+    report = read_report(place)
+    return report.projections() if arguments.projections else report

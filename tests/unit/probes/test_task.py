@@ -1,0 +1,100 @@
+"""A probe from files to a report that a recipe takes its layers from."""
+
+import dataclasses
+
+import pytest
+
+from loraseg.adapters.layer_report import LayerReport
+from loraseg.backbones.diffusion import load_diffusion
+from loraseg.errors import ConfigError, IntegrityError
+from loraseg.probes.gradient import GradientProbeConfig
+from loraseg.probes.places import read_report
+from loraseg.probes.task import ProbeTask, run_probe
+from loraseg.train.generator_targets import generator_targets
+from tests.tiny_world import write_domain
+from tests.unit.train.tiny_generator import recipe_of, write_pipeline
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("probe")
+    write_pipeline(made / "pipeline")
+    write_domain(made / "fog", "fog")
+    return made
+
+
+@pytest.fixture
+def task(folder, tmp_path):
+    return ProbeTask(
+        base=str(folder / "pipeline"),
+        data=str(folder / "fog"),
+        images=3,
+        gradient=GradientProbeConfig(epochs=1, learning_rate=1e-3, batch_size=4),
+        output=str(tmp_path / "reports" / "fog.json"),
+        cache=str(folder / "cache"),
+    ).resolved()
+
+
+def test_report_lies_at_the_output_and_says_what_was_done(task, folder):
+    result = run_probe(task)
+    assert not result.skipped
+    report = read_report(task.output)
+    assert report.to_bytes() == result.report
+    base = load_diffusion(task.base)
+    assert report.base_digest == base.digest
+    assert report.samples["images"] == report.samples["views"] == 3
+    assert report.settings["size"] == [32, 32]
+    assert {"task_digest", "data_digest", "learning_rate"} <= set(report.settings)
+    recipe = recipe_of(targets=task.output, top=5)
+    assert generator_targets(base.unet, recipe) == report.projections().top(5)
+
+
+def test_done_once_it_is_skipped(task, monkeypatch):
+    first = run_probe(task)
+    monkeypatch.setattr("loraseg.probes.task.gradient_probe", None)
+    again = run_probe(task)
+    assert again.skipped
+    assert again.report == first.report
+
+
+def test_another_probe_replaces_the_report(task):
+    first = run_probe(task)
+    other = run_probe(dataclasses.replace(task, seed=1))
+    assert not other.skipped
+    digests = {LayerReport.parse(r.report).settings["task_digest"] for r in (first, other)}
+    assert len(digests) == 2
+    assert read_report(task.output).to_bytes() == other.report
+
+
+def test_a_file_of_another_kind_stays(task, tmp_path):
+    (tmp_path / "reports").mkdir()
+    (tmp_path / "reports" / "fog.json").write_text("mine")
+    with pytest.raises(IntegrityError, match=r"fog\.json"):
+        run_probe(task)
+    assert (tmp_path / "reports" / "fog.json").read_text() == "mine"
+
+
+def test_addresses_are_made_absolute(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    task = ProbeTask(base="pipeline", data="fog", output="fog.json").resolved()
+    assert (task.base, task.data, task.output) == tuple(
+        str(folder / name) for name in ("pipeline", "fog", "fog.json")
+    )
+    assert task.cache_place == str(folder / "_cache")
+    assert ProbeTask(base="miniature", data="s3://b/d", output="s3://b/r/x.json").resolved() == (
+        ProbeTask(base="miniature", data="s3://b/d", output="s3://b/r/x.json")
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"images": 0}, "images"), ({"flip": 2.0}, "flip"), ({"output": "s3://bucket"}, "a file")],
+)
+def test_config_is_checked(task, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(task, **changes)
+
+
+def test_sides_that_the_model_cannot_halve(task):
+    with pytest.raises(ConfigError, match=r"size: got \(30, 32\), expected multiples of 4"):
+        run_probe(dataclasses.replace(task, size=(30, 32)))
