@@ -90,7 +90,7 @@ def train_codec(config: GeneratorTraining, scenes: Scenes) -> Any:
         if step % 500 == 499:
             logger.info("codec %d: PSNR %.2f", step + 1, _decibel(error))
     with torch.inference_mode():
-        rows = torch.randint(len(images), (_DEVIATION_IMAGES,))
+        rows = torch.randint(len(images), (min(_DEVIATION_IMAGES, len(images)),))
         deviation = float(average.encode(_pixels(images[rows], device)).latent_dist.mode().std())
     average.register_to_config(scaling_factor=round(1 / deviation, 5))
     return average.eval()

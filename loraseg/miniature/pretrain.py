@@ -3,6 +3,9 @@
 python -m loraseg.miniature.pretrain clip      # about 25 minutes of one core
 python -m loraseg.miniature.pretrain catseg    # about 5, needs the CLIP
 python -m loraseg.miniature.pretrain gates     # measures both, prints JSON and writes gates.json
+python -m loraseg.miniature.pretrain judge --device cuda        # minutes on a GPU
+python -m loraseg.miniature.pretrain generator --device cuda    # ten minutes and more on a GPU
+python -m loraseg.miniature.pretrain generator-gates            # writes generator_gates.json
 """
 
 import argparse
@@ -16,19 +19,42 @@ from typing import Any
 
 import torch
 
+from loraseg.backbones.diffusion import load_diffusion
 from loraseg.config import to_dict
+from loraseg.miniature.canvas import CLASSES
 from loraseg.miniature.captions import PROMPT, tokenizer
 from loraseg.miniature.catseg_gates import catseg_report
 from loraseg.miniature.catseg_training import CatsegTraining, train_catseg
 from loraseg.miniature.clip_gates import clip_report
 from loraseg.miniature.clip_model import CLIP_CONFIG
 from loraseg.miniature.clip_training import ClipTraining, train_clip
+from loraseg.miniature.generator_gates import domain_report, judge_report, word_report
+from loraseg.miniature.generator_model import write_pipeline
+from loraseg.miniature.generator_scenes import draw_scenes
+from loraseg.miniature.generator_training import (
+    GeneratorTraining,
+    TextToImage,
+    train_codec,
+    train_judge,
+    train_text_to_image,
+)
 from loraseg.miniature.weights_io import WEIGHTS, read_clip, write_clip
 from loraseg.segment.catseg.checkpoint import load_catseg, save_catseg
+from loraseg.segment.closed_set import load_unet, unet_bytes
 
-__all__ = ["gates", "main", "make_catseg", "make_clip"]
+__all__ = [
+    "gates",
+    "generator_gates",
+    "main",
+    "make_catseg",
+    "make_clip",
+    "make_generator",
+    "make_judge",
+]
 
 logger = logging.getLogger(__name__)
+
+_COMMANDS = ("clip", "catseg", "gates", "judge", "generator", "generator-gates")
 
 
 def make_clip(config: ClipTraining, folder: Path) -> None:
@@ -49,6 +75,42 @@ def make_catseg(config: CatsegTraining, folder: Path) -> None:
     save_catseg(model, folder / "catseg.safetensors", header, dtype=torch.float16)
 
 
+def make_judge(config: GeneratorTraining, folder: Path, *, processes: int = 1) -> None:
+    """Train the judge and write ``judge.safetensors``."""
+    scenes = draw_scenes(config.scenes, config.seed, processes=processes)
+    data = unet_bytes(train_judge(config, scenes), CLASSES)
+    (folder / "judge.safetensors").write_bytes(data)
+
+
+def make_generator(
+    config: GeneratorTraining, folder: Path, *, init: Path | None = None, processes: int = 1
+) -> None:
+    """Train the text-to-image model and write ``generator/``; a copy goes there now and then.
+
+    Args:
+        config: Settings.
+        folder: Where the folder ``generator`` is written.
+        init: A folder that this wrote: its text encoder and UNet are trained on, and its codec is
+            kept, since the UNet knows the latents of no other.
+        processes: How many draw scenes.
+    """
+    scenes = draw_scenes(config.scenes, config.seed, processes=processes)
+    start = None
+    if init is None:
+        codec = train_codec(config, scenes)
+    else:
+        base = load_diffusion(str(init))
+        codec = base.vae.to(config.device)
+        start = TextToImage(base.text_encoders[0], base.unet)
+
+    def write(model: TextToImage, step: int) -> None:
+        parts = {"unet": model.unet, "codec": codec, "text_encoder": model.text_encoder}
+        write_pipeline(folder / "generator", **parts)
+        logger.info("generator: written after %d steps", step)
+
+    write(train_text_to_image(config, codec, scenes, write, init=start), config.steps)
+
+
 def gates(folder: Path, seed: int = 0) -> dict[str, Any]:
     """Measure the weights as they are shipped and compare them with their gates."""
     clip = clip_report(read_clip(folder / "clip.safetensors"), seed=seed)
@@ -64,41 +126,78 @@ def gates(folder: Path, seed: int = 0) -> dict[str, Any]:
     return {"checks": met, "clip": clip, "catseg": catseg}
 
 
+def generator_gates(folder: Path, seed: int = 0) -> dict[str, Any]:
+    """Measure generator and judge as they are; what masks do needs training, see the card."""
+    base = load_diffusion(str(folder / "generator"))
+    judge, _ = load_unet(folder / "judge.safetensors")
+    judged = judge_report(judge, base, seed=seed)
+    words = word_report(judge, base, seed=seed)
+    checks = {
+        "judge_miou_mean >= .85": judged["judge_miou_mean"] >= 0.85,
+        "object_word_auc_mean >= .8": words["object_word_auc_mean"] >= 0.8,
+    }
+    return {
+        "checks": {gate: bool(value) for gate, value in checks.items()},
+        "judge": judged,
+        "object_words": words,
+        "domain_words": domain_report(read_clip(folder / "clip.safetensors"), base, seed=seed),
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one of the three commands."""
+    """Run one of the commands."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     torch.set_num_threads(arguments.threads)
-    started = time.perf_counter()
-    folder: Path = arguments.folder
-    if arguments.command == "gates":
-        text = json.dumps(gates(folder, arguments.seed), indent=1)
-        (folder / "gates.json").write_text(text + "\n", encoding="utf-8")
+    measures = {"gates": gates, "generator-gates": generator_gates}
+    if arguments.command in measures:
+        text = json.dumps(measures[arguments.command](arguments.folder, arguments.seed), indent=1)
+        name = f"{arguments.command.replace('-', '_')}.json"
+        (arguments.folder / name).write_text(text + "\n", encoding="utf-8")
         sys.stdout.write(text + "\n")
         return
+    started = time.perf_counter()
+    config = _make(arguments)
+    seconds = time.perf_counter() - started
+    logger.info("%s: %.0f s with %s", arguments.command, seconds, to_dict(config))
+
+
+def _make(arguments: argparse.Namespace) -> ClipTraining | CatsegTraining | GeneratorTraining:
+    """Make the weights that are asked for and return the settings."""
+    folder, seed = arguments.folder, arguments.seed
     steps = {} if arguments.steps is None else {"steps": arguments.steps}
     if arguments.command == "clip":
         going_on = {"init": arguments.init, "first_step": arguments.first_step}
-        config = ClipTraining(seed=arguments.seed, **steps, **going_on)
-        make_clip(config, folder)
+        clip = ClipTraining(seed=seed, **steps, **going_on)
+        make_clip(clip, folder)
+        return clip
+    if arguments.command == "catseg":
+        catseg = CatsegTraining(seed=seed, **steps)
+        make_catseg(catseg, folder)
+        return catseg
+    if arguments.command == "judge":
+        steps = {f"judge_{name}": value for name, value in steps.items()}
+    device = arguments.device
+    config = GeneratorTraining(seed=seed, device=device, compiled=device != "cpu", **steps)
+    if arguments.command == "judge":
+        make_judge(config, folder, processes=arguments.threads)
     else:
-        config = CatsegTraining(seed=arguments.seed, **steps)
-        make_catseg(config, folder)
-    seconds = time.perf_counter() - started
-    logger.info("%s: %.0f s with %s", arguments.command, seconds, to_dict(config))
+        make_generator(config, folder, init=arguments.init, processes=arguments.threads)
+    return config
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=["clip", "catseg", "gates"])
+    parser.add_argument("command", choices=_COMMANDS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="optimiser steps; default as in the code")
-    parser.add_argument("--init", type=Path, help="clip: weights of an interrupted run")
+    parser.add_argument("--init", type=Path, help="clip, generator: weights to go on with")
     parser.add_argument("--first-step", type=int, default=1, help="clip: where to go on with it")
     parser.add_argument("--folder", type=Path, default=WEIGHTS, help="where the weights lie")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="also processes that draw scenes")
+    parser.add_argument("--device", default="cpu", help="generator, judge: where to train")
     return parser
 
 

@@ -76,12 +76,24 @@ def load_unet(path: Path) -> tuple[SmallUNet, tuple[str, ...]]:
         with safe_open(path, "pt") as file:
             header = file.metadata()
             state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-        names = tuple(str(name) for name in json.loads(header["classes"]))
-        model = SmallUNet(len(names), int(header["width"]))
-        model.load_state_dict(state)
+        names = _names(header["classes"])
+        # Without memory: what a header claims is cheap, what the file holds must fit it.
+        with torch.device("meta"):
+            model = SmallUNet(len(names), int(header["width"]))
+        model.load_state_dict(state, assign=True)
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise IntegrityError(f"{path}: not a small U-Net: {error}") from error
+        raise IntegrityError(f"{path}: not a small U-Net: {str(error)[:300]}") from error
+    wrong = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if wrong:
+        raise IntegrityError(f"{path}: {wrong[0]} has values that are not finite")
     return model.eval().requires_grad_(False), names
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = json.loads(text)
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+        raise ValueError(f"classes {text[:80]!r}, expected a list of names")
+    return tuple(names)
 
 
 def _double(channels: int, out: int) -> nn.Sequential:

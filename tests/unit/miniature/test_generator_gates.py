@@ -1,0 +1,56 @@
+import numpy as np
+import pytest
+
+from loraseg.backbones.diffusion import load_diffusion
+from loraseg.miniature import generator_gates
+from loraseg.miniature.canvas import CLASSES
+from loraseg.miniature.clip_gates import auc
+from loraseg.miniature.domains import DOMAINS
+from loraseg.miniature.generator_gates import domain_report, judge_report, sample
+from loraseg.miniature.weights_io import WEIGHTS, read_clip
+from loraseg.miniature.world import render
+from loraseg.segment.closed_set import load_unet, predict
+from loraseg.segment.metrics import ConfusionMatrix
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_diffusion("miniature")
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return load_unet(WEIGHTS / "judge.safetensors")[0]
+
+
+def test_the_shipped_judge_reads_clear_days(judge):
+    images, masks = render("clear-day", 32, 0, "test-judge")
+    matrix = ConfusionMatrix(len(CLASSES))
+    matrix.add(masks, predict(judge, images))
+    assert matrix.miou() >= 0.85
+
+
+def test_the_words_of_a_prompt_are_seen_in_the_picture(base, judge):
+    prompts = [
+        "building sidewalk road car on a clear day",
+        "sky mountain grass tree on a clear day",
+    ]
+    pictures = sample(base, prompts * 4, 0)
+    assert pictures.shape == (8, 64, 64, 3)
+    labels = predict(judge, pictures)
+    street = np.arange(8) % 2 == 0
+    for name, named in (("road", street), ("building", street), ("grass", ~street)):
+        assert auc((labels == CLASSES.index(name)).sum((1, 2)), named) >= 0.8, name
+
+
+def test_reports_tell_domains_apart(base, judge, monkeypatch):
+    two = {name: DOMAINS[name] for name in ("clear-day", "night")}
+    monkeypatch.setattr(generator_gates, "DOMAINS", two)
+    judged = judge_report(judge, base, scenes=4)
+    assert set(judged["judge_miou_by_domain"]) == set(two)
+    assert 0.5 < judged["ceiling_miou_mean"] <= judged["judge_miou_mean"] + 0.05
+    assert judged["codec_psnr_mean"] > 25
+    words = domain_report(
+        read_clip(WEIGHTS / "clip.safetensors"), base, pictures=3, domains=tuple(two)
+    )
+    assert words["domain_word_accuracy"] >= 0.5

@@ -1,0 +1,72 @@
+import pytest
+import torch
+
+from loraseg.backbones.diffusion import load_diffusion
+from loraseg.miniature.generator_model import (
+    build_codec,
+    build_text_encoder,
+    build_unet,
+    write_pipeline,
+)
+from loraseg.miniature.weights_io import WEIGHTS
+
+FILES = {
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors",
+    "tokenizer/merges.txt",
+    "tokenizer/tokenizer.json",
+    "tokenizer/tokenizer_config.json",
+    "tokenizer/vocab.json",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+}
+
+
+def _bytes(folder):
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def models():
+    torch.manual_seed(0)
+    parts = {"unet": build_unet(), "codec": build_codec(0.7), "text_encoder": build_text_encoder()}
+    parts["unet"].to(memory_format=torch.channels_last)
+    return parts
+
+
+def test_equal_models_are_written_in_equal_bytes_and_read_back(tmp_path, models):
+    write_pipeline(tmp_path / "a", **models)
+    write_pipeline(tmp_path / "b", **models)
+    first = _bytes(tmp_path / "a")
+    assert set(first) == FILES
+    assert first == _bytes(tmp_path / "b")
+    base = load_diffusion(str(tmp_path / "a"))
+    assert base.vae.config.scaling_factor == 0.7
+    for name, tensor in models["unet"].state_dict().items():
+        assert torch.equal(base.unet.state_dict()[name], tensor.half().float())
+
+
+def test_the_shipped_folder_is_a_stock_pipeline():
+    from diffusers import StableDiffusionPipeline
+
+    assert set(_bytes(WEIGHTS / "generator")) == FILES
+    pipeline = StableDiffusionPipeline.from_pretrained(WEIGHTS / "generator")
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    image = pipeline("a car", num_inference_steps=2, output_type="np", generator=generator).images
+    assert image.shape == (1, 64, 64, 3)
+    assert image.std() > 0.02
+
+
+def test_the_shipped_folder_is_the_base_called_miniature():
+    base = load_diffusion("miniature")
+    assert (base.kind, base.prediction_type) == ("sd", "v_prediction")
+    assert (base.text_length, base.image_size, base.latent_factor) == (32, 64, 2)
+    assert sum(value.numel() for value in base.unet.parameters()) < 4.4e6
+    crossing = [m for m in base.unet.modules() if getattr(m, "is_cross_attention", False)]
+    assert len(crossing) == 16
