@@ -14,14 +14,22 @@ import pathlib
 
 import loraseg
 from loraseg.backbones.clip import load_clip
+from loraseg.backbones.diffusion import load_diffusion
 from loraseg.segment.base import load_base
+from loraseg.segment.closed_set import load_unet
 
 assert "site" in pathlib.Path(loraseg.__file__).parts, loraseg.__file__
 load_base("miniature")
 load_clip("miniature")
+generator = load_diffusion("miniature")
+assert generator.encode_text(["a car in the rain"]).hidden.shape == (1, 32, 96)
+weights = importlib.resources.files("loraseg.miniature") / "weights"
+for name in ("merges.txt", "vocab.json", "tokenizer.json"):
+    assert (weights / "generator" / "tokenizer" / name).is_file(), name
+load_unet(weights / "judge.safetensors")
 template = importlib.resources.files("loraseg.evaluate") / "templates" / "report.html.j2"
 assert template.is_file()
 assert (importlib.resources.files("loraseg.serving") / "static" / "index.html").is_file()
 assert (importlib.resources.files("jobs") / "grafana_dashboard.json").is_file()
-print("wheel: weights and template found, base and encoder load")
+print("wheel: weights and template found, base, encoder, generator and judge load")
 PY

@@ -1,8 +1,12 @@
+from pathlib import Path
+
 import pytest
 
+from loraseg.miniature import pretrain
 from loraseg.miniature.captions import tokenizer
 from loraseg.miniature.catseg_training import CatsegTraining
 from loraseg.miniature.clip_model import build_clip
+from loraseg.miniature.generator_training import GeneratorTraining
 from loraseg.miniature.pretrain import main, make_catseg
 from loraseg.miniature.weights_io import write_clip
 from loraseg.segment.base import load_base
@@ -23,3 +27,27 @@ def test_unknown_commands_are_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["unet"])
     assert "invalid choice: 'unet'" in capsys.readouterr().err
+
+
+def test_judge_and_generator_are_made_with_what_the_command_says(tmp_path, monkeypatch):
+    calls = []
+    for name in ("make_judge", "make_generator"):
+        monkeypatch.setattr(
+            pretrain, name, lambda *args, _name=name, **more: calls.append((_name, args, more))
+        )
+    place = ["--folder", str(tmp_path), "--steps", "7"]
+    main(["judge", *place, "--seed", "3"])
+    main(["generator", *place, "--device", "cuda", "--init", "earlier"])
+    judge = GeneratorTraining(seed=3, judge_steps=7)
+    generator = GeneratorTraining(steps=7, device="cuda", compiled=True)
+    assert calls == [
+        ("make_judge", (judge, tmp_path), {"processes": 1}),
+        ("make_generator", (generator, tmp_path), {"init": Path("earlier"), "processes": 1}),
+    ]
+
+
+def test_what_is_measured_is_written_beside_the_weights(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pretrain, "generator_gates", lambda folder, seed: {"seed": seed})
+    main(["generator-gates", "--folder", str(tmp_path), "--seed", "2"])
+    written = (tmp_path / "generator_gates.json").read_text()
+    assert written == capsys.readouterr().out == '{\n "seed": 2\n}\n'
