@@ -1,0 +1,321 @@
+"""How well generators follow masks: by labels, seeds, tuned layers, rank and fusion.
+
+python -m loraseg.miniature.generator_study --seeds 3 --processes 2 --output study
+python -m loraseg.miniature.generator_study table study      # the table of what is there
+
+Each cell trains a generator on some labelled scenes, draws images for held-out masks and lets the
+judge look for the masks in them. Results are kept one file a cell; run again, it goes on.
+"""
+# pyright: basic
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from loraseg.adapters.layer_report import LayerReport
+from loraseg.adapters.projections import attention_projections
+from loraseg.adapters.selection import from_report, least
+from loraseg.backbones.diffusion import DiffusionBase, load_diffusion
+from loraseg.data import DatasetFolder, LabelSpace, write_classes
+from loraseg.evaluate.agreement import agreement
+from loraseg.miniature.canvas import CLASSES
+from loraseg.miniature.dataset import write_dataset
+from loraseg.miniature.domains import DOMAINS
+from loraseg.miniature.weights_io import WEIGHTS
+from loraseg.miniature.world import render
+from loraseg.probes.gradient import GradientProbeConfig, gradient_probe
+from loraseg.seeding import numpy_generator
+from loraseg.segment.closed_set import load_unet, predict
+from loraseg.storage import open_store
+from loraseg.synth.conditioning import Conditioner, ConditioningConfig
+from loraseg.synth.generator import Generator
+from loraseg.synth.sampling import SamplingConfig
+from loraseg.train.denoising_data import Conditions, DenoisingData, DrawConfig
+from loraseg.train.generator import finetune_full, train_generator
+from loraseg.train.generator_recipes import FusionConfig, GeneratorRecipe, matchmask_miniature
+from loraseg.train.latents import TensorCache
+from loraseg.train.views import Views
+
+__all__ = ["Cell", "cells", "run_cell", "table"]
+
+logger = logging.getLogger(__name__)
+
+# Stands for "all": what a world of any size would give is not far above.
+ALL = 2048
+_MASKS = 64
+_LAYERS = 20
+_RANKED = ("probe", "least")
+# Name, seed and domain: two sets of scenes that have nothing in common, and another domain.
+_PROBES = (("day-1", 100, "clear-day"), ("day-2", 101, "clear-day"), ("night", 100, "night"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """One trained generator.
+
+    Attributes:
+        labelled: Training scenes.
+        seed: Of scenes, pairs and batches.
+        tuning: "lora", "full" or "none" (the base as it is).
+        layers: A selection rule, or "probe", "least", "random": the layers that change most or
+            least when everything is tuned, or any, as many of each.
+        rank: r of the pairs.
+        fusion: Whether plain and rectified attention are mixed by learned shares.
+        rectified: Whether places look at the words of their own class, in training and sampling.
+        steps: Training steps of 16 scenes.
+        domain: Whose scenes.
+    """
+
+    labelled: int
+    seed: int
+    tuning: Literal["lora", "full", "none"] = "lora"
+    layers: str = "cross"
+    rank: int = 16
+    fusion: bool = True
+    rectified: bool = True
+    steps: int = 400
+    domain: str = "clear-day"
+
+    @property
+    def name(self) -> str:
+        """A file name that tells the cell."""
+        parts = [self.tuning, self.layers, f"r{self.rank}", f"n{self.labelled}"]
+        parts += ["fusion" if self.fusion else "hard", "on" if self.rectified else "off"]
+        return "-".join([*parts, f"t{self.steps}", self.domain, f"s{self.seed}"])
+
+
+def cells(seeds: Sequence[int], steps: int = 400) -> list[Cell]:
+    """Return the cells of the whole study, the most telling ones first."""
+    found: list[Cell] = []
+    for seed in seeds:
+        one = partial(Cell, seed=seed, steps=steps)
+        found += [one(labelled=n) for n in (16, 64, 256, ALL)]
+        found += [one(labelled=n, tuning="full", fusion=False) for n in (16, ALL)]
+        found += [one(labelled=16, tuning="none", fusion=False)]
+        found += [one(labelled=16, fusion=False)]
+    for seed in seeds:
+        one = partial(Cell, seed=seed, steps=steps)
+        found += [one(labelled=16, layers=rule) for rule in ("all", "probe", "random", "least")]
+        found += [one(labelled=16, rank=rank) for rank in (1, 4, 64)]
+        found += [one(labelled=n, fusion=False, rectified=False) for n in (16, ALL)]
+        found += [one(labelled=n, tuning="full", fusion=False) for n in (64, 256)]
+    return found
+
+
+def run_cell(cell: Cell, folder: Path, device: str = "cpu") -> dict[str, Any]:
+    """Train and judge one cell, or read what was found before.
+
+    Args:
+        cell: What to do.
+        folder: Where datasets, cached latents and results lie.
+        device: Where to work.
+    """
+    place = folder / "cells" / f"{cell.name}.json"
+    if place.is_file():
+        return json.loads(place.read_text())
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    base = load_diffusion("miniature", device=device)
+    recipe = _recipe(cell, base, folder)
+    data, conditioner = _data(cell, base, recipe, folder)
+    adapters, parameters = [], 0
+    if cell.tuning == "full":
+        tuned = finetune_full(base, data, recipe)
+        base.unet.load_state_dict(tuned.unet)
+        parameters = sum(value.numel() for value in tuned.unet.values())
+    elif cell.tuning == "lora":
+        trained = train_generator(base, data, recipe)
+        adapters = [trained.adapter(base, recipe)]
+        parameters = sum(p.down.numel() + p.up.numel() for p in trained.pairs.values())
+        parameters += sum(value.numel() for value in trained.alphas.values())
+    trained_s = time.perf_counter() - started
+    found: dict[str, Any] = {**dataclasses.asdict(cell), "parameters": parameters}
+    for key, rectified in (("ruled", cell.rectified), ("free", False)):
+        if key == "free" and not cell.rectified:
+            continue
+        found[key] = _judged(cell, base, conditioner, adapters, rectified=rectified)
+    found |= {"trained_s": round(trained_s, 1), "all_s": round(time.perf_counter() - started, 1)}
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(json.dumps(found, indent=1))
+    return found
+
+
+def write_scenes(cell: Cell, folder: Path) -> None:
+    """Write the labelled scenes of a cell, the first of one stream a seed, unless they are there.
+
+    The classes go by the words that the generator was pretrained with.
+    """
+    place = _scenes(cell, folder)
+    if not (place / "classes.json").is_file():
+        write_dataset(cell.domain, place, train=cell.labelled, val=0, seed=1000 + cell.seed)
+        write_classes(place / "classes.json", LabelSpace(CLASSES))
+
+
+def probe_layers(folder: Path, device: str = "cpu") -> None:
+    """Rank the layers on two halves of 64 scenes and on another domain; keep the reports."""
+    for name, seed, domain in _PROBES:
+        place = folder / "reports" / f"{name}.json"
+        if place.is_file():
+            continue
+        cell = Cell(labelled=32, seed=seed, tuning="full", fusion=False, domain=domain)
+        write_scenes(cell, folder)
+        base = load_diffusion("miniature", device=device)
+        data, _ = _data(cell, base, _recipe(cell, base, folder), folder)
+        config = GradientProbeConfig(
+            learning_rate=1e-4, batch_size=2, epochs=10, stop_overlap=0.95, precision="bf16"
+        )
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(gradient_probe(base, data, config).to_bytes())
+
+
+def references(domain: str = "clear-day") -> dict[str, Any]:
+    """Return what the judge says of real scenes and of scenes through the codec."""
+    base, (judge, names) = load_diffusion("miniature"), load_unet(WEIGHTS / "judge.safetensors")
+    images, masks = render(domain, _MASKS, 0, "study-masks")
+    with torch.inference_mode():
+        coded = base.decode_latents(base.encode_images(torch.from_numpy(images), None)).numpy()
+    real, codec = (agreement(partial(predict, judge), x, masks, names) for x in (images, coded))
+    return {"real": dataclasses.asdict(real), "ceiling": dataclasses.asdict(codec)}
+
+
+def table(folder: Path) -> str:
+    """Return the mean and the sample deviation over seeds of each kind of cell, as Markdown."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted((folder / "cells").glob("*.json")):
+        kinds.setdefault(path.stem.rpartition("-s")[0], []).append(json.loads(path.read_text()))
+    lines = [
+        "| cell | values | seeds | right mask | wrong mask | drawn without regions |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind, found in kinds.items():
+        right = _spread([one["ruled"]["right"] for one in found])
+        wrong = _spread([one["ruled"]["wrong"] for one in found])
+        free = _spread([one["free"]["right"] for one in found if "free" in one])
+        count = f"{found[0]['parameters']:,}"
+        lines.append(f"| {kind} | {count} | {len(found)} | {right} | {wrong} | {free} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the study or show its table."""
+    arguments = _parser().parse_args(argv)
+    folder: Path = arguments.output
+    if arguments.command == "table":
+        sys.stdout.write(table(folder))
+        return
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    work = cells(range(arguments.seeds), arguments.steps)[: arguments.most]
+    for cell in work:
+        write_scenes(cell, folder)
+    job = partial(run_cell, folder=folder, device=arguments.device)
+    ranked = [cell for cell in work if cell.layers in _RANKED]
+    with ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(job, cell) for cell in work if cell not in ranked]
+        if ranked:
+            probe_layers(folder, arguments.device)
+        futures += [pool.submit(job, cell) for cell in ranked]
+        for number, future in enumerate(as_completed(futures), 1):
+            found = future.result()
+            cell = Cell(**{f.name: found[f.name] for f in dataclasses.fields(Cell)})
+            logger.info("%d/%d %s: %.3f", number, len(work), cell.name, found["ruled"]["right"])
+    (folder / "references.json").write_text(json.dumps(references(), indent=1))
+    sys.stdout.write(table(folder))
+
+
+def _recipe(cell: Cell, base: DiffusionBase, folder: Path) -> GeneratorRecipe:
+    usual = matchmask_miniature()
+    full = cell.tuning == "full"
+    return dataclasses.replace(
+        usual,
+        targets=_layers(cell, base, folder),
+        rank=cell.rank,
+        learning_rate=5e-4 if full else usual.learning_rate,
+        draws=DrawConfig(regions=cell.rectified, caption_dropout=0.1),
+        fusion=FusionConfig(mode="token" if cell.fusion else "off"),
+        conditioning=_conditioning(cell),
+        loop=dataclasses.replace(usual.loop, steps=cell.steps, precision="bf16"),
+    )
+
+
+def _conditioning(cell: Cell) -> ConditioningConfig:
+    return ConditioningConfig(template=f"{{classes}} {DOMAINS[cell.domain].phrases[0]}")
+
+
+def _layers(cell: Cell, base: DiffusionBase, folder: Path) -> str | tuple[str, ...]:
+    names = [projection.name for projection in attention_projections(base.unet)]
+    if cell.layers == "random":
+        drawn = numpy_generator(cell.seed, "study", "layers").permutation(len(names))
+        return tuple(names[index] for index in sorted(drawn[:_LAYERS]))
+    if cell.layers in _RANKED:
+        report = LayerReport.parse((folder / "reports" / f"{_PROBES[0][0]}.json").read_bytes())
+        if cell.layers == "probe":
+            return from_report(report, top=_LAYERS, share=None)
+        return least(report, _LAYERS)
+    return cell.layers
+
+
+def _data(
+    cell: Cell, base: DiffusionBase, recipe: GeneratorRecipe, folder: Path
+) -> tuple[DenoisingData, Conditioner]:
+    dataset = DatasetFolder.open(_scenes(cell, folder))
+    conditioner = Conditioner(base.tokenizers, dataset.label_space, recipe.conditioning)
+    keys = ("study", cell.name)
+    views = Views(dataset, dataset.samples("train"), recipe.view, seed=cell.seed, keys=keys)
+    cache = TensorCache(open_store(str(folder / "cache")))
+    conditions = Conditions(views, conditioner)
+    return DenoisingData.prepare(base, views, conditions, recipe.draws, cache), conditioner
+
+
+def _scenes(cell: Cell, folder: Path) -> Path:
+    return folder / "data" / f"{cell.domain}-{cell.seed}-{cell.labelled}"
+
+
+def _judged(
+    cell: Cell, base: DiffusionBase, conditioner: Conditioner, adapters: Any, *, rectified: bool
+) -> dict[str, Any]:
+    judge, names = load_unet(WEIGHTS / "judge.safetensors")
+    _, masks = render(cell.domain, _MASKS, 0, "study-masks")
+    config = SamplingConfig(
+        images=1, steps=12, guidance=1.5, scheduler="ddim", batch=32, regions=rectified
+    )
+    generator = Generator(base, conditioner, adapters=adapters, config=config)
+    drawn = generator.generate([(str(index), mask) for index, mask in enumerate(masks)])
+    images = np.stack([one.image for one in drawn])
+    return dataclasses.asdict(agreement(partial(predict, judge), images, masks, names))
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    mean = f"{100 * float(np.mean(values)):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {100 * float(np.std(values, ddof=1)):.1f}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", nargs="?", choices=["run", "table"], default="run")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--most", type=int, help="only so many cells")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path, default=Path("study"), help="where results lie")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
