@@ -46,7 +46,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _read(place: str, arguments: argparse.Namespace) -> Any:
-    from loraseg.probes.places import read_report
+    from loraseg.adapters.report_places import read_report
 
     report = read_report(place)
     return report.projections() if arguments.projections else report

@@ -6,13 +6,13 @@ from typing import Literal
 
 from loraseg import config as configuration
 from loraseg.adapters.layer_report import LayerReport
+from loraseg.adapters.report_places import find_report, split_place, store_of
 from loraseg.backbones.device import best_device
 from loraseg.backbones.diffusion import DiffusionBase, load_diffusion
 from loraseg.backbones.source import absolute_spec
 from loraseg.data import DatasetFolder, LabelSpace, few_shot
 from loraseg.errors import ConfigError
 from loraseg.probes.gradient import GradientProbeConfig, gradient_probe
-from loraseg.probes.places import find_report, split_place, store_of
 from loraseg.storage import absolute, open_store
 from loraseg.synth.conditioning import Conditioner, ConditioningConfig
 from loraseg.synth.sizes import side_step

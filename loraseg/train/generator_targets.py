@@ -1,17 +1,15 @@
 """Which layers of a UNet a generator's recipe trains, and how many values that makes."""
 
-from pathlib import PurePosixPath
-
 from torch import nn
 
 from loraseg.adapters.projections import SELECTIONS, alpha_modules, select_projections
+from loraseg.adapters.report_places import find_report
+from loraseg.adapters.selection import from_report
 from loraseg.errors import AdapterMismatchError, ConfigError
-from loraseg.storage import ObjectNotFoundError, absolute, open_store
+from loraseg.storage import absolute
 from loraseg.train.generator_recipes import GeneratorRecipe
 
 __all__ = ["absolute_targets", "count_generator_parameters", "fusion_owners", "generator_targets"]
-
-_MAX_REPORT_BYTES = 2**26
 
 
 def generator_targets(unet: nn.Module, recipe: GeneratorRecipe) -> tuple[str, ...]:
@@ -81,23 +79,15 @@ def absolute_targets(targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
 
 
 def _from_report(place: str, recipe: GeneratorRecipe) -> tuple[str, ...]:
-    # Not at the top: recipes that name a rule do without.
-    from loraseg.adapters.layer_report import LayerReport
-    from loraseg.adapters.selection import from_report
-
-    folder, _, name = place.rpartition("/")
-    try:
-        data = open_store(folder or ".").get(PurePosixPath(name).name)
-    except ObjectNotFoundError as error:
+    report = find_report(place)
+    if report is None:
         raise ConfigError(
             f"targets: got {place!r}, which is neither a rule ({', '.join(SELECTIONS)}) nor the "
             "place of a layer report"
-        ) from error
+        )
     if (recipe.top is None) == (recipe.share is None):
         raise ConfigError(
             f"targets {place!r}: a layer report needs top or share, got top {recipe.top}, share "
             f"{recipe.share}"
         )
-    if len(data) > _MAX_REPORT_BYTES:
-        raise ConfigError(f"targets: {place}: {len(data)} bytes, at most {_MAX_REPORT_BYTES}")
-    return from_report(LayerReport.parse(data), top=recipe.top, share=recipe.share)
+    return from_report(report, top=recipe.top, share=recipe.share)

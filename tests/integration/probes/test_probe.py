@@ -4,7 +4,7 @@ import pytest
 
 import jobs.probe as job
 from loraseg import config as configuration
-from loraseg.probes.places import read_report
+from loraseg.adapters.report_places import read_report
 from tests.tiny_world import write_domain
 from tests.unit.train.tiny_generator import write_pipeline
 
