@@ -4,7 +4,8 @@ Saved, it is an ordinary Stable Diffusion folder; nothing that uses it can tell 
 its path and its sizes. Where it differs from SD, and why: the latents have half the picture's side,
 since a person is four pixels wide; attention among pixels is left to the two coarsest levels, where
 it is affordable on a CPU (``only_cross_attention``), so that the first attention of a finer block
-is cross-attention too; it predicts v, which keeps few sampling steps stable.
+is cross-attention too; it predicts v, which keeps few sampling steps stable; sampling starts at the
+last noise level ("trailing"), where the brightness of a domain is decided.
 """
 # pyright: basic
 
@@ -104,7 +105,11 @@ def write_pipeline(
         tokenizer=build_tokenizer(),
         unet=unet,
         scheduler=diffusers.PNDMScheduler(
-            **SCHEDULE, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False
+            **SCHEDULE,
+            skip_prk_steps=True,
+            steps_offset=1,
+            set_alpha_to_one=False,
+            timestep_spacing="trailing",
         ),
         safety_checker=None,
         feature_extractor=None,
