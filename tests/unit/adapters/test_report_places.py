@@ -1,7 +1,7 @@
 import pytest
 
-from loraseg.errors import ConfigError, IntegrityError
 from loraseg.adapters.report_places import find_report, read_report, store_of
+from loraseg.errors import ConfigError, IntegrityError
 from tests.unit.probes.test_views import layer, report
 
 

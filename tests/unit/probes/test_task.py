@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 
 from loraseg.adapters.layer_report import LayerReport
+from loraseg.adapters.report_places import read_report
 from loraseg.backbones.diffusion import load_diffusion
 from loraseg.errors import ConfigError, IntegrityError
 from loraseg.probes.gradient import GradientProbeConfig
-from loraseg.adapters.report_places import read_report
 from loraseg.probes.task import ProbeTask, run_probe
 from loraseg.train.generator_targets import generator_targets
 from tests.tiny_world import write_domain
