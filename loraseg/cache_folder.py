@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-__all__ = ["cache_folder"]
+__all__ = ["cache_folder", "rename_once"]
 
 
 def cache_folder(kind: str) -> Path:
@@ -14,3 +14,12 @@ def cache_folder(kind: str) -> Path:
     if named := os.environ.get("LORASEG_CACHE"):
         return Path(named) / kind
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "loraseg" / kind
+
+
+def rename_once(partial: Path, target: Path) -> None:
+    """Give a finished folder its name, unless another process was first with the same content."""
+    try:
+        partial.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise

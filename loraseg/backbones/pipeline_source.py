@@ -32,7 +32,7 @@ from loraseg.backbones.pipeline_layout import (
     used_files,
 )
 from loraseg.backbones.source import split_pin
-from loraseg.cache_folder import cache_folder
+from loraseg.cache_folder import cache_folder, rename_once
 from loraseg.compat import prepare_torchvision
 from loraseg.errors import ConfigError, IntegrityError
 from loraseg.storage import open_store
@@ -201,18 +201,10 @@ def _mirror(uri: str) -> Path:
         if target.is_dir() and _from_cache(uri, target.name) is None:
             shutil.rmtree(target)
         if not target.is_dir():
-            _rename(partial, target)
+            rename_once(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
-
-
-def _rename(partial: Path, target: Path) -> None:
-    try:
-        partial.rename(target)
-    except OSError:
-        if not target.is_dir():  # else another process was first with the same content
-            raise
 
 
 def _from_hub(spec: str) -> Path:

@@ -1,9 +1,12 @@
-"""Lines for a person: results on stdout, complaints on stderr."""
+"""What a person gets: results on stdout and in files, complaints on stderr."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-__all__ = ["complain", "names", "say", "say_table"]
+from loraseg.errors import StoreError
+
+__all__ = ["complain", "keep_files", "names", "say", "say_table"]
 
 
 def say(line: str) -> None:
@@ -26,3 +29,17 @@ def say_table(rows: Sequence[Sequence[str]]) -> None:
 def names(text: str) -> tuple[str, ...]:
     """Split "road, car" into its names; empty ones fall away."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def keep_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files by name into a folder, which is made at need.
+
+    Raises:
+        StoreError: It cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+    except OSError as error:
+        raise StoreError(f"{folder}: cannot write: {error.strerror}") from error

@@ -4,11 +4,10 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from loraseg.cli.console import say
+from loraseg.cli.console import keep_files, say
 from loraseg.data.drawing import encode_png
 from loraseg.data.labels import LabelSpace
 from loraseg.data.masks import encode_mask
-from loraseg.errors import StoreError
 from loraseg.synth.generator import Generated
 from loraseg.synth.sheet import SheetRow, contact_sheet
 from loraseg.tensor_types import UInt8, ndarray
@@ -41,12 +40,13 @@ class Output:
         """
         stem = f"{made.name}_{made.lineage.k}"
         told = {"image": f"{stem}.png", "label": f"{stem}_label.png", **made.lineage.to_json()}
-        self._keep(
+        keep_files(
+            self._folder,
             {
                 f"{stem}.png": encode_png(made.image),
                 f"{stem}_label.png": encode_mask(made.label, self._label_space),
                 f"{stem}.json": (json.dumps(told, indent=1, ensure_ascii=False) + "\n").encode(),
-            }
+            },
         )
         self._images.setdefault(made.name, []).append(made.image)
 
@@ -60,16 +60,8 @@ class Output:
             SheetRow(name, masks[name], [(str(k), image) for k, image in enumerate(images)])
             for name, images in self._images.items()
         ]
-        self._keep({_SHEET: encode_png(contact_sheet(rows, self._label_space))})
+        keep_files(self._folder, {_SHEET: encode_png(contact_sheet(rows, self._label_space))})
         for name, images in self._images.items():
             last = len(images) - 1
             say(f"{name} -> {self._folder / name}_0.png to _{last}.png")
         say(f"{self._folder / _SHEET}  generator {self._generator}")
-
-    def _keep(self, files: Mapping[str, bytes]) -> None:
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            for name, data in files.items():
-                (self._folder / name).write_bytes(data)
-        except OSError as error:
-            raise StoreError(f"{self._folder}: cannot write: {error.strerror}") from error

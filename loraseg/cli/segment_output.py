@@ -6,9 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from loraseg.cli.console import say
+from loraseg.cli.console import keep_files, say
 from loraseg.data.labels import LabelSpace
-from loraseg.errors import StoreError
 from loraseg.segment.choice import AdaptiveSettings
 from loraseg.segment.render import encode_png, grey_png, overlay_with_legend, palette_png
 from loraseg.tensor_types import ndarray
@@ -67,15 +66,7 @@ class Output:
         for name, values in maps.items():
             if values is not None:
                 files[f"{path.stem}_{name}.png"] = grey_png(values)
-        self._keep(files)
+        keep_files(self._folder, files)
         parts = ", ".join(f"{used['name']} {used['weight']:.2f}" for used in told["adapters"])
         reason = parts or told["fallback"] or "base alone"
         say(f"{path} -> {self._folder / path.stem}.png  {reason}")
-
-    def _keep(self, files: Mapping[str, bytes]) -> None:
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            for name, data in files.items():
-                (self._folder / name).write_bytes(data)
-        except OSError as error:
-            raise StoreError(f"{self._folder}: cannot write: {error.strerror}") from error

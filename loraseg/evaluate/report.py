@@ -7,11 +7,8 @@ This module turns values into what is printed (rounding, differences, who is bes
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeGuard, cast
-
-import jinja2
 
 from loraseg.evaluate.report_data import (
     Example,
@@ -22,9 +19,11 @@ from loraseg.evaluate.report_data import (
     WeightMatrix,
 )
 from loraseg.evaluate.report_pictures import ExampleView, view_example
+from loraseg.html_template import html_template
 
 __all__ = ["render_report"]
 
+_TEMPLATES = Path(__file__).parent / "templates"
 _ABSENT = "\N{EN DASH}"
 _MINUS = "\N{MINUS SIGN}"
 # Above this shade the ink for full shades has the better contrast; with the style sheet's colours
@@ -43,7 +42,7 @@ def render_report(report: Report) -> str:
             size than the image.
     """
     tables = (report.scores, *report.more_scores)
-    return _template().render(
+    return html_template(_TEMPLATES, "report.html.j2").render(
         report=report,
         tables=[_view_table(table) for table in tables],
         matrix=report.weights and _view_matrix(report.weights),
@@ -51,18 +50,6 @@ def render_report(report: Report) -> str:
         examples=_view_examples(report.examples),
         settings=_flatten(report.settings),
     )
-
-
-@cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2")
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,13 +4,11 @@ import base64
 import dataclasses
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-import jinja2
-
 from loraseg.backbones.diffusion import DiffusionBase
+from loraseg.html_template import html_template
 from loraseg.library import Card
 from loraseg.segment.render import encode_png
 from loraseg.synth.conditioning import Conditioner
@@ -24,6 +22,7 @@ from loraseg.train.generator_recipes import GeneratorRecipe
 
 __all__ = ["SampleGrid", "encoders_beside", "render_page"]
 
+_TEMPLATES = Path(__file__).parent / "templates"
 _IMAGES = 2
 
 
@@ -97,7 +96,7 @@ def render_page(card: Card, pictures: Mapping[int, bytes]) -> str:
     """
     training = card.training
     images = training.images if training else 0
-    return _template().render(
+    return html_template(_TEMPLATES, "generator.html.j2").render(
         title=f"Generator adapter {card.name}",
         summary=f"Trained on {images} images, on base {card.base.name}.",
         losses=[(name, f"{value:.4f}") for name, value in sorted(card.metrics.items())],
@@ -107,18 +106,6 @@ def render_page(card: Card, pictures: Mapping[int, bytes]) -> str:
         ],
         settings=_flat({**card.recipe, "base digest": card.base.digest}),
     )
-
-
-@cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("generator.html.j2")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

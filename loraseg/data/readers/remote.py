@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Protocol, runtime_checkable
 
-from loraseg.cache_folder import cache_folder
+from loraseg.cache_folder import cache_folder, rename_once
 from loraseg.errors import DatasetError
 
 __all__ = ["ReadableStore", "mirror"]
@@ -60,7 +60,7 @@ def mirror(store: ReadableStore, cache: Path | None = None) -> Path:
     try:
         target = cache / _download(store, keys, partial)
         if not target.is_dir():
-            _rename(partial, target)
+            rename_once(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     logger.info("copied %d files of %s to %s", len(keys), store.uri, target)
@@ -80,14 +80,6 @@ def _download(store: ReadableStore, keys: list[str], folder: Path) -> str:
         path.write_bytes(data)
         rows.append((key, hashlib.sha256(data).hexdigest()))
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-
-
-def _rename(partial: Path, target: Path) -> None:
-    try:
-        partial.rename(target)
-    except OSError:
-        if not target.is_dir():  # else another process was first with the same content
-            raise
 
 
 def _belongs(key: str) -> bool:
