@@ -189,7 +189,8 @@ def _is_alias(key: str, state: Mapping[str, Tensor]) -> bool:
 def _read(path: Path) -> Mapping[str, Any]:
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
+            # Copied, since products round otherwise where a weight does not begin at a cache line.
+            return {key: value.clone() for key, value in safetensors.torch.load_file(path).items()}
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise IntegrityError(f"{path}: cannot be read as a checkpoint: {error}") from error
