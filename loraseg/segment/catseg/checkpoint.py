@@ -91,7 +91,7 @@ def load_catseg(path: str | Path, **overrides: object) -> CATSeg:
     except (KeyError, ValueError) as error:
         raise IntegrityError(f"{path}: the header holds no readable config") from error
     config = build(CATSegConfig, {**values, **overrides}, where=str(path))
-    # Copied out of the file: products round otherwise where a weight does not begin at a cache line.
+    # Copied, since products round otherwise where a weight does not begin at a cache line.
     state = {
         key: value.to(torch.float32, copy=True)
         for key, value in safetensors.torch.load_file(path).items()
