@@ -1,8 +1,12 @@
 """The order in which training data pass: in rounds, without any state between steps."""
 
+from collections.abc import Sequence
+
+from loraseg.data import DatasetFolder, Sample
+from loraseg.errors import DatasetError
 from loraseg.seeding import numpy_generator
 
-__all__ = ["index_at"]
+__all__ = ["index_at", "require_masks"]
 
 
 def index_at(position: int, count: int, seed: int, *keys: str | int) -> int:
@@ -13,3 +17,17 @@ def index_at(position: int, count: int, seed: int, *keys: str | int) -> int:
     """
     round_, place = divmod(position, count)
     return int(numpy_generator(seed, *keys, "order", round_).permutation(count)[place])
+
+
+def require_masks(dataset: DatasetFolder, samples: Sequence[Sample]) -> None:
+    """Make sure that there is something to train on.
+
+    Raises:
+        DatasetError: There is no sample, or one has no mask.
+    """
+    unlabelled = [sample.id for sample in samples if sample.mask is None]
+    if not samples or unlabelled:
+        raise DatasetError(
+            f"{dataset.path}: expected labelled training images, got {len(samples)} images, "
+            f"{len(unlabelled)} without a mask"
+        )

@@ -16,7 +16,7 @@ from loraseg.seeding import numpy_generator
 from loraseg.segment.base import SegmentationBase
 from loraseg.segment.losses import catseg_bce
 from loraseg.tensor_types import Float, Int, Tensor, UInt8, ndarray
-from loraseg.train.rounds import index_at
+from loraseg.train.rounds import index_at, require_masks
 
 __all__ = [
     "ImageSide",
@@ -66,12 +66,7 @@ class TrainingImages:
         Raises:
             DatasetError: There is no sample, or one has no mask.
         """
-        unlabelled = [sample.id for sample in samples if sample.mask is None]
-        if not samples or unlabelled:
-            raise DatasetError(
-                f"{dataset.path}: expected labelled training images, got {len(samples)} images, "
-                f"{len(unlabelled)} without a mask"
-            )
+        require_masks(dataset, samples)
         self._dataset, self._samples = dataset, tuple(samples)
         self._augment, self._resize = augmentation, first_resize
         self.seed, self._keys = seed, keys

@@ -12,6 +12,7 @@ from loraseg.data import IGNORE, DatasetFolder, Sample
 from loraseg.errors import ConfigError, DatasetError
 from loraseg.seeding import numpy_generator
 from loraseg.tensor_types import UInt8, ndarray
+from loraseg.train.rounds import require_masks
 
 __all__ = ["View", "ViewConfig", "Views"]
 
@@ -78,12 +79,7 @@ class Views:
         Raises:
             DatasetError: There is no sample, or one has no mask.
         """
-        unlabelled = [sample.id for sample in samples if sample.mask is None]
-        if not samples or unlabelled:
-            raise DatasetError(
-                f"{dataset.path}: expected labelled training images, got {len(samples)} images, "
-                f"{len(unlabelled)} without a mask"
-            )
+        require_masks(dataset, samples)
         self._dataset, self.config = dataset, config
         self.seed, self.keys = seed, keys
         crops = config.crops if config.fit == "crop" else 1
