@@ -146,21 +146,24 @@ class Generator:
         *,
         templates: Sequence[str] | None = None,
         heads: Float[ndarray, "n k heads"] | None = None,
+        first: int = 0,
     ) -> Iterator[Generated]:
-        """Make the images of masks, in order, ``config.batch`` at a time.
+        """Make images ``first`` to ``config.images - 1`` of masks, ``config.batch`` at a time.
 
-        Between two images the base is as it was: adapters act and processors stand in its UNet
-        only while a batch runs.
+        They come in order. Image k is the same whatever ``first`` is, so that masks that have
+        images already can get more. Between two images the base is as it was: adapters act and
+        processors stand in its UNet only while a batch runs.
 
         Args:
             masks: (name, class ids or 255 as uint8 (h, w)). Resized to ``config.size`` (nearest)
                 if there is one, else of a size that the generator can make.
             templates: A prompt template for each mask, such as "{classes} in heavy fog"; None for
                 the conditioner's.
-            heads: Weights of the heads for each image of each mask.
+            heads: Weights of the heads for each image that is made of each mask.
+            first: 0 to ``config.images - 1``.
 
         Raises:
-            ConfigError: At once, for a wrong size, and later for a template.
+            ConfigError: At once, for a wrong size or ``first``, and later for a template.
             DatasetError: At once for a mask that the generator cannot make images for as large
                 as it is, and when its turn comes for one that makes no prompt.
             AdapterMismatchError: At once, if ``heads`` are not the weights of the heads.
@@ -169,13 +172,18 @@ class Generator:
         sizes = [image_size(m, self.config.size, step, f"mask {name!r}") for name, m in masks]
         if templates is not None and len(templates) != len(masks):
             raise ConfigError(f"templates: got {len(templates)}, expected one for each mask")
-        expected = (len(masks), self.config.images, len(self._heads))
+        if not 0 <= first < self.config.images:
+            raise ConfigError(
+                f"first: got {first}, expected 0 to {self.config.images - 1}: {self.config.images} "
+                "images of each mask are wanted in all"
+            )
+        expected = (len(masks), self.config.images - first, len(self._heads))
         if (None if heads is None else heads.shape) != (expected if self._heads else None):
             raise AdapterMismatchError(
                 f"head weights: got {None if heads is None else heads.shape}, expected "
                 f"{expected if self._heads else None}: masks, images, heads"
             )
-        return self._run(masks, sizes, templates, heads)
+        return self._run(masks, sizes, templates, heads, first)
 
     def _run(
         self,
@@ -183,13 +191,14 @@ class Generator:
         sizes: Sequence[tuple[int, int]],
         templates: Sequence[str] | None,
         heads: ndarray | None,
+        first: int,
     ) -> Iterator[Generated]:
         def wishes() -> Iterator[_Wish]:
             for index, (name, mask) in enumerate(masks):
                 conditioner = self._conditioner(templates[index] if templates else None)
                 condition = conditioner(mask_at_size(mask, sizes[index]), where=f"mask {name!r}")
-                for k in range(self.config.images):
-                    own = () if heads is None else tuple(float(one) for one in heads[index, k])
+                for k in range(first, self.config.images):
+                    own = () if heads is None else tuple(map(float, heads[index, k - first]))
                     yield _Wish(name, mask_digest(mask), k, condition, conditioner, own)
 
         for group in _grouped(wishes(), self.config.batch):

@@ -70,6 +70,35 @@ def test_an_image_is_the_same_alone_in_a_batch_and_in_any_order(kind, scheduler)
     assert not torch.allclose(reference["a", 0], reference["a", 1], atol=0.1)
 
 
+@pytest.mark.parametrize("first", [1, 3])
+def test_later_images_are_those_of_a_longer_run(first):
+    masks, heads = [("a", mask(0)), ("b", mask(1))], [pack(adapter("h")), pack(adapter("i"))]
+    own = generator(heads=heads, images=4, steps=2, batch=3)
+    weights = np.random.default_rng(0).random((2, 4, 2))
+    whole = {(o.name, o.lineage.k): o for o in own.generate(masks, heads=weights)}
+    # What is there already was made by a run that wanted fewer images.
+    before = generator(heads=heads, images=first, steps=2)
+    there = list(before.generate(masks, heads=weights[:, :first]))
+    later = list(own.generate(masks, heads=weights[:, first:], first=first))
+    assert [(o.name, o.lineage.k) for o in later] == [(n, k) for n in "ab" for k in range(first, 4)]
+    assert {(o.name, o.lineage.k) for o in [*there, *later]} == set(whole)
+    for one in (*there, *later):
+        expected = whole[one.name, one.lineage.k]
+        assert one.lineage.pair_id == expected.lineage.pair_id
+        assert one.lineage.seed == expected.lineage.seed
+        assert one.lineage.heads == expected.lineage.heads
+        torch.testing.assert_close(one.latents, expected.latents, rtol=0, atol=1e-4)
+
+
+def test_first_image_and_its_head_weights_are_checked_at_once():
+    own = generator(heads=[pack(adapter("h"))], images=3)
+    for first in (-1, 3, 4):
+        with pytest.raises(ConfigError, match=rf"first: got {first}, expected 0 to 2: 3 images"):
+            own.generate([("a", mask())], heads=np.ones((1, 3, 1)), first=first)
+    with pytest.raises(AdapterMismatchError, match=r"got \(1, 3, 1\), expected \(1, 1, 1\)"):
+        own.generate([("a", mask())], heads=np.ones((1, 3, 1)), first=2)
+
+
 def test_regions_decide_where_words_act(monkeypatch):
     first = mask(0)
     exchanged = np.array([1, 0, *range(2, 256)], dtype=np.uint8)[first]
