@@ -1,6 +1,7 @@
 """Images from disk, fully decoded and bounded in size."""
 
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -9,7 +10,7 @@ from loraseg.errors import DatasetError
 from loraseg.pictures import DECODE_ERRORS, MAX_PIXELS
 from loraseg.tensor_types import UInt8, ndarray
 
-__all__ = ["open_checked", "read_image", "to_rgb"]
+__all__ = ["open_checked", "open_stream", "read_image", "to_rgb"]
 
 
 def open_checked(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -21,19 +22,27 @@ def open_checked(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Ima
     """
     try:
         with Path(path).open("rb") as file:
-            image = Image.open(file, formats=("PNG", "JPEG"))
-            width, height = image.size
-            if width * height > max_pixels:
-                raise DatasetError(
-                    f"{path}: {width} x {height} pixels; at most {max_pixels} pixels are read"
-                )
-            image.load()
+            return open_stream(file, str(path), max_pixels=max_pixels)
     except FileNotFoundError as error:
         raise DatasetError(f"{path}: no such file") from error
+    except OSError as error:
+        raise DatasetError(f"{path}: cannot be read: {error}") from error
+
+
+def open_stream(file: IO[bytes], where: str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Do the same for an open file; ``where`` is what errors call it."""
+    try:
+        image = Image.open(file, formats=("PNG", "JPEG"))
+        width, height = image.size
+        if width * height > max_pixels:
+            raise DatasetError(
+                f"{where}: {width} x {height} pixels; at most {max_pixels} pixels are read"
+            )
+        image.load()
     except DatasetError:
         raise
     except DECODE_ERRORS as error:
-        raise DatasetError(f"{path}: not a complete PNG or JPEG image: {error}") from error
+        raise DatasetError(f"{where}: not a complete PNG or JPEG image: {error}") from error
     return image
 
 

@@ -6,15 +6,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from loraseg.data.images import open_checked
+from loraseg.data.images import open_checked, open_stream
 from loraseg.data.labels import IGNORE, LabelSpace
 from loraseg.data.palette import IGNORE_COLOR
 from loraseg.errors import DatasetError
 from loraseg.tensor_types import UInt8, ndarray
 
-__all__ = ["encode_mask", "read_mask", "write_mask"]
+__all__ = ["decode_mask", "encode_mask", "read_mask", "write_mask"]
 
 _GREY_STEPS = {2: 85, 4: 17}
+_HEAD_BYTES = 25
 
 
 def read_mask(path: str | Path, *, classes: int | None = None) -> UInt8[ndarray, "h w"]:
@@ -30,22 +31,24 @@ def read_mask(path: str | Path, *, classes: int | None = None) -> UInt8[ndarray,
         DatasetError: The file cannot be decoded, has several channels, or holds other ids.
     """
     image = open_checked(path)
-    if image.format != "PNG":
-        raise DatasetError(f"{path}: a {image.format} mask has no exact ids; expected a PNG")
-    if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
-        raise DatasetError(
-            f"{path}: a mask of mode {image.mode}; expected one channel of class ids "
-            "(greyscale or palette), not colours"
-        )
-    ids = np.asarray(image)
-    if image.mode == "L" and (step := _GREY_STEPS.get(_bit_depth(path))):
-        ids = ids // step  # Pillow stretches 2 and 4 bit grey levels to 0..255
-    if ids.dtype != np.uint8 and ids.size and (ids.min() < 0 or ids.max() > IGNORE):
-        raise DatasetError(f"{path}: ids from {ids.min()} to {ids.max()}; expected 0 to {IGNORE}")
-    ids = np.ascontiguousarray(ids, dtype=np.uint8)
-    if classes is not None:
-        _check_ids(ids, classes, path)
-    return ids
+    with Path(path).open("rb") as file:
+        head = file.read(_HEAD_BYTES)
+    return _ids(image, head, classes, str(path))
+
+
+def decode_mask(data: bytes, *, where: str, classes: int | None = None) -> UInt8[ndarray, "h w"]:
+    """Read a mask from the bytes of a PNG, by the rules of :func:`read_mask`.
+
+    Args:
+        data: A PNG file.
+        where: What errors call it.
+        classes: As for :func:`read_mask`.
+
+    Raises:
+        DatasetError: As for :func:`read_mask`.
+    """
+    image = open_stream(io.BytesIO(data), where)
+    return _ids(image, data[:_HEAD_BYTES], classes, where)
 
 
 def encode_mask(mask: UInt8[ndarray, "h w"], label_space: LabelSpace | None = None) -> bytes:
@@ -86,7 +89,21 @@ def _check_ids(mask: UInt8[ndarray, "h w"], classes: int, where: str | Path) -> 
         )
 
 
-def _bit_depth(path: str | Path) -> int:
-    """Return the bits a sample of a PNG: byte 8 of the IHDR chunk, which is always the first."""
-    with Path(path).open("rb") as file:
-        return file.read(25)[24]
+def _ids(image: Image.Image, head: bytes, classes: int | None, where: str) -> UInt8[ndarray, "h w"]:
+    if image.format != "PNG":
+        raise DatasetError(f"{where}: a {image.format} mask has no exact ids; expected a PNG")
+    if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
+        raise DatasetError(
+            f"{where}: a mask of mode {image.mode}; expected one channel of class ids "
+            "(greyscale or palette), not colours"
+        )
+    ids = np.asarray(image)
+    # Byte 8 of the IHDR chunk, which is always the first, is the bits a sample.
+    if image.mode == "L" and (step := _GREY_STEPS.get(head[24])):
+        ids = ids // step  # Pillow stretches 2 and 4 bit grey levels to 0..255
+    if ids.dtype != np.uint8 and ids.size and (ids.min() < 0 or ids.max() > IGNORE):
+        raise DatasetError(f"{where}: ids from {ids.min()} to {ids.max()}; expected 0 to {IGNORE}")
+    ids = np.ascontiguousarray(ids, dtype=np.uint8)
+    if classes is not None:
+        _check_ids(ids, classes, where)
+    return ids

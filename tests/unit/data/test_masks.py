@@ -9,7 +9,7 @@ from PIL import Image
 
 from loraseg.data.images import read_image
 from loraseg.data.labels import LabelSpace
-from loraseg.data.masks import encode_mask, read_mask, write_mask
+from loraseg.data.masks import decode_mask, encode_mask, read_mask, write_mask
 from loraseg.errors import DatasetError
 
 IDS = np.array([[0, 1, 2], [3, 255, 0]], dtype=np.uint8)
@@ -166,3 +166,18 @@ def test_exif_orientation_is_applied(tmp_path):
 def test_missing_file(tmp_path):
     with pytest.raises(DatasetError, match=r"none\.png: no such file"):
         read_image(tmp_path / "none.png")
+
+
+def test_bytes_are_read_like_files(tmp_path):
+    for image in (
+        Image.fromarray(np.array([[0, 3], [255, 1]], np.uint8)),
+        Image.fromarray(np.array([[0, 1]], np.uint8) * 255).convert("1"),
+    ):
+        image.save(tmp_path / "a.png")
+        data = (tmp_path / "a.png").read_bytes()
+        assert np.array_equal(decode_mask(data, where="a"), read_mask(tmp_path / "a.png"))
+    with pytest.raises(DatasetError, match=r"here: ids \[3\] outside"):
+        decode_mask(encode_mask(np.full((2, 2), 3, np.uint8)), where="here", classes=2)
+    for broken in (b"", b"\x89PNG\r\n\x1a\n", data[:40]):
+        with pytest.raises(DatasetError, match="here: not a complete PNG"):
+            decode_mask(broken, where="here")
