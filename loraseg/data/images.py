@@ -1,7 +1,7 @@
 """Images from disk, fully decoded and bounded in size."""
 
+import io
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -29,7 +29,9 @@ def open_checked(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Ima
         raise DatasetError(f"{path}: cannot be read: {error}") from error
 
 
-def open_stream(file: IO[bytes], where: str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_stream(
+    file: io.BufferedReader | io.BytesIO, where: str, *, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
     """Do the same for an open file; ``where`` is what errors call it."""
     try:
         image = Image.open(file, formats=("PNG", "JPEG"))
