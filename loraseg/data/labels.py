@@ -14,7 +14,7 @@ from loraseg.data.palette import class_colors
 from loraseg.errors import DatasetError
 from loraseg.tensor_types import UInt8, ndarray
 
-__all__ = ["IGNORE", "LabelSpace", "read_classes", "write_classes"]
+__all__ = ["IGNORE", "LabelSpace", "parse_classes", "read_classes", "write_classes"]
 
 IGNORE = 255
 
@@ -95,18 +95,32 @@ def read_classes(path: str | Path) -> LabelSpace:
         DatasetError: The file is missing, not UTF-8 JSON, of another form, its ids are not
             0..n-1, each once, or as in :class:`LabelSpace`.
     """
-    path = Path(path)
     try:
-        content: Any = json.loads(path.read_bytes(), object_pairs_hook=_refuse_double_keys)
-        return LabelSpace(_names(content))
+        data = Path(path).read_bytes()
     except OSError as error:
         raise DatasetError(f"{path}: cannot read the class list: {error.strerror}") from error
+    return parse_classes(data, str(path))
+
+
+def parse_classes(data: bytes, where: str) -> LabelSpace:
+    """Read the bytes of a ``classes.json``, by the rules of :func:`read_classes`.
+
+    Args:
+        data: The file's bytes.
+        where: What errors call it.
+
+    Raises:
+        DatasetError: As for :func:`read_classes`.
+    """
+    try:
+        content: Any = json.loads(data, object_pairs_hook=_refuse_double_keys)
+        return LabelSpace(_names(content))
     except UnicodeDecodeError as error:
-        raise DatasetError(f"{path}: expected UTF-8 text: {error}") from error
+        raise DatasetError(f"{where}: expected UTF-8 text: {error}") from error
     except (json.JSONDecodeError, RecursionError) as error:
-        raise DatasetError(f"{path}: expected JSON: {error}") from error
+        raise DatasetError(f"{where}: expected JSON: {error}") from error
     except DatasetError as error:
-        raise DatasetError(f"{path}: {error}") from error
+        raise DatasetError(f"{where}: {error}") from error
 
 
 def write_classes(path: str | Path, label_space: LabelSpace) -> None:
