@@ -1,0 +1,391 @@
+"""Synthetic pairs as Parquet: one row a pair, or a mask that made none.
+
+A file holds plain columns of text, numbers and bytes, so that anything that reads Parquet reads
+it; images, labels and masks are whole PNG (or JPEG) files. The class names stand in the file's
+metadata under ``loraseg``, as JSON.
+"""
+
+import json
+import math
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from hashlib import sha256
+from typing import Any, Literal, get_args
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from loraseg.data.parquet_guard import check_parquet
+from loraseg.errors import DatasetError, IntegrityError
+from loraseg.pictures import MAX_PIXELS
+
+__all__ = [
+    "MAX_CLASSES",
+    "SCHEMA",
+    "PairRow",
+    "Status",
+    "check_classes",
+    "decode_shard",
+    "encode_shard",
+    "read_rows",
+    "rows_digest",
+    "shard_classes",
+]
+
+Status = Literal["ok", "dropped", "bad_mask", "duplicate"]
+
+MAX_CLASSES = 65_535
+_FORMAT = 1
+_STATUSES = frozenset(get_args(Status))
+_METADATA_KEY = b"loraseg"
+# Whoever wants one row decodes a group; one that wants all holds no more than a group beside the
+# file. Both bounds are part of the format: they say where a file of equal rows is cut.
+_GROUP_ROWS = 64
+_GROUP_BYTES = 64 * 2**20
+_HEX = re.compile(r"[0-9a-f]{1,64}")
+_LONGEST_NAME = 1024
+_ALWAYS = ("pair_id", "status", "mask_name")
+_OF_OK = ("pair_id", "image", "label", "height", "width")
+_BYTES = ("image", "label", "mask", "predicted")
+# PNG does not get smaller, and what is not compressed cannot unfold into more than was read.
+_COMPRESSION = {"prompt": "zstd", "lineage": "zstd"}
+
+_USED = pa.list_(
+    pa.struct([("name", pa.string()), ("digest", pa.string()), ("weight", pa.float64())])
+)
+SCHEMA = pa.schema(
+    [
+        ("pair_id", pa.string()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+        ("mask_name", pa.string()),
+        ("mask_id", pa.string()),
+        ("k", pa.int32()),
+        ("siblings", pa.int32()),
+        ("image", pa.binary()),
+        ("label", pa.binary()),
+        ("mask", pa.binary()),
+        ("predicted", pa.binary()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("seed", pa.int64()),
+        ("prompt", pa.string()),
+        ("generator", pa.string()),
+        ("adapters", _USED),
+        ("heads", _USED),
+        ("kept", pa.float64()),
+        ("kept_by_class", pa.list_(pa.float64())),
+        ("lineage", pa.string()),
+        ("code_revision", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PairRow:
+    """One pair, or one mask that made none. The columns of a shard, see :data:`SCHEMA`.
+
+    Attributes:
+        pair_id: Hex digits; None for a mask that made no pair.
+        status: ``ok``; ``dropped``, filtered away as a whole; ``bad_mask``; or ``duplicate``, a
+            mask that is in the source twice.
+        reason: Why it is not ``ok``; None if it is.
+        mask_name: As the source calls it, printable.
+        mask_id: sha256 (hex) of the mask's ids and shape.
+        k: Which image of its mask, from 0.
+        siblings: How many images of the mask voted.
+        image: PNG or JPEG, RGB.
+        label: PNG of class ids. Pixels that were filtered, or had no class in the mask, are 255;
+            with over 255 classes it has 16 bits and they are 65535.
+        mask: PNG like ``label``, as the generator was told it.
+        predicted: PNG like ``label``: what the segmenter saw in the image.
+        height: Of all four pictures, pixels.
+        width: Of all four pictures, pixels.
+        seed: Of the image's noise.
+        prompt: What the text encoders read.
+        generator: Digest (hex) of all that decides what a mask and a seed become.
+        adapters: (name, digest, weight) of what acted on all images.
+        heads: The same of what acted on this image beside them.
+        kept: Share of the mask's labelled pixels that kept their label, in [0, 1].
+        kept_by_class: The same by class, None where the mask has no pixel of the class; empty
+            where there was no vote.
+        lineage: JSON object, all that is needed to make the pair again.
+        code_revision: Which code made it.
+    """
+
+    pair_id: str | None
+    status: Status
+    reason: str | None
+    mask_name: str
+    mask_id: str | None
+    k: int | None
+    siblings: int | None
+    image: bytes | None
+    label: bytes | None
+    mask: bytes | None
+    predicted: bytes | None
+    height: int | None
+    width: int | None
+    seed: int | None
+    prompt: str | None
+    generator: str | None
+    adapters: tuple[tuple[str, str, float], ...]
+    heads: tuple[tuple[str, str, float], ...]
+    kept: float | None
+    kept_by_class: tuple[float | None, ...]
+    lineage: str | None
+    code_revision: str | None
+
+
+_NAMES = tuple(field.name for field in fields(PairRow))
+_BLANK: dict[str, Any] = {
+    **dict.fromkeys(_NAMES),
+    "adapters": (),
+    "heads": (),
+    "kept_by_class": (),
+}
+
+
+def encode_shard(rows: Sequence[PairRow], classes: Sequence[str]) -> bytes:
+    """Return the rows as a Parquet file, in their order.
+
+    Equal rows give equal bytes with one version of pyarrow; :func:`rows_digest` with any.
+
+    Raises:
+        DatasetError: A row or the class list breaks the rules of the format, or two pairs have
+            one ``pair_id``.
+    """
+    names = check_classes(classes)
+    seen: set[str] = set()
+    for row in rows:
+        if problem := _problem(row, len(names), _NAMES):
+            raise DatasetError(f"shard: mask {row.mask_name!r}, k {row.k}: {problem}")
+        if row.pair_id in seen:
+            raise DatasetError(f"shard: pair {row.pair_id} is there twice")
+        if row.pair_id is not None:
+            seen.add(row.pair_id)
+    about = json.dumps({"format": _FORMAT, "classes": names}, ensure_ascii=False)
+    schema = SCHEMA.with_metadata({_METADATA_KEY: about.encode()})
+    sink = pa.BufferOutputStream()
+    layout: dict[str, Any] = {  # its types are wider than pyarrow says
+        "compression": {name: _COMPRESSION.get(name, "none") for name in _NAMES},
+        "write_statistics": ["pair_id", "status"],
+        "use_dictionary": False,
+    }
+    try:
+        with pq.ParquetWriter(sink, schema, **layout) as writer:
+            for group in _groups(rows):
+                plain = [_plain(row) for row in group]
+                writer.write_table(pa.Table.from_pylist(plain, schema=schema), len(plain))
+    except (pa.ArrowException, UnicodeEncodeError, OverflowError) as error:
+        raise DatasetError(f"shard: a value that the format cannot hold: {error}") from error
+    return sink.getvalue().to_pybytes()
+
+
+def decode_shard(data: bytes, where: str) -> list[PairRow]:
+    """Return all rows of a file that :func:`encode_shard` made.
+
+    Args:
+        data: The file; it may come from anybody.
+        where: What to call it in errors.
+
+    Raises:
+        IntegrityError: It is no such file, unfolds into more than its own size allows, or a row
+            breaks the rules of the format.
+    """
+    return list(read_rows(data, where))
+
+
+def read_rows(
+    data: bytes, where: str, *, columns: Collection[str] | None = None
+) -> Iterator[PairRow]:
+    """Yield the rows in their order, holding few of them at a time.
+
+    Args:
+        data: The file; it may come from anybody.
+        where: What to call it in errors.
+        columns: Which to read beside ``pair_id``, ``status`` and ``mask_name``; the others are
+            None or empty. By default all.
+
+    Raises:
+        DatasetError: There is no such column.
+        IntegrityError: As in :func:`decode_shard`.
+    """
+    wanted = _wanted(columns)
+    file, classes = _open(data, where)
+    for group in range(file.num_row_groups):
+        try:
+            table = file.read_row_group(group, columns=list(wanted), use_threads=False)
+            rows = table.to_pylist()
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise IntegrityError(f"{where}: not a readable shard: {error}") from error
+        if len(rows) != file.metadata.row_group(group).num_rows:
+            raise IntegrityError(f"{where}: row group {group} has {len(rows)} rows, not as it says")
+        for plain in rows:
+            yield _row(plain, len(classes), wanted, where)
+
+
+def shard_classes(data: bytes, where: str) -> tuple[str, ...]:
+    """Return the class names of a shard.
+
+    Raises:
+        IntegrityError: It is no shard.
+    """
+    return _open(data, where)[1]
+
+
+def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
+    """Return the class names of a shard or manifest if they can be such.
+
+    Raises:
+        DatasetError: None or over 65,535, or one is doubled, empty or not printable.
+    """
+    if not 1 <= len(classes) <= MAX_CLASSES:
+        raise DatasetError(f"classes: got {len(classes)}, expected 1 to {MAX_CLASSES}")
+    for name in classes:
+        if not name.strip() or not name.isprintable():
+            raise DatasetError(f"classes: {name[:80]!r}, expected printable text")
+    if len(set(classes)) != len(classes):
+        raise DatasetError("classes: a name is there twice")
+    return tuple(classes)
+
+
+def rows_digest(rows: Iterable[PairRow]) -> str:
+    """Return the sha256 (hex) over rows in any order; which code made them is no matter.
+
+    It covers every column but ``code_revision``, also where that stands in the lineage.
+    """
+    parts = sorted(
+        (row.pair_id is None, row.pair_id or "", row.mask_name, _row_digest(row)) for row in rows
+    )
+    digest = sha256(b"rows")
+    for _, _, _, part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _groups(rows: Sequence[PairRow]) -> Iterator[list[PairRow]]:
+    group: list[PairRow] = []
+    size_bytes = 0
+    for row in rows:
+        group.append(row)
+        size_bytes += sum(len(getattr(row, name) or b"") for name in _BYTES)
+        if len(group) == _GROUP_ROWS or size_bytes >= _GROUP_BYTES:
+            yield group
+            group, size_bytes = [], 0
+    if group:
+        yield group
+
+
+def _plain(row: PairRow) -> dict[str, Any]:
+    plain = {name: getattr(row, name) for name in _NAMES}
+    for name in ("adapters", "heads"):
+        plain[name] = [dict(zip(("name", "digest", "weight"), u, strict=True)) for u in plain[name]]
+    plain["kept_by_class"] = list(row.kept_by_class)
+    return plain
+
+
+def _row(plain: dict[str, Any], classes: int, wanted: Collection[str], where: str) -> PairRow:
+    for name in {"adapters", "heads"} & plain.keys():
+        used = plain[name] or ()
+        if any(one is None or None in one.values() for one in used):
+            raise IntegrityError(f"{where}: {name}: a null")
+        plain[name] = tuple((one["name"], one["digest"], one["weight"]) for one in used)
+    if "kept_by_class" in plain:
+        plain["kept_by_class"] = tuple(plain["kept_by_class"] or ())
+    if plain["status"] not in _STATUSES or plain["mask_name"] is None:
+        raise IntegrityError(
+            f"{where}: status {str(plain['status'])[:40]!r} of mask "
+            f"{str(plain['mask_name'])[:80]!r}; expected one of {', '.join(sorted(_STATUSES))}"
+        )
+    row = PairRow(**{**_BLANK, **plain})
+    if problem := _problem(row, classes, wanted):
+        raise IntegrityError(f"{where}: mask {row.mask_name[:80]!r}, k {row.k}: {problem}")
+    return row
+
+
+def _problem(row: PairRow, classes: int, wanted: Collection[str]) -> str | None:
+    """Return what is wrong with a row of which the ``wanted`` columns are known."""
+    if row.status not in _STATUSES:
+        return f"status: got {row.status!r}, expected one of {', '.join(sorted(_STATUSES))}"
+    if not row.mask_name.isprintable() or not 1 <= len(row.mask_name) <= _LONGEST_NAME:
+        return f"mask_name: expected 1 to {_LONGEST_NAME} printable characters"
+    for name in ("pair_id", "mask_id", "generator"):
+        value = getattr(row, name)
+        if value is not None and not _HEX.fullmatch(value):
+            return f"{name}: got {value[:80]!r}, expected up to 64 hex digits"
+    if row.status == "ok":
+        absent = [name for name in _OF_OK if name in wanted and getattr(row, name) is None]
+        if absent:
+            return f"{', '.join(absent)}: missing, although the status is ok"
+    if "reason" in wanted and (row.reason is None) != (row.status == "ok"):
+        return f"reason: got {row.reason!r} with the status {row.status}"
+    return _problem_of_numbers(row, classes)
+
+
+def _problem_of_numbers(row: PairRow, classes: int) -> str | None:
+    sides = [side for side in (row.height, row.width) if side is not None]
+    if any(side < 1 for side in sides) or (len(sides) == 2 and sides[0] * sides[1] > MAX_PIXELS):
+        return f"height x width: got {row.height} x {row.width}, expected up to {MAX_PIXELS} pixels"
+    if any(value is not None and value < 0 for value in (row.k, row.siblings, row.seed)):
+        return f"k, siblings, seed: got {row.k}, {row.siblings}, {row.seed}, expected none below 0"
+    if len(row.kept_by_class) not in (0, classes):
+        return f"kept_by_class: got {len(row.kept_by_class)} values for {classes} classes"
+    if any(kept is not None and not 0 <= kept <= 1 for kept in (row.kept, *row.kept_by_class)):
+        return "kept, kept_by_class: a share outside [0, 1]"
+    if not all(math.isfinite(weight) for _, _, weight in row.adapters + row.heads):
+        return "adapters, heads: a weight is not finite"
+    return None
+
+
+def _wanted(columns: Collection[str] | None) -> tuple[str, ...]:
+    if columns is None:
+        return _NAMES
+    if unknown := sorted(set(columns) - set(_NAMES)):
+        raise DatasetError(f"shard: no column {unknown[0]!r} among {', '.join(_NAMES)}")
+    return tuple(name for name in _NAMES if name in columns or name in _ALWAYS)
+
+
+def _open(data: bytes, where: str) -> tuple[pq.ParquetFile, tuple[str, ...]]:
+    """Check everything about a file but its rows."""
+    file = check_parquet(data, where, most_rows=_GROUP_ROWS)
+    try:
+        schema = file.schema_arrow
+        about = json.loads((schema.metadata or {}).get(_METADATA_KEY, b"null"))
+        if not isinstance(about, dict) or about.get("format") != _FORMAT:
+            raise IntegrityError(f"{where}: not a shard of format {_FORMAT} (key 'loraseg')")
+        for field in SCHEMA:
+            index = schema.get_field_index(field.name)
+            if index < 0 or schema.field(index).type != field.type:
+                found = "no" if index < 0 else f"{schema.field(index).type} in"
+                raise IntegrityError(f"{where}: {found} column {field.name}, not {field.type}")
+        return file, check_classes([_text(name) for name in about["classes"]])
+    except IntegrityError:
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError, pa.ArrowException) as error:
+        raise IntegrityError(f"{where}: not a shard: {error}") from error
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"classes: {str(value)[:80]}, expected text")
+    return value
+
+
+def _row_digest(row: PairRow) -> bytes:
+    values = {
+        name: sha256(value).hexdigest() if isinstance(value, bytes) else value
+        for name in _NAMES
+        if name not in ("code_revision", "lineage") and (value := getattr(row, name)) is not None
+    }
+    text = json.dumps([values, _lineage(row.lineage)], sort_keys=True, separators=(",", ":"))
+    return sha256(text.encode()).digest()
+
+
+def _lineage(text: str | None) -> Any:
+    try:
+        content = json.loads(text or "null")
+    except (ValueError, RecursionError):
+        return text
+    return {**content, "code_revision": None} if isinstance(content, dict) else content
