@@ -1,0 +1,106 @@
+"""Synthetic pairs as a stream for torch's DataLoader."""
+
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch.utils.data
+
+from loraseg.data.shard_pictures import decode_pair
+from loraseg.data.shard_reader import ShardDataset
+from loraseg.data.shards import PairRow
+from loraseg.errors import ConfigError
+from loraseg.seeding import numpy_generator
+
+__all__ = ["ShardStream"]
+
+_COLUMNS = ("image", "label", "height", "width")
+ItemT = TypeVar("ItemT")
+
+
+class ShardStream(torch.utils.data.IterableDataset[dict[str, Any]]):
+    """All ``ok`` pairs once an epoch, shared out over ranks and their DataLoader workers.
+
+    The shards are put in an order drawn for the epoch. Each consumer takes an equal stretch of the
+    pairs in that order, so that it reads few shards that others read too and no count differs by
+    more than one, and draws from a buffer. Items are ``image`` uint8 (h, w, 3) RGB, ``label``
+    uint8 (h, w) with 255 for no class (uint16 and 65535 with over 255 classes) and ``pair_id``.
+    What is drawn depends on the seed, the epoch, and the number of ranks and workers.
+    """
+
+    def __init__(
+        self,
+        dataset: ShardDataset,
+        *,
+        seed: int = 0,
+        buffer: int = 256,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        """Stream a dataset.
+
+        Args:
+            dataset: What to stream.
+            seed: The user's seed.
+            buffer: How many pairs to draw from, as files in memory; 1 keeps the order of each
+                shard.
+            rank: Of this process among those that share the dataset, from 0.
+            world: How many share it.
+
+        Raises:
+            ConfigError: ``buffer`` is below 1 or ``rank`` is not below ``world``.
+        """
+        super().__init__()
+        if buffer < 1 or not 0 <= rank < world:
+            raise ConfigError(f"shard stream: buffer {buffer}, rank {rank} of {world}")
+        self._dataset = dataset
+        self._seed = seed
+        self._buffer = buffer
+        self._rank, self._world = rank, world
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next iteration; workers that persist do not hear of it."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield this consumer's pairs.
+
+        Raises:
+            IntegrityError: A shard or a picture in it is damaged.
+            StoreError: The store cannot be read.
+        """
+        info = torch.utils.data.get_worker_info()
+        workers, worker = (1, 0) if info is None else (info.num_workers, info.id)
+        consumer, consumers = self._rank * workers + worker, self._world * workers
+        total = len(self._dataset)
+        start, stop = total * consumer // consumers, total * (consumer + 1) // consumers
+        generator = numpy_generator(self._seed, "shard-rows", self._epoch, consumer, consumers)
+        classes = len(self._dataset.manifest.classes)
+        for row in _drawn(self._stretch(start, stop), self._buffer, generator):
+            image, label = decode_pair(row, classes, self._dataset.store.uri)
+            yield {"image": image, "label": label, "pair_id": row.pair_id}
+
+    def _stretch(self, start: int, stop: int) -> Iterator[PairRow]:
+        """Yield the pairs from place ``start`` to ``stop`` of the epoch's order of shards."""
+        shards = self._dataset.manifest.shards
+        first = 0  # place of the shard's first pair
+        for index in numpy_generator(self._seed, "shards", self._epoch).permutation(len(shards)):
+            end = first + shards[index].statuses["ok"]
+            if start < end and first < stop:
+                rows = self._dataset.shard(shards[index], columns=_COLUMNS)
+                pairs = (row for row in rows if row.status == "ok")
+                yield from (row for at, row in enumerate(pairs, first) if start <= at < stop)
+            first = end
+
+
+def _drawn(items: Iterator[ItemT], size: int, generator: Any) -> Iterator[ItemT]:
+    buffer: list[ItemT] = []
+    for item in items:
+        if len(buffer) < size:
+            buffer.append(item)
+            continue
+        place = int(generator.integers(size))
+        yield buffer[place]
+        buffer[place] = item
+    for place in generator.permutation(len(buffer)):
+        yield buffer[place]
