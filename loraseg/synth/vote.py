@@ -1,0 +1,190 @@
+"""Which labels of generated images are kept: relative filtering and its rivals (methods b.5).
+
+All filters keep the class of the mask or mark a pixel as ignored; none writes another class.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from loraseg.errors import ConfigError, DatasetError
+from loraseg.synth.plurality import Ties, ignore_value, mark, plurality, relative_filter
+from loraseg.tensor_types import Bool, Float, Int, UInt, ndarray
+
+__all__ = ["FilterConfig", "Filtered", "Judged", "Method", "apply_filter", "plurality"]
+
+Method = Literal["none", "confidence", "freemask", "relative"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FilterConfig:
+    """How labels are filtered.
+
+    Attributes:
+        method: ``relative`` keeps a pixel where the segmenter sees what it sees in most images of
+            the mask; ``confidence`` where its highest probability is at least ``threshold``;
+            ``freemask`` where the cross-entropy of the mask's class is at most ``tolerance`` times
+            the mean of that class on real images; ``none`` everywhere.
+        ties: Of the vote, see :func:`~loraseg.synth.plurality.plurality`.
+        threshold: Of ``confidence``, 0 to 1.
+        tolerance: Of ``freemask``, above 0.
+        min_kept: An image that keeps a smaller share of its labels, 0 to 1, is dropped.
+    """
+
+    method: Method = "relative"
+    ties: Ties = "mask_first"
+    threshold: float = 0.9
+    tolerance: float = 1.25
+    min_kept: float = 0.3
+
+    def __post_init__(self) -> None:
+        for name in ("threshold", "min_kept"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, expected 0 to 1")
+        if not 0 < self.tolerance < float("inf"):
+            raise ConfigError(f"tolerance: got {self.tolerance}, expected a finite number above 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Judged:
+    """What a segmenter says of the k images of one mask.
+
+    Attributes:
+        labels: (k, h, w) uint8 or uint16, the class it sees at each pixel; never the ignore value.
+        confidence: (k, h, w) its probability of that class; only ``confidence`` needs it.
+        loss: (k, h, w) minus the logarithm of its probability of the mask's class, anything where
+            the mask has no label; only ``freemask`` needs it.
+    """
+
+    labels: ndarray
+    confidence: ndarray | None = None
+    loss: ndarray | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Filtered:
+    """The labels of the k images of one mask.
+
+    Attributes:
+        labels: The class of the mask, or the ignore value (255 in uint8, 65,535 in uint16).
+        kept: Share of the mask's labelled pixels that kept their label.
+        kept_by_class: The same for each class; NaN where the mask has no pixel of it.
+        dropped: Where ``kept`` is below ``min_kept``.
+    """
+
+    labels: UInt[ndarray, "k h w"]
+    kept: Float[ndarray, " k"]
+    kept_by_class: Float[ndarray, "k classes"]
+    dropped: Bool[ndarray, " k"]
+
+
+def apply_filter(
+    mask: ndarray,
+    judged: Judged,
+    config: FilterConfig,
+    classes: int,
+    *,
+    class_loss: Float[ndarray, " classes"] | None = None,
+) -> Filtered:
+    """Filter the labels of the images of one mask.
+
+    Args:
+        mask: (h, w) uint8 or uint16 class ids; pixels of the ignore value stay so.
+        judged: Of images of that mask, in the same type of ids.
+        config: Which filter.
+        classes: Number of classes, at most 255 for uint8 and 65,535 for uint16.
+        class_loss: For ``freemask``, see :func:`~loraseg.synth.freemask.class_mean_loss`; a class
+            that is NaN keeps nothing.
+
+    Raises:
+        DatasetError: The mask or the judged maps have another type or shape or hold other ids, the
+            mask has no label at all, or the vote has over 256 voters.
+        ConfigError: ``relative`` with a single image, or what the filter needs is not there.
+    """
+    totals = _class_areas(mask, classes)
+    _check_labels(mask, judged.labels, classes)
+    labels = _labels(mask, judged, config, class_loss)
+    areas = np.stack([_areas(one)[:classes] for one in labels])
+    by_class = np.full(areas.shape, np.nan)
+    np.divide(areas, totals, out=by_class, where=totals > 0)
+    kept = areas.sum(axis=1) / totals.sum()
+    return Filtered(
+        labels=labels, kept=kept, kept_by_class=by_class, dropped=kept < config.min_kept
+    )
+
+
+def _labels(
+    mask: ndarray, judged: Judged, config: FilterConfig, class_loss: ndarray | None
+) -> UInt[ndarray, "k h w"]:
+    shape = judged.labels.shape
+    if config.method == "relative":
+        if len(judged.labels) < 2:
+            raise ConfigError(
+                "relative filtering: got 1 image of a mask, expected at least 2, as an image "
+                "always agrees with itself; make more or choose another filter"
+            )
+        return relative_filter(mask, judged.labels, ties=config.ties)
+    # Comparisons are turned so that NaN, which compares as false, is never kept.
+    if config.method == "confidence":
+        differs = ~(_needed("confidence", judged.confidence, shape) >= config.threshold)
+    elif config.method == "freemask":
+        limits = _limits(mask, class_loss, config.tolerance)
+        differs = ~(_needed("loss", judged.loss, shape) <= limits)
+    else:
+        differs = np.zeros(shape, dtype=bool)
+    out = np.empty(shape, dtype=mask.dtype)
+    mark(mask, differs, out)
+    return out
+
+
+def _limits(mask: ndarray, class_loss: ndarray | None, tolerance: float) -> Float[ndarray, "h w"]:
+    """Return the highest loss that each pixel may have."""
+    if class_loss is None:
+        raise ConfigError("freemask: the mean loss of each class on real images is needed")
+    table = np.full(ignore_value(mask.dtype) + 1, np.nan)
+    table[: len(class_loss)] = tolerance * class_loss
+    return table[mask]
+
+
+def _needed(name: str, values: ndarray | None, shape: tuple[int, ...]) -> ndarray:
+    if values is None:
+        raise ConfigError(f"filtering: the {name} of each pixel is needed, got none")
+    if values.shape != shape:
+        raise DatasetError(f"{name}: got {values.shape}, expected {shape} as the labels")
+    return values
+
+
+def _class_areas(mask: ndarray, classes: int) -> Int[ndarray, " classes"]:
+    """Check a mask; return the pixels of each class."""
+    ignore = ignore_value(mask.dtype)
+    if not 1 <= classes <= ignore:
+        raise DatasetError(f"classes: got {classes}, expected 1 to {ignore} in {mask.dtype} maps")
+    if mask.ndim != 2:
+        raise DatasetError(f"mask: got {mask.shape}, expected (h, w)")
+    areas = _areas(mask)
+    unknown = np.flatnonzero(areas[classes:ignore]) + classes
+    if len(unknown):
+        raise DatasetError(
+            f"mask: got class ids {unknown[:8].tolist()}, expected 0 to {classes - 1} or {ignore}"
+        )
+    if not areas[:classes].any():
+        raise DatasetError("mask: every pixel is ignored, expected at least one label")
+    return areas[:classes]
+
+
+def _check_labels(mask: ndarray, labels: ndarray, classes: int) -> None:
+    if labels.dtype != mask.dtype or labels.ndim != 3 or labels.shape[1:] != mask.shape:
+        raise DatasetError(
+            f"judged labels: got {labels.dtype} {labels.shape}, expected {mask.dtype} (k, h, w) "
+            f"with {mask.shape} pixels"
+        )
+    if not len(labels) or labels.max() >= classes:
+        raise DatasetError(
+            f"judged labels: got {len(labels)} maps with ids up to "
+            f"{labels.max(initial=0)}, expected ids 0 to {classes - 1} at every pixel"
+        )
+
+
+def _areas(ids: UInt[ndarray, "h w"]) -> Int[ndarray, " ids"]:
+    return np.bincount(ids.reshape(-1), minlength=ignore_value(ids.dtype) + 1)
