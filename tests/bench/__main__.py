@@ -14,7 +14,7 @@ from tests.bench.goals import table
 
 BENCHES = (
     *("retrieval", "catseg_decoder", "text_bank", "library_scale"),
-    *("training", "fused_forward", "sampler", "endpoint"),
+    *("training", "fused_forward", "sampler", "vote", "endpoint"),
 )
 FOLDER = Path("bench-results")
 
