@@ -70,7 +70,7 @@ def frechet_distance(first: Float[ndarray, "n d"], second: Float[ndarray, "m d"]
 
     ``|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))`` with n - 1 in the covariances. With
     ``C = A A^T`` the last trace is the sum of the singular values of ``A1^T A2``, which asks for
-    no root of an unsymmetric matrix and stays good to 1e-8 where covariances are singular, as they are
+    no root of an unsymmetric matrix and stays good to 1e-8 where covariances are singular, as
     with fewer images than dimensions. It shrinks as sets grow: compare equal numbers only.
 
     Raises:

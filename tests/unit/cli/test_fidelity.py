@@ -1,0 +1,57 @@
+"""``loraseg synth fidelity``: what it prints, and mistakes in one line."""
+
+import argparse
+import json
+
+import pytest
+
+from loraseg.cli.fidelity import add_fidelity
+from loraseg.errors import DatasetError
+from tests.unit.evaluate.fidelity_world import pair, picture, write_real, write_shards
+from tests.unit.tiny import write_models
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    images = [picture(seed) for seed in range(7)]
+    real = write_real(tmp_path_factory.mktemp("real"), images, split="few")
+    rows = [pair(n, picture(110 + n), mask=n // 2, prompt=None) for n in range(6)]
+    rows.append(pair(9, images[4], mask=9, prompt=None))
+    made = write_shards(tmp_path_factory.mktemp("made"), rows)
+    encoder = write_models(tmp_path_factory.mktemp("models"))[1]
+    return made, "--real", str(real), "--split", "few", "--encoder", encoder
+
+
+def run(*words):
+    parser = argparse.ArgumentParser()
+    add_fidelity(parser.add_subparsers())
+    arguments = parser.parse_args(["fidelity", *words])
+    return arguments.command(arguments)
+
+
+def test_table(places, capsys):
+    assert run(*places) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["FIGURE", "VALUE", "REAL", "SYNTHETIC", "MEANING", "ENCODER"]
+    cells = {line.split()[0]: line.split() for line in lines[1:11]}
+    assert cells["cmmd"][2:4] == ["7", "7"]
+    assert cells["cmmd_no_crop"][-1].endswith(":square16-bicubic-whole")
+    assert cells["clip_score"][1:4] == ["-", "-", "-"]
+    assert cells["copies"][1] == "0.1429"
+    assert cells["sibling_distance"][2:4] == ["-", "6"]
+    assert lines[11:] == ["perhaps a copy: 0009 of real4 (distance 0.0000)"]
+
+
+def test_json(places, capsys):
+    assert run(*places, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert set(told) == {"encoder", "real", "synthetic", "figures", "suspects"}
+    assert told["figures"]["cmmd"]["settings"] == {"sigma": 10.0, "scale": 1000.0}
+    assert all(figure["encoder"].startswith("clip:") for figure in told["figures"].values())
+
+
+def test_mistakes(places, tmp_path):
+    with pytest.raises(DatasetError, match="no synthetic data is committed"):
+        run(str(tmp_path), *places[1:])
+    with pytest.raises(DatasetError, match="no split 'train'"):
+        run(*places[:3], *places[5:])
