@@ -15,7 +15,7 @@ from tests.unit.tiny import write_models
 def places(tmp_path_factory):
     images = [picture(seed) for seed in range(7)]
     real = write_real(tmp_path_factory.mktemp("real"), images, split="few")
-    rows = [pair(n, picture(110 + n), mask=n // 2, prompt=None) for n in range(6)]
+    rows = [pair(n, picture(50 + n) // 4, mask=n // 2, prompt=None) for n in range(6)]
     rows.append(pair(9, images[4], mask=9, prompt=None))
     made = write_shards(tmp_path_factory.mktemp("made"), rows)
     encoder = write_models(tmp_path_factory.mktemp("models"))[1]
