@@ -1,7 +1,7 @@
 """What most of several label maps say, and which pixels agree with it (methods b.5).
 
-Counting a vote compares every two maps and never looks at the number of classes. It runs over
-blocks of pixels in scratch memory that stays in the cache.
+Counting compares every two maps, so that the number of classes is no matter. It goes by blocks of
+pixels: large enough that NumPy's calls cost little beside the work, small enough for the cache.
 """
 
 from collections.abc import Iterator

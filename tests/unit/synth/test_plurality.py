@@ -50,7 +50,7 @@ def test_random_cases_against_a_counter(monkeypatch):
     random = np.random.default_rng(0)
     seen = Counter()
     for case in range(CASES):
-        monkeypatch.setattr(module, "_BLOCK", int(random.integers(1, 50)))
+        monkeypatch.setattr(module, "_BLOCK", int(random.integers(9, 50)))
         dtype = (np.uint8, np.uint16)[case % 2]
         k = int(random.integers(2, 10)) if case % 10 else int(random.integers(10, 33))
         classes = int(random.choice([2, 3, 21, 150, 255] + [1000, 65535] * (dtype == np.uint16)))
