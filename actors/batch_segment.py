@@ -1,15 +1,14 @@
 """Segment many images with Ray Data: parts of the listing go through a pool of actors."""
 
 import pickle
-from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.attempts import start_attempts
 from actors.resources import Placement, StoreAccess, connect, require_room
 from actors.units import run_units
 from loraseg.bulk.config import BulkConfig
@@ -60,7 +59,7 @@ class OnRay:
         access = StoreAccess.of_driver()
         outcomes = rows.map_batches(
             _Worker,
-            fn_constructor_args=(self._make, pinned, access, placement, _start_attempts()),
+            fn_constructor_args=(self._make, pinned, access, placement, start_attempts()),
             batch_size=1,
             num_cpus=placement.cpus,
             num_gpus=placement.gpus or None,
@@ -80,24 +79,6 @@ class OnRay:
         """Connect when there is work: a run that finds nothing to do needs no cluster."""
         require_room(self._placement, may_grow=not connect())
         ray.data.DataContext.get_current().enable_progress_bars = False  # the run tells its own
-
-
-class _Attempts:
-    """Counts how often each part was begun: Ray Data itself repeats what is lost for ever."""
-
-    def __init__(self) -> None:
-        self._begun: Counter[str] = Counter()
-
-    def begin(self, part: str) -> int:
-        self._begun[part] += 1
-        return self._begun[part]
-
-
-def _start_attempts() -> Any:
-    # On the driver's own node: a node that is lost without the driver must not take the count.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor: Any = ray.remote(_Attempts)
-    return actor.options(num_cpus=0, scheduling_strategy=here).remote()
 
 
 class _Worker:

@@ -1,0 +1,54 @@
+"""Turn masks into filtered image/label pairs, exactly once, whatever dies meanwhile.
+
+ray job submit --working-dir . -- python -m jobs.synthesize masks=s3://bucket/city \
+    output=s3://bucket/pairs adapters="[s3://bucket/generators#city]" \
+    segmenter=s3://bucket/segmenter.safetensors
+
+Started again after any accident it makes what is missing; with nothing missing it does nothing.
+With append=true a complete output grows: more masks, or more images of each (sampling.images).
+
+Exit status: 0 done (masks that cannot be used are rows with a reason), 1 the work failed and can be
+started again, 2 a mistake in the config.
+"""
+
+import sys
+from dataclasses import dataclass, field
+
+from actors.resources import Placement
+from actors.synthesis import OnRay
+from loraseg import config as configuration
+from loraseg.factory.config import SynthesisConfig
+from loraseg.factory.run import Summary, synthesize
+
+_SHOWN = 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config(SynthesisConfig):
+    """What is made, and what each generator and each voter takes on Ray."""
+
+    generators: Placement = field(default_factory=Placement)
+    voters: Placement = field(default_factory=lambda: Placement(cpus=0.5))
+
+
+def main(config: Config) -> int:
+    """Run the job; return its exit status."""
+    summary = synthesize(config, OnRay(config.generators, config.voters))
+    sys.stdout.write(_told(config.output, summary))
+    return 0
+
+
+def _told(output: str, summary: Summary) -> str:
+    manifest = summary.manifest
+    statuses = ", ".join(
+        f"{count} {status}" for status, count in manifest.statuses.items() if count
+    )
+    lines = [f"{output}: {manifest.masks} masks, {statuses}; {summary.new_rows} new rows"]
+    lines += [f"  not used: {name}: {reason}" for name, reason in summary.refused[:_SHOWN]]
+    if len(summary.refused) > _SHOWN:
+        lines.append(f"  and {len(summary.refused) - _SHOWN} more: loraseg synth show {output}")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    configuration.main(main, Config, description=__doc__)

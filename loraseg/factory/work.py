@@ -1,0 +1,342 @@
+"""One part of the work in two stages: draw images of its masks; vote and write the shard."""
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from loraseg import config as configuration
+from loraseg.data.drawing import encode_png
+from loraseg.data.masks import decode_mask, encode_mask
+from loraseg.data.shard_manifest import ShardEntry
+from loraseg.data.shards import PairRow, decode_shard, encode_shard
+from loraseg.errors import DatasetError, LorasegError
+from loraseg.factory.equipment import load_generator, load_judge
+from loraseg.factory.judging import judge
+from loraseg.factory.pinned import Pinned
+from loraseg.factory.plan import Entry, Part
+from loraseg.factory.sources import MaskSource
+from loraseg.segment.closed_checkpoint import ClosedSetSegmenter
+from loraseg.storage import ObjectNotFoundError, ObjectStore, open_store
+from loraseg.synth.generator import Generated, Generator
+from loraseg.synth.sizes import mask_at_size
+from loraseg.synth.vote import Filtered, Judged, apply_filter
+from loraseg.tensor_types import UInt8, ndarray
+
+__all__ = ["Draft", "Draw", "Drawn", "Outcome", "Vote", "done_file", "read_done"]
+
+logger = logging.getLogger(__name__)
+
+DONE = "parts"
+_NEEDS = {"confidence": ("confidence",), "freemask": ("loss",)}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Made:
+    """The images of a mask.
+
+    Attributes:
+        mask: At the size of the images.
+        label: The mask, 255 also where a class had no room in the prompt.
+        images: RGB, images ``first`` to ``last`` of the part.
+        lineages: JSON of each image.
+    """
+
+    mask: UInt8[ndarray, "h w"]
+    label: UInt8[ndarray, "h w"]
+    images: UInt8[ndarray, "k h w 3"]
+    lineages: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Drawn:
+    """A mask as planned, with its images or the reason why it has none."""
+
+    entry: Entry
+    result: Made | str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Draft:
+    """A part with the images of its masks, or what ended it."""
+
+    part: Part
+    drawn: tuple[Drawn, ...] = ()
+    error: LorasegError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a part; after an error nothing of it is committed.
+
+    Attributes:
+        part: Its id.
+        entry: Its shard.
+        kept: Sum of the kept shares of its pairs, for the progress.
+        error: What ended it.
+    """
+
+    part: str
+    entry: ShardEntry | None = None
+    kept: float = 0.0
+    error: LorasegError | None = None
+
+
+class Draw:
+    """The first stage. Loads the generator for the first part; one thread at a time."""
+
+    def __init__(self, pinned: Pinned) -> None:
+        """Take the job; nothing is loaded yet, so that a failure to is an outcome."""
+        self._pinned = pinned
+        config = pinned.config
+        self._source = MaskSource(config.masks, config.classes, config.split)
+
+    def __call__(self, part: Part) -> Draft:
+        """Draw the images of each mask that can be drawn."""
+        try:
+            return Draft(part, tuple(self._drawn(entry, part) for entry in part.entries))
+        except LorasegError as error:
+            return Draft(part, error=error)
+
+    @cached_property
+    def _generator(self) -> Generator:
+        return load_generator(self._pinned)
+
+    def _drawn(self, entry: Entry, part: Part) -> Drawn:
+        if entry.reason is not None:
+            return Drawn(entry, entry.reason)
+        size = self._pinned.config.sampling.size
+        try:
+            mask = self._source.read(entry.mask, classes=len(self._pinned.classes))
+            mask = mask if size is None else mask_at_size(mask, size)
+            # A mask at a time: its images are one batch, whatever else the part holds.
+            made = list(self._generator.generate([(entry.mask.name, mask)], first=part.first))
+        except DatasetError as error:
+            return Drawn(entry, str(error))
+        if any(one.lineage.mask_id != entry.mask_id for one in made):
+            return Drawn(entry, f"mask {entry.mask.name!r} changed while images were made")
+        images = np.stack([one.image for one in made])
+        lineages = tuple(_lineage(one, part) for one in made)
+        return Drawn(entry, Made(mask, made[0].label, images, lineages))
+
+
+class Vote:
+    """The second stage: filters, then writes the part's shard. One thread at a time."""
+
+    def __init__(self, pinned: Pinned) -> None:
+        """Take the job; nothing is loaded yet, so that a failure to is an outcome."""
+        self._pinned = pinned
+        self._output = open_store(pinned.config.output)
+        self._older: dict[str, dict[tuple[str, int], PairRow]] = {}
+
+    def __call__(self, draft: Draft) -> Outcome:
+        """Write the shard, then the note that says it is there."""
+        part = draft.part
+        if draft.error is not None:
+            return Outcome(part.id, error=draft.error)
+        try:
+            self._older = {file: self._read_older(file) for file in part.older}
+            rows = [row for drawn in draft.drawn for row in self._rows(drawn, part)]
+            return _commit(self._output, part, rows, self._pinned.classes)
+        except LorasegError as error:
+            return Outcome(part.id, error=error)
+
+    @cached_property
+    def _segmenter(self) -> ClosedSetSegmenter | None:
+        pinned = self._pinned
+        return load_judge(pinned.config, pinned.label_space, digest=pinned.facts.segmenter)
+
+    def _rows(self, drawn: Drawn, part: Part) -> list[PairRow]:
+        entry, made = drawn.entry, drawn.result
+        if isinstance(made, str):
+            twin = entry.reason is not None and entry.mask_id is not None
+            return [_refused(entry, "duplicate" if twin else "bad_mask", made)]
+        older = self._siblings(entry)
+        if part.older and len(older) != part.first:
+            return []  # no image could be made of it before; that is told in the older shard
+        judged = self._judged(made.images, made.label, older)
+        filtered = self._filtered(made.label, judged)
+        seen = None if judged is None else judged.labels
+        name = _printable(entry.mask.name)
+        return [
+            self._row(name, made, index, len(older) + index, filtered, seen)
+            for index in range(len(made.images))
+        ]
+
+    def _judged(
+        self, images: ndarray, label: ndarray, older: Sequence[UInt8[ndarray, "h w"]]
+    ) -> Judged | None:
+        """Return what is seen in all images of a mask, those of earlier runs first."""
+        if self._segmenter is None:
+            return None
+        needs: Any = _NEEDS.get(self._pinned.config.filter.method, ())
+        judged = judge(self._segmenter, images, label, wanted=needs)
+        if not older:
+            return judged
+        labels = np.concatenate([np.stack(older), judged.labels])
+        return Judged(
+            labels=labels,
+            confidence=_after(judged.confidence, len(older)),
+            loss=_after(judged.loss, len(older)),
+        )
+
+    def _filtered(self, label: ndarray, judged: Judged | None) -> Filtered | None:
+        if judged is None:
+            return None
+        means = self._pinned.facts.class_loss
+        return apply_filter(
+            label,
+            judged,
+            self._pinned.config.filter,
+            len(self._pinned.classes),
+            class_loss=None if means is None else np.array(means, np.float64),
+        )
+
+    def _row(
+        self,
+        name: str,
+        made: Made,
+        index: int,
+        place: int,
+        filtered: Filtered | None,
+        seen: ndarray | None,
+    ) -> PairRow:
+        """Return the row of image ``index`` of a mask, which is number ``place`` of the voters."""
+        lineage = made.lineages[index]
+        label, kept, by_class, dropped = made.label, 1.0, (), False
+        if filtered is not None:
+            label = filtered.labels[place]
+            kept, dropped = float(filtered.kept[place]), bool(filtered.dropped[place])
+            shares = filtered.kept_by_class[place]
+            by_class = tuple(None if np.isnan(share) else float(share) for share in shares)
+        least = self._pinned.config.filter.min_kept
+        height, width = made.label.shape
+        return PairRow(
+            pair_id=lineage["pair_id"],
+            status="dropped" if dropped else "ok",
+            reason=f"kept {kept:.3f} of the labels, expected {least}" if dropped else None,
+            mask_name=name,
+            mask_id=lineage["mask_id"],
+            k=lineage["k"],
+            siblings=None if filtered is None else len(filtered.labels),
+            image=encode_png(made.images[index], optimize=False),
+            label=encode_mask(label),
+            mask=encode_mask(made.mask),
+            predicted=None if seen is None else encode_mask(seen[place]),
+            height=height,
+            width=width,
+            seed=lineage["seed"],
+            prompt=lineage["prompt"],
+            generator=lineage["generator"],
+            adapters=_used(lineage["adapters"]),
+            heads=_used(lineage["heads"]),
+            kept=kept,
+            kept_by_class=by_class,
+            lineage=json.dumps(self._told(lineage), sort_keys=True, ensure_ascii=False),
+            code_revision=lineage["code_revision"],
+        )
+
+    def _told(self, lineage: dict[str, Any]) -> dict[str, Any]:
+        rules = configuration.to_dict(self._pinned.config.filter)
+        return {**lineage, "segmenter": self._pinned.facts.segmenter, "filter": rules}
+
+    def _read_older(self, file: str) -> dict[tuple[str, int], PairRow]:
+        rows = decode_shard(self._output.get(file), f"{self._output.uri}/{file}")
+        return {(row.mask_id, row.k): row for row in rows if row.mask_id and row.k is not None}
+
+    def _siblings(self, entry: Entry) -> list[UInt8[ndarray, "h w"]]:
+        """Return what was seen in the images that earlier runs made of a mask, by k."""
+        rows = {
+            k: row
+            for file in self._older.values()
+            for (mask_id, k), row in file.items()
+            if mask_id == entry.mask_id
+        }
+        return [
+            decode_mask(row.predicted or row.label or b"", where=f"pair {row.pair_id}")
+            for _, row in sorted(rows.items())
+        ]
+
+
+def done_file(part: str) -> str:
+    """Return the key of the note that says that a part's shard is written."""
+    return f"{DONE}/{part}.json"
+
+
+def read_done(output: ObjectStore, part: str) -> ShardEntry | None:
+    """Return what the note of a part says of its shard; None if there is none, or it is damaged."""
+    try:
+        values = json.loads(output.get(done_file(part)))
+        return ShardEntry(**values)
+    except ObjectNotFoundError:
+        return None
+    except (ValueError, TypeError, LorasegError):
+        logger.warning("%s: the note of part %s is damaged; it is made again", output.uri, part)
+        return None
+
+
+def _commit(
+    output: ObjectStore, part: Part, rows: Sequence[PairRow], classes: Sequence[str]
+) -> Outcome:
+    file = f"shards/{part.id}.parquet"
+    data = encode_shard(rows, classes)
+    if not output.put_if_absent(file, data):
+        # This part's first attempt before its worker was lost, or a run beside this one. On a GPU
+        # its bytes differ in their last bits: what is there counts.
+        data = output.get(file)
+        rows = decode_shard(data, f"{output.uri}/{file}")
+    entry = ShardEntry(
+        file=file,
+        sha256=hashlib.sha256(data).hexdigest(),
+        size_bytes=len(data),
+        rows=len(rows),
+        statuses=dict(Counter(row.status for row in rows)),
+    )
+    output.put(done_file(part.id), json.dumps(entry.to_json(), sort_keys=True).encode())
+    return Outcome(part.id, entry, sum(row.kept or 0.0 for row in rows))
+
+
+def _lineage(made: Generated, part: Part) -> dict[str, Any]:
+    return {**made.lineage.to_json(), "batch": [part.first, part.last]}
+
+
+def _refused(entry: Entry, status: Any, reason: str | None) -> PairRow:
+    nothing: dict[str, Any] = dict.fromkeys(
+        [
+            *("pair_id", "k", "siblings", "image", "label", "mask", "predicted", "height", "width"),
+            *("seed", "prompt", "generator", "kept", "lineage", "code_revision"),
+        ]
+    )
+    return PairRow(
+        status=status,
+        reason=_printable(reason or "no image could be made"),
+        mask_name=_printable(entry.mask.name),
+        mask_id=entry.mask_id,
+        adapters=(),
+        heads=(),
+        kept_by_class=(),
+        **nothing,
+    )
+
+
+def _used(used: Sequence[dict[str, Any]]) -> tuple[tuple[str, str, float], ...]:
+    return tuple((one["name"], one["digest"], float(one["weight"])) for one in used)
+
+
+def _after(values: ndarray | None, older: int) -> ndarray | None:
+    """Return values of the new images behind zeros for the older ones, whose rows stay."""
+    if values is None:
+        return None
+    return np.concatenate([np.zeros((older, *values.shape[1:]), values.dtype), values])
+
+
+def _printable(text: str) -> str:
+    """Return text as a shard can hold it: one line, printable, not too long."""
+    clean = "".join(char if char.isprintable() else "?" for char in text)
+    return clean[:1000] or "?"
