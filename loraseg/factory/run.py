@@ -12,11 +12,13 @@ from typing import Protocol, runtime_checkable
 
 from loraseg.data.labels import LabelSpace
 from loraseg.data.shard_manifest import MANIFEST, ShardEntry, ShardManifest, read_manifest
+from loraseg.data.shard_reader import ShardDataset
 from loraseg.errors import ConfigError, StageError
 from loraseg.factory.config import SynthesisConfig
 from loraseg.factory.equipment import look
 from loraseg.factory.pinned import DATASET, Facts, Pinned, begin
 from loraseg.factory.plan import Entry, Part, Planned, decode_plan, encode_plan, parts, survey
+from loraseg.factory.report import REPORT, write_report
 from loraseg.factory.sources import MaskSource
 from loraseg.factory.work import Draw, Outcome, Vote, read_done
 from loraseg.storage import ObjectStore, open_store
@@ -114,9 +116,13 @@ def synthesize(config: SynthesisConfig, crew: Crew) -> Summary:
     if committed is not None and (not work or not config.append):
         if work:
             raise ConfigError(_would_grow(config, work))
+        if not output.exists(REPORT):  # killed after the commit
+            write_report(ShardDataset(output, committed[0]), pinned)
         return Summary(0, committed[0], refused)
     shards = _make(pinned, crew, output, work)
+    output.delete(REPORT)  # it tells of what was there before
     manifest = _commit(output, pinned, committed, work, shards)
+    write_report(ShardDataset(output, manifest), pinned)
     return Summary(sum(shard.rows for shard in shards), manifest, refused)
 
 

@@ -1,0 +1,189 @@
+"""What people want to know of a synthetic dataset: a page with pictures, and a card."""
+
+import base64
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from loraseg.data.drawing import colorize, encode_png
+from loraseg.data.labels import IGNORE, LabelSpace
+from loraseg.data.masks import decode_mask
+from loraseg.data.shard_reader import ShardDataset
+from loraseg.data.shards import PairRow
+from loraseg.data.uploads import decode_image
+from loraseg.factory.pinned import Pinned
+from loraseg.html_template import html_template
+from loraseg.synth.sheet import SheetRow, contact_sheet
+from loraseg.tensor_types import UInt8, ndarray
+
+__all__ = ["CARD", "REPORT", "SHEET", "Statistics", "statistics", "write_report"]
+
+REPORT, CARD, SHEET = "report.html", "README.md", "sheets/first.png"
+_TEMPLATES = Path(__file__).parent / "templates"
+_SHOWN_MASKS, _SHOWN_SIBLINGS, _SHOWN_REFUSED = 8, 5, 200
+_EVERY = ("ok", "dropped", "bad_mask", "duplicate")
+
+
+@dataclass(slots=True)
+class Statistics:
+    """Sums over all rows of a dataset.
+
+    Attributes:
+        statuses: How many rows ended how.
+        kept: Mean share of the labels that were kept, over pairs.
+        kept_by_class: The same by class; None for a class that no mask has.
+        refused: (mask, status, reason) of rows without a pair, and of dropped pairs.
+    """
+
+    statuses: dict[str, int] = field(default_factory=dict[str, int])
+    kept: float = 0.0
+    kept_by_class: tuple[float | None, ...] = ()
+    refused: list[tuple[str, str, str]] = field(default_factory=list[tuple[str, str, str]])
+
+
+def statistics(dataset: ShardDataset) -> Statistics:
+    """Read the figures of all rows; pictures are left alone.
+
+    Raises:
+        IntegrityError: A shard is damaged.
+        StoreError: The store cannot be read.
+    """
+    columns = ("kept", "kept_by_class", "reason", "k")
+    shares: list[list[float]] = [[] for _ in dataset.manifest.classes]
+    found, total, pairs = Statistics(dict(dataset.manifest.statuses)), 0.0, 0
+    for row in dataset.rows(statuses=_EVERY, columns=columns):
+        if row.status != "ok" and len(found.refused) < _SHOWN_REFUSED:
+            name = row.mask_name if row.k is None else f"{row.mask_name}, image {row.k}"
+            found.refused.append((name, row.status, row.reason or ""))
+        if row.kept is None:
+            continue
+        total, pairs = total + row.kept, pairs + 1
+        for values, share in zip(shares, row.kept_by_class, strict=False):
+            if share is not None:
+                values.append(share)
+    found.kept = total / pairs if pairs else 0.0
+    found.kept_by_class = tuple(float(np.mean(v)) if v else None for v in shares)
+    return found
+
+
+def write_report(dataset: ShardDataset, pinned: Pinned) -> None:
+    """Write ``report.html``, ``README.md`` and the contact sheet beside the shards.
+
+    Raises:
+        IntegrityError: A shard is damaged.
+        StoreError: The store cannot be read or written.
+    """
+    found = statistics(dataset)
+    sheet = _sheet(dataset)
+    if sheet is not None:
+        dataset.store.put(SHEET, sheet)
+    dataset.store.put(CARD, _card(dataset, pinned, found).encode())
+    page = html_template(_TEMPLATES, "report.html.j2").render(
+        title="Synthetic image/label pairs",
+        facts=_facts(dataset, pinned, found),
+        classes=list(_by_class(dataset, found)),
+        refused=found.refused,
+        more=sum(found.statuses.values()) - found.statuses["ok"] - len(found.refused),
+        sheet=None if sheet is None else base64.b64encode(sheet).decode(),
+        generation=dataset.manifest.generation,
+    )
+    dataset.store.put(REPORT, page.encode())
+
+
+def _facts(dataset: ShardDataset, pinned: Pinned, found: Statistics) -> list[tuple[str, str]]:
+    sampling, rule = pinned.config.sampling, pinned.config.filter
+    adapters = ", ".join(f"{one.name} ({one.digest[:12]})" for one in pinned.facts.adapters)
+    segmenter = pinned.facts.segmenter
+    return [
+        ("pairs", f"{dataset.manifest.pairs:,}"),
+        ("masks", f"{dataset.manifest.masks:,}"),
+        *((status, f"{count:,}") for status, count in found.statuses.items() if status != "ok"),
+        ("labels kept", f"{100 * found.kept:.1f} %"),
+        ("filter", rule.method),
+        ("base", f"{pinned.config.base} ({pinned.facts.base[:12]})"),
+        ("adapters", adapters or "none"),
+        ("segmenter", "none" if segmenter is None else segmenter[:12]),
+        ("sampling", f"{sampling.scheduler}, {sampling.steps} steps, guidance {sampling.guidance}"),
+        ("seed", str(sampling.seed)),
+        ("code", pinned.code),
+    ]
+
+
+def _by_class(dataset: ShardDataset, found: Statistics) -> Iterator[tuple[str, str, float]]:
+    """Yield name, share in words, and in per cent for the bar."""
+    for name, share in zip(dataset.manifest.classes, found.kept_by_class, strict=True):
+        if share is not None:
+            yield name, f"{100 * share:.1f} %", round(100 * share, 1)
+
+
+def _card(dataset: ShardDataset, pinned: Pinned, found: Statistics) -> str:
+    lines = [
+        "# Synthetic image/label pairs",
+        "",
+        "Made by loraseg from label maps; no pixel of an image was photographed. A label says what",
+        "the mask asked for; pixels that the vote of sibling images did not confirm are 255.",
+        "",
+        *(f"- {name}: {_inline(value)}" for name, value in _facts(dataset, pinned, found)),
+        f"- classes: {', '.join(_inline(name) for name in dataset.manifest.classes)}",
+        "",
+        "`manifest.json` names the shards that count; any reader of Parquet reads them:",
+        "",
+        "```python",
+        "import json, pandas",
+        'manifest = json.load(open("manifest.json"))',
+        'pairs = pandas.concat(pandas.read_parquet(s["file"]) for s in manifest["shards"])',
+        'pairs = pairs[pairs.status == "ok"]  # image and label are PNG bytes',
+        "```",
+        "",
+        "`loraseg synth show .` lists them, `loraseg synth replay PAIR_ID --dataset .` makes one",
+        "again, `loraseg synth export` writes folders, WebDataset, COCO or Hugging Face Parquet.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _sheet(dataset: ShardDataset) -> bytes | None:
+    """Draw the first masks with their images, labels and what the segmenter saw."""
+    masks: dict[str, list[PairRow]] = defaultdict(list)
+    for row in dataset.rows(statuses=("ok", "dropped")):
+        if row.mask_id is None or row.image is None:
+            continue
+        if row.mask_id not in masks and len(masks) == _SHOWN_MASKS:
+            break
+        masks[row.mask_id].append(row)
+    space = LabelSpace(dataset.manifest.classes)
+    rows = [_line(some[:_SHOWN_SIBLINGS], space) for some in masks.values()]
+    return encode_png(contact_sheet(rows, space)) if rows else None
+
+
+def _line(rows: Sequence[PairRow], space: LabelSpace) -> SheetRow:
+    pictures: list[tuple[str, UInt8[ndarray, "_ _ 3"]]] = []
+    for row in rows:
+        where = f"pair {row.pair_id}"
+        label = decode_mask(row.label or b"", where=where)
+        pictures.append((f"image {row.k}", decode_image(row.image or b"")))
+        kept = "" if row.kept is None else f" {100 * row.kept:.0f} %"
+        pictures.append(
+            (f"label{kept}", _filtered(label, decode_mask(row.mask or b"", where=where), space))
+        )
+        if row.predicted is not None:
+            seen = decode_mask(row.predicted, where=where)
+            pictures.append(("seen", colorize(seen, space)))
+    mask = decode_mask(rows[0].mask or b"", where=f"mask {rows[0].mask_name!r}")
+    return SheetRow(rows[0].mask_name, mask, pictures)
+
+
+def _filtered(
+    label: UInt8[ndarray, "h w"], mask: UInt8[ndarray, "h w"], space: LabelSpace
+) -> UInt8[ndarray, "h w 3"]:
+    """Draw a label; what the filter took away is white, what the mask left open is grey."""
+    picture = colorize(label, space).copy()
+    picture[(label == IGNORE) & (mask != IGNORE)] = 255
+    return picture
+
+
+def _inline(text: str) -> str:
+    """Return text that Markdown takes for nothing but text."""
+    return "".join(f"\\{char}" if char in "\\`*_[]<>#|" else char for char in text)
