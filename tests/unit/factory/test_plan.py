@@ -1,0 +1,132 @@
+import random
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from loraseg.data.masks import encode_mask
+from loraseg.errors import ConfigError, DatasetError, IntegrityError
+from loraseg.factory.plan import Entry, Planned, decode_plan, encode_plan, parts, survey
+from loraseg.factory.sources import MaskSource, Named
+from tests.tiny_factory import CLASSES, mask, write_masks
+
+
+def entries(count, *, start=0):
+    return [
+        Entry(Named(f"{n}.png", f"masks/{n}.png"), f"{n * 7919 % 1000:064x}")
+        for n in range(start, start + count)
+    ]
+
+
+def done_with(*plans):
+    done = Planned()
+    for plan in plans:
+        decode_plan(encode_plan(plan), "t", done)
+    return done
+
+
+def test_parts_do_not_depend_on_the_order_of_the_masks():
+    first = list(parts(entries(11), 3, 4, Planned()))
+    shuffled = random.Random(0).sample(entries(11), 11)
+    assert [part.id for part in parts(shuffled, 3, 4, Planned())] == [part.id for part in first]
+    assert [len(part.entries) for part in first] == [4, 4, 3]
+    assert len({part.id for part in first}) == 3
+
+
+def test_what_a_plan_says_is_not_planned_again():
+    first = list(parts(entries(10), 3, 4, Planned()))
+    done = done_with(first)
+    assert list(parts(entries(10), 3, 4, done)) == []
+    more = list(parts(entries(12), 5, 4, done))
+    fresh = [part for part in more if part.first == 0]
+    longer = [part for part in more if part.first]
+    assert [len(part.entries) for part in fresh] == [2]
+    assert sorted(len(part.entries) for part in longer) == [2, 4, 4]
+    assert {(part.first, part.last) for part in longer} == {(3, 4)}
+    # Each reads one older shard.
+    assert {part.older for part in longer} == {(f"shards/{part.id}.parquet",) for part in first}
+    again = done_with(first, more)
+    assert list(parts(entries(12), 5, 4, again)) == []
+    [last] = parts(entries(12)[:1], 6, 4, again)
+    assert (last.first, len(last.older)) == (5, 2)
+
+
+def test_a_mask_that_cannot_be_read_is_told_once():
+    bad = Entry(Named("bad.png", "bad.png"), None, "broken")
+    first = list(parts([*entries(1), bad], 3, 4, Planned()))
+    assert list(parts([*entries(1), bad], 3, 4, done_with(first))) == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "columns", "text"])
+def test_a_damaged_plan_is_refused(damage):
+    data = encode_plan(parts(entries(3), 3, 4, Planned()))
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"part": [1]}), sink)
+    data = {"cut": data[:-9], "columns": sink.getvalue().to_pybytes(), "text": b"hello"}[damage]
+    with pytest.raises(IntegrityError, match="where"):
+        decode_plan(data, "where", Planned())
+
+
+def test_a_survey_finds_twins_and_broken_masks(tmp_path):
+    folder = write_masks(tmp_path / "m", 3)
+    inside = folder / "masks" / "train"
+    (inside / "twin.png").write_bytes(encode_mask(mask(1)))
+    (inside / "bad.png").write_bytes(b"")
+    source = MaskSource(str(folder), (), "train")
+    found = survey(source, source.names(), classes=4, size=None)
+    assert [one.mask.name for one in found] == [
+        "000.png",
+        "001.png",
+        "002.png",
+        "bad.png",
+        "twin.png",
+    ]
+    assert [one.reason is None for one in found] == [True, True, True, False, False]
+    assert found[4].mask_id == found[1].mask_id
+    # At another size they are other masks.
+    small = survey(source, source.names(), classes=4, size=(16, 16))
+    assert small[0].mask_id != found[0].mask_id
+
+
+def test_masks_lie_in_folders_lists_or_parquet(tmp_path):
+    space = {"classes": CLASSES, "split": "val"}
+    listed = write_masks(tmp_path / "listed", 3)
+    for path in (listed / "masks" / "train").iterdir():
+        path.rename(listed / "masks" / path.name)
+    (listed / "val.txt").write_text("001\n000\n")
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    table = {"mask": [], "name": ["a", "b"]}
+    for number in range(2):
+        (plain / f"{number}.png").write_bytes(encode_mask(mask(number)))
+        table["mask"].append({"bytes": encode_mask(mask(number)), "path": None})
+    (tmp_path / "parquet").mkdir()
+    pq.write_table(pa.table(table), tmp_path / "parquet" / "masks.parquet")
+    expected = {
+        "listed": ["000.png", "001.png"],
+        "plain": ["0.png", "1.png"],
+        "parquet": ["a", "b"],
+    }
+    for kind, names in expected.items():
+        source = MaskSource(str(tmp_path / kind), **space)
+        found = source.names()
+        assert [one.name for one in found] == names
+        for number, one in enumerate(found):
+            assert np.array_equal(source.read(one, classes=4), mask(number)), kind
+
+
+def test_a_source_without_masks_or_classes_says_so(tmp_path):
+    with pytest.raises(DatasetError, match=r"no masks; expected masks/train/\*\.png"):
+        MaskSource(str(tmp_path), CLASSES, "train").names()
+    with pytest.raises(ConfigError, match=r"no classes\.json"):
+        MaskSource(str(tmp_path), (), "train").label_space()
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(DatasetError, match=r"a\.parquet: not a Parquet file"):
+        MaskSource(str(tmp_path), CLASSES, "train").names()
+    write_masks(tmp_path, 1)
+    source = MaskSource(str(tmp_path), CLASSES, "train")
+    [one] = source.names()
+    (tmp_path / one.file).unlink()
+    with pytest.raises(DatasetError, match="has gone"):
+        source.read(one, classes=4)
