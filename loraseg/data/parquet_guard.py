@@ -1,163 +1,178 @@
-"""Parquet from somebody unknown: what reading will cost is known before anything is decoded.
+"""Parquet from somebody unknown: what reading will cost is known before pyarrow sees a byte.
 
 A page's header says how many values follow and what they unfold to, and a reader believes it: run
-lengths and dictionaries let a hundred bytes stand for gigabytes. So only what the format of shards
-needs is let through (plain pages without dictionary, not compressed or by zstd), and the header of
-every page is read here and held against the footer and fixed bounds. The headers are Thrift
-structures in the compact protocol (parquet-format, parquet.thrift).
+lengths and dictionaries let a hundred bytes stand for gigabytes. A footer that contradicts itself
+can end the whole process (pyarrow 26 aborts where a row group has too few columns). So the footer
+and the header of every page are read here and held against the schema that is expected, against
+each other and against fixed bounds, and only plain pages without dictionaries, not compressed or
+by zstd, are let through. Names and numbers are those of parquet-format's parquet.thrift.
 """
 
-from dataclasses import dataclass
-from typing import Any
+import functools
+from collections.abc import Sequence
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from loraseg.data.thrift import Reader, ThriftError
 from loraseg.errors import IntegrityError
 
 __all__ = ["check_parquet"]
 
-_CODECS = ("UNCOMPRESSED", "ZSTD")
-_MOST_COLUMNS = 200
-# A list with a value for each of 65,535 classes in each of 64 rows.
-_MOST_VALUES = 64 * 2**16
+_MAGIC = b"PAR1"
+_ARROW_SCHEMA = b"ARROW:schema"  # a second schema, which would count for more than the first
+_MOST_FOOTER_BYTES = 16 * 2**20
+_MOST_VALUES = 64 * 2**16  # a list with a value for each of 65,535 classes in each of 64 rows
 _MOST_UNFOLDED_BYTES = 256 * 2**20  # of one compressed column in one row group
-_DEEPEST = 8
+_UNCOMPRESSED, _ZSTD = 0, 6
 _DATA_PAGE = 0
 _PLAIN = 0
-# Field ids of PageHeader and DataPageHeader.
-_TYPE, _UNFOLDED, _STORED, _DATA_PAGE_HEADER = 1, 2, 3, 5
-_VALUES, _ENCODING = 1, 2
+
+Fields = dict[int, Any]
 
 
-def check_parquet(data: bytes, where: str, *, most_rows: int) -> pq.ParquetFile:
+def check_parquet(data: bytes, where: str, schema: pa.Schema, *, most_rows: int) -> pq.ParquetFile:
     """Open a file whose row groups can be read one by one in little more memory than it has bytes.
 
     Args:
         data: The file; it may come from anybody.
         where: What to call it in errors.
+        schema: The columns that it must have, and no others.
         most_rows: In a row group.
 
     Raises:
-        IntegrityError: It is no Parquet file, uses other encodings, or claims more than it holds.
+        IntegrityError: It is no such file, uses other encodings, or claims more than it holds.
     """
     try:
-        file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
-        metadata = file.metadata
-        if metadata.num_columns > _MOST_COLUMNS:
-            raise _RefusedError(f"{metadata.num_columns} columns, at most {_MOST_COLUMNS}")
-        for index in range(metadata.num_row_groups):
-            group = metadata.row_group(index)
-            if not 0 <= group.num_rows <= most_rows:
-                raise _RefusedError(
-                    f"row group {index}: {group.num_rows} rows, at most {most_rows}"
-                )
-            for place in range(metadata.num_columns):
-                _check_column(data, group.column(place), group.num_rows)
+        _check_footer(data, _footer(data), schema, most_rows)
+        return pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
     except _RefusedError as error:
         raise IntegrityError(f"{where}: {error}") from error
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+    except (ThriftError, pa.ArrowException, OSError, ValueError) as error:
         raise IntegrityError(f"{where}: not a readable Parquet file: {error}") from error
-    return file
 
 
 class _RefusedError(Exception):
     """Why a file is not read."""
 
 
-def _check_column(data: bytes, column: Any, rows: int) -> None:
-    name = column.path_in_schema
-    nested = "." in name
-    if column.compression not in _CODECS or column.has_dictionary_page:
+def _footer(data: bytes) -> Fields:
+    size = int.from_bytes(data[-8:-4], "little")
+    if len(data) < 12 or data[:4] != _MAGIC or data[-4:] != _MAGIC:
+        raise _RefusedError("not a Parquet file")
+    if size > min(len(data) - 12, _MOST_FOOTER_BYTES):
+        raise _RefusedError(f"a footer of {size} bytes, which it has not or is too much")
+    return Reader(data, len(data) - 8 - size, len(data) - 8).struct()
+
+
+@functools.cache
+def _expected(schema: pa.Schema) -> tuple[list[Fields], list[tuple[int, list[bytes]]]]:
+    """Return the elements of a schema, and the type and path of each of its leaves."""
+    sink = pa.BufferOutputStream()
+    pq.ParquetWriter(sink, schema, store_schema=False).close()
+    elements = _elements(_footer(sink.getvalue().to_pybytes()))
+    leaves: list[tuple[int, list[bytes]]] = []
+
+    def walk(place: int, path: list[bytes]) -> int:
+        element = elements[place]
+        own = [*path, element[4]] if place else path
+        if not element.get(5):
+            leaves.append((element[1], own))
+        place += 1
+        for _ in range(element.get(5, 0)):
+            place = walk(place, own)
+        return place
+
+    walk(0, [])
+    return elements, leaves
+
+
+def _elements(footer: Fields) -> list[Fields]:
+    """Return type, repetition, name, children and converted type; the root's name is free."""
+    elements = [
+        {field: element.get(field) for field in (1, 3, 4, 5, 6) if element.get(field) is not None}
+        for element in _structs(footer, 2)
+    ]
+    for root in elements[:1]:
+        root.pop(4, None)
+        root.pop(3, None)
+    return elements
+
+
+def _check_footer(data: bytes, footer: Fields, schema: pa.Schema, most_rows: int) -> None:
+    elements, leaves = _expected(schema)
+    found = _elements(footer)
+    if found != elements:
+        have = [element.get(4) for element in found]
+        lacks = [name for name in schema.names if name.encode() not in have]
+        raise _RefusedError(
+            f"lacks column {', '.join(lacks)}" if lacks else "its columns have other types or more"
+        )
+    if 8 in footer or any(pair.get(1) == _ARROW_SCHEMA for pair in _structs(footer, 5)):
+        raise _RefusedError("it is encrypted, or has a schema of Arrow beside its own")
+    rows = 0
+    for group in _structs(footer, 4):
+        rows += _check_group(data, group, leaves, most_rows)
+    if footer.get(3) != rows:
+        raise _RefusedError(f"{footer.get(3)} rows, but its groups have {rows}")
+
+
+def _check_group(
+    data: bytes, group: Fields, leaves: Sequence[tuple[int, list[bytes]]], most_rows: int
+) -> int:
+    rows = _count(group, 3)
+    chunks = _structs(group, 1)
+    if rows > most_rows or len(chunks) != len(leaves):
+        raise _RefusedError(f"a group of {rows} rows and {len(chunks)} columns")
+    for chunk, (kind, path) in zip(chunks, leaves, strict=True):
+        column = chunk.get(3)
+        if not isinstance(column, dict) or set(chunk) & {1, 8, 9}:
+            raise _RefusedError("a column that lies elsewhere or is encrypted")
+        name = b".".join(path).decode()
+        fields = cast(Fields, column)
+        if fields.get(1) != kind or fields.get(3) != path:
+            raise _RefusedError(f"{name}: a row group has something else there")
+        _check_column(data, name, fields, rows)
+    return rows
+
+
+def _check_column(data: bytes, name: str, column: Fields, rows: int) -> None:
+    codec, values = _count(column, 4), _count(column, 5)
+    if codec not in (_UNCOMPRESSED, _ZSTD) or 11 in column:
         raise _RefusedError(f"{name}: compression or encoding that is not read")
-    # A list may be empty, which still counts as one value.
-    if not (0 <= column.num_values <= _MOST_VALUES if nested else column.num_values == rows):
-        raise _RefusedError(f"{name}: {column.num_values} values in {rows} rows")
-    packed = column.compression != "UNCOMPRESSED"
-    limit = _MOST_UNFOLDED_BYTES if packed else column.total_compressed_size
-    start, stop = column.data_page_offset, column.data_page_offset + column.total_compressed_size
-    if not 4 <= start <= stop <= len(data) or column.total_uncompressed_size > limit:
+    # An empty list or a null counts as one value.
+    if values != rows and not ("." in name and values <= _MOST_VALUES):
+        raise _RefusedError(f"{name}: {values} values in {rows} rows")
+    unfolded, stored, start = (_count(column, field) for field in (6, 7, 9))
+    limit = _MOST_UNFOLDED_BYTES if codec else stored
+    if start < len(_MAGIC) or start + stored > len(data) or unfolded > limit:
         raise _RefusedError(f"{name}: its claimed size is beyond the file or {limit} bytes")
-    _check_pages(_Thrift(data, start, stop), column.num_values, column.total_uncompressed_size)
-
-
-def _check_pages(reader: "_Thrift", values: int, unfolded: int) -> None:
+    reader = Reader(data, start, start + stored)
     while reader.place < reader.stop:
         header = reader.struct()
-        content = header.get(_DATA_PAGE_HEADER)
-        if header.get(_TYPE) != _DATA_PAGE or not isinstance(content, dict):
-            raise _RefusedError("a page that is no plain data page")
-        if content.get(_ENCODING) != _PLAIN:
-            raise _RefusedError("a page with an encoding that is not read")
-        unfolded -= _count(header, _UNFOLDED)
-        values -= _count(content, _VALUES)
-        reader.skip(_count(header, _STORED))
+        page = header.get(5)
+        if header.get(1) != _DATA_PAGE or not isinstance(page, dict):
+            raise _RefusedError(f"{name}: a page that is no plain data page")
+        fields = cast(Fields, page)
+        if fields.get(2) != _PLAIN:
+            raise _RefusedError(f"{name}: a page with an encoding that is not read")
+        unfolded -= _count(header, 2)
+        values -= _count(fields, 1)
+        reader.skip(_count(header, 3))
         if unfolded < 0 or values < 0:
-            raise _RefusedError("a page claims more than its column")
+            raise _RefusedError(f"{name}: a page claims more than its column")
 
 
-def _count(fields: dict[int, Any], field: int) -> int:
+def _structs(fields: Fields, field: int) -> list[Fields]:
+    items: Any = fields.get(field, [])
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise _RefusedError("a footer of another form")
+    return cast(list[Fields], items)
+
+
+def _count(fields: Fields, field: int) -> int:
     value = fields.get(field)
     if type(value) is not int or value < 0:
-        raise _RefusedError("a page header without its sizes")
+        raise _RefusedError("a size or count is missing or below 0")
     return value
-
-
-@dataclass(slots=True)
-class _Thrift:
-    """Reads the compact protocol from ``place`` on, never beyond ``stop``."""
-
-    data: bytes
-    place: int
-    stop: int
-
-    def skip(self, count: int) -> int:
-        """Step over bytes and return where they began."""
-        before = self.place
-        if not 0 <= count <= self.stop - before:
-            raise _RefusedError("a page is cut off")
-        self.place += count
-        return before
-
-    def struct(self, depth: int = 0) -> dict[int, Any]:
-        """Read a structure as its fields by id; text and floats count for nothing here."""
-        if depth > _DEEPEST:
-            raise _RefusedError("a page header without end")
-        fields: dict[int, Any] = {}
-        last = 0
-        while head := self._byte():
-            kind, step = head & 0x0F, head >> 4
-            last = last + step if step else _zigzag(self._varint())
-            fields[last] = self._value(kind, depth)
-        return fields
-
-    def _value(self, kind: int, depth: int) -> Any:
-        if kind in (1, 2):  # the value of a boolean field is in its type
-            return kind == 1
-        if kind in (4, 5, 6):
-            return _zigzag(self._varint())
-        if kind in (3, 7):
-            return self.skip(1 if kind == 3 else 8)
-        if kind == 8:
-            return self.skip(self._varint())
-        if kind == 12:
-            return self.struct(depth + 1)
-        raise _RefusedError(
-            "a page header of another form"
-        )  # lists and maps: none in a page header
-
-    def _byte(self) -> int:
-        return self.data[self.skip(1)]
-
-    def _varint(self) -> int:
-        value = 0
-        for shift in range(0, 70, 7):
-            byte = self._byte()
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return value
-        raise _RefusedError("a number of over 64 bits")
-
-
-def _zigzag(value: int) -> int:
-    return (value >> 1) ^ -(value & 1)

@@ -80,6 +80,7 @@ SCHEMA = pa.schema(
         ("code_revision", pa.string()),
     ]
 )
+_COLUMNS = [(field.name, field.type) for field in SCHEMA]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -166,18 +167,19 @@ def encode_shard(rows: Sequence[PairRow], classes: Sequence[str]) -> bytes:
         if row.pair_id is not None:
             seen.add(row.pair_id)
     about = json.dumps({"format": _FORMAT, "classes": names}, ensure_ascii=False)
-    schema = SCHEMA.with_metadata({_METADATA_KEY: about.encode()})
     sink = pa.BufferOutputStream()
     layout: dict[str, Any] = {  # its types are wider than pyarrow says
         "compression": {name: _COMPRESSION.get(name, "none") for name in _NAMES},
         "write_statistics": ["pair_id", "status"],
         "use_dictionary": False,
+        "store_schema": False,  # the types of Parquet say it all
     }
     try:
-        with pq.ParquetWriter(sink, schema, **layout) as writer:
+        with pq.ParquetWriter(sink, SCHEMA, **layout) as writer:
+            writer.add_key_value_metadata({_METADATA_KEY: about.encode()})
             for group in _groups(rows):
                 plain = [_plain(row) for row in group]
-                writer.write_table(pa.Table.from_pylist(plain, schema=schema), len(plain))
+                writer.write_table(pa.Table.from_pylist(plain, schema=SCHEMA), len(plain))
     except (pa.ArrowException, UnicodeEncodeError, OverflowError) as error:
         raise DatasetError(f"shard: a value that the format cannot hold: {error}") from error
     return sink.getvalue().to_pybytes()
@@ -198,7 +200,11 @@ def decode_shard(data: bytes, where: str) -> list[PairRow]:
 
 
 def read_rows(
-    data: bytes, where: str, *, columns: Collection[str] | None = None
+    data: bytes,
+    where: str,
+    *,
+    columns: Collection[str] | None = None,
+    classes: Sequence[str] | None = None,
 ) -> Iterator[PairRow]:
     """Yield the rows in their order, holding few of them at a time.
 
@@ -207,13 +213,16 @@ def read_rows(
         where: What to call it in errors.
         columns: Which to read beside ``pair_id``, ``status`` and ``mask_name``; the others are
             None or empty. By default all.
+        classes: What the shard's class names must be; by default anything.
 
     Raises:
         DatasetError: There is no such column.
-        IntegrityError: As in :func:`decode_shard`.
+        IntegrityError: As in :func:`decode_shard`, or the classes are others.
     """
     wanted = _wanted(columns)
-    file, classes = _open(data, where)
+    file, names = _open(data, where)
+    if classes is not None and tuple(classes) != names:
+        raise IntegrityError(f"{where}: its classes are not those of the dataset")
     for group in range(file.num_row_groups):
         try:
             table = file.read_row_group(group, columns=list(wanted), use_threads=False)
@@ -223,7 +232,7 @@ def read_rows(
         if len(rows) != file.metadata.row_group(group).num_rows:
             raise IntegrityError(f"{where}: row group {group} has {len(rows)} rows, not as it says")
         for plain in rows:
-            yield _row(plain, len(classes), wanted, where)
+            yield _row(plain, len(names), wanted, where)
 
 
 def shard_classes(data: bytes, where: str) -> tuple[str, ...]:
@@ -349,20 +358,14 @@ def _wanted(columns: Collection[str] | None) -> tuple[str, ...]:
 
 def _open(data: bytes, where: str) -> tuple[pq.ParquetFile, tuple[str, ...]]:
     """Check everything about a file but its rows."""
-    file = check_parquet(data, where, most_rows=_GROUP_ROWS)
+    file = check_parquet(data, where, SCHEMA, most_rows=_GROUP_ROWS)
     try:
-        schema = file.schema_arrow
-        about = json.loads((schema.metadata or {}).get(_METADATA_KEY, b"null"))
+        about = json.loads((file.metadata.metadata or {}).get(_METADATA_KEY, b"null"))
         if not isinstance(about, dict) or about.get("format") != _FORMAT:
-            raise IntegrityError(f"{where}: not a shard of format {_FORMAT} (key 'loraseg')")
-        for field in SCHEMA:
-            index = schema.get_field_index(field.name)
-            if index < 0 or schema.field(index).type != field.type:
-                found = "no" if index < 0 else f"{schema.field(index).type} in"
-                raise IntegrityError(f"{where}: {found} column {field.name}, not {field.type}")
+            raise DatasetError(f"expected format {_FORMAT} in the metadata under 'loraseg'")
+        if [(field.name, field.type) for field in file.schema_arrow] != _COLUMNS:
+            raise DatasetError("columns have other types")
         return file, check_classes([_text(name) for name in about["classes"]])
-    except IntegrityError:
-        raise
     except (ValueError, KeyError, TypeError, RecursionError, pa.ArrowException) as error:
         raise IntegrityError(f"{where}: not a shard: {error}") from error
 
