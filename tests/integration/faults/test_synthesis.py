@@ -1,0 +1,154 @@
+"""Generators, voters, drivers, nodes and the store's server die while pairs are made."""
+
+import contextlib
+import pickle
+import signal
+import subprocess
+import sys
+from dataclasses import fields, replace
+
+import pytest
+import yaml
+
+import jobs.synthesize as job
+from actors.resources import Placement
+from actors.synthesis import OnRay
+from loraseg import config as configuration
+from loraseg.data.shard_reader import ShardDataset
+from loraseg.errors import DatasetError, LorasegError
+from loraseg.factory.run import Here, synthesize
+from loraseg.seeding import numpy_generator
+from loraseg.storage import open_store
+from loraseg.train.segmentation import fixed_threads
+from tests.integration.faults.flaky_proxy import FlakyProxy
+from tests.integration.faults.scale import FULL, SEED, SPOILT_SHARE
+from tests.integration.faults.test_store_faults import Disasters, restart
+from tests.integration.ray_cluster import SpotNodes
+from tests.integration.synthesis.accidents import Accident
+from tests.tiny_factory import digest, furnish, settings
+
+__all__ = ["restart"]
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.durable,
+    pytest.mark.faults,
+    pytest.mark.timeout(1500),
+    # Ray Data warns of its own defaults when it makes its context.
+    pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.data\..*"),
+]
+MASKS = 16
+PARTS = MASKS // 2
+RUNS = range(2 if FULL else 1)
+POOLS = {
+    "generators": Placement(max_parallel=2, cpus=0.5, retries=10),
+    "voters": Placement(cpus=0.5, retries=10),
+}
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    return furnish(tmp_path_factory.mktemp("shop"), masks=MASKS)
+
+
+@pytest.fixture(scope="module")
+def expected(shop):
+    with fixed_threads(1):
+        synthesize(settings(shop, shop / "undisturbed"), Here())
+    return digest(shop / "undisturbed")
+
+
+@pytest.fixture
+def config(shop, durable_env):
+    return settings(shop, f"{durable_env.uri}/pairs")
+
+
+def check(config, expected):
+    """All pairs are there, as without accidents; readers see what the manifest names alone."""
+    assert digest(config.output) == expected
+    dataset = ShardDataset.open(config.output)
+    assert len(dataset) == 3 * MASKS
+    calm = synthesize(config, OnRay(**POOLS))
+    assert calm.new_rows == 0
+
+
+def plan(victim, run, stage, folder, *, times=1):
+    random = numpy_generator(SEED, "strikes", "synthesis", victim, run, stage)
+    return Accident(
+        stage,
+        victim,
+        calls=int(random.integers(1, PARTS // 2)),
+        delay_s=float(random.uniform(0, 0.6)),
+        folder=folder,
+        times=times,
+    )
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("stage", ["draw", "vote"])
+def test_workers(ray_cluster, config, expected, chronicle, tmp_path, stage, run):
+    accident = plan("worker", run, stage, tmp_path, times=2)
+    synthesize(config, OnRay(**POOLS, **{stage: accident}))
+    chronicle.extend(accident.happened())
+    check(config, expected)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_drivers(ray_cluster, durable_env, config, expected, chronicle, tmp_path, run):
+    accident = plan("driver", run, "vote", tmp_path)
+    (tmp_path / "accident").write_bytes(pickle.dumps(accident))
+    own = {item.name: getattr(config, item.name) for item in fields(config)}
+    values = configuration.to_dict(job.Config(**own, **POOLS))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    environment = {**ray_cluster.environment, **durable_env.environment}
+    command = [sys.executable, "-m", "tests.integration.synthesis.driver"]
+    command += [tmp_path / "config.yaml", tmp_path / "accident"]
+    deaths = 0
+    while (status := subprocess.run(command, env=environment, check=False).returncode) != 0:
+        assert status == -signal.SIGKILL
+        deaths += 1
+        assert deaths <= 1
+        with contextlib.suppress(DatasetError):
+            # Killed just after its commit, or before anything is to be seen.
+            assert digest(config.output) == expected
+    chronicle.extend([*accident.happened(), f"the driver died {deaths} times"])
+    check(config, expected)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_nodes(ray_cluster, config, expected, chronicle, tmp_path, run):
+    accident = plan("node", run, "draw", tmp_path)
+    pools = {**POOLS, "generators": replace(POOLS["generators"], node="spot")}
+    with SpotNodes(ray_cluster, 2, resource="spot") as nodes:
+        synthesize(config, OnRay(**pools, draw=accident))
+        chronicle.extend([*accident.happened(), f"{nodes.replaced} nodes were replaced"])
+    check(config, expected)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_server(ray_cluster, config, expected, restart, chronicle, run):
+    output = open_store(config.output)
+    share = float(numpy_generator(SEED, "strikes", "synthesis", "server", run).uniform(0.1, 0.8))
+
+    def progress():
+        with contextlib.suppress(LorasegError):
+            return sum(1 for _ in output.list("parts/")) / PARTS
+        return 0.0
+
+    with Disasters(progress, {share: restart}) as disasters:
+        synthesize(config, OnRay(**POOLS))
+    chronicle.append(f"the server was killed at {share:.2f} of the parts: {bool(disasters.done)}")
+    check(config, expected)
+
+
+def test_a_store_that_spoils_requests(ray_cluster, durable_env, config, expected, chronicle):
+    with (
+        FlakyProxy(durable_env.endpoint.url, share=SPOILT_SHARE, seed=SEED).running() as proxy,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        synthesize(config, OnRay(**POOLS))
+        counts = dict(sorted(proxy.counts.items()))
+    chronicle.append(f"the proxy: {counts}")
+    assert sum(counts.values()) > counts.get("passed", 0)
+    check(config, expected)
