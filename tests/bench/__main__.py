@@ -15,6 +15,7 @@ from tests.bench.goals import table
 BENCHES = (
     *("retrieval", "catseg_decoder", "text_bank", "library_scale"),
     *("training", "fused_forward", "sampler", "vote", "endpoint"),
+    "synth_overhead",
 )
 FOLDER = Path("bench-results")
 

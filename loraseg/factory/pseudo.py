@@ -1,0 +1,138 @@
+"""Pseudo-masks: what a segmenter is sure of in unlabelled images, as masks for a generator (b.6)."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from loraseg.data.labels import IGNORE
+from loraseg.data.masks import encode_mask
+from loraseg.data.uploads import decode_image
+from loraseg.errors import ConfigError, DatasetError, LorasegError
+from loraseg.backbones.device import best_device
+from loraseg.segment.closed_checkpoint import ClosedSetSegmenter, load_segmenter
+from loraseg.storage import ObjectNotFoundError, ObjectStore, open_store
+from loraseg.tensor_types import UInt8, ndarray
+
+__all__ = ["PSEUDO", "PseudoConfig", "PseudoMasks", "chunks", "finish", "unlabelled"]
+
+PSEUDO = "pseudo.json"
+_CHUNK = 64
+_SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PseudoConfig:
+    """Where unlabelled images are, and what becomes of them.
+
+    Attributes:
+        images: Store URI of a dataset folder (``images/<split>/``) or of a folder of images.
+        output: Store URI of a dataset folder of masks; it belongs to one segmenter.
+        segmenter: File of the segmenter.
+        split: Of a dataset folder.
+        threshold: Pixels whose largest probability is lower say nothing (255).
+    """
+
+    images: str
+    output: str
+    segmenter: str
+    split: str = "train"
+    threshold: float = 0.9
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        if not 0 <= self.threshold <= 1:
+            raise ConfigError(f"threshold: got {self.threshold}, expected 0 to 1")
+
+
+def unlabelled(config: PseudoConfig) -> list[str]:
+    """Return the keys of the images, in code point order.
+
+    Raises:
+        DatasetError: There is none.
+        StoreError: The store cannot be read.
+    """
+    store = open_store(config.images)
+    folder = f"images/{config.split}/"
+    keys = [key for key in store.list(folder) if key.lower().endswith(_SUFFIXES)]
+    if not keys:
+        keys = [k for k in store.list() if "/" not in k and k.lower().endswith(_SUFFIXES)]
+    if not keys:
+        raise DatasetError(f"{config.images}: no images; expected {folder}*.png or *.jpg")
+    return sorted(keys)
+
+
+def chunks(keys: Sequence[str]) -> list[list[str]]:
+    """Cut the images into units of work."""
+    return [list(keys[start : start + _CHUNK]) for start in range(0, len(keys), _CHUNK)]
+
+
+class PseudoMasks:
+    """Writes the masks of some images. Loads the segmenter for the first; one thread at a time."""
+
+    def __init__(self, config: PseudoConfig) -> None:
+        """Take the job; nothing is loaded yet."""
+        self._config = config
+        self._images, self._output = open_store(config.images), open_store(config.output)
+
+    def __call__(self, keys: Sequence[str]) -> dict[str, str]:
+        """Write the masks of images.
+
+        Returns:
+            Why an image has no mask, by key.
+
+        Raises:
+            LorasegError: As raised by stores and the segmenter.
+        """
+        refused: dict[str, str] = {}
+        for key in keys:
+            try:
+                mask = self._mask(decode_image(self._images.get(key)))
+            except (DatasetError, ObjectNotFoundError) as error:
+                refused[key] = str(error)
+                continue
+            if (mask == IGNORE).all():
+                refused[key] = f"no pixel with a probability of {self._config.threshold}"
+            else:
+                self._output.put(self._mask_key(key), encode_mask(mask, self._segmenter.label_space))
+        return refused
+
+    @cached_property
+    def _segmenter(self) -> ClosedSetSegmenter:
+        return load_segmenter(self._config.segmenter, device=str(best_device()))
+
+    def _mask(self, image: UInt8[ndarray, "h w 3"]) -> UInt8[ndarray, "h w"]:
+        best = self._segmenter.log_probabilities(image[None])[0].max(0)
+        sure = best.values >= torch.tensor(self._config.threshold).log()
+        unsure = torch.tensor(IGNORE, dtype=torch.uint8, device=sure.device)
+        return torch.where(sure, best.indices.byte(), unsure).cpu().numpy()
+
+    def _mask_key(self, key: str) -> str:
+        # Two images that differ in their suffix alone keep two masks.
+        name = key.rpartition("/")[2]
+        return f"masks/{self._config.split}/{name}.png"
+
+
+def finish(config: PseudoConfig, refused: dict[str, str]) -> dict[str, Any]:
+    """Write the class list and the note that all masks are there; return the note.
+
+    Raises:
+        LorasegError: As raised by stores and the segmenter.
+    """
+    output = open_store(config.output)
+    segmenter = load_segmenter(config.segmenter)
+    names = [{"id": i, "name": name} for i, name in enumerate(segmenter.label_space.names)]
+    output.put("classes.json", (json.dumps({"classes": names}, indent=1) + "\n").encode())
+    note = {
+        "segmenter": segmenter.digest,
+        "threshold": config.threshold,
+        "masks": sum(1 for _ in output.list(f"masks/{config.split}/")),
+        "refused": dict(sorted(refused.items())),
+    }
+    output.put(PSEUDO, (json.dumps(note, indent=1, sort_keys=True) + "\n").encode())
+    return note
