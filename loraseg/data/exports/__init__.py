@@ -1,0 +1,19 @@
+"""Committed synthetic pairs in the formats of others.
+
+Why whole folders that must not exist yet: an export is made beside its place and renamed when it is
+complete, so nobody trains on half of one, and nothing of an older one stays in it.
+"""
+
+from loraseg.data.exports.coco import export_coco
+from loraseg.data.exports.folder import export_folder
+from loraseg.data.exports.hf_parquet import export_hf_parquet
+from loraseg.data.exports.webdataset import export_webdataset
+
+__all__ = ["EXPORTERS", "export_coco", "export_folder", "export_hf_parquet", "export_webdataset"]
+
+EXPORTERS = {
+    "folder": export_folder,
+    "webdataset": export_webdataset,
+    "coco": export_coco,
+    "hf-parquet": export_hf_parquet,
+}
