@@ -1,22 +1,20 @@
-"""Pseudo-masks: what a segmenter is sure of in unlabelled images, as masks for a generator (b.6)."""
+"""Pseudo-masks: what a segmenter is sure of in unlabelled images, for a generator (b.6)."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 
+from loraseg.backbones.device import best_device
 from loraseg.data.labels import IGNORE
 from loraseg.data.masks import encode_mask
 from loraseg.data.uploads import decode_image
-from loraseg.errors import ConfigError, DatasetError, LorasegError
-from loraseg.backbones.device import best_device
+from loraseg.errors import ConfigError, DatasetError
 from loraseg.segment.closed_checkpoint import ClosedSetSegmenter, load_segmenter
-from loraseg.storage import ObjectNotFoundError, ObjectStore, open_store
+from loraseg.storage import ObjectNotFoundError, open_store
 from loraseg.tensor_types import UInt8, ndarray
 
 __all__ = ["PSEUDO", "PseudoConfig", "PseudoMasks", "chunks", "finish", "unlabelled"]
@@ -99,7 +97,9 @@ class PseudoMasks:
             if (mask == IGNORE).all():
                 refused[key] = f"no pixel with a probability of {self._config.threshold}"
             else:
-                self._output.put(self._mask_key(key), encode_mask(mask, self._segmenter.label_space))
+                self._output.put(
+                    self._mask_key(key), encode_mask(mask, self._segmenter.label_space)
+                )
         return refused
 
     @cached_property

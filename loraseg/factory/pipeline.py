@@ -1,0 +1,214 @@
+"""MatchMask++: segmenter, pairs, better segmenter, pseudo-masks, more pairs, round again (b.6).
+
+One file, ``pipeline.json``, says which stages are done and with what; a stage is skipped when it
+was done with the same inputs. What a stage leaves behind is safe to go on with after a kill, since
+each stage is a job of its own that is.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from loraseg.errors import ConfigError, IntegrityError, StageError
+from loraseg.storage import ObjectNotFoundError, ObjectStore
+from loraseg.synth.conditioning import ConditioningConfig
+from loraseg.synth.sampling import SamplingConfig
+from loraseg.synth.vote import FilterConfig
+
+__all__ = ["LEDGER", "Ledger", "PipelineConfig", "Tools", "matchmask_pp"]
+
+logger = logging.getLogger(__name__)
+
+LEDGER = "pipeline.json"
+_FORMAT = 1
+
+Result = dict[str, Any]
+Run = Callable[[str], Result]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipelineConfig:
+    """What MatchMask++ works on.
+
+    Attributes:
+        real: Dataset folder with labelled images in its splits ``train`` and ``val``.
+        unlabelled: Store URI of images without labels, see
+            :class:`~loraseg.factory.pseudo.PseudoConfig`.
+        output: Store URI for everything that is made.
+        images: So many labelled images, the first by name; None for all.
+        rounds: How often pseudo-masks are made of the unlabelled images.
+        threshold: Pixels of an unlabelled image that the segmenter is less sure of say nothing.
+        base: As for :class:`~loraseg.factory.config.SynthesisConfig`.
+        adapters: The same; the generator stays as it is in all rounds.
+        sampling: The same.
+        conditioning: The same.
+        filter: The same.
+        recipe: Of the segmenters, a key of
+            :data:`~loraseg.train.closed_recipes.SEGMENTER_RECIPES`.
+        overrides: Of the recipe.
+        seed: Of the segmenters.
+    """
+
+    real: str
+    unlabelled: str
+    output: str
+    images: int | None = None
+    rounds: int = 1
+    threshold: float = 0.9
+    base: str = "miniature"
+    adapters: tuple[str, ...] = ()
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    recipe: str = "unet-miniature"
+    overrides: dict[str, Any] = field(default_factory=dict[str, Any])
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.rounds < 1:
+            raise ConfigError(f"rounds: got {self.rounds}, expected at least 1")
+
+
+@runtime_checkable
+class Tools(Protocol):
+    """The jobs that the pipeline is made of; each can be killed and called again.
+
+    ``place`` names the output. A result is plain JSON values; ``digest`` in it says what was made.
+    """
+
+    def train(self, place: str, synthetic: Sequence[str]) -> Result:
+        """Train a segmenter on the real images and these datasets; ``segmenter`` is its file."""
+        ...
+
+    def synthesize(self, place: str, masks: str | None, segmenter: str) -> Result:
+        """Make pairs of these masks (None: of the real ones); ``dataset`` is where they are."""
+        ...
+
+    def pseudo_masks(self, place: str, segmenter: str) -> Result:
+        """Segment the unlabelled images; ``masks`` is where the masks are."""
+        ...
+
+
+class Ledger:
+    """Which stages are done, in one file of the output."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+
+    def read(self) -> tuple[dict[str, Any], str | None]:
+        """Return the stages by name, and the etag of the file.
+
+        Raises:
+            IntegrityError: The file is damaged.
+            StoreError: The store cannot be read.
+        """
+        try:
+            data, etag = self._store.get_with_etag(LEDGER)
+        except ObjectNotFoundError:
+            return {}, None
+        try:
+            content = json.loads(data)
+            if content["format"] != _FORMAT or not isinstance(content["stages"], dict):
+                raise ValueError(f"format {content['format']!r}")
+            return content["stages"], etag
+        except (ValueError, KeyError, TypeError) as error:
+            raise IntegrityError(f"{self._store.uri}/{LEDGER}: damaged: {error}") from error
+
+    def stage(self, name: str, inputs: Mapping[str, Any], run: Run) -> Result:
+        """Return what a stage made of these inputs, from the ledger or by running it.
+
+        ``run`` is given a name for its output that belongs to the stage and its inputs alone.
+
+        Raises:
+            StageError: Another pipeline wrote the ledger meanwhile.
+            LorasegError: As raised by the stage.
+        """
+        key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+        known = self.read()[0].get(name)
+        if known is not None and known.get("inputs") == key:
+            logger.info("%s: done before", name)
+            return known["result"]
+        logger.info("%s: begins", name)
+        result = run(f"{name}-{key[:12]}")
+        stages, etag = self.read()
+        stages[name] = {"inputs": key, "result": result}
+        content = {"format": _FORMAT, "stages": stages}
+        data = (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
+        if etag is None:
+            won = self._store.put_if_absent(LEDGER, data)
+        else:
+            won = self._store.put_if_match(LEDGER, data, etag)
+        if not won:
+            raise StageError(
+                f"{self._store.uri}/{LEDGER}: another pipeline works on it; what {name} made is "
+                "kept, run again when the other one has ended"
+            )
+        return result
+
+
+def matchmask_pp(
+    config: PipelineConfig, settings: Mapping[str, Any], tools: Tools, ledger: Ledger
+) -> list[tuple[str, Result]]:
+    """Run all stages that are not done; return (name, result) of every stage in order.
+
+    Args:
+        config: How many rounds.
+        settings: The whole config and digests of the data as JSON values; a change of them does
+            all stages anew.
+        tools: The jobs.
+        ledger: Of the output.
+
+    Raises:
+        LorasegError: As raised by a stage.
+    """
+    told: list[tuple[str, Result]] = []
+
+    def stage(name: str, inputs: Mapping[str, Any], run: Run) -> Result:
+        result = ledger.stage(name, {**settings, **inputs}, run)
+        told.append((name, result))
+        return result
+
+    teacher = stage("segmenter-0", {}, lambda place: tools.train(place, ()))
+    datasets: list[Result] = []
+    for number in range(config.rounds + 1):
+        masks = None
+        if number:
+            masks = _pseudo_masks(number, teacher, tools, stage)
+        datasets.append(_pairs(number, masks, teacher, tools, stage))
+        teacher = _segmenter(number + 1, datasets, tools, stage)
+    return told
+
+
+Stage = Callable[[str, Mapping[str, Any], Run], Result]
+
+
+def _pseudo_masks(number: int, teacher: Result, tools: Tools, stage: Stage) -> Result:
+    inputs = {"segmenter": teacher["digest"]}
+    return stage(
+        f"masks-{number}", inputs, lambda place: tools.pseudo_masks(place, teacher["segmenter"])
+    )
+
+
+def _pairs(
+    number: int, masks: Result | None, teacher: Result, tools: Tools, stage: Stage
+) -> Result:
+    inputs = {"masks": masks and masks["digest"], "segmenter": teacher["digest"]}
+    where = None if masks is None else masks["masks"]
+    return stage(
+        f"pairs-{number}",
+        inputs,
+        lambda place: tools.synthesize(place, where, teacher["segmenter"]),
+    )
+
+
+def _segmenter(number: int, datasets: Sequence[Result], tools: Tools, stage: Stage) -> Result:
+    inputs = {"pairs": [one["digest"] for one in datasets]}
+    return stage(
+        f"segmenter-{number}",
+        inputs,
+        lambda place: tools.train(place, [one["dataset"] for one in datasets]),
+    )

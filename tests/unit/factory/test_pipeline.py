@@ -1,0 +1,97 @@
+import pytest
+
+from loraseg.errors import ConfigError, IntegrityError, StageError
+from loraseg.factory.pipeline import LEDGER, Ledger, PipelineConfig, matchmask_pp
+from loraseg.storage import open_store
+
+
+class Tools:
+    """Notes what it is asked for; fails once at the call that ``dies`` names."""
+
+    def __init__(self, dies=None):
+        self.calls, self._dies = [], dies
+
+    def _note(self, *call):
+        if self._dies == call[0].rsplit("-", 1)[0]:
+            self._dies = None
+            raise StageError("killed")
+        self.calls.append(call)
+        return {"digest": f"of {call[0]}"}
+
+    def train(self, place, synthetic):
+        return {**self._note(place, *synthetic), "segmenter": f"s:{place}"}
+
+    def synthesize(self, place, masks, segmenter):
+        return {**self._note(place, masks, segmenter), "dataset": f"d:{place}"}
+
+    def pseudo_masks(self, place, segmenter):
+        return {**self._note(place, segmenter), "masks": f"m:{place}"}
+
+
+def run(folder, tools, *, rounds=1, settings=None):
+    config = PipelineConfig(real="r", unlabelled="u", output=str(folder), rounds=rounds)
+    ledger = Ledger(open_store(str(folder)))
+    return [name for name, _ in matchmask_pp(config, settings or {"seed": 0}, tools, ledger)]
+
+
+STAGES = ["segmenter-0", "pairs-0", "segmenter-1", "masks-1", "pairs-1", "segmenter-2"]
+
+
+def bare(call):
+    """Return a call without the digests in its names."""
+    return tuple(part and part.rsplit("-", 1)[0] for part in call)
+
+
+def test_each_stage_is_given_what_the_ones_before_made(tmp_path):
+    tools = Tools()
+    assert run(tmp_path, tools) == STAGES
+    assert [bare(call) for call in tools.calls] == [
+        ("segmenter-0",),
+        ("pairs-0", None, "s:segmenter-0"),
+        ("segmenter-1", "d:pairs-0"),
+        ("masks-1", "s:segmenter-1"),
+        ("pairs-1", "m:masks-1", "s:segmenter-1"),
+        ("segmenter-2", "d:pairs-0", "d:pairs-1"),
+    ]
+
+
+def test_what_is_done_is_skipped(tmp_path):
+    first = Tools(dies="masks-1")
+    with pytest.raises(StageError, match="killed"):
+        run(tmp_path, first)
+    again = Tools()
+    assert run(tmp_path, again) == STAGES
+    assert len(first.calls) + len(again.calls) == 6
+    calm = Tools()
+    run(tmp_path, calm)
+    assert calm.calls == []
+    # Another round goes on, other settings begin anew and elsewhere.
+    more = Tools()
+    assert run(tmp_path, more, rounds=2) == [*STAGES, "masks-2", "pairs-2", "segmenter-3"]
+    assert [bare(call)[0] for call in more.calls] == ["masks-2", "pairs-2", "segmenter-3"]
+    other = Tools()
+    run(tmp_path, other, settings={"seed": 1})
+    assert len(other.calls) == 6
+    assert {call[0] for call in other.calls}.isdisjoint(call[0] for call in first.calls)
+
+
+def test_two_pipelines_do_not_overwrite_each_other(tmp_path):
+    class Late(Tools):
+        def train(self, place, synthetic):
+            open_store(str(tmp_path)).put(LEDGER, b'{"format": 1, "stages": {"x": {}}}')
+            return super().train(place, synthetic)
+
+    run(tmp_path, Late())  # it reads the ledger anew before it writes
+    assert "x" in Ledger(open_store(str(tmp_path))).read()[0]
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b'{"format": 2, "stages": {}}', b'{"stages": 1}'])
+def test_a_damaged_ledger_is_refused(data, tmp_path):
+    open_store(str(tmp_path)).put(LEDGER, data)
+    with pytest.raises(IntegrityError, match=r"pipeline\.json: damaged"):
+        run(tmp_path, Tools())
+
+
+def test_no_rounds_are_no_pipeline():
+    with pytest.raises(ConfigError, match="rounds: got 0"):
+        PipelineConfig(real="r", unlabelled="u", output="o", rounds=0)
