@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from loraseg.cli import generate, library, miniature, report, segment, tokens, train_base
+from loraseg.cli import generate, library, miniature, report, segment, synth, tokens, train_base
 from loraseg.cli.console import complain, say, say_table
 from loraseg.errors import AdapterNotFoundError, ConfigError, LorasegError
 
@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add(commands)
     library.add(commands)
     report.add(commands)
+    synth.add(commands)
     train_base.add(commands)
     miniature.add(commands)
     tokens.add(commands)

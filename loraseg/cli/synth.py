@@ -1,0 +1,159 @@
+"""``loraseg synth ls | show | export | verify | fidelity``."""
+
+import argparse
+import contextlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loraseg.cli.console import keep_files, say, say_table
+from loraseg.cli.fidelity import add_fidelity
+from loraseg.errors import ConfigError
+
+if TYPE_CHECKING:
+    from loraseg.data.shard_reader import ShardDataset
+    from loraseg.data.shards import PairRow
+
+__all__ = ["FORMATS", "add"]
+
+# Of loraseg.data.exports, which takes too long to import for a help text.
+FORMATS = ("folder", "webdataset", "coco", "hf-parquet")
+_STATUSES = ("ok", "dropped", "bad_mask", "duplicate")
+_PICTURES = ("image", "label", "mask", "predicted")
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser."""
+    group = commands.add_parser("synth", help="look into synthetic datasets, export, verify")
+    actions = group.add_subparsers(required=True, metavar="ACTION")
+    _add_reading(actions)
+    _add_export(actions)
+    add_fidelity(actions)
+
+
+def _add_reading(actions: Any) -> None:
+    listing = actions.add_parser("ls", help="list the committed shards, or their pairs")
+    listing.add_argument("uri", metavar="URI")
+    listing.add_argument(
+        "--status",
+        choices=_STATUSES,
+        action="append",
+        help="list the rows of this status, one a line; may be repeated",
+    )
+    listing.set_defaults(command=_ls)
+    show = actions.add_parser("show", help="print what is known of a pair, and write its pictures")
+    show.add_argument("uri", metavar="URI")
+    show.add_argument("pair", metavar="PAIR_ID", help="the first digits do")
+    show.add_argument("--out", metavar="DIR", help="write its image, label, mask there")
+    show.set_defaults(command=_show)
+    verify = actions.add_parser("verify", help="read everything and compare it with its digests")
+    verify.add_argument("uri", metavar="URI")
+    verify.set_defaults(command=_verify)
+
+
+def _add_export(actions: Any) -> None:
+    export = actions.add_parser("export", help="write the pairs in another format")
+    export.add_argument("uri", metavar="URI")
+    export.add_argument("format", choices=FORMATS)
+    export.add_argument("folder", metavar="FOLDER", help="is made; must not exist")
+    export.add_argument("--split", metavar="NAME", help="default: train; COCO has none")
+    export.set_defaults(command=_export)
+
+
+def _ls(arguments: argparse.Namespace) -> int:
+    dataset = _open(arguments.uri)
+    if arguments.status is None:
+        _list_shards(dataset)
+        return 0
+    for row in dataset.rows(statuses=arguments.status, columns=("reason", "k", "kept")):
+        kept = "-" if row.kept is None else f"{100 * row.kept:.1f} %"
+        facts = (row.pair_id or "-", row.status, _text(row.k), kept, row.mask_name)
+        say("\t".join((*facts, _printable(row.reason or "-"))))
+    return 0
+
+
+def _list_shards(dataset: "ShardDataset") -> None:
+    manifest = dataset.manifest
+    rows = [("FILE", "SHA256", "KB", *(status.upper() for status in _STATUSES))]
+    for entry in manifest.shards:
+        counts = (str(entry.statuses[status]) for status in _STATUSES)
+        rows.append((entry.file, entry.sha256[:12], str(entry.size_bytes // 1000), *counts))
+    say_table(rows)
+    say(f"classes: {', '.join(manifest.classes)}")
+    counts = ", ".join(f"{manifest.statuses[status]} {status}" for status in _STATUSES)
+    say(f"generation {manifest.generation}: {manifest.masks} masks, rows: {counts}")
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    row = _open(arguments.uri).find(arguments.pair)
+    say(json.dumps(_told(row), indent=1, ensure_ascii=False))
+    if arguments.out is not None:
+        files = {name: data for name in _PICTURES if (data := getattr(row, name)) is not None}
+        keep_files(Path(arguments.out), {_file(row, name): data for name, data in files.items()})
+    return 0
+
+
+def _told(row: "PairRow") -> dict[str, Any]:
+    values = asdict(row)
+    for name in _PICTURES:
+        if values[name] is not None:
+            values[name] = f"{len(values[name])} bytes"
+    for name in ("adapters", "heads"):
+        values[name] = [
+            {"name": used, "digest": digest, "weight": weight}
+            for used, digest, weight in values[name]
+        ]
+    with contextlib.suppress(ValueError, RecursionError):  # else it is shown as the text it is
+        values["lineage"] = json.loads(row.lineage or "null")
+    return values
+
+
+def _file(row: "PairRow", name: str) -> str:
+    # Hex digits, and what was not checked to be a PNG is not called one.
+    known = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpg"}
+    data: bytes = getattr(row, name)
+    suffix = next((end for start, end in known.items() if data.startswith(start)), "bin")
+    return f"{(row.pair_id or '')[:16]}_{name}.{suffix}"
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from loraseg.data.shard_audit import audit_shards
+
+    dataset = _open(arguments.uri)
+    audit = audit_shards(dataset)
+    for problem in audit.problems:
+        say(f"damaged: {_printable(problem)}")
+    for key in audit.uncommitted:
+        say(f"not committed: {_printable(key)}")
+    verdict = "DAMAGED" if audit.problems else f"ok, rows {audit.digest}"
+    say(f"{arguments.uri}: {len(dataset.manifest.shards)} shards, {audit.rows} rows, {verdict}")
+    return int(bool(audit.problems))
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    if arguments.split is not None and arguments.format == "coco":
+        raise ConfigError("--split: a COCO file has no splits")
+    from loraseg.data.exports import EXPORTERS
+
+    options = {} if arguments.split is None else {"split": arguments.split}
+    export: Any = EXPORTERS[arguments.format]
+    count = export(_open(arguments.uri), Path(arguments.folder), **options)
+    say(f"{arguments.folder}: {count} pairs")
+    return 0
+
+
+def _open(uri: str) -> "ShardDataset":
+    from loraseg.data.shard_reader import ShardDataset
+    from loraseg.storage import SHORT_PATIENCE_S, open_store
+
+    return ShardDataset.open(open_store(uri).with_patience(SHORT_PATIENCE_S))
+
+
+def _text(value: int | None) -> str:
+    return "-" if value is None else str(value)
+
+
+def _printable(text: str) -> str:
+    """Leave nothing in a line that a terminal would obey."""
+    return "".join(char if char.isprintable() else "?" for char in text)
