@@ -1,4 +1,4 @@
-"""``loraseg synth ls | show | export | verify | fidelity``."""
+"""``loraseg synth ls | show | export | verify | replay | fidelity``."""
 
 import argparse
 import contextlib
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraseg.cli.console import keep_files, say, say_table
 from loraseg.cli.fidelity import add_fidelity
+from loraseg.cli.replay import add_replay
 from loraseg.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,10 +26,13 @@ _PICTURES = ("image", "label", "mask", "predicted")
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    group = commands.add_parser("synth", help="look into synthetic datasets, export, verify")
+    group = commands.add_parser(
+        "synth", help="look into synthetic datasets, export, verify, replay"
+    )
     actions = group.add_subparsers(required=True, metavar="ACTION")
     _add_reading(actions)
     _add_export(actions)
+    add_replay(actions)
     add_fidelity(actions)
 
 

@@ -1,6 +1,6 @@
 """What a segmenter says of generated images, in the form that filters take."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -11,7 +11,17 @@ from loraseg.segment.closed_checkpoint import ClosedSetSegmenter
 from loraseg.synth.vote import Judged
 from loraseg.tensor_types import Float, Tensor, UInt8, ndarray
 
-__all__ = ["judge"]
+__all__ = ["NEEDS", "judge"]
+
+Wanted = Literal["confidence", "loss"]
+
+# What a filter looks at beside the labels.
+NEEDS: Mapping[str, tuple[Wanted, ...]] = {
+    "none": (),
+    "relative": (),
+    "confidence": ("confidence",),
+    "freemask": ("loss",),
+}
 
 
 def judge(
@@ -19,7 +29,7 @@ def judge(
     images: UInt8[ndarray, "k h w 3"],
     mask: UInt8[ndarray, "h w"],
     *,
-    wanted: Sequence[Literal["confidence", "loss"]] = (),
+    wanted: Sequence[Wanted] = (),
 ) -> Judged:
     """Segment the images of a mask, one by one, so that memory holds one image's classes.
 

@@ -138,8 +138,8 @@ def _card(dataset: ShardDataset, pinned: Pinned, found: Statistics) -> str:
         'pairs = pairs[pairs.status == "ok"]  # image and label are PNG bytes',
         "```",
         "",
-        "`loraseg synth show .` lists them, `loraseg synth replay PAIR_ID --dataset .` makes one",
-        "again, `loraseg synth export` writes folders, WebDataset, COCO or Hugging Face Parquet.",
+        "`loraseg synth ls .` lists them, `loraseg synth replay . PAIR_ID` makes an image again,",
+        "`loraseg synth export` writes a dataset folder, WebDataset, COCO or Hugging Face Parquet.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -18,7 +18,7 @@ from loraseg.data.shard_manifest import ShardEntry
 from loraseg.data.shards import PairRow, decode_shard, encode_shard
 from loraseg.errors import DatasetError, LorasegError
 from loraseg.factory.equipment import load_generator, load_judge
-from loraseg.factory.judging import judge
+from loraseg.factory.judging import NEEDS, judge
 from loraseg.factory.pinned import Pinned
 from loraseg.factory.plan import Entry, Part
 from loraseg.factory.sources import MaskSource
@@ -34,7 +34,6 @@ __all__ = ["Draft", "Draw", "Drawn", "Outcome", "Vote", "done_file", "read_done"
 logger = logging.getLogger(__name__)
 
 DONE = "parts"
-_NEEDS = {"confidence": ("confidence",), "freemask": ("loss",)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -175,7 +174,7 @@ class Vote:
         """Return what is seen in all images of a mask, those of earlier runs first."""
         if self._segmenter is None:
             return None
-        needs: Any = _NEEDS.get(self._pinned.config.filter.method, ())
+        needs = NEEDS[self._pinned.config.filter.method]
         judged = judge(self._segmenter, images, label, wanted=needs)
         if not older:
             return judged

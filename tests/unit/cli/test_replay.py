@@ -1,0 +1,28 @@
+import pytest
+import torch
+
+from loraseg.cli import main
+from loraseg.factory.run import Here, synthesize
+from tests.tiny_factory import all_rows, furnish, settings
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    shop = furnish(tmp_path_factory.mktemp("shop"), masks=1)
+    synthesize(settings(shop, shop / "out"), Here(torch.get_num_threads()))
+    return shop / "out"
+
+
+def test_images_are_made_again(out, tmp_path, capsys):
+    pairs = [row.pair_id for row in all_rows(out)]
+    assert main(["synth", "replay", str(out), *pairs, "--out", str(tmp_path)]) == 0
+    assert "3 of 3 equal" in capsys.readouterr().out
+    for row in all_rows(out):
+        assert (tmp_path / f"{row.pair_id[:16]}_replayed.png").read_bytes() == row.image
+
+
+def test_what_is_not_there_is_said(out, tmp_path, capsys):
+    assert main(["synth", "replay", str(out), "ffff"]) == 1
+    assert "ffff" in capsys.readouterr().err
+    assert main(["synth", "replay", str(tmp_path), "ffff"]) == 1
+    assert "no synthetic data is committed" in capsys.readouterr().err
