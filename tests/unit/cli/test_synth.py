@@ -1,0 +1,109 @@
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from loraseg.cli import main
+from loraseg.cli.synth import FORMATS
+from loraseg.data import DatasetFolder
+from loraseg.data.exports import EXPORTERS
+from tests.unit.data.shard_world import arrays, bad_mask, commit, pair, pair_id, world
+from tests.unit.data.test_shard_audit import seal
+
+
+@pytest.fixture
+def uri(tmp_path):
+    world(tmp_path / "data")
+    seal(tmp_path / "data")
+    return str(tmp_path / "data")
+
+
+def run(capsys, *arguments):
+    status = main(["synth", *arguments])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_the_formats_are_those_of_the_exporters():
+    assert set(FORMATS) == set(EXPORTERS)
+
+
+def test_ls_lists_shards(uri, capsys):
+    status, out, _ = run(capsys, "ls", uri)
+    lines = out.splitlines()
+    assert (status, lines[0].split()[-4:]) == (0, ["OK", "DROPPED", "BAD_MASK", "DUPLICATE"])
+    assert [line.split()[-4:] for line in lines[1:4]] == [
+        ["7", "1", "1", "0"],
+        ["0", "0", "0", "1"],
+        ["5", "1", "0", "0"],
+    ]
+    assert lines[-1].endswith("rows: 12 ok, 2 dropped, 1 bad_mask, 1 duplicate")
+
+
+def test_ls_lists_rows_of_a_status(uri, capsys):
+    _, out, _ = run(capsys, "ls", uri, "--status", "ok")
+    assert [line.split("\t")[0] for line in out.splitlines()] == list(map(pair_id, range(12)))
+    _, out, _ = run(capsys, "ls", uri, "--status", "dropped", "--status", "bad_mask")
+    assert [line.split("\t")[-1] for line in out.splitlines()] == ["kept 10 %", "why", "kept 10 %"]
+
+
+def test_reasons_do_not_steer_the_terminal(tmp_path, capsys):
+    row = bad_mask("x")
+    object.__setattr__(row, "reason", "a\x1b[2Jb\nc")
+    commit(tmp_path, [[row]])
+    _, out, _ = run(capsys, "ls", str(tmp_path), "--status", "bad_mask")
+    assert out.endswith("\ta?[2Jb?c\n")
+
+
+def test_show_tells_all_and_writes_pictures(uri, capsys, tmp_path):
+    status, out, _ = run(capsys, "show", uri, pair_id(3)[:12], "--out", str(tmp_path / "out"))
+    told = json.loads(out)
+    assert (status, told["pair_id"], told["lineage"]["pair_id"]) == (0, pair_id(3), pair_id(3))
+    assert told["heads"] == [{"name": "head 0", "digest": "01" * 32, "weight": 0.1}]
+    assert told["image"] == f"{len(pair(3).image)} bytes"
+    names = sorted(path.name.partition("_")[2] for path in (tmp_path / "out").iterdir())
+    assert names == ["image.png", "label.png", "mask.png"]
+    written = next((tmp_path / "out").glob("*_image.png")).read_bytes()
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(written))), arrays(3)[0])
+
+
+def test_verify_says_whether_all_is_whole(uri, capsys):
+    status, out, _ = run(capsys, "verify", uri)
+    assert (status, "3 shards, 16 rows, ok" in out) == (0, True)
+    (Path(uri) / "shards" / "0002.parquet").unlink()
+    (Path(uri) / "shards" / "abcd.parquet").write_bytes(b"")
+    status, out, _ = run(capsys, "verify", uri)
+    lines = out.splitlines()
+    assert status == 1
+    assert lines[0].startswith("damaged: ")
+    assert lines[1] == "not committed: shards/abcd.parquet"
+    assert lines[2].endswith("DAMAGED")
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_export_writes_every_format(uri, capsys, tmp_path, kind):
+    status, out, _ = run(capsys, "export", uri, kind, str(tmp_path / "out"))
+    assert (status, out) == (0, f"{tmp_path / 'out'}: 12 pairs\n")
+    assert any((tmp_path / "out").iterdir())
+
+
+def test_export_takes_the_name_of_the_split(uri, capsys, tmp_path):
+    run(capsys, "export", uri, "folder", str(tmp_path / "out"), "--split", "extra")
+    assert DatasetFolder.open(tmp_path / "out").splits == ("extra",)
+    status, _, err = run(capsys, "export", uri, "coco", str(tmp_path / "c"), "--split", "extra")
+    assert (status, "--split" in err) == (2, True)
+    status, _, err = run(capsys, "export", uri, "folder", str(tmp_path / "d"), "--split", "../x")
+    assert (status, "split: got" in err) == (2, True)
+
+
+def test_complaints_are_one_line(uri, capsys, tmp_path):
+    for arguments in (
+        ("ls", str(tmp_path / "nowhere")),
+        ("show", uri, "zz"),
+        ("export", uri, "coco", uri),
+    ):
+        status, _, err = run(capsys, *arguments)
+        assert (status, err.count("\n"), err.startswith("error: ")) == (1, 1, True)
