@@ -10,6 +10,7 @@ from loraseg.data.shard_reader import ShardDataset
 from loraseg.data.shards import PairRow
 from loraseg.errors import ConfigError
 from loraseg.seeding import numpy_generator
+from loraseg.storage import open_store
 
 __all__ = ["ShardStream"]
 
@@ -69,25 +70,28 @@ class ShardStream(torch.utils.data.IterableDataset[dict[str, Any]]):
             IntegrityError: A shard or a picture in it is damaged.
             StoreError: The store cannot be read.
         """
-        info = torch.utils.data.get_worker_info()
-        workers, worker = (1, 0) if info is None else (info.num_workers, info.id)
+        dataset, workers, worker = self._dataset, 1, 0
+        if (info := torch.utils.data.get_worker_info()) is not None:
+            workers, worker = info.num_workers, info.id
+            # A forked worker must not talk through its parent's connections.
+            dataset = ShardDataset(open_store(dataset.store.uri), dataset.manifest)
         consumer, consumers = self._rank * workers + worker, self._world * workers
-        total = len(self._dataset)
+        total = len(dataset)
         start, stop = total * consumer // consumers, total * (consumer + 1) // consumers
         generator = numpy_generator(self._seed, "shard-rows", self._epoch, consumer, consumers)
-        classes = len(self._dataset.manifest.classes)
-        for row in _drawn(self._stretch(start, stop), self._buffer, generator):
-            image, label = decode_pair(row, classes, self._dataset.store.uri)
+        classes = len(dataset.manifest.classes)
+        for row in _drawn(self._stretch(dataset, start, stop), self._buffer, generator):
+            image, label = decode_pair(row, classes, dataset.store.uri)
             yield {"image": image, "label": label, "pair_id": row.pair_id}
 
-    def _stretch(self, start: int, stop: int) -> Iterator[PairRow]:
+    def _stretch(self, dataset: ShardDataset, start: int, stop: int) -> Iterator[PairRow]:
         """Yield the pairs from place ``start`` to ``stop`` of the epoch's order of shards."""
-        shards = self._dataset.manifest.shards
+        shards = dataset.manifest.shards
         first = 0  # place of the shard's first pair
         for index in numpy_generator(self._seed, "shards", self._epoch).permutation(len(shards)):
             end = first + shards[index].statuses["ok"]
             if start < end and first < stop:
-                rows = self._dataset.shard(shards[index], columns=_COLUMNS)
+                rows = dataset.shard(shards[index], columns=_COLUMNS)
                 pairs = (row for row in rows if row.status == "ok")
                 yield from (row for at, row in enumerate(pairs, first) if start <= at < stop)
             first = end

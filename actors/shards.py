@@ -1,0 +1,65 @@
+"""Committed synthetic pairs as a Ray Dataset."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import ray.data
+
+from actors.resources import StoreAccess, connect
+from loraseg.data.shard_manifest import ShardEntry, ShardManifest
+from loraseg.data.shard_pictures import decode_pair
+from loraseg.data.shard_reader import ShardDataset
+from loraseg.errors import DatasetError
+from loraseg.storage import open_store
+
+__all__ = ["ray_dataset"]
+
+_FACTS = ("mask_name", "k", "kept")
+_COLUMNS = ("image", "label", "height", "width", *_FACTS)
+
+
+def ray_dataset(uri: str) -> ray.data.Dataset:
+    """Return the ``ok`` pairs of what is committed now; nothing is read before it is used.
+
+    Each shard is a task of its own, which compares it with the manifest and decodes its pictures
+    as they are asked for. Rows have ``image`` uint8 (h, w, 3) RGB, ``label`` uint8 (h, w) with 255
+    for no class (uint16 and 65535 with over 255 classes), ``pair_id``, ``mask_name``, ``k`` and
+    ``kept``. A damaged shard fails the run with an IntegrityError.
+
+    Args:
+        uri: Of the synthetic dataset; every node must reach it.
+
+    Raises:
+        ConfigError: The URI is malformed.
+        DatasetError: Nothing is committed there, or no pair is ``ok``.
+        IntegrityError: The manifest is damaged.
+        StoreError: The store cannot be read.
+    """
+    dataset = ShardDataset.open(uri)
+    shards = [entry for entry in dataset.manifest.shards if entry.statuses["ok"]]
+    if not shards:
+        raise DatasetError(f"{uri}: no pair is ok")
+    connect()
+    # A block each: Ray joins small ones, and one task would read all shards.
+    entries = ray.data.from_items(
+        [{"shard": entry} for entry in shards], override_num_blocks=len(shards)
+    )
+    return entries.flat_map(_Read(dataset.store.uri, dataset.manifest, StoreAccess.of_driver()))
+
+
+class _Read:
+    """Reads one shard; takes over the driver's access to the store."""
+
+    def __init__(self, uri: str, manifest: ShardManifest, access: StoreAccess) -> None:
+        self._uri, self._manifest, self._access = uri, manifest, access
+
+    def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        self._access.apply()  # a store looks for its settings when it is opened
+        dataset = ShardDataset(open_store(self._uri), self._manifest)
+        entry: ShardEntry = row["shard"]
+        classes = len(self._manifest.classes)
+        for pair in dataset.shard(entry, columns=_COLUMNS):
+            if pair.status == "ok":
+                image, label = decode_pair(pair, classes, self._uri)
+                facts = {name: getattr(pair, name) for name in _FACTS}
+                yield {"pair_id": pair.pair_id, "image": image, "label": label, **facts}

@@ -1,0 +1,53 @@
+"""Committed shards through Ray Data, from a folder and from S3."""
+
+import numpy as np
+import pytest
+from ray.exceptions import RayTaskError
+
+from actors.shards import ray_dataset
+from loraseg.data.shards import encode_shard
+from loraseg.errors import DatasetError
+from loraseg.storage import open_store
+from tests.unit.data.shard_world import CLASSES, arrays, bad_mask, commit, pair, pair_id, world
+
+pytestmark = [
+    pytest.mark.ray,
+    # Ray Data 2.60 uses settings and functions that it has itself declared old.
+    pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.data\..*"),
+]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_every_committed_pair_comes_once_and_decoded(store_uri):
+    world(store_uri)
+    open_store(store_uri).put("shards/ffff.parquet", encode_shard([pair(99)], CLASSES))
+    rows = {row["pair_id"]: row for row in ray_dataset(store_uri).iter_rows()}
+    assert set(rows) == {pair_id(index) for index in range(12)}
+    for index in range(12):
+        row = rows[pair_id(index)]
+        for found, made in zip((row["image"], row["label"]), arrays(index), strict=True):
+            np.testing.assert_array_equal(found, made)
+            assert found.dtype == np.uint8
+        assert (row["k"], row["kept"]) == (index % 2, 0.75)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_batches_of_one_size_are_arrays(tmp_path):
+    world(tmp_path)
+    batches = ray_dataset(str(tmp_path)).iter_batches(batch_size=4)
+    assert [batch["image"].shape for batch in batches] == [(4, 6, 8, 3)] * 3
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_damaged_shard_fails_the_run(tmp_path):
+    world(tmp_path)
+    path = tmp_path / "shards" / "0002.parquet"
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(RayTaskError, match=r"0002\.parquet: sha256"):
+        ray_dataset(str(tmp_path)).materialize()
+
+
+def test_no_pair_is_no_dataset(tmp_path):
+    commit(tmp_path, [[bad_mask("x")]])
+    with pytest.raises(DatasetError, match="no pair is ok"):
+        ray_dataset(str(tmp_path))
