@@ -1,0 +1,360 @@
+"""One run of the segmenter trainer: the segmenter, its real-only control, and what both scored.
+
+Everything lands in one store: ``segmenter.safetensors`` and ``control.safetensors``, each with its
+scores in ``arms/<name>.json`` once it is done; then ``results.json`` and ``report.html``. While an
+arm trains, its checkpoints are below ``checkpoints/``, in a place that carries the digest of all
+that decides what it becomes.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from loraseg.backbones.source import resolve
+from loraseg.config import to_dict
+from loraseg.data.readers.folder import DatasetFolder, Sample
+from loraseg.data.shard_reader import ShardDataset
+from loraseg.errors import ConfigError, IntegrityError
+from loraseg.revision import code_revision
+from loraseg.storage import ObjectNotFoundError, ObjectStore, absolute, open_store
+from loraseg.train.closed_data import FolderPairs, ShardPairs
+from loraseg.train.closed_recipes import SegmenterRecipe, named_segmenter_recipe
+from loraseg.train.closed_report import report_page
+from loraseg.train.closed_set import Trained, TrainingContext, TrainingData, train_segmenter
+
+__all__ = [
+    "RunTask",
+    "SegmenterConfig",
+    "SegmenterTask",
+    "run_here",
+    "train_segmenters",
+]
+
+logger = logging.getLogger(__name__)
+
+RESULTS, REPORT = "results.json", "report.html"
+_FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SegmenterConfig:
+    """What a segmenter is trained on, and how.
+
+    Attributes:
+        real: Dataset folder, a path or URI.
+        split: Its labelled images to train on.
+        val_split: Its labelled images that choose the best checkpoint.
+        images: So many of the split's images, the first by name, or the names (stems) of some;
+            None for all.
+        synthetic: Store URIs of synthetic datasets.
+        recipe: A key of :data:`~loraseg.train.closed_recipes.SEGMENTER_RECIPES`.
+        overrides: Fields of the recipe that differ.
+        output: Store URI of what is made.
+        reuse: ``output`` of another run: an arm that it trained from the very same inputs is
+            copied, not trained again. So rounds of MatchMask++ share their control.
+        seed: Of weights, batches and augmentation.
+    """
+
+    real: str
+    split: str = "train"
+    val_split: str = "val"
+    images: int | tuple[str, ...] | None = None
+    synthetic: tuple[str, ...] = ()
+    recipe: str = "unet-miniature"
+    overrides: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    output: str
+    reuse: str | None = None
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SegmenterTask:
+    """One arm: a unit of work that is safe to start again after a kill at any point.
+
+    Attributes:
+        name: ``segmenter`` or ``control``.
+        run: Digest of all that decides what it becomes, hex.
+        recipe: How to train.
+        real: As in :class:`SegmenterConfig`.
+        split: The same.
+        val_split: The same.
+        images: The same.
+        synthetic: The same; none for a control.
+        output: The same.
+        seed: The same.
+    """
+
+    name: str
+    run: str
+    recipe: SegmenterRecipe
+    real: str
+    split: str
+    val_split: str
+    images: int | tuple[str, ...] | None
+    synthetic: tuple[str, ...]
+    output: str
+    seed: int
+
+    @property
+    def place(self) -> str:
+        """Where its checkpoints are, below the output."""
+        return f"checkpoints/{self.name}-{self.run[:16]}"
+
+    def data(self) -> TrainingData:
+        """Open the data.
+
+        Raises:
+            DatasetError: It cannot be used.
+            IntegrityError: A manifest is damaged.
+            StoreError: A store cannot be read.
+        """
+        folder = DatasetFolder.open(self.real)
+        synthetic = [ShardDataset.open(place) for place in self.synthetic]
+        space = folder.label_space
+        return TrainingData(
+            label_space=space,
+            real=FolderPairs(folder, _chosen(folder, self.split, self.images)),
+            synthetic=ShardPairs(synthetic, space) if synthetic else None,
+            val=FolderPairs(folder, folder.samples(self.val_split)),
+        )
+
+    def finish(self, trained: Trained, classes: Sequence[str]) -> None:
+        """Write the segmenter, then its scores.
+
+        Raises:
+            StoreError: The store cannot be written.
+        """
+        store = open_store(self.output)
+        store.put(f"{self.name}.safetensors", trained.segmenter)
+        store.put(_arm_key(self.name), _json(_arm(self, trained, classes)))
+
+
+RunTask = Callable[[SegmenterTask], None]
+
+
+def train_segmenters(config: SegmenterConfig, run: RunTask | None = None) -> dict[str, Any]:
+    """Train the segmenter and, beside synthetic data, its control; write results and report.
+
+    What is done already is not done again.
+
+    Args:
+        config: What and how.
+        run: Trains one arm to its end, :meth:`SegmenterTask.finish` included; by default
+            :func:`run_here`.
+
+    Returns:
+        The content of ``results.json``.
+
+    Raises:
+        ConfigError: The config is wrong, or the output holds a run of other inputs.
+        LorasegError: As in :func:`~loraseg.train.closed_set.train_segmenter`.
+    """
+    store = open_store(config.output)
+    tasks, data = _tasks(config)
+    digest = _digest([task.run for task in tasks])
+    known = _read(store, RESULTS)
+    if known is not None:
+        if known.get("run") != digest:
+            raise ConfigError(f"output {store.uri}: holds a run of other inputs; name another one")
+        logger.info("%s: done before", store.uri)
+        return known
+    for task in tasks:
+        if not (_done(store, task) or _copied(config.reuse, task, store)):
+            logger.info("%s: begins", task.name)
+            (run or run_here)(task)
+        _forget_checkpoints(store, task)
+    arms = {task.name: _finished(store, task) for task in tasks}
+    results = {
+        "format": _FORMAT,
+        "run": digest,
+        "classes": list(data.label_space.names),
+        "arms": arms,
+        "settings": {**to_dict(config), "recipe": to_dict(tasks[0].recipe)},
+        "code_revision": code_revision(),
+    }
+    page = report_page(results, data, {name: store.get(f"{name}.safetensors") for name in arms})
+    store.put(REPORT, page.encode())
+    store.put(RESULTS, _json(results))
+    return results
+
+
+def run_here(task: SegmenterTask) -> None:
+    """Train an arm in this process; its checkpoints go to the store.
+
+    Raises:
+        LorasegError: As in :func:`~loraseg.train.closed_set.train_segmenter`.
+    """
+    store, key = open_store(task.output), f"{task.place}/state.safetensors"
+
+    def load() -> bytes | None:
+        try:
+            return store.get(key)
+        except ObjectNotFoundError:
+            return None
+
+    def save(step: int, scores: Mapping[str, float], data: bytes | None) -> None:
+        del step, scores
+        if data is not None:
+            store.put(key, data)
+
+    data = task.data()
+    context = TrainingContext(load=load, save=save)
+    trained = train_segmenter(task.recipe, data, task.seed, context)
+    task.finish(trained, data.label_space.names)
+
+
+def _tasks(config: SegmenterConfig) -> tuple[list[SegmenterTask], TrainingData]:
+    recipe = named_segmenter_recipe(config.recipe, config.overrides)
+    if recipe.weights is not None:
+        recipe = dataclasses.replace(recipe, weights=_weights_file(recipe.weights))
+    shared: dict[str, Any] = {
+        "real": absolute(config.real),
+        "split": config.split,
+        "val_split": config.val_split,
+        "images": config.images,
+        "output": absolute(config.output),
+        "seed": config.seed,
+    }
+    synthetic = tuple(absolute(place) for place in config.synthetic)
+    arms = [("segmenter", recipe, synthetic)]
+    if synthetic:
+        arms.append(("control", recipe, ()))
+    tasks = [
+        SegmenterTask(name=name, run="", recipe=own, synthetic=places, **shared)
+        for name, own, places in arms
+    ]
+    data = tasks[0].data()
+    return [dataclasses.replace(task, run=_run_digest(task, data)) for task in tasks], data
+
+
+def _weights_file(spec: str) -> str:
+    path = Path(spec).expanduser().resolve()
+    return str(path / "model.safetensors" if path.is_dir() else path)
+
+
+def _run_digest(task: SegmenterTask, data: TrainingData) -> str:
+    """Return the digest of what decides the result: recipe, seed and the bytes of the data."""
+    real, val = cast(FolderPairs, data.real), cast(FolderPairs, data.val)
+    recipe = to_dict(task.recipe)
+    # Neither its name nor a share of nothing changes anything.
+    del recipe["name"]
+    if not task.synthetic:
+        del recipe["synthetic_share"]
+    return _digest(
+        {
+            "format": _FORMAT,
+            "recipe": recipe,
+            "weights": task.recipe.weights and resolve(task.recipe.weights).digest,
+            "seed": task.seed,
+            "real": real.folder.digest(real.samples),
+            "val": val.folder.digest(val.samples),
+            "synthetic": [
+                hashlib.sha256(ShardDataset.open(place).manifest.to_bytes()).hexdigest()
+                for place in task.synthetic
+            ],
+        }
+    )
+
+
+def _chosen(
+    folder: DatasetFolder, split: str, images: int | tuple[str, ...] | None
+) -> tuple[Sample, ...]:
+    samples = folder.samples(split)
+    if images is None:
+        return samples
+    if isinstance(images, int):
+        if not 1 <= images <= len(samples):
+            raise ConfigError(f"images: got {images}, split {split!r} has {len(samples)}")
+        return samples[:images]
+    by_id = {sample.id: sample for sample in samples}
+    if absent := [name for name in images if name not in by_id]:
+        raise ConfigError(f"images: no {absent[0]!r} in split {split!r} of {folder.path}")
+    return tuple(by_id[name] for name in sorted(set(images)))
+
+
+def _arm(task: SegmenterTask, trained: Trained, classes: Sequence[str]) -> dict[str, Any]:
+    confusion = trained.confusion
+    scores: dict[str, Any] = {"miou": None, "pixel_accuracy": None}
+    if confusion.counts.sum():
+        scores = {"miou": confusion.miou(), "pixel_accuracy": confusion.pixel_accuracy()}
+    return {
+        "run": task.run,
+        "file": f"{task.name}.safetensors",
+        "sha256": hashlib.sha256(trained.segmenter).hexdigest(),
+        "step": trained.step,
+        **scores,
+        "iou": {
+            name: None if math.isnan(value) else float(value)
+            for name, value in zip(classes, confusion.iou(), strict=True)
+        },
+        # Rows are labels, columns predictions, the last one "no class".
+        "confusion": confusion.counts.tolist(),
+        "losses": trained.curves.losses,
+        "scores": [
+            (step, None if math.isnan(score) else score) for step, score in trained.curves.scores
+        ],
+    }
+
+
+def _copied(reuse: str | None, task: SegmenterTask, store: ObjectStore) -> bool:
+    """Take a finished arm of the same inputs from another output, whatever its name there."""
+    if reuse is None:
+        return False
+    other = open_store(reuse)
+    for name in ("control", "segmenter"):
+        arm = _read(other, _arm_key(name))
+        if arm is not None and arm.get("run") == task.run:
+            data = other.get(f"{name}.safetensors")
+            if hashlib.sha256(data).hexdigest() != arm.get("sha256"):
+                raise IntegrityError(f"{other.uri}/{name}.safetensors: not what its scores are of")
+            store.put(f"{task.name}.safetensors", data)
+            store.put(_arm_key(task.name), _json({**arm, "file": f"{task.name}.safetensors"}))
+            logger.info("%s: copied from %s", task.name, other.uri)
+            return True
+    return False
+
+
+def _done(store: ObjectStore, task: SegmenterTask) -> bool:
+    arm = _read(store, _arm_key(task.name))
+    return arm is not None and arm.get("run") == task.run
+
+
+def _forget_checkpoints(store: ObjectStore, task: SegmenterTask) -> None:
+    for key in list(store.list(f"{task.place}/")):
+        store.delete(key)
+
+
+def _finished(store: ObjectStore, task: SegmenterTask) -> dict[str, Any]:
+    arm = _read(store, _arm_key(task.name))
+    if arm is None:
+        raise IntegrityError(f"{store.uri}/{_arm_key(task.name)}: missing, although it was trained")
+    return arm
+
+
+def _arm_key(name: str) -> str:
+    return f"arms/{name}.json"
+
+
+def _read(store: ObjectStore, key: str) -> dict[str, Any] | None:
+    try:
+        content = json.loads(store.get(key))
+    except ObjectNotFoundError:
+        return None
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"{store.uri}/{key}: damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise IntegrityError(f"{store.uri}/{key}: damaged: not an object")
+    return cast(dict[str, Any], content)
+
+
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

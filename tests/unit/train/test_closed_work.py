@@ -1,0 +1,164 @@
+import hashlib
+import json
+import re
+
+import numpy as np
+import pytest
+
+from loraseg.data.readers.folder import DatasetFolder
+from loraseg.errors import ConfigError, DatasetError, IntegrityError
+from loraseg.segment.closed_checkpoint import load_segmenter
+from loraseg.segment.metrics import ConfusionMatrix
+from loraseg.train import closed_work
+from loraseg.train.closed_work import SegmenterConfig, run_here, train_segmenters
+from tests.tiny_world import LABELS, write_domain
+from tests.unit.train.closed_world import coloured, commit_pairs
+
+_RECIPE = {
+    "network": {"width": 8},
+    "steps": 6,
+    "batch_size": 4,
+    "crop": 32,
+    "eval_every": 2,
+    "precision": "fp32",
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A real dataset and a synthetic one."""
+    root = tmp_path_factory.mktemp("world")
+    write_domain(root / "real", "fog")
+    images, labels = coloured(6, 0, side=32)
+    commit_pairs(root / "synthetic", zip(images, labels, strict=True), LABELS.names)
+    return root
+
+
+def _config(world, output, **changes):
+    plain = {
+        "real": str(world / "real"),
+        "synthetic": (str(world / "synthetic"),),
+        "overrides": _RECIPE,
+        "output": str(output),
+    }
+    return SegmenterConfig(**{**plain, **changes})
+
+
+def _never(task):
+    raise AssertionError(f"{task.name} was trained again")
+
+
+def test_writes_segmenter_control_results_and_report(world, tmp_path):
+    results = train_segmenters(_config(world, tmp_path))
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert list(results["arms"]) == ["segmenter", "control"]
+    folder = DatasetFolder.open(world / "real")
+    for name, arm in results["arms"].items():
+        segmenter = load_segmenter(tmp_path / f"{name}.safetensors")
+        assert segmenter.digest == arm["sha256"]
+        confusion = ConfusionMatrix(3)
+        for sample in folder.samples("val"):
+            image, label = folder.load(sample)
+            confusion.add(label, segmenter.labels(image[None])[0])
+        np.testing.assert_array_equal(confusion.counts, arm["confusion"])
+        assert arm["miou"] == pytest.approx(confusion.miou())
+        assert dict(arm["scores"])[arm["step"]] == max(score for _, score in arm["scores"])
+        assert [step for step, _ in arm["scores"]] == [2, 4, 6]
+    assert results["arms"]["segmenter"]["sha256"] != results["arms"]["control"]["sha256"]
+    assert not list((tmp_path / "checkpoints").rglob("*.safetensors"))
+
+
+def test_report_is_one_page_of_well_formed_pictures(world, tmp_path):
+    train_segmenters(_config(world, tmp_path))
+    page = (tmp_path / "report.html").read_text()
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    assert "<script" not in page
+    assert page.count("<polyline") == 4
+    assert page.count("data:image/png;base64,") == 2 * 4  # image, truth and two arms
+    for points in re.findall(r'points="([^"]*)"', page):
+        assert all(re.fullmatch(r"[\d.]+,[\d.]+", point) for point in points.split())
+    for name in LABELS.names:
+        assert f">{name}</th>" in page
+
+
+def test_second_run_does_nothing(world, tmp_path):
+    first = train_segmenters(_config(world, tmp_path))
+    assert train_segmenters(_config(world, tmp_path), _never) == json.loads(json.dumps(first))
+    with pytest.raises(ConfigError, match="holds a run of other inputs"):
+        train_segmenters(_config(world, tmp_path, seed=1), _never)
+
+
+def test_a_run_that_was_killed_goes_on(world, tmp_path, monkeypatch):
+    whole = train_segmenters(_config(world, tmp_path / "whole"))
+    # Killed after the segmenter and, in a second go, within the control.
+    with pytest.raises(AssertionError, match="control"):
+        train_segmenters(
+            _config(world, tmp_path / "parts"),
+            lambda task: run_here(task) if task.name == "segmenter" else _never(task),
+        )
+    original = closed_work.train_segmenter
+
+    def dying(recipe, data, seed, context):
+        def save(step, scores, state):
+            context.save(step, scores, state)
+            raise KeyboardInterrupt
+
+        return original(recipe, data, seed, type(context)(load=context.load, save=save))
+
+    monkeypatch.setattr(closed_work, "train_segmenter", dying)
+    with pytest.raises(KeyboardInterrupt):
+        train_segmenters(_config(world, tmp_path / "parts"))
+    assert list((tmp_path / "parts" / "checkpoints").rglob("state.safetensors"))
+    monkeypatch.setattr(closed_work, "train_segmenter", original)
+    parts = train_segmenters(_config(world, tmp_path / "parts"))
+    assert parts["arms"] == json.loads(json.dumps(whole["arms"]))
+
+
+def test_real_only_has_no_control_and_can_be_reused_as_one(world, tmp_path):
+    alone = train_segmenters(_config(world, tmp_path / "alone", synthetic=()))
+    assert list(alone["arms"]) == ["segmenter"]
+    trained = []
+
+    def run(task):
+        trained.append(task.name)
+        run_here(task)
+
+    mixed = train_segmenters(_config(world, tmp_path / "mixed", reuse=str(tmp_path / "alone")), run)
+    assert trained == ["segmenter"]
+    assert mixed["arms"]["control"]["sha256"] == alone["arms"]["segmenter"]["sha256"]
+    data = (tmp_path / "mixed" / "control.safetensors").read_bytes()
+    assert hashlib.sha256(data).hexdigest() == mixed["arms"]["control"]["sha256"]
+    # Not where anything differs.
+    trained.clear()
+    other = _config(world, tmp_path / "other", reuse=str(tmp_path / "alone"), seed=3)
+    train_segmenters(other, run)
+    assert trained == ["segmenter", "control"]
+
+
+def test_few_images(world, tmp_path):
+    def runs(name="a", **changes):
+        tasks, _ = closed_work._tasks(_config(world, tmp_path / name, **changes))
+        return [task.run for task in tasks]
+
+    assert runs(images=2) == runs(images=("1", "0"))
+    assert runs(images=4) == runs()
+    assert runs(images=1) != runs(images=2)
+    assert runs(name="b") == runs()
+    assert runs(seed=1) != runs()
+    # The ratio matters to the segmenter and not to its control.
+    changed = runs(overrides={**_RECIPE, "synthetic_share": 0.25})
+    assert [new == old for new, old in zip(changed, runs(), strict=True)] == [False, True]
+    with pytest.raises(ConfigError, match="images: got 5"):
+        runs(images=5)
+    with pytest.raises(ConfigError, match="no 'x' in split 'train'"):
+        runs(images=("0", "x"))
+    with pytest.raises(DatasetError, match="no manifest"):
+        runs(synthetic=(str(tmp_path / "nothing"),))
+    with pytest.raises(ConfigError, match="recipe"):
+        runs(recipe="other")
+
+
+def test_damaged_results_are_told(world, tmp_path):
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(IntegrityError, match=r"results\.json: damaged"):
+        train_segmenters(_config(world, tmp_path), _never)
