@@ -80,8 +80,11 @@ class Tools(Protocol):
     ``place`` names the output. A result is plain JSON values; ``digest`` in it says what was made.
     """
 
-    def train(self, place: str, synthetic: Sequence[str]) -> Result:
-        """Train a segmenter on the real images and these datasets; ``segmenter`` is its file."""
+    def train(self, place: str, synthetic: Sequence[str], reuse: str | None) -> Result:
+        """Train a segmenter on the real images and these datasets; ``segmenter`` is its file.
+
+        ``reuse`` is the ``output`` of a training on the real images alone: the control.
+        """
         ...
 
     def synthesize(self, place: str, masks: str | None, segmenter: str) -> Result:
@@ -172,14 +175,14 @@ def matchmask_pp(
         told.append((name, result))
         return result
 
-    teacher = stage("segmenter-0", {}, lambda place: tools.train(place, ()))
+    first = teacher = stage("segmenter-0", {}, lambda place: tools.train(place, (), None))
     datasets: list[Result] = []
     for number in range(config.rounds + 1):
         masks = None
         if number:
             masks = _pseudo_masks(number, teacher, tools, stage)
         datasets.append(_pairs(number, masks, teacher, tools, stage))
-        teacher = _segmenter(number + 1, datasets, tools, stage)
+        teacher = _segmenter(number + 1, datasets, first["output"], tools, stage)
     return told
 
 
@@ -205,10 +208,12 @@ def _pairs(
     )
 
 
-def _segmenter(number: int, datasets: Sequence[Result], tools: Tools, stage: Stage) -> Result:
+def _segmenter(
+    number: int, datasets: Sequence[Result], reuse: str, tools: Tools, stage: Stage
+) -> Result:
     inputs = {"pairs": [one["digest"] for one in datasets]}
     return stage(
         f"segmenter-{number}",
         inputs,
-        lambda place: tools.train(place, [one["dataset"] for one in datasets]),
+        lambda place: tools.train(place, [one["dataset"] for one in datasets], reuse),
     )

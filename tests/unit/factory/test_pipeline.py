@@ -18,8 +18,11 @@ class Tools:
         self.calls.append(call)
         return {"digest": f"of {call[0]}"}
 
-    def train(self, place, synthetic):
-        return {**self._note(place, *synthetic), "segmenter": f"s:{place}"}
+    def train(self, place, synthetic, reuse):
+        assert (reuse is None) == (not synthetic)
+        assert reuse is None or reuse.startswith("o:segmenter-0-")
+        note = self._note(place, *synthetic)
+        return {**note, "segmenter": f"s:{place}", "output": f"o:{place}"}
 
     def synthesize(self, place, masks, segmenter):
         return {**self._note(place, masks, segmenter), "dataset": f"d:{place}"}
@@ -77,9 +80,9 @@ def test_what_is_done_is_skipped(tmp_path):
 
 def test_two_pipelines_do_not_overwrite_each_other(tmp_path):
     class Late(Tools):
-        def train(self, place, synthetic):
+        def train(self, place, synthetic, reuse):
             open_store(str(tmp_path)).put(LEDGER, b'{"format": 1, "stages": {"x": {}}}')
-            return super().train(place, synthetic)
+            return super().train(place, synthetic, reuse)
 
     run(tmp_path, Late())  # it reads the ledger anew before it writes
     assert "x" in Ledger(open_store(str(tmp_path))).read()[0]

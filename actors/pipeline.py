@@ -1,0 +1,130 @@
+"""The jobs of MatchMask++ on Ray: training, pseudo-masks, synthesis."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from actors.resources import Placement, connect, require_room
+from actors.segmenter_training import Workers, on_ray_train
+from actors.synthesis import OnRay
+from actors.units import run_units
+from loraseg.errors import StageError
+from loraseg.factory.config import SynthesisConfig
+from loraseg.factory.pipeline import PipelineConfig, Result
+from loraseg.factory.pseudo import PseudoConfig, PseudoMasks, chunks, finish, unlabelled
+from loraseg.factory.run import synthesize
+from loraseg.train.closed_work import SegmenterConfig, train_segmenters
+
+__all__ = ["RayTools"]
+
+
+class RayTools:
+    """Every job writes below ``config.output``, in a folder named by its stage and inputs."""
+
+    def __init__(
+        self, config: PipelineConfig, workers: Workers, generators: Placement, voters: Placement
+    ) -> None:
+        """Take what is worked on, and what each job takes."""
+        self._config, self._workers = config, workers
+        self._generators, self._voters = generators, voters
+
+    def train(self, place: str, synthetic: Sequence[str], reuse: str | None) -> Result:
+        """Train a segmenter, and its control unless it is to be reused."""
+        config = self._config
+        self._join(self._workers.resources)
+        output = self._place(place)
+        wanted = SegmenterConfig(
+            real=config.real,
+            images=config.images,
+            synthetic=tuple(synthetic),
+            recipe=config.recipe,
+            overrides=config.overrides,
+            output=output,
+            reuse=reuse,
+            seed=config.seed,
+        )
+        results = train_segmenters(wanted, on_ray_train(self._workers))
+        arms = results["arms"]
+        return {
+            "output": output,
+            "segmenter": f"{output}/{arms['segmenter']['file']}",
+            "digest": arms["segmenter"]["sha256"],
+            "report": f"{output}/report.html",
+            **{f"{name}_miou": arm["miou"] for name, arm in arms.items()},
+        }
+
+    def synthesize(self, place: str, masks: str | None, segmenter: str) -> Result:
+        """Make pairs of the real masks, or of others."""
+        config = self._config
+        output = self._place(place)
+        wanted = SynthesisConfig(
+            masks=masks or config.real,
+            limit=None if masks else config.images,
+            output=output,
+            base=config.base,
+            adapters=config.adapters,
+            segmenter=segmenter,
+            sampling=config.sampling,
+            conditioning=config.conditioning,
+            filter=config.filter,
+        )
+        manifest = synthesize(wanted, OnRay(self._generators, self._voters)).manifest
+        return {
+            "dataset": output,
+            "digest": hashlib.sha256(manifest.to_bytes()).hexdigest(),
+            "report": f"{output}/report.html",
+            "pairs": manifest.pairs,
+            "statuses": dict(manifest.statuses),
+        }
+
+    def pseudo_masks(self, place: str, segmenter: str) -> Result:
+        """Segment the unlabelled images, a unit of work for every 64."""
+        config = self._config
+        self._join(self._voters)
+        output = self._place(place)
+        wanted = PseudoConfig(
+            images=config.unlabelled,
+            output=output,
+            segmenter=segmenter,
+            threshold=config.threshold,
+        )
+        calls = [
+            (f"pseudo-masks {number}", (wanted, keys))
+            for number, keys in enumerate(chunks(unlabelled(wanted)))
+        ]
+        refused: dict[str, str] = {}
+        for _, reference in run_units(_pseudo_masks, calls, self._voters):
+            refused |= _got(reference)
+        note = finish(wanted, refused)
+        text = json.dumps(note, sort_keys=True).encode()
+        return {
+            "masks": output,
+            "digest": hashlib.sha256(text).hexdigest(),
+            "count": note["masks"],
+            "refused": len(refused),
+        }
+
+    def _place(self, name: str) -> str:
+        return f"{self._config.output.rstrip('/')}/{name}"
+
+    @staticmethod
+    def _join(placement: Placement) -> None:
+        require_room(placement, may_grow=not connect())
+
+
+def _pseudo_masks(config: PseudoConfig, keys: Sequence[str]) -> dict[str, str]:
+    return PseudoMasks(config)(keys)
+
+
+def _got(reference: Any) -> dict[str, str]:
+    try:
+        refused: Any = ray.get(reference)
+    except RayTaskError as error:
+        raise error.cause from error
+    except RayError as error:
+        raise StageError(f"a worker that makes pseudo-masks was lost: {error}") from error
+    return refused
