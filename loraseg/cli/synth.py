@@ -26,9 +26,7 @@ _PICTURES = ("image", "label", "mask", "predicted")
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    group = commands.add_parser(
-        "synth", help="look into synthetic datasets, export, replay"
-    )
+    group = commands.add_parser("synth", help="look into synthetic datasets, export, replay")
     actions = group.add_subparsers(required=True, metavar="ACTION")
     _add_reading(actions)
     _add_export(actions)
