@@ -41,6 +41,7 @@ from loraseg.segment.closed_set import load_unet, predict
 from loraseg.storage import open_store
 from loraseg.synth.conditioning import Conditioner, ConditioningConfig
 from loraseg.synth.generator import Generator
+from loraseg.synth.generator_adapter import GeneratorAdapter
 from loraseg.synth.sampling import SamplingConfig
 from loraseg.train.denoising_data import Conditions, DenoisingData, DrawConfig
 from loraseg.train.generator import finetune_full, train_generator
@@ -48,7 +49,16 @@ from loraseg.train.generator_recipes import FusionConfig, GeneratorRecipe, match
 from loraseg.train.latents import TensorCache
 from loraseg.train.views import Views
 
-__all__ = ["Cell", "cells", "run_cell", "table"]
+__all__ = [
+    "SAMPLING",
+    "Cell",
+    "cells",
+    "run_cell",
+    "scenes_of",
+    "table",
+    "train_cell",
+    "write_scenes",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +66,7 @@ logger = logging.getLogger(__name__)
 ALL = 2048
 _MASKS = 64
 _LAYERS = 20
+SAMPLING = SamplingConfig(images=1, steps=12, guidance=1.5, scheduler="ddim", batch=32)
 _RANKED = ("probe", "least")
 # Name, seed and domain: two sets of scenes that have nothing in common, and another domain.
 _PROBES = (("day-1", 100, "clear-day"), ("day-2", 101, "clear-day"), ("night", 100, "night"))
@@ -127,19 +138,7 @@ def run_cell(cell: Cell, folder: Path, device: str = "cpu") -> dict[str, Any]:
         return json.loads(place.read_text())
     torch.set_num_threads(1)
     started = time.perf_counter()
-    base = load_diffusion("miniature", device=device)
-    recipe = _recipe(cell, base, folder)
-    data, conditioner = _data(cell, base, recipe, folder)
-    adapters, parameters = [], 0
-    if cell.tuning == "full":
-        tuned = finetune_full(base, data, recipe)
-        base.unet.load_state_dict(tuned.unet)
-        parameters = sum(value.numel() for value in tuned.unet.values())
-    elif cell.tuning == "lora":
-        trained = train_generator(base, data, recipe)
-        adapters = [trained.adapter(base, recipe)]
-        parameters = sum(p.down.numel() + p.up.numel() for p in trained.pairs.values())
-        parameters += sum(value.numel() for value in trained.alphas.values())
+    base, conditioner, adapters, parameters = train_cell(cell, folder, device)
     trained_s = time.perf_counter() - started
     found: dict[str, Any] = {**dataclasses.asdict(cell), "parameters": parameters}
     for key, rectified in (("ruled", cell.rectified), ("free", False)):
@@ -152,12 +151,46 @@ def run_cell(cell: Cell, folder: Path, device: str = "cpu") -> dict[str, Any]:
     return found
 
 
+def train_cell(
+    cell: Cell,
+    folder: Path,
+    device: str = "cpu",
+    *,
+    dataset: Path | None = None,
+    size: tuple[int, int] | None = None,
+) -> tuple[DiffusionBase, Conditioner, list[GeneratorAdapter], int]:
+    """Train the generator of a cell; return base, conditioner, adapters and trained parameters.
+
+    Args:
+        cell: What to train.
+        folder: Of the study.
+        device: Where to train.
+        dataset: A dataset folder to learn from instead of the cell's scenes.
+        size: Height and width of its images.
+    """
+    base = load_diffusion("miniature", device=device)
+    recipe = _recipe(cell, base, folder)
+    if size is not None:
+        recipe = dataclasses.replace(recipe, view=dataclasses.replace(recipe.view, size=size))
+    data, conditioner = _data(cell, base, recipe, folder, dataset or scenes_of(cell, folder))
+    if cell.tuning == "full":
+        tuned = finetune_full(base, data, recipe)
+        base.unet.load_state_dict(tuned.unet)
+        return base, conditioner, [], sum(value.numel() for value in tuned.unet.values())
+    if cell.tuning == "none":
+        return base, conditioner, [], 0
+    trained = train_generator(base, data, recipe)
+    parameters = sum(p.down.numel() + p.up.numel() for p in trained.pairs.values())
+    parameters += sum(value.numel() for value in trained.alphas.values())
+    return base, conditioner, [trained.adapter(base, recipe)], parameters
+
+
 def write_scenes(cell: Cell, folder: Path) -> None:
     """Write the labelled scenes of a cell, the first of one stream a seed, unless they are there.
 
     The classes go by the words that the generator was pretrained with.
     """
-    place = _scenes(cell, folder)
+    place = scenes_of(cell, folder)
     if not (place / "classes.json").is_file():
         write_dataset(cell.domain, place, train=cell.labelled, val=0, seed=1000 + cell.seed)
         write_classes(place / "classes.json", LabelSpace(CLASSES))
@@ -172,7 +205,8 @@ def probe_layers(folder: Path, device: str = "cpu") -> None:
         cell = Cell(labelled=32, seed=seed, tuning="full", fusion=False, domain=domain)
         write_scenes(cell, folder)
         base = load_diffusion("miniature", device=device)
-        data, _ = _data(cell, base, _recipe(cell, base, folder), folder)
+        scenes = scenes_of(cell, folder)
+        data, _ = _data(cell, base, _recipe(cell, base, folder), folder, scenes)
         config = GradientProbeConfig(
             learning_rate=1e-4, batch_size=2, epochs=10, stop_overlap=0.95, precision="bf16"
         )
@@ -267,9 +301,9 @@ def _layers(cell: Cell, base: DiffusionBase, folder: Path) -> str | tuple[str, .
 
 
 def _data(
-    cell: Cell, base: DiffusionBase, recipe: GeneratorRecipe, folder: Path
+    cell: Cell, base: DiffusionBase, recipe: GeneratorRecipe, folder: Path, place: Path
 ) -> tuple[DenoisingData, Conditioner]:
-    dataset = DatasetFolder.open(_scenes(cell, folder))
+    dataset = DatasetFolder.open(place)
     conditioner = Conditioner(base.tokenizers, dataset.label_space, recipe.conditioning)
     keys = ("study", cell.name)
     views = Views(dataset, dataset.samples("train"), recipe.view, seed=cell.seed, keys=keys)
@@ -278,18 +312,22 @@ def _data(
     return DenoisingData.prepare(base, views, conditions, recipe.draws, cache), conditioner
 
 
-def _scenes(cell: Cell, folder: Path) -> Path:
+def scenes_of(cell: Cell, folder: Path) -> Path:
+    """Return where the labelled scenes of a cell lie."""
     return folder / "data" / f"{cell.domain}-{cell.seed}-{cell.labelled}"
 
 
 def _judged(
-    cell: Cell, base: DiffusionBase, conditioner: Conditioner, adapters: Any, *, rectified: bool
+    cell: Cell,
+    base: DiffusionBase,
+    conditioner: Conditioner,
+    adapters: Sequence[GeneratorAdapter],
+    *,
+    rectified: bool,
 ) -> dict[str, Any]:
     judge, names = load_unet(WEIGHTS / "judge.safetensors")
     _, masks = render(cell.domain, _MASKS, 0, "study-masks")
-    config = SamplingConfig(
-        images=1, steps=12, guidance=1.5, scheduler="ddim", batch=32, regions=rectified
-    )
+    config = dataclasses.replace(SAMPLING, regions=rectified)
     generator = Generator(base, conditioner, adapters=adapters, config=config)
     drawn = generator.generate([(str(index), mask) for index, mask in enumerate(masks)])
     images = np.stack([one.image for one in drawn])

@@ -29,11 +29,10 @@ from loraseg.miniature.clip_gates import clip_report
 from loraseg.miniature.clip_model import CLIP_CONFIG
 from loraseg.miniature.clip_training import ClipTraining, train_clip
 from loraseg.miniature.generator_gates import domain_report, judge_report, word_report
-from loraseg.miniature.generator_model import write_pipeline
+from loraseg.miniature.generator_model import build_text_encoder, write_pipeline
 from loraseg.miniature.generator_scenes import draw_scenes
 from loraseg.miniature.generator_training import (
     GeneratorTraining,
-    TextToImage,
     train_codec,
     train_judge,
     train_text_to_image,
@@ -90,8 +89,8 @@ def make_generator(
     Args:
         config: Settings.
         folder: Where the folder ``generator`` is written.
-        init: A folder that this wrote: its text encoder and UNet are trained on, and its codec is
-            kept, since the UNet knows the latents of no other.
+        init: A folder that this wrote: its UNet is trained on, and its codec is kept, since the
+            UNet knows the latents of no other.
         processes: How many draw scenes.
     """
     scenes = draw_scenes(config.scenes, config.seed, processes=processes)
@@ -101,11 +100,11 @@ def make_generator(
     else:
         base = load_diffusion(str(init))
         codec = base.vae.to(config.device)
-        start = TextToImage(base.text_encoders[0], base.unet)
+        start = base.unet
 
-    def write(model: TextToImage, step: int) -> None:
-        parts = {"unet": model.unet, "codec": codec, "text_encoder": model.text_encoder}
-        write_pipeline(folder / "generator", **parts)
+    def write(unet: torch.nn.Module, step: int) -> None:
+        words = build_text_encoder()
+        write_pipeline(folder / "generator", unet=unet, codec=codec, text_encoder=words)
         logger.info("generator: written after %d steps", step)
 
     write(train_text_to_image(config, codec, scenes, write, init=start), config.steps)

@@ -8,6 +8,7 @@ from loraseg.miniature.generator_model import (
     build_unet,
     write_pipeline,
 )
+from loraseg.miniature.generator_text import build_tokenizer
 from loraseg.miniature.weights_io import WEIGHTS
 
 FILES = {
@@ -70,3 +71,18 @@ def test_the_shipped_folder_is_the_base_called_miniature():
     assert sum(value.numel() for value in base.unet.parameters()) < 4.4e6
     crossing = [m for m in base.unet.modules() if getattr(m, "is_cross_attention", False)]
     assert len(crossing) == 16
+
+
+def test_a_word_is_the_same_far_vector_in_every_prompt():
+    encoder, tokenizer = build_text_encoder(), build_tokenizer()
+    ids = tokenizer(["car road", "road a car"], padding="max_length", return_tensors="pt").input_ids
+    first, second = encoder(input_ids=ids).last_hidden_state
+    assert torch.equal(first[1], second[3])
+    assert torch.equal(first[2], second[1])
+    assert torch.equal(first[-1], first[3])  # padding knows nothing of the prompt
+    words = ["car", "bus", "road", "sky", "person", "pole", "sign", "tree", "building", "grass"]
+    ids = torch.tensor([tokenizer(word).input_ids[1] for word in words])
+    vectors = encoder(input_ids=ids[None]).last_hidden_state[0]
+    cosines = torch.nn.functional.cosine_similarity(vectors[:, None], vectors[None], dim=-1)
+    assert (cosines - torch.eye(len(words))).abs().max() < 0.4
+    assert torch.allclose(vectors.norm(dim=-1), torch.tensor(96**0.5), rtol=1e-2)

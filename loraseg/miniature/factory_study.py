@@ -1,0 +1,335 @@
+"""What synthetic pairs are worth to a segmenter with few labels: filters and MatchMask++.
+
+python -m loraseg.miniature.factory_study --seeds 3 --labelled 16 64 --processes 2 --output study
+python -m loraseg.miniature.factory_study --data DATASET_FOLDER --output study    # real images
+python -m loraseg.miniature.factory_study table --output study
+
+One cell is a seed and a number of labelled images. The generator learns from these alone, draws
+five images of each of their masks, a segmenter that learned from the same images votes, and
+segmenters with equal training are scored on other images (methods b.5, b.6). A judge that takes no
+part says how many labels are right. Real images are shrunk to 64x80, and their generator is the
+miniature's: the table shows the machinery, not what Stable Diffusion would do.
+"""
+# pyright: basic
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy import ndarray
+
+from loraseg.data import LabelSpace
+from loraseg.data.drawing import encode_png
+from loraseg.data.labels import IGNORE
+from loraseg.evaluate.agreement import agreement
+from loraseg.factory.judging import NEEDS, judge
+from loraseg.miniature.fewshot_data import Pairs, Stock, of_folder, of_world
+from loraseg.miniature.generator_study import ALL, SAMPLING, Cell, train_cell
+from loraseg.segment.closed_checkpoint import ClosedSetSegmenter, decode_segmenter
+from loraseg.segment.metrics import ConfusionMatrix
+from loraseg.synth.freemask import class_mean_loss
+from loraseg.synth.generator import Generator
+from loraseg.synth.sheet import SheetRow, contact_sheet
+from loraseg.synth.vote import FilterConfig, Judged, apply_filter
+from loraseg.train.closed_data import ArrayPairs
+from loraseg.train.closed_recipes import named_segmenter_recipe
+from loraseg.train.closed_set import TrainingData, train_segmenter
+
+__all__ = ["Setting", "run_setting", "table"]
+
+logger = logging.getLogger(__name__)
+
+FILTERS = ("none", "confidence", "freemask", "relative")
+_SIBLINGS = 5
+_UNSURE = 0.9  # below, a pseudo-mask says nothing
+_SHOWN = 6
+
+Drawn = list[tuple[ndarray, ndarray]]  # (mask, its images)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """One cell of the study.
+
+    Attributes:
+        labelled: Images with labels.
+        seed: Of images, generator and segmenters.
+        masks: Scenes that the generator learns from; ``labelled``, or more for an upper bound.
+        steps: Updates of each segmenter.
+        generator_steps: Updates of the generator.
+        domain: Whose scenes.
+        data: A dataset folder of real images instead.
+    """
+
+    labelled: int
+    seed: int
+    masks: int
+    steps: int = 300
+    generator_steps: int = 400
+    domain: str = "clear-day"
+    data: str | None = None
+
+    @property
+    def name(self) -> str:
+        """A file name that tells the setting."""
+        known = "all" if self.masks == ALL else "own"
+        source = self.domain if self.data is None else Path(self.data).name
+        return f"n{self.labelled}-{known}-t{self.steps}-{source}-s{self.seed}"
+
+
+def run_setting(setting: Setting, folder: Path) -> dict[str, Any]:
+    """Do all rows of a setting, or read what was found before."""
+    place = folder / "fewshot" / f"{setting.name}.json"
+    if place.is_file():
+        return json.loads(place.read_text())
+    torch.set_num_threads(1)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    found = {**dataclasses.asdict(setting), **_rows(setting, folder)}
+    place.write_text(json.dumps(found, indent=1))
+    return found
+
+
+def _stock(setting: Setting, count: int, folder: Path) -> Stock:
+    if setting.data is not None:
+        return of_folder(Path(setting.data), count, setting.seed, folder / "data")
+    return of_world(setting.domain, count, setting.seed, folder / "data")
+
+
+def _rows(setting: Setting, folder: Path) -> dict[str, Any]:
+    stock = _stock(setting, setting.labelled, folder)
+    train = partial(_trained, setting, stock)
+    own = train(None)
+    rows: dict[str, Any] = {"real only": _score(own, stock)}
+    logger.info("%s: real only %.3f", setting.name, rows["real only"])
+    generator = _generator(setting, folder)
+    drawn = _draw(generator, stock.labelled[1])
+    _show(stock, drawn, folder / "fewshot" / f"{setting.name}.png")
+    first = np.stack([images[0] for _, images in drawn])
+    found = agreement(stock.judge.labels, first, stock.labelled[1], stock.classes)
+    kept: dict[str, Any] = {}
+    for method in FILTERS:
+        pairs, kept[method] = _filtered(method, own, stock, drawn)
+        rows[f"real + {method}"] = _score(train(pairs), stock)
+        logger.info("%s: real + %s %.3f", setting.name, method, rows[f"real + {method}"])
+        if method == "relative":
+            rows["synthetic only"] = _score(train(pairs, share=1.0), stock)
+            rows["++"], kept["++"] = _once_more(stock, train, generator, pairs)
+    agreed = {"right": round(found.right, 4), "wrong": round(found.wrong, 4)}
+    return {"miou": rows, "labels": kept, "agreement": agreed}
+
+
+def _once_more(
+    stock: Stock, train: Any, generator: Generator, pairs: Pairs
+) -> tuple[float, dict[str, Any]]:
+    """One round of MatchMask++: pseudo-masks of unlabelled images go through the same generator."""
+    teacher = train(pairs)
+    scores = teacher.log_probabilities(stock.unlabelled).max(1)
+    masks = scores.indices.byte().numpy()
+    masks[scores.values.exp().numpy() < _UNSURE] = IGNORE
+    masks = np.stack([mask for mask in masks if (mask != IGNORE).any()])
+    more, kept = _filtered("relative", teacher, stock, _draw(generator, masks))
+    both = np.concatenate([pairs[0], more[0]]), np.concatenate([pairs[1], more[1]])
+    return _score(train(both), stock), kept
+
+
+def _generator(setting: Setting, folder: Path) -> Generator:
+    cell = Cell(
+        labelled=setting.masks,
+        seed=setting.seed,
+        steps=setting.generator_steps,
+        domain=setting.domain,
+    )
+    stock = _stock(setting, setting.masks, folder)
+    base, conditioner, adapters, _ = train_cell(
+        cell, folder, dataset=stock.folder, size=stock.labelled[1].shape[1:]
+    )
+    config = dataclasses.replace(SAMPLING, images=_SIBLINGS, batch=_SIBLINGS)
+    return Generator(base, conditioner, adapters=adapters, config=config)
+
+
+def _draw(generator: Generator, masks: ndarray) -> Drawn:
+    named = [(str(index), mask) for index, mask in enumerate(masks)]
+    made = [one.image for one in generator.generate(named)]
+    images = np.stack(made).reshape(len(masks), _SIBLINGS, *made[0].shape)
+    return list(zip(masks, images, strict=True))
+
+
+def _show(stock: Stock, drawn: Drawn, path: Path) -> None:
+    """Write a sheet: mask, five images, and the labelled image that is nearest to the first."""
+    flat = stock.labelled[0].reshape(len(stock.labelled[0]), -1).astype(np.float32)
+    rows = []
+    for index, (mask, images) in enumerate(drawn[:_SHOWN]):
+        distances = np.square(flat - images[0].reshape(1, -1)).mean(1)
+        nearest = stock.labelled[0][int(distances.argmin())]
+        pictures = [(f"image {k}", image) for k, image in enumerate(images)]
+        rows.append(SheetRow(f"mask {index}", mask, [*pictures, ("nearest real", nearest)]))
+    path.write_bytes(encode_png(contact_sheet(rows, LabelSpace(stock.classes))))
+
+
+def _filtered(
+    method: Any, segmenter: ClosedSetSegmenter, stock: Stock, drawn: Drawn
+) -> tuple[Pairs, dict[str, Any]]:
+    """Return the pairs that a filter leaves, and how many of their labels the judge finds right."""
+    classes, rule = len(stock.classes), FilterConfig(method=method)
+    means = None
+    if method == "freemask":
+        losses = (
+            (mask, judged.loss[0])
+            for image, mask in zip(*stock.labelled, strict=True)
+            if (judged := judge(segmenter, image[None], mask, wanted=("loss",))).loss is not None
+        )
+        means = class_mean_loss(losses, classes)
+    images, labels, right = [], [], _Precision(stock.classes)
+    for mask, some in drawn:
+        judged: Judged = judge(segmenter, some, mask, wanted=NEEDS[method])
+        result = apply_filter(mask, judged, rule, classes, class_loss=means)
+        for image, label, dropped in zip(some, result.labels, result.dropped, strict=True):
+            right.add(label, stock.judge.labels(image[None])[0], mask)
+            if not dropped:
+                images.append(image)
+                labels.append(label)
+    shape = stock.labelled[1].shape[1:]
+    pairs = np.array(images, np.uint8).reshape(-1, *shape, 3), np.array(labels, np.uint8)
+    return (pairs[0], pairs[1].reshape(-1, *shape)), right.to_json()
+
+
+class _Precision:
+    """Counts labels that were kept, and those of them that the judge confirms, by class."""
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        self._classes = classes
+        self._told = np.zeros(256, np.int64)
+        self._kept = np.zeros(256, np.int64)
+        self._right = np.zeros(256, np.int64)
+
+    def add(self, label: ndarray, seen: ndarray, mask: ndarray) -> None:
+        self._told += np.bincount(mask.reshape(-1), minlength=256)
+        self._kept += np.bincount(label.reshape(-1), minlength=256)
+        self._right += np.bincount(label[label == seen].reshape(-1), minlength=256)
+
+    def to_json(self) -> dict[str, Any]:
+        count = len(self._classes)
+        kept, right = self._kept[:count], self._right[:count]
+        shares = np.divide(right, kept, out=np.full(count, np.nan), where=kept > 0)
+        return {
+            "precision": round(float(right.sum() / max(kept.sum(), 1)), 4),
+            "kept": round(float(kept.sum() / self._told[:count].sum()), 4),
+            "precision_by_class": {
+                name: None if np.isnan(share) else round(float(share), 3)
+                for name, share in zip(self._classes, shares, strict=True)
+            },
+        }
+
+
+def _trained(
+    setting: Setting, stock: Stock, synthetic: Pairs | None, *, share: float = 0.5
+) -> ClosedSetSegmenter:
+    recipe = named_segmenter_recipe(
+        "unet-miniature",
+        {"steps": setting.steps, "synthetic_share": share, "precision": "bf16"},
+    )
+    data = TrainingData(
+        label_space=LabelSpace(stock.classes),
+        real=_pairs(stock.labelled),
+        synthetic=_pairs(synthetic) if synthetic is not None and len(synthetic[0]) else None,
+        val=_pairs(stock.val),
+    )
+    made = train_segmenter(recipe, data, seed=setting.seed)
+    return decode_segmenter(made.segmenter, "study")
+
+
+def _pairs(pairs: Pairs) -> ArrayPairs:
+    return ArrayPairs([*pairs[0]], [*pairs[1]])
+
+
+def _score(segmenter: ClosedSetSegmenter, stock: Stock) -> float:
+    images, masks = stock.test
+    matrix = ConfusionMatrix(len(stock.classes))
+    matrix.add(masks, segmenter.labels(images))
+    return round(float(matrix.miou()), 4)
+
+
+def table(folder: Path) -> str:
+    """Return the tables of all settings in a folder, mean and sample deviation over seeds."""
+    results = [json.loads(path.read_text()) for path in sorted((folder / "fewshot").glob("*.json"))]
+    lines: list[str] = []
+    for key in sorted({_kind(row) for row in results}):
+        some = [row for row in results if _kind(row) == key]
+        lines += [
+            f"{key[0]} labelled, generator from {key[1]} masks, {key[2]} steps, {len(some)} seeds",
+            "| training | mIoU | label precision | labels kept |",
+            "|---|---|---|---|",
+        ]
+        for name in some[0]["miou"]:
+            labels = [row["labels"].get(name.removeprefix("real + "), {}) for row in some]
+            cells = [
+                _spread([row["miou"][name] for row in some]),
+                _spread([one["precision"] for one in labels if one]),
+                _spread([one["kept"] for one in labels if one]),
+            ]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the study, or print its tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", nargs="?", choices=["run", "table"], default="run")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--labelled", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--all-masks", action="store_true", help="generators from 2,048 scenes too")
+    parser.add_argument("--data", help="a dataset folder of real images instead of the miniature")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--generator-steps", type=int, default=400)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=Path("study"), help="where results lie")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    if arguments.command == "run":
+        work = [
+            Setting(
+                labelled=labelled,
+                seed=seed,
+                masks=masks,
+                steps=arguments.steps,
+                generator_steps=arguments.generator_steps,
+                data=arguments.data,
+            )
+            for seed in range(arguments.seeds)
+            for labelled in arguments.labelled
+            for masks in ((labelled, ALL) if arguments.all_masks else (labelled,))
+        ]
+        context = get_context("spawn")
+        with ProcessPoolExecutor(arguments.processes, mp_context=context) as pool:
+            for done in pool.map(partial(run_setting, folder=arguments.output), work):
+                logger.info("%s", json.dumps(done["miou"]))
+    sys.stdout.write(table(arguments.output))
+
+
+def _kind(row: dict[str, Any]) -> tuple[str, int, int, int]:
+    source = row["domain"] if row["data"] is None else Path(row["data"]).name
+    return source, row["labelled"], row["masks"], row["steps"]
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    mean = f"{100 * float(np.mean(values)):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {100 * float(np.std(values, ddof=1)):.1f}"
+
+
+if __name__ == "__main__":
+    main()

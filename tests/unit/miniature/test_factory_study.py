@@ -1,0 +1,54 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from loraseg.errors import DatasetError
+from loraseg.miniature import factory_study, fewshot_data
+from loraseg.miniature.dataset import write_dataset
+from loraseg.miniature.factory_study import FILTERS, Setting, run_setting, table
+from loraseg.miniature.fewshot_data import REAL_SIZE, of_folder
+
+TINY = Setting(labelled=3, seed=0, masks=3, steps=2, generator_steps=1)
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    monkeypatch.setattr(fewshot_data, "_VAL", 2)
+    monkeypatch.setattr(fewshot_data, "_TEST", 2)
+    monkeypatch.setattr(fewshot_data, "_UNLABELLED", 2)
+    monkeypatch.setattr(fewshot_data, "_JUDGE_STEPS", 2)
+    quick = dataclasses.replace(factory_study.SAMPLING, steps=1)
+    monkeypatch.setattr(factory_study, "SAMPLING", quick)
+    monkeypatch.setattr(factory_study, "_SIBLINGS", 3)
+    monkeypatch.setattr(factory_study, "_UNSURE", 0.0)
+
+
+def test_every_row_is_scored_once(tmp_path):
+    found = run_setting(TINY, tmp_path)
+    rows = {"real only", "synthetic only", "++", *(f"real + {name}" for name in FILTERS)}
+    assert found["miou"].keys() == rows
+    assert all(0 <= value <= 1 for value in found["miou"].values())
+    assert found["labels"]["none"]["kept"] == 1
+    assert (tmp_path / "fewshot" / f"{TINY.name}.png").is_file()
+    path = tmp_path / "fewshot" / f"{TINY.name}.json"
+    kept = {**found, "miou": dict.fromkeys(rows, 0.5)}
+    path.write_text(json.dumps(kept))
+    assert run_setting(TINY, tmp_path)["miou"]["++"] == 0.5
+    assert "| real + relative | 50.0 |" in table(tmp_path)
+
+
+def test_a_folder_of_real_images_is_shrunk_and_split(tmp_path):
+    folder = write_dataset("night", tmp_path / "real", train=9, val=2)
+    stock = of_folder(folder, 3, 0, tmp_path / "data")
+    assert stock.labelled[0].shape == (3, *REAL_SIZE, 3)
+    sets = [stock.labelled[0], stock.val[0], stock.unlabelled]
+    assert [len(one) for one in sets] == [3, 2, 2]
+    images = np.concatenate(sets).reshape(7, -1)
+    assert len(np.unique(images, axis=0)) == 7
+    assert stock.judge.label_space.names == stock.classes
+    other = of_folder(folder, 3, 1, tmp_path / "data")
+    assert not np.array_equal(other.labelled[0], stock.labelled[0])
+    with pytest.raises(DatasetError, match="9 images, expected over 11"):
+        of_folder(folder, 8, 0, tmp_path / "data")
