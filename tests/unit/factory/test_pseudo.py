@@ -63,5 +63,5 @@ def test_images_are_cut_into_chunks_and_must_be_there(config, tmp_path):
         unlabelled(
             PseudoConfig(images=str(tmp_path / "data"), output="o", segmenter="s", split="val")
         )
-    with pytest.raises(ConfigError, match="threshold: got 2.0"):
+    with pytest.raises(ConfigError, match=r"threshold: got 2\.0"):
         PseudoConfig(images="i", output="o", segmenter="s", threshold=2.0)

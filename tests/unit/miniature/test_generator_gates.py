@@ -12,7 +12,6 @@ from loraseg.miniature.world import render
 from loraseg.segment.closed_set import load_unet, predict
 from loraseg.segment.metrics import ConfusionMatrix
 
-
 STREET = ("building", "sidewalk", "road", "car")
 FIELD = ("sky", "mountain", "grass", "tree")
 
