@@ -46,7 +46,8 @@ def _told(output: str, summary: Summary) -> str:
     lines = [f"{output}: {manifest.masks} masks, {statuses}; {summary.new_rows} new rows"]
     lines += [f"  not used: {name}: {reason}" for name, reason in summary.refused[:_SHOWN]]
     if len(summary.refused) > _SHOWN:
-        lines.append(f"  and {len(summary.refused) - _SHOWN} more: loraseg synth ls {output} --status bad_mask")
+        more = len(summary.refused) - _SHOWN
+        lines.append(f"  and {more} more: loraseg synth ls {output} --status bad_mask")
     return "\n".join(lines) + "\n"
 
 
