@@ -2,6 +2,7 @@
 
 python -m loraseg.miniature.factory_study --seeds 3 --labelled 16 64 --processes 2 --output study
 python -m loraseg.miniature.factory_study --data DATASET_FOLDER --output study    # real images
+python -m loraseg.miniature.factory_study sheet --data DATASET_FOLDER --output study    # only draw
 python -m loraseg.miniature.factory_study table --output study
 
 One cell is a seed and a number of labelled images. The generator learns from these alone, draws
@@ -45,14 +46,14 @@ from loraseg.train.closed_data import ArrayPairs
 from loraseg.train.closed_recipes import named_segmenter_recipe
 from loraseg.train.closed_set import TrainingData, train_segmenter
 
-__all__ = ["Setting", "run_setting", "table"]
+__all__ = ["Setting", "run_setting", "run_sheet", "table"]
 
 logger = logging.getLogger(__name__)
 
 FILTERS = ("none", "confidence", "freemask", "relative")
 _SIBLINGS = 5
 _UNSURE = 0.9  # below, a pseudo-mask says nothing
-_SHOWN = 6
+_SHOWN, _SHEET_MASKS = 6, 32
 
 Drawn = list[tuple[ndarray, ndarray]]  # (mask, its images)
 
@@ -99,6 +100,32 @@ def run_setting(setting: Setting, folder: Path) -> dict[str, Any]:
     return found
 
 
+def run_sheet(setting: Setting, folder: Path) -> dict[str, float]:
+    """Train the generator of a setting, draw for held-out masks; write a sheet, return agreement.
+
+    The sheet shows test masks, five images of each, and the labelled image nearest to the first.
+    """
+    torch.set_num_threads(1)
+    stock = _stock(setting, setting.labelled, folder)
+    generator = _generator(setting, folder)
+    place = folder / "sheets" / setting.name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    drawn = _draw(generator, stock.test[1][:_SHEET_MASKS])
+    _show(stock, drawn, place.with_suffix(".png"))
+    found = _agreement(stock, drawn)
+    real = agreement(stock.judge.labels, *stock.test, stock.classes)
+    found["judge on real images"] = round(real.right, 4)
+    place.with_suffix(".json").write_text(json.dumps(found, indent=1))
+    return found
+
+
+def _agreement(stock: Stock, drawn: Drawn) -> dict[str, float]:
+    """Return the mIoU of the first images against their masks, and against wrong ones."""
+    first, masks = np.stack([images[0] for _, images in drawn]), np.stack([m for m, _ in drawn])
+    found = agreement(stock.judge.labels, first, masks, stock.classes)
+    return {"right": round(found.right, 4), "wrong": round(found.wrong, 4)}
+
+
 def _stock(setting: Setting, count: int, folder: Path) -> Stock:
     if setting.data is not None:
         return of_folder(Path(setting.data), count, setting.seed, folder / "data")
@@ -114,8 +141,6 @@ def _rows(setting: Setting, folder: Path) -> dict[str, Any]:
     generator = _generator(setting, folder)
     drawn = _draw(generator, stock.labelled[1])
     _show(stock, drawn, folder / "fewshot" / f"{setting.name}.png")
-    first = np.stack([images[0] for _, images in drawn])
-    found = agreement(stock.judge.labels, first, stock.labelled[1], stock.classes)
     kept: dict[str, Any] = {}
     for method in FILTERS:
         pairs, kept[method] = _filtered(method, own, stock, drawn)
@@ -124,8 +149,7 @@ def _rows(setting: Setting, folder: Path) -> dict[str, Any]:
         if method == "relative":
             rows["synthetic only"] = _score(train(pairs, share=1.0), stock)
             rows["++"], kept["++"] = _once_more(stock, train, generator, pairs)
-    agreed = {"right": round(found.right, 4), "wrong": round(found.wrong, 4)}
-    return {"miou": rows, "labels": kept, "agreement": agreed}
+    return {"miou": rows, "labels": kept, "agreement": _agreement(stock, drawn)}
 
 
 def _once_more(
@@ -287,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", nargs="?", choices=["run", "table"], default="run")
+    parser.add_argument("command", nargs="?", choices=["run", "sheet", "table"], default="run")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--labelled", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--all-masks", action="store_true", help="generators from 2,048 scenes too")
@@ -298,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("study"), help="where results lie")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    if arguments.command == "run":
+    if arguments.command != "table":
         work = [
             Setting(
                 labelled=labelled,
@@ -312,11 +336,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             for labelled in arguments.labelled
             for masks in ((labelled, ALL) if arguments.all_masks else (labelled,))
         ]
+        job = run_setting if arguments.command == "run" else run_sheet
         context = get_context("spawn")
         with ProcessPoolExecutor(arguments.processes, mp_context=context) as pool:
-            for done in pool.map(partial(run_setting, folder=arguments.output), work):
-                logger.info("%s", json.dumps(done["miou"]))
-    sys.stdout.write(table(arguments.output))
+            for setting, done in zip(
+                work, pool.map(partial(job, folder=arguments.output), work), strict=True
+            ):
+                logger.info("%s: %s", setting.name, json.dumps(done.get("miou", done)))
+    if arguments.command != "sheet":
+        sys.stdout.write(table(arguments.output))
 
 
 def _kind(row: dict[str, Any]) -> tuple[str, int, int, int]:

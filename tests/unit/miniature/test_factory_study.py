@@ -7,7 +7,7 @@ import pytest
 from loraseg.errors import DatasetError
 from loraseg.miniature import factory_study, fewshot_data
 from loraseg.miniature.dataset import write_dataset
-from loraseg.miniature.factory_study import FILTERS, Setting, run_setting, table
+from loraseg.miniature.factory_study import FILTERS, Setting, run_setting, run_sheet, table
 from loraseg.miniature.fewshot_data import REAL_SIZE, of_folder
 
 TINY = Setting(labelled=3, seed=0, masks=3, steps=2, generator_steps=1)
@@ -52,3 +52,11 @@ def test_a_folder_of_real_images_is_shrunk_and_split(tmp_path):
     assert not np.array_equal(other.labelled[0], stock.labelled[0])
     with pytest.raises(DatasetError, match="9 images, expected over 11"):
         of_folder(folder, 8, 0, tmp_path / "data")
+
+
+def test_a_sheet_needs_no_segmenters(tmp_path):
+    folder = write_dataset("night", tmp_path / "real", train=9, val=3)
+    setting = dataclasses.replace(TINY, data=str(folder))
+    found = run_sheet(setting, tmp_path)
+    assert found.keys() == {"right", "wrong", "judge on real images"}
+    assert (tmp_path / "sheets" / f"{setting.name}.png").is_file()
