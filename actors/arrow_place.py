@@ -15,10 +15,10 @@ __all__ = ["arrow_place"]
 _TRIES = 10
 
 
-def arrow_place(uri: str) -> tuple[str, Any]:
-    """Return a store's path and, on S3, the pyarrow file system that the path is in.
+def arrow_place(uri: str) -> tuple[str, fs.FileSystem]:
+    """Return a store's path and the pyarrow file system that the path is in.
 
-    The file system holds this process's endpoint and credentials, so that it works where it
+    One on S3 holds this process's endpoint and credentials, so that it works where it
     travels to.
 
     Args:
@@ -30,7 +30,7 @@ def arrow_place(uri: str) -> tuple[str, Any]:
     place = open_store(uri).uri
     parts = urllib.parse.urlsplit(place)
     if parts.scheme == "file":
-        return urllib.parse.unquote(parts.path), None
+        return urllib.parse.unquote(parts.path), fs.LocalFileSystem()
     return place.removeprefix("s3://"), _s3()
 
 

@@ -71,6 +71,8 @@ def on_ray_train(workers: Workers, train: Train = train_segmenter) -> RunTask:
             trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise _cause(error) from error
+        path, system = arrow_place(task.output)
+        system.delete_dir(f"{path}/{task.place}")
 
     return run
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loraseg.compat import prepare_torchvision
-from loraseg.data.labels import IGNORE
+from loraseg.segment.mask_loss import set_loss
 from loraseg.tensor_types import Float, Int
 
 __all__ = ["MaskFormer", "build_mask_former"]
@@ -60,16 +60,19 @@ class MaskFormer(nn.Module):
         targets: Int[Tensor, "b h w"],
         weights: Float[Tensor, " c"] | None,
     ) -> Float[Tensor, ""]:
-        """Return the set loss of Mask2Former over the classes that each image shows."""
-        shown = [image.unique() for image in targets]
-        shown = [ids[ids != IGNORE] for ids in shown]
-        masks = [
-            (image[None] == ids[:, None, None]).float()
-            for image, ids in zip(targets, shown, strict=True)
+        """Return the set loss over the classes that each image shows, see :mod:`mask_loss`."""
+        out = self.network(pixel_values=images, output_auxiliary_logits=True)
+        layers = [(out.class_queries_logits, out.masks_queries_logits)]
+        layers += [
+            (layer["class_queries_logits"], layer["masks_queries_logits"])
+            for layer in out.auxiliary_logits
         ]
+        # The last weight is that of "no object".
+        own = self.network.criterion.empty_weight
         if weights is not None:
-            self.network.criterion.empty_weight[:-1] = weights
-        return self.network(pixel_values=images, mask_labels=masks, class_labels=shown).loss
+            own = torch.cat([weights.to(own.dtype), own[-1:]])
+        with torch.autocast(images.device.type, enabled=False):
+            return set_loss(layers, targets, own.float(), self.network.config)
 
 
 def build_mask_former(classes: int, width: int, backbone: str) -> MaskFormer:

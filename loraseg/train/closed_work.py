@@ -144,8 +144,8 @@ def train_segmenters(config: SegmenterConfig, run: RunTask | None = None) -> dic
 
     Args:
         config: What and how.
-        run: Trains one arm to its end, :meth:`SegmenterTask.finish` included; by default
-            :func:`run_here`.
+        run: Trains one arm to its end, :meth:`SegmenterTask.finish` included, and then forgets
+            its checkpoints; by default :func:`run_here`.
 
     Returns:
         The content of ``results.json``.
@@ -167,7 +167,6 @@ def train_segmenters(config: SegmenterConfig, run: RunTask | None = None) -> dic
         if not (_done(store, task) or _copied(config.reuse, task, store)):
             logger.info("%s: begins", task.name)
             (run or run_here)(task)
-        _forget_checkpoints(store, task)
     arms = {task.name: _finished(store, task) for task in tasks}
     results = {
         "format": _FORMAT,
@@ -206,6 +205,7 @@ def run_here(task: SegmenterTask) -> None:
     context = TrainingContext(load=load, save=save)
     trained = train_segmenter(task.recipe, data, task.seed, context)
     task.finish(trained, data.label_space.names)
+    store.delete(key)
 
 
 def _tasks(config: SegmenterConfig) -> tuple[list[SegmenterTask], TrainingData]:
@@ -322,11 +322,6 @@ def _copied(reuse: str | None, task: SegmenterTask, store: ObjectStore) -> bool:
 def _done(store: ObjectStore, task: SegmenterTask) -> bool:
     arm = _read(store, _arm_key(task.name))
     return arm is not None and arm.get("run") == task.run
-
-
-def _forget_checkpoints(store: ObjectStore, task: SegmenterTask) -> None:
-    for key in list(store.list(f"{task.place}/")):
-        store.delete(key)
 
 
 def _finished(store: ObjectStore, task: SegmenterTask) -> dict[str, Any]:
