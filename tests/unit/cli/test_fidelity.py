@@ -1,12 +1,10 @@
 """``loraseg synth fidelity``: what it prints, and mistakes in one line."""
 
-import argparse
 import json
 
 import pytest
 
-from loraseg.cli.fidelity import add_fidelity
-from loraseg.errors import DatasetError
+from loraseg.cli import main
 from tests.unit.evaluate.fidelity_world import pair, picture, write_real, write_shards
 from tests.unit.tiny import write_models
 
@@ -23,10 +21,7 @@ def places(tmp_path_factory):
 
 
 def run(*words):
-    parser = argparse.ArgumentParser()
-    add_fidelity(parser.add_subparsers())
-    arguments = parser.parse_args(["fidelity", *words])
-    return arguments.command(arguments)
+    return main(["synth", "fidelity", *words])
 
 
 def test_table(places, capsys):
@@ -50,8 +45,8 @@ def test_json(places, capsys):
     assert all(figure["encoder"].startswith("clip:") for figure in told["figures"].values())
 
 
-def test_mistakes(places, tmp_path):
-    with pytest.raises(DatasetError, match="no synthetic data is committed"):
-        run(str(tmp_path), *places[1:])
-    with pytest.raises(DatasetError, match="no split 'train'"):
-        run(*places[:3], *places[5:])
+def test_mistakes(places, tmp_path, capsys):
+    assert run(str(tmp_path), *places[1:]) == 1
+    assert "no synthetic data is committed" in capsys.readouterr().err
+    assert run(*places[:3], *places[5:]) == 1
+    assert "no split 'train'" in capsys.readouterr().err

@@ -5,7 +5,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from loraseg.miniature.catseg_gates import catseg_report, score
+from loraseg.miniature import catseg_gates
+from loraseg.miniature.catseg_gates import score
 from loraseg.miniature.clip_gates import clip_report
 from loraseg.miniature.weights_io import WEIGHTS, read_clip
 from loraseg.miniature.world import BASE_DOMAINS, CLASSES, DOMAINS
@@ -48,8 +49,10 @@ def test_the_catseg_is_the_one_that_the_report_measured(report):
     assert iou.shape == (12,)
 
 
-def test_a_report_names_the_controls():
+def test_a_report_names_the_controls(monkeypatch):
+    # The other domains add nothing to this but time.
+    monkeypatch.setattr(catseg_gates, "DOMAINS", {name: DOMAINS[name] for name in BASE_DOMAINS})
     model = load_catseg(WEIGHTS / "catseg.safetensors")
-    domains = catseg_report(model, scenes=1)
+    domains = catseg_gates.catseg_report(model, scenes=1)
     assert set(domains["held_out_iou_renamed"]) == {"photo", "night", "car"}
-    assert set(domains["held_out_iou"]) == set(BASE_DOMAINS)
+    assert set(domains["held_out_iou"]) == set(domains["miou_by_domain"]) == set(BASE_DOMAINS)
