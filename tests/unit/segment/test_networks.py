@@ -201,7 +201,7 @@ def test_norms_and_embeddings_of_mask_former_do_not_decay():
     ],
 )
 def test_refuses_what_is_no_network(values):
-    with pytest.raises(ConfigError, match=r"network|width|backbone"):
+    with pytest.raises(ConfigError, match=r"name|width|backbone"):
         build(NetworkConfig, values)
 
 

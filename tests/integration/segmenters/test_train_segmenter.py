@@ -1,0 +1,108 @@
+"""Segmenters on real Ray Train: two workers, one of which is killed."""
+
+import json
+
+import numpy as np
+import pytest
+
+import jobs.train_segmenter as job
+from actors.resources import Placement
+from actors.segmenter_training import Workers, on_ray_train
+from loraseg.errors import StageError
+from loraseg.segment.closed_checkpoint import load_segmenter
+from loraseg.storage import open_store
+from loraseg.train.closed_set import train_segmenter
+from loraseg.train.closed_work import SegmenterConfig, run_here, train_segmenters
+from tests.integration.segmenters.accidents import Accident
+from tests.tiny_world import LABELS, write_domain
+from tests.unit.train.closed_world import coloured, commit_pairs
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.data\..*"),
+]
+
+_RECIPE = {
+    "network": {"width": 8},
+    "steps": 6,
+    "batch_size": 4,
+    "crop": 32,
+    "eval_every": 2,
+    "precision": "fp32",
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world")
+    write_domain(root / "real", "fog")
+    images, labels = coloured(6, 0, side=32)
+    commit_pairs(root / "synthetic", zip(images, labels, strict=True), LABELS.names)
+    return root
+
+
+def _config(world, output, cls=SegmenterConfig, **changes):
+    plain = {"real": str(world / "real"), "overrides": _RECIPE, "output": output}
+    return cls(**{**plain, **changes})
+
+
+def test_two_workers_survive_the_loss_of_one(ray_cluster, world, tmp_path, s3_env):
+    """Two workers on S3: one dies after a checkpoint, and the result is as without that."""
+    del ray_cluster
+    workers = Workers(count=2, resources=Placement(retries=2))
+    uri = f"{s3_env.uri}/killed run"
+    accident = Accident(rank=1, step=2, folder=tmp_path)
+    config = _config(world, uri, synthetic=(str(world / "synthetic"),))
+    arm, alone = (_segmenter_arm(config, run) for run in (on_ray_train(workers, accident), None))
+    assert (tmp_path / "died").exists()
+    assert (tmp_path / "world-2-cpu").exists()
+    # pyarrow keeps an empty object for the folder itself.
+    assert list(open_store(uri).list("checkpoints/")) == ["checkpoints/"]
+    assert [step for step, _ in arm["scores"]] == [2, 4, 6]
+    # One process sees the same batches; its sums are in another order.
+    assert [step for step, _ in arm["losses"]] == [step for step, _ in alone["losses"]]
+    losses = [[loss for _, loss in one["losses"]] for one in (arm, alone)]
+    np.testing.assert_allclose(*losses, rtol=0.02)
+
+
+def _segmenter_arm(config, run):
+    """Train the first arm alone, by ``run`` or in this process; return its scores."""
+    done = []
+
+    def once(task):
+        if done:
+            raise StageError("the control is left out")
+        done.append(task.name)
+        (run or run_here)(task)
+
+    with pytest.raises(StageError, match="left out"):
+        train_segmenters(config, once)
+    store = open_store(config.output)
+    arm = json.loads(store.get("arms/segmenter.json"))
+    assert load_segmenter(f"{config.output}/segmenter.safetensors").digest == arm["sha256"]
+    store.delete("arms/segmenter.json")
+    return arm
+
+
+def test_job_trains_once(ray_cluster, world, tmp_path, capsys):
+    del ray_cluster
+    config = _config(world, str(tmp_path), job.Config)
+    job.main(config)
+    assert "segmenter: mIoU" in capsys.readouterr().out
+    first = (tmp_path / "results.json").read_bytes()
+    written = (tmp_path / "segmenter.safetensors").stat().st_mtime_ns
+    job.main(config)
+    assert (tmp_path / "results.json").read_bytes() == first
+    assert (tmp_path / "segmenter.safetensors").stat().st_mtime_ns == written
+    assert list(json.loads(first)["arms"]) == ["segmenter"]
+
+
+def test_an_error_of_a_worker_is_told_as_it_is(ray_cluster, world, tmp_path):
+    del ray_cluster
+    overrides = {**_RECIPE, "learning_rate": 1e30, "clip_norm": None, "warmup_steps": 0}
+    workers = Workers(resources=Placement(retries=0))
+    with pytest.raises(StageError, match="the loss is"):
+        train_segmenters(
+            _config(world, str(tmp_path), overrides=overrides),
+            on_ray_train(workers, train_segmenter),
+        )
