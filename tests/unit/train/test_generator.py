@@ -33,6 +33,17 @@ def plain(base, data):
     return train_generator(base, data, recipe_of())
 
 
+@pytest.fixture(scope="module")
+def averaged(base, data):
+    return train_generator(base, data, recipe_of(loop={"ema_decay": 0.9}))
+
+
+@pytest.fixture(scope="module")
+def tuned(base, data):
+    recipe = recipe_of(learning_rate=1e-3)
+    return finetune_full(base, data, recipe, Hooks(score_on={"all": data}))
+
+
 def same(one, other):
     assert one.pairs.keys() == other.pairs.keys()
     assert one.alphas.keys() == other.alphas.keys()
@@ -55,9 +66,9 @@ def snapshot(base):
     return {name: value.clone() for name, value in base.unet.state_dict().items()}
 
 
-def test_the_base_is_afterwards_as_it_was(base, data):
+def test_recomputing_changes_no_gradient_and_leaves_the_base_as_it_was(base, data, plain):
     before, processors = snapshot(base), dict(base.unet.attn_processors)
-    train_generator(base, data, recipe_of(recompute=True))
+    close(train_generator(base, data, recipe_of(recompute=True)), plain, rtol=0, atol=1e-6)
     after = base.unet.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], value) for name, value in before.items())
@@ -77,7 +88,7 @@ def test_all_pairs_and_fusion_layers_train(plain):
 
 def test_the_loss_falls_below_that_of_the_base(base, folder):
     recipe = recipe_of(
-        rank=8, learning_rate=0.05, batch_size=4, loop={"steps": 20, "checkpoint_every": 20}
+        rank=8, learning_rate=0.05, batch_size=4, loop={"steps": 12, "checkpoint_every": 12}
     )
     data = data_of(folder, base, recipe)
     trained = train_generator(base, data, recipe, Hooks(score_on={"all": data}))
@@ -94,7 +105,7 @@ def test_twice_gives_the_same_bits(base, folder, data, precision):
 
 
 @pytest.mark.parametrize(("kills", "ema"), [((1,), 0.9), ((3, 5), None), ((3, 6), 0.9)])
-def test_ends_in_the_same_bits_whatever_kills_it(base, data, tmp_path, kills, ema):
+def test_ends_in_the_same_bits_whatever_kills_it(request, base, data, tmp_path, kills, ema):
     recipe = recipe_of(loop={"ema_decay": ema})
     slot = CheckpointSlot(open_store(str(tmp_path)))
     for step in kills:
@@ -102,7 +113,7 @@ def test_ends_in_the_same_bits_whatever_kills_it(base, data, tmp_path, kills, em
             train_generator(base, data, recipe, Hooks(slot=slot, watch=kill_at(step)))
     resumed = train_generator(base, data, recipe, Hooks(slot=slot))
     assert resumed.loop.resumed_from_step == max(kills) // 2 * 2
-    assert same(resumed, train_generator(base, data, recipe))
+    assert same(resumed, request.getfixturevalue("averaged" if ema else "plain"))
 
 
 def test_parts_of_a_step_add_up_to_the_whole(base, folder):
@@ -120,12 +131,7 @@ def test_parts_of_a_step_add_up_to_the_whole(base, folder):
     assert whole.loop.loss == pytest.approx(parted.loop.loss, rel=1e-5)
 
 
-def test_recomputing_changes_no_gradient(base, data, plain):
-    close(train_generator(base, data, recipe_of(recompute=True)), plain, rtol=0, atol=1e-6)
-
-
-def test_the_average_is_what_is_kept(base, data, plain):
-    averaged = train_generator(base, data, recipe_of(loop={"ema_decay": 0.5}))
+def test_the_average_is_what_is_kept(averaged, plain):
     assert averaged.loop.loss == plain.loop.loss
     assert not same(averaged, plain)
 
@@ -186,11 +192,9 @@ def test_names_of_no_layer_are_refused(base, data):
         train_generator(base, data, recipe_of(targets=["mid_block"]))
 
 
-def test_full_tuning_moves_every_weight_and_puts_them_back(base, data):
-    before = snapshot(base)
-    recipe = recipe_of(learning_rate=1e-3)
-    tuned = finetune_full(base, data, recipe, Hooks(score_on={"all": data}))
-    assert tuned.losses["all"] < base_loss(base, data, recipe)
+def test_full_tuning_moves_every_weight_and_puts_them_back(base, data, tuned):
+    before = snapshot(tiny_generator())
+    assert tuned.losses["all"] < base_loss(base, data, recipe_of(learning_rate=1e-3))
     after = base.unet.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert not any(p.requires_grad for p in base.unet.parameters())
@@ -200,15 +204,14 @@ def test_full_tuning_moves_every_weight_and_puts_them_back(base, data):
     assert tuned.loop.resumed_from_step == 0
 
 
-def test_full_tuning_ends_in_the_same_bits_after_a_kill(base, data, tmp_path):
+def test_full_tuning_ends_in_the_same_bits_after_a_kill(base, data, tuned, tmp_path):
     recipe = recipe_of(learning_rate=1e-3)
     slot = CheckpointSlot(open_store(str(tmp_path)))
     with pytest.raises(Killed):
         finetune_full(base, data, recipe, Hooks(slot=slot, watch=kill_at(3)))
     resumed = finetune_full(base, data, recipe, Hooks(slot=slot))
-    whole = finetune_full(base, data, recipe)
     assert resumed.loop.resumed_from_step == 2
-    assert all(torch.equal(value, whole.unet[name]) for name, value in resumed.unet.items())
+    assert all(torch.equal(value, tuned.unet[name]) for name, value in resumed.unet.items())
 
 
 def test_gradient_checkpointing_that_is_on_already_is_refused(base, data):

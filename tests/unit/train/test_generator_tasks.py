@@ -110,11 +110,23 @@ def test_the_report_shows_the_grids_and_needs_no_network(done):
     assert "val_loss_base" in page
 
 
-def test_pictures_are_left_out_of_a_report_without_any(tmp_path):
-    task = tiny_generator_task(tmp_path, output=str(tmp_path / "out"))
-    run_task(task)
-    page = open_store(str(tmp_path / "out")).get("fog.html").decode()
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """A finished task without pictures and without a validation split, its report elsewhere."""
+    folder = tmp_path_factory.mktemp("bare")
+    recipe = recipe_of(loop={"steps": 2, "warmup_steps": 1})
+    task = tiny_generator_task(folder, recipe=recipe, output=str(folder / "out"))
+    shutil.rmtree(folder / "fog" / "images" / "val")
+    return folder / "out", run_task(task)
+
+
+def test_pictures_are_left_out_of_a_report_without_any(bare):
+    page = open_store(str(bare[0])).get("fog.html").decode()
     assert "None were asked for" in page
+
+
+def test_without_a_validation_split_there_is_the_training_loss_only(bare):
+    assert set(bare[1].metrics) == {"train_loss"}
 
 
 def test_a_grid_shows_masks_images_and_what_is_generated(tmp_path):
@@ -203,53 +215,55 @@ def test_stock_diffusers_loads_it_and_runs_with_it(done, tmp_path):
 
 def test_nothing_is_encoded_twice(done, monkeypatch):
     task, _, _ = done
-    other = dataclasses.replace(task, name="second", recipe=recipe_of(rank=1))
+    short = recipe_of(rank=1, loop={"steps": 1, "warmup_steps": 0})
+    other = dataclasses.replace(task, name="second", recipe=short)
     monkeypatch.setattr("loraseg.backbones.diffusion.DiffusionBase.encode_images", None)
     monkeypatch.setattr("loraseg.backbones.diffusion.DiffusionBase.encode_text", None)
     assert not run_task(other).skipped
 
 
-@pytest.fixture
-def with_active(done, tmp_path):
-    """A task with an adapter without fusion layers active, in a library of its own."""
-    shutil.copytree(done[0].data, tmp_path / "fog")
+@pytest.fixture(scope="module")
+def with_active(done, tmp_path_factory):
+    """A finished task on an active adapter without fusion layers, in a library of its own."""
+    folder = tmp_path_factory.mktemp("active")
+    shutil.copytree(done[0].data, folder / "fog")
     plain = recipe_of(draws={"regions": False}, targets="self")
-    first = tiny_generator_task(tmp_path, "style", recipe=plain)
-    run_task(first)
-    return tiny_generator_task(
-        tmp_path, "control", active=(ActiveAdapter(name="style", weight=0.5),)
+    run_task(tiny_generator_task(folder, "style", recipe=plain))
+    task = tiny_generator_task(
+        folder,
+        "control",
+        recipe=recipe_of(grid={"every": 6, "masks": 1, "steps": 1}),
+        active=(ActiveAdapter(name="style", weight=0.5),),
     )
+    return task, run_task(task)
 
 
 def test_the_card_says_what_was_active(with_active, done):
-    result = run_task(with_active)
-    style = Library(open_store(with_active.library)).entry("style")
-    card = published(with_active)[1]
+    task, result = with_active
+    style = Library(open_store(task.library)).entry("style")
+    card = published(task)[1]
     assert card.parents == (style.digest,)
     assert card.recipe["active"] == [
         {"name": "style", "version": 1, "digest": style.digest, "weight": 0.5}
     ]
     assert card.recipe["active_adapters"] == [style.digest]
-    alone = dataclasses.replace(with_active, active=())
-    assert plan(alone).digest != plan(with_active).digest
+    alone = dataclasses.replace(task, active=())
+    assert plan(alone).digest != plan(task).digest
     assert result.digest != done[1].digest
     assert card.metrics["val_loss"] != pytest.approx(card.metrics["val_loss_base"], abs=1e-9)
 
 
 def test_pictures_show_what_is_active_too(with_active):
-    recipe = recipe_of(grid={"every": 6, "masks": 1, "steps": 1})
-    run_task(dataclasses.replace(with_active, recipe=recipe))
-    page = open_store(with_active.report_place).get("control.html").decode()
+    page = open_store(with_active[0].report_place).get("control.html").decode()
     assert page.count("data:image/png") == 1
 
 
 def test_what_cannot_be_active_is_refused(with_active):
-    run_task(with_active)
     for name, error, reason in (
         ("absent", AdapterNotFoundError, "no adapter 'absent'"),
         ("control", ConfigError, "has fusion layers of its own"),
     ):
-        task = dataclasses.replace(with_active, active=(ActiveAdapter(name=name),))
+        task = dataclasses.replace(with_active[0], active=(ActiveAdapter(name=name),))
         with pytest.raises(error, match=reason):
             plan(task)
 
@@ -286,12 +300,6 @@ def test_a_failing_task_fails_alone(tmp_path):
     assert isinstance(outcome, ConfigError)
 
 
-def test_without_a_validation_split_there_is_the_training_loss_only(tmp_path):
-    task = tiny_generator_task(tmp_path)
-    shutil.rmtree(tmp_path / "fog" / "images" / "val")
-    assert set(run_task(task).metrics) == {"train_loss"}
-
-
 def test_the_average_is_published(done, tmp_path):
     task = tiny_generator_task(tmp_path, recipe=recipe_of(loop={"ema_decay": 0.5}))
     with pytest.raises(Killed):
@@ -305,10 +313,10 @@ def test_the_average_is_published(done, tmp_path):
 
 def test_an_order_per_dataset_does_not_depend_on_the_name(tmp_path):
     short = recipe_of(loop={"steps": 1, "warmup_steps": 0})
+    task = tiny_generator_task(tmp_path, images=2, recipe=short)
+    shutil.rmtree(tmp_path / "fog" / "images" / "val")
     results = [
-        run_task(
-            tiny_generator_task(tmp_path, name, data_order=order, images=2, recipe=short)
-        ).digest
+        run_task(dataclasses.replace(task, name=name, data_order=order)).digest
         for name, order in (("one", "per_dataset"), ("two", "per_dataset"), ("two", "per_adapter"))
     ]
     assert results[0] == results[1] != results[2]

@@ -24,11 +24,21 @@ from tests.unit.train.killing import Killed, kill_at
 from tests.unit.train.tiny_files import RECIPE
 
 
-@pytest.fixture
-def images(tmp_path):
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return DatasetFolder.open(write_domain(tmp_path_factory.mktemp("fog"), "fog"))
+
+
+@pytest.fixture(scope="module")
+def images(dataset):
     recipe = named_recipe("miniature", RECIPE)
-    dataset = DatasetFolder.open(write_domain(tmp_path, "fog"))
     return TrainingImages(dataset, dataset.samples("train"), recipe.augment, keys=("t",))
+
+
+@pytest.fixture(scope="module")
+def plain(images):
+    """What the recipe of most tests makes of a fresh base."""
+    return train(tiny_base(), images).pairs
 
 
 def train(base, images, **changes):
@@ -86,22 +96,21 @@ def test_counted_is_what_trains():
     assert sum(p.numel() for p in parameters.values()) == count_parameters(base.model, recipe)
 
 
-@pytest.mark.parametrize("change", [{"precision": "bf16"}, {"precision": "fp32"}])
-def test_twice_gives_the_same_bits(images, change):
-    loop = {**RECIPE["loop"], **change}
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_twice_gives_the_same_bits(images, precision):
+    loop = {**RECIPE["loop"], "steps": 4, "precision": precision}
     first, second = (train(tiny_base(), images, loop=loop).pairs for _ in range(2))
     for name, pair in first.items():
         assert torch.equal(pair.down, second[name].down)
         assert torch.equal(pair.up, second[name].up)
 
 
-def test_the_seed_of_the_batches_decides_the_start(images, tmp_path):
-    dataset = DatasetFolder.open(tmp_path)
+def test_the_seed_of_the_batches_decides_the_start(dataset, plain):
     other = TrainingImages(
         dataset, dataset.samples("train"), named_recipe("miniature", RECIPE).augment, seed=1
     )
-    first, second = train(tiny_base(), images).pairs, train(tiny_base(), other).pairs
-    assert not any(torch.equal(pair.down, second[name].down) for name, pair in first.items())
+    pairs = train(tiny_base(), other).pairs
+    assert not any(torch.equal(pair.down, pairs[name].down) for name, pair in plain.items())
 
 
 GROUP = {
@@ -127,7 +136,7 @@ def same(first, second):
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def alone(images):
     """What each member becomes on its own."""
     return {
@@ -144,11 +153,15 @@ def test_an_adapter_is_the_same_alone_and_in_any_group(images, alone, order):
 
 
 @pytest.mark.parametrize("rule", ["semla", "aggregator"])
-def test_whole_groups_may_adapt_clip_as_well(images, rule):
-    members = [member("one", targets=rule), member("wide", targets=rule)]
+def test_whole_groups_may_adapt_clip_as_well(images, alone, rule):
+    names = ("one", "wide")
+    members = [member(name, targets=rule) for name in names]
     together = train_group(tiny_base(), images, LABELS.names, members)
-    for one, trained in zip(members, together, strict=True):
-        (single,) = train_group(tiny_base(), images, LABELS.names, [one])
+    for name, one, trained in zip(names, members, together, strict=True):
+        if rule == "aggregator":
+            single = alone[name]
+        else:
+            (single,) = train_group(tiny_base(), images, LABELS.names, [one])
         assert same(trained, single)
         assert all(pair.up.any() for pair in trained.pairs.values()) == (rule == "aggregator")
 
