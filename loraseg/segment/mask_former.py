@@ -97,7 +97,12 @@ def build_mask_former(classes: int, width: int, backbone: str) -> MaskFormer:
         encoder_feedforward_dim=4 * width,
         dim_feedforward=8 * width,
     )
-    return MaskFormer(Mask2FormerForUniversalSegmentation(config))
+    network = Mask2FormerForUniversalSegmentation(config)
+    for name, parameter in network.named_parameters():
+        # Swin's last norm, which a backbone never calls: DistributedDataParallel would wait for it.
+        if name.endswith(("encoder.swin.layernorm.weight", "encoder.swin.layernorm.bias")):
+            parameter.requires_grad_(False)
+    return MaskFormer(network)
 
 
 def _swin(name: str) -> Any:

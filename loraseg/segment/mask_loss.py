@@ -51,7 +51,11 @@ def set_loss(
     """
     used = [i for i, image in enumerate(targets) if bool((image != IGNORE).any())]
     truths = [_truth(targets[i]) for i in used]
-    total = layers[0][0].sum() * 0
+    # Every output takes part, whatever is labelled: DistributedDataParallel waits for all gradients.
+    total = sum(
+        (classes.sum() * 0 + masks.sum() * 0 for classes, masks in layers),
+        layers[0][0].new_zeros(()),
+    )
     if not truths:
         return total
     count = max(1, sum(len(truth.classes) for truth in truths))

@@ -74,7 +74,16 @@ def test_a_batch_without_labels_changes_nothing(config, weighted):
     loss = network.loss(network.normalise(_images()), targets, weights)
     loss.backward()
     assert loss.detach() == 0
-    assert all((p.grad == 0).all() for p in network.parameters() if p.grad is not None)
+    assert all((p.grad == 0).all() for p in network.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("config", _CONFIGS, ids=lambda config: config.name)
+def test_every_parameter_that_learns_has_a_gradient(config):
+    # DistributedDataParallel stops at the second step otherwise.
+    network = _network(config).train()
+    targets = torch.zeros(2, 45, 38, dtype=torch.int64)
+    network.loss(network.normalise(_images()), targets).backward()
+    assert not [n for n, p in network.named_parameters() if p.requires_grad and p.grad is None]
 
 
 def test_semantic_map_is_the_normalised_sum_over_queries():
