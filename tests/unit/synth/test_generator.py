@@ -58,29 +58,29 @@ def latents(made):
     ("kind", "scheduler"), [("sd", "pndm"), ("v", "euler-a"), ("sdxl", "pndm")]
 )
 def test_an_image_is_the_same_alone_in_a_batch_and_in_any_order(kind, scheduler):
-    settings = {"images": 5, "steps": 5, "scheduler": scheduler}
+    settings = {"images": 3, "steps": 4, "scheduler": scheduler}
     masks = [("a", mask(0)), ("b", mask(1)), ("c", mask(2))]
-    reference = latents(generator(kind, batch=5, **settings).generate(masks[:1]))
+    reference = latents(generator(kind, batch=3, **settings).generate(masks[:1]))
     alone = latents(generator(kind, batch=1, **settings).generate(masks[:1]))
     mixed = latents(generator(kind, batch=4, **settings).generate(masks))
     turned = latents(generator(kind, batch=7, **settings).generate(masks[::-1]))
-    for k in range(5):
+    for k in range(3):
         for other in (alone, mixed, turned):
             torch.testing.assert_close(other["a", k], reference["a", k], rtol=0, atol=1e-4)
     assert not torch.allclose(reference["a", 0], reference["a", 1], atol=0.1)
 
 
-@pytest.mark.parametrize("first", [1, 3])
+@pytest.mark.parametrize("first", [1, 2])
 def test_later_images_are_those_of_a_longer_run(first):
     masks, heads = [("a", mask(0)), ("b", mask(1))], [pack(adapter("h")), pack(adapter("i"))]
-    own = generator(heads=heads, images=4, steps=2, batch=3)
-    weights = np.random.default_rng(0).random((2, 4, 2))
+    own = generator(heads=heads, images=3, steps=2, batch=2)
+    weights = np.random.default_rng(0).random((2, 3, 2))
     whole = {(o.name, o.lineage.k): o for o in own.generate(masks, heads=weights)}
     # What is there already was made by a run that wanted fewer images.
     before = generator(heads=heads, images=first, steps=2)
     there = list(before.generate(masks, heads=weights[:, :first]))
     later = list(own.generate(masks, heads=weights[:, first:], first=first))
-    assert [(o.name, o.lineage.k) for o in later] == [(n, k) for n in "ab" for k in range(first, 4)]
+    assert [(o.name, o.lineage.k) for o in later] == [(n, k) for n in "ab" for k in range(first, 3)]
     assert {(o.name, o.lineage.k) for o in [*there, *later]} == set(whole)
     for one in (*there, *later):
         expected = whole[one.name, one.lineage.k]
@@ -305,7 +305,7 @@ def test_text_is_encoded_once_a_prompt_over_the_generators_life():
 
 def test_lineage_and_label():
     one = GeneratorAdapter.of(adapter("x"), weight=0.5)
-    own = generator(adapters=[one], seed=9)
+    own = generator(adapters=[one], seed=9, steps=2)
     made = list(own.generate([("a", mask(0)), ("b", mask(1))]))
     told = made[3].lineage
     assert (told.k, told.mask_id) == (1, mask_digest(mask(1)))
@@ -315,16 +315,18 @@ def test_lineage_and_label():
     assert told.base == {"name": "tiny sd", "digest": DIGEST}
     assert (made[3].label == mask(1)).all()
     assert len({one.lineage.pair_id for one in made}) == 4
-    again = list(generator(adapters=[one], seed=9, batch=1).generate([("c", mask(1))]))
+    again = list(generator(adapters=[one], seed=9, steps=2, batch=1).generate([("c", mask(1))]))
     assert [a.lineage.pair_id for a in again] == [b.lineage.pair_id for b in made[2:]]
     for other in (
         {"seed": 8},
         {"seed": 9, "adapters": []},
         {"seed": 9, "guidance": 3.0},
+        {"seed": 9, "steps": 3},
         {"seed": 9, "regions": False},
         {"seed": 9, "template": "a photo of {classes}"},
     ):
-        [changed, _] = generator(**{"adapters": [one], **other}).generate([("c", mask(1))])
+        changed_settings = {"adapters": [one], "steps": 2, **other}
+        [changed, _] = generator(**changed_settings).generate([("c", mask(1))])
         assert changed.lineage.pair_id not in {one.lineage.pair_id for one in made}
 
 

@@ -35,9 +35,9 @@ def streams(count=3):
     return [NoiseStream(5, "mask", k) for k in range(count)]
 
 
-def ours(kind, config, *, shared=True):
+def ours(kind, config, *, shared=True, latent=(16, 24)):
     own, noises = base(kind), streams()
-    noise = torch.stack([one.initial((4, 16, 24)) for one in noises])
+    noise = torch.stack([one.initial((4, *latent)) for one in noises])
     # As the stock pipeline encodes them: all prompts at once.
     text = own.encode_text(PROMPTS)
     batch = SamplingBatch(
@@ -51,16 +51,16 @@ def ours(kind, config, *, shared=True):
     return denoise(own, RegionControl(own.unet), batch, config)
 
 
-def stock(kind, config):
+def stock(kind, config, *, latent=(16, 24)):
     own, noises = pipeline(kind), streams()
-    noise = torch.stack([one.initial((4, 16, 24)) for one in noises])
+    noise = torch.stack([one.initial((4, *latent)) for one in noises])
     before = own.scheduler
     own.scheduler = Steps(before, config.scheduler, config.steps, torch.device("cpu"))._scheduler
     try:
         return own(
             PROMPTS,
-            height=32,
-            width=48,
+            height=2 * latent[0],
+            width=2 * latent[1],
             latents=noise,
             num_inference_steps=config.steps,
             guidance_scale=config.guidance,
@@ -90,10 +90,10 @@ def test_the_stock_default_of_50_steps(monkeypatch):
     monkeypatch.setattr(
         unet, "forward", lambda *a, **k: (calls.append(len(a[0])), forward(*a, **k))[1]
     )
-    got = ours("sd", config)
+    got = ours("sd", config, latent=(8, 8))
     assert calls == [6] * 51  # two halves of three images, once a timestep
     monkeypatch.undo()
-    assert torch.equal(got, stock("sd", config))
+    assert torch.equal(got, stock("sd", config, latent=(8, 8)))
 
 
 def test_guidance_one_has_no_unconditional_half(monkeypatch):
