@@ -51,7 +51,7 @@ def set_loss(
     """
     used = [i for i, image in enumerate(targets) if bool((image != IGNORE).any())]
     truths = [_truth(targets[i]) for i in used]
-    # Every output takes part, whatever is labelled: DistributedDataParallel waits for all gradients.
+    # Every output takes part, whatever is labelled: DistributedDataParallel waits for all.
     total = sum(
         (classes.sum() * 0 + masks.sum() * 0 for classes, masks in layers),
         layers[0][0].new_zeros(()),
