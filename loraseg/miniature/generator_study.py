@@ -66,6 +66,8 @@ logger = logging.getLogger(__name__)
 ALL = 2048
 _MASKS = 64
 _LAYERS = 20
+# Of everything at once; pairs have the rate of their recipe.
+_FULL_RATE = 1.2e-3
 SAMPLING = SamplingConfig(images=1, steps=12, guidance=1.5, scheduler="ddim", batch=32)
 _RANKED = ("probe", "least")
 # Name, seed and domain: two sets of scenes that have nothing in common, and another domain.
@@ -275,7 +277,7 @@ def _recipe(cell: Cell, base: DiffusionBase, folder: Path) -> GeneratorRecipe:
         usual,
         targets=_layers(cell, base, folder),
         rank=cell.rank,
-        learning_rate=5e-4 if full else usual.learning_rate,
+        learning_rate=_FULL_RATE if full else usual.learning_rate,
         draws=DrawConfig(regions=cell.rectified, caption_dropout=0.1),
         fusion=FusionConfig(mode="token" if cell.fusion else "off"),
         conditioning=_conditioning(cell),
