@@ -3,70 +3,49 @@
 import base64
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-
-import numpy as np
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
 
 from loraseg.data.drawing import colorize, encode_png
 from loraseg.data.labels import IGNORE, LabelSpace
 from loraseg.data.masks import decode_mask
+from loraseg.data.shard_manifest import ShardEntry
 from loraseg.data.shard_reader import ShardDataset
 from loraseg.data.shards import PairRow
 from loraseg.data.uploads import decode_image
 from loraseg.factory.pinned import Pinned
+from loraseg.factory.tally import Tally
+from loraseg.factory.work import read_done
 from loraseg.html_template import html_template
 from loraseg.synth.sheet import SheetRow, contact_sheet
 from loraseg.tensor_types import UInt8, ndarray
 
-__all__ = ["CARD", "REPORT", "SHEET", "Statistics", "statistics", "write_report"]
+__all__ = ["CARD", "REPORT", "SHEET", "statistics", "write_report"]
 
 REPORT, CARD, SHEET = "report.html", "README.md", "sheets/first.png"
 _TEMPLATES = Path(__file__).parent / "templates"
-_SHOWN_MASKS, _SHOWN_SIBLINGS, _SHOWN_REFUSED = 8, 5, 200
-_EVERY = ("ok", "dropped", "bad_mask", "duplicate")
+_SHOWN_MASKS, _SHOWN_SIBLINGS = 8, 5
+_COUNTED = ("kept", "kept_by_class", "reason", "k")
+_READERS = 16
 
 
-@dataclass(slots=True)
-class Statistics:
-    """Sums over all rows of a dataset.
-
-    Attributes:
-        statuses: How many rows ended how.
-        kept: Mean share of the labels that were kept, over pairs.
-        kept_by_class: The same by class; None for a class that no mask has.
-        refused: (mask, status, reason) of rows without a pair, and of dropped pairs.
-    """
-
-    statuses: dict[str, int] = field(default_factory=dict[str, int])
-    kept: float = 0.0
-    kept_by_class: tuple[float | None, ...] = ()
-    refused: list[tuple[str, str, str]] = field(default_factory=list[tuple[str, str, str]])
-
-
-def statistics(dataset: ShardDataset) -> Statistics:
-    """Read the figures of all rows; pictures are left alone.
+def statistics(dataset: ShardDataset) -> Tally:
+    """Add up the notes beside the shards; a shard whose note is lost is read instead.
 
     Raises:
         IntegrityError: A shard is damaged.
         StoreError: The store cannot be read.
     """
-    columns = ("kept", "kept_by_class", "reason", "k")
-    shares: list[list[float]] = [[] for _ in dataset.manifest.classes]
-    found, total, pairs = Statistics(dict(dataset.manifest.statuses)), 0.0, 0
-    for row in dataset.rows(statuses=_EVERY, columns=columns):
-        if row.status != "ok" and len(found.refused) < _SHOWN_REFUSED:
-            name = row.mask_name if row.k is None else f"{row.mask_name}, image {row.k}"
-            found.refused.append((name, row.status, row.reason or ""))
-        if row.kept is None:
-            continue
-        total, pairs = total + row.kept, pairs + 1
-        for values, share in zip(shares, row.kept_by_class, strict=False):
-            if share is not None:
-                values.append(share)
-    found.kept = total / pairs if pairs else 0.0
-    found.kept_by_class = tuple(float(np.mean(v)) if v else None for v in shares)
-    return found
+    classes = len(dataset.manifest.classes)
+
+    def one(entry: ShardEntry) -> Tally:
+        done = read_done(dataset.store, PurePosixPath(entry.file).stem, classes)
+        if done is not None and done.entry == entry:
+            return done.tally
+        return Tally.of(dataset.shard(entry, columns=_COUNTED), classes)
+
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="notes") as pool:
+        return Tally.total(pool.map(one, dataset.manifest.shards), classes)
 
 
 def write_report(dataset: ShardDataset, pinned: Pinned) -> None:
@@ -86,22 +65,26 @@ def write_report(dataset: ShardDataset, pinned: Pinned) -> None:
         facts=_facts(dataset, pinned, found),
         classes=list(_by_class(dataset, found)),
         refused=found.refused,
-        more=sum(found.statuses.values()) - found.statuses["ok"] - len(found.refused),
+        more=sum(dataset.manifest.statuses.values()) - dataset.manifest.pairs - len(found.refused),
         sheet=None if sheet is None else base64.b64encode(sheet).decode(),
         generation=dataset.manifest.generation,
     )
     dataset.store.put(REPORT, page.encode())
 
 
-def _facts(dataset: ShardDataset, pinned: Pinned, found: Statistics) -> list[tuple[str, str]]:
+def _facts(dataset: ShardDataset, pinned: Pinned, found: Tally) -> list[tuple[str, str]]:
     sampling, rule = pinned.config.sampling, pinned.config.filter
     adapters = ", ".join(f"{one.name} ({one.digest[:12]})" for one in pinned.facts.adapters)
     segmenter = pinned.facts.segmenter
     return [
         ("pairs", f"{dataset.manifest.pairs:,}"),
         ("masks", f"{dataset.manifest.masks:,}"),
-        *((status, f"{count:,}") for status, count in found.statuses.items() if status != "ok"),
-        ("labels kept", f"{100 * found.kept:.1f} %"),
+        *(
+            (status, f"{count:,}")
+            for status, count in dataset.manifest.statuses.items()
+            if status != "ok"
+        ),
+        ("labels kept", f"{100 * found.mean_kept:.1f} %"),
         ("filter", rule.method),
         ("base", f"{pinned.config.base} ({pinned.facts.base[:12]})"),
         ("adapters", adapters or "none"),
@@ -112,14 +95,14 @@ def _facts(dataset: ShardDataset, pinned: Pinned, found: Statistics) -> list[tup
     ]
 
 
-def _by_class(dataset: ShardDataset, found: Statistics) -> Iterator[tuple[str, str, float]]:
+def _by_class(dataset: ShardDataset, found: Tally) -> Iterator[tuple[str, str, float]]:
     """Yield name, share in words, and in per cent for the bar."""
     for name, share in zip(dataset.manifest.classes, found.kept_by_class, strict=True):
         if share is not None:
             yield name, f"{100 * share:.1f} %", round(100 * share, 1)
 
 
-def _card(dataset: ShardDataset, pinned: Pinned, found: Statistics) -> str:
+def _card(dataset: ShardDataset, pinned: Pinned, found: Tally) -> str:
     lines = [
         "# Synthetic image/label pairs",
         "",

@@ -20,7 +20,8 @@ from loraseg.factory.pinned import DATASET, Facts, Pinned, begin
 from loraseg.factory.plan import Entry, Part, Planned, decode_plan, encode_plan, parts, survey
 from loraseg.factory.report import REPORT, write_report
 from loraseg.factory.sources import MaskSource
-from loraseg.factory.work import Draw, Outcome, Vote, read_done
+from loraseg.factory.tally import Tally
+from loraseg.factory.work import DONE, Draw, Outcome, Vote, done_file, read_done
 from loraseg.storage import ObjectStore, open_store
 
 __all__ = ["Crew", "Here", "Summary", "synthesize"]
@@ -137,18 +138,21 @@ def _make(
     pinned: Pinned, crew: Crew, output: ObjectStore, work: Sequence[Part]
 ) -> list[ShardEntry]:
     """Return the shards of all parts, in their order; those of an earlier try are taken over."""
+    written = set(output.list(f"{DONE}/"))
+    noted = [part for part in work if done_file(part.id) in written]
+    classes = len(pinned.classes)
     with ThreadPoolExecutor(_READERS, thread_name_prefix="parts") as pool:
-        known = list(pool.map(lambda part: read_done(output, part.id), work))
-    found = {part.id: entry for part, entry in zip(work, known, strict=True) if entry}
+        notes = list(pool.map(lambda part: read_done(output, part.id, classes), noted))
+    found = {part.id: done.entry for part, done in zip(noted, notes, strict=True) if done}
     todo = [part for part in work if part.id not in found]
     progress = _Progress(work, todo)
     for wave in _waves(iter(todo)):
         with closing(crew.make(pinned, wave)) as outcomes:
             for outcome in outcomes:
-                if outcome.error is not None or outcome.entry is None:
+                if outcome.error is not None or outcome.done is None:
                     raise outcome.error or StageError(f"part {outcome.part}: no shard")
-                found[outcome.part] = outcome.entry
-                progress.tell(outcome)
+                found[outcome.part] = outcome.done.entry
+                progress.tell(outcome.part, outcome.done.tally)
     return [found[part.id] for part in work]
 
 
@@ -224,13 +228,10 @@ class _Progress:
             f"; {before} of {len(work)} parts were made before" if before else "",
         )
 
-    def tell(self, outcome: Outcome) -> None:
-        if outcome.entry is None:
-            return
-        self._made += self._sizes[outcome.part]
-        statuses = outcome.entry.statuses
-        self._pairs += statuses["ok"] + statuses["dropped"]
-        self._kept += outcome.kept
+    def tell(self, part: str, tally: Tally) -> None:
+        self._made += self._sizes[part]
+        self._pairs += tally.pairs
+        self._kept += tally.kept
         now = self._clock()
         if now - self._told < _TELL_EVERY_S and self._made < self._total:
             return

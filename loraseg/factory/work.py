@@ -22,6 +22,7 @@ from loraseg.factory.judging import NEEDS, judge
 from loraseg.factory.pinned import Pinned
 from loraseg.factory.plan import Entry, Part
 from loraseg.factory.sources import MaskSource
+from loraseg.factory.tally import Tally
 from loraseg.segment.closed_checkpoint import ClosedSetSegmenter
 from loraseg.storage import ObjectNotFoundError, ObjectStore, open_store
 from loraseg.synth.generator import Generated, Generator
@@ -29,7 +30,18 @@ from loraseg.synth.sizes import mask_at_size
 from loraseg.synth.vote import Filtered, Judged, apply_filter
 from loraseg.tensor_types import UInt8, ndarray
 
-__all__ = ["Draft", "Draw", "Drawn", "Outcome", "Vote", "done_file", "read_done"]
+__all__ = [
+    "DONE",
+    "Done",
+    "Draft",
+    "Draw",
+    "Drawn",
+    "Made",
+    "Outcome",
+    "Vote",
+    "done_file",
+    "read_done",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -71,19 +83,25 @@ class Draft:
 
 
 @dataclass(frozen=True, slots=True)
+class Done:
+    """A shard that is written, and sums over its rows."""
+
+    entry: ShardEntry
+    tally: Tally
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """What became of a part; after an error nothing of it is committed.
 
     Attributes:
         part: Its id.
-        entry: Its shard.
-        kept: Sum of the kept shares of its pairs, for the progress.
+        done: Its shard, and sums over its rows.
         error: What ended it.
     """
 
     part: str
-    entry: ShardEntry | None = None
-    kept: float = 0.0
+    done: "Done | None" = None
     error: LorasegError | None = None
 
 
@@ -268,15 +286,15 @@ def done_file(part: str) -> str:
     return f"{DONE}/{part}.json"
 
 
-def read_done(output: ObjectStore, part: str) -> ShardEntry | None:
-    """Return what the note of a part says of its shard; None if there is none, or it is damaged."""
+def read_done(output: ObjectStore, part: str, classes: int) -> Done | None:
+    """Return what the note of a part says; None if there is none, or it is damaged."""
     try:
         values = json.loads(output.get(done_file(part)))
-        return ShardEntry(**values)
+        return Done(ShardEntry(**values["shard"]), Tally.from_json(values["tally"], classes))
     except ObjectNotFoundError:
         return None
-    except (ValueError, TypeError, LorasegError):
-        logger.warning("%s: the note of part %s is damaged; it is made again", output.uri, part)
+    except (ValueError, TypeError, KeyError, LorasegError):
+        logger.warning("%s: the note of part %s is damaged", output.uri, part)
         return None
 
 
@@ -297,8 +315,10 @@ def _commit(
         rows=len(rows),
         statuses=dict(Counter(row.status for row in rows)),
     )
-    output.put(done_file(part.id), json.dumps(entry.to_json(), sort_keys=True).encode())
-    return Outcome(part.id, entry, sum(row.kept or 0.0 for row in rows))
+    done = Done(entry, Tally.of(rows, len(classes)))
+    note = {"shard": entry.to_json(), "tally": done.tally.to_json()}
+    output.put(done_file(part.id), json.dumps(note, sort_keys=True).encode())
+    return Outcome(part.id, done)
 
 
 def _lineage(made: Generated, part: Part) -> dict[str, Any]:
