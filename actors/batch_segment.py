@@ -6,11 +6,11 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 
 from actors.attempts import start_attempts
 from actors.resources import Placement, StoreAccess, connect, require_room
-from actors.units import run_units
+from actors.units import result_of, run_units
 from loraseg.bulk.config import BulkConfig
 from loraseg.bulk.pinned import Facts, Pinned
 from loraseg.bulk.plan import Part
@@ -39,13 +39,7 @@ class OnRay:
         """Load what a config names on a worker: the driver's node may not hold it."""
         self._join()
         ((_, reference),) = run_units(look, [("look at the models", (config,))], self._placement)
-        try:
-            facts: Any = ray.get(reference)
-        except RayTaskError as error:
-            raise error.cause from error
-        except RayError as error:
-            raise StageError(f"the worker that loads the models was lost: {error}") from error
-        return facts
+        return result_of(reference, "loading the models")
 
     def segment(self, pinned: Pinned, work: Sequence[Part]) -> Generator[Outcome, None, None]:
         """Do all parts, yielding each as it ends."""

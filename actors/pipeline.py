@@ -3,16 +3,11 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any
-
-import ray
-from ray.exceptions import RayError, RayTaskError
 
 from actors.resources import Placement, connect, require_room
 from actors.segmenter_training import Workers, on_ray_train
 from actors.synthesis import OnRay
-from actors.units import run_units
-from loraseg.errors import StageError
+from actors.units import result_of, run_units
 from loraseg.factory.config import SynthesisConfig
 from loraseg.factory.pipeline import PipelineConfig, Result
 from loraseg.factory.pseudo import PseudoConfig, PseudoMasks, chunks, finish, unlabelled
@@ -98,7 +93,7 @@ class RayTools:
         ]
         refused: dict[str, str] = {}
         for _, reference in run_units(_pseudo_masks, calls, self._voters):
-            refused |= _got(reference)
+            refused |= result_of(reference, "making pseudo-masks")
         note = finish(wanted, refused)
         text = json.dumps(note, sort_keys=True).encode()
         return {
@@ -118,13 +113,3 @@ class RayTools:
 
 def _pseudo_masks(config: PseudoConfig, keys: Sequence[str]) -> dict[str, str]:
     return PseudoMasks(config)(keys)
-
-
-def _got(reference: Any) -> dict[str, str]:
-    try:
-        refused: Any = ray.get(reference)
-    except RayTaskError as error:
-        raise error.cause from error
-    except RayError as error:
-        raise StageError(f"a worker that makes pseudo-masks was lost: {error}") from error
-    return refused

@@ -12,11 +12,11 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 
 from actors.attempts import start_attempts
 from actors.resources import Placement, StoreAccess, connect, require_room
-from actors.units import run_units
+from actors.units import result_of, run_units
 from loraseg.data.labels import LabelSpace
 from loraseg.errors import StageError
 from loraseg.factory.config import SynthesisConfig
@@ -56,13 +56,7 @@ class OnRay:
         self._join()
         call = ("look at the models", (config, label_space))
         ((_, reference),) = run_units(look, [call], self._generators)
-        try:
-            facts: Any = ray.get(reference)
-        except RayTaskError as error:
-            raise error.cause from error
-        except RayError as error:
-            raise StageError(f"the worker that loads the models was lost: {error}") from error
-        return facts
+        return result_of(reference, "loading the models")
 
     def make(self, pinned: Pinned, work: Sequence[Part]) -> Generator[Outcome, None, None]:
         """Do all parts, yielding each as it ends."""
@@ -112,11 +106,19 @@ def _pool(rows: Any, worker: Any, arguments: tuple[Any, ...], parts: int) -> Any
 
 
 class _Worker:
-    """One actor of either pool: takes over the driver's settings, counts attempts."""
+    """One actor of either pool: takes over the driver's settings, makes its stage."""
 
-    def __init__(self, access: StoreAccess, placement: Placement, attempts: Any) -> None:
+    def __init__(
+        self,
+        make: Callable[[Pinned], Any],
+        pinned: Pinned,
+        access: StoreAccess,
+        placement: Placement,
+        attempts: Any,
+    ) -> None:
         access.apply()
         torch.set_num_threads(placement.threads)
+        self._stage = make(pinned)
         self._attempts, self._retries = attempts, placement.retries
 
     def lost(self, stage: str, part: Part) -> StageError | None:
@@ -129,44 +131,20 @@ class _Worker:
 
 
 class _Drawer(_Worker):
-    def __init__(
-        self,
-        make: MakeDraw,
-        pinned: Pinned,
-        access: StoreAccess,
-        placement: Placement,
-        attempts: Any,
-    ) -> None:
-        super().__init__(access, placement, attempts)
-        self._draw = make(pinned)
-
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
-        parts: list[Part] = [pickle.loads(part) for part in batch["part"]]
-        drafts = [
-            Draft(part, error=error) if (error := self.lost("draw", part)) else self._draw(part)
-            for part in parts
-        ]
+        drafts = [self._draft(pickle.loads(part)) for part in batch["part"]]
         return {"draft": [pickle.dumps(draft) for draft in drafts]}
+
+    def _draft(self, part: Part) -> Draft:
+        error = self.lost("draw", part)
+        return Draft(part, error=error) if error else self._stage(part)
 
 
 class _Voter(_Worker):
-    def __init__(
-        self,
-        make: MakeVote,
-        pinned: Pinned,
-        access: StoreAccess,
-        placement: Placement,
-        attempts: Any,
-    ) -> None:
-        super().__init__(access, placement, attempts)
-        self._vote = make(pinned)
-
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
-        drafts: list[Draft] = [pickle.loads(draft) for draft in batch["draft"]]
-        outcomes = [
-            Outcome(draft.part.id, error=error)
-            if (error := self.lost("vote", draft.part))
-            else self._vote(draft)
-            for draft in drafts
-        ]
+        outcomes = [self._outcome(pickle.loads(draft)) for draft in batch["draft"]]
         return {"outcome": [pickle.dumps(outcome) for outcome in outcomes]}
+
+    def _outcome(self, draft: Draft) -> Outcome:
+        error = self.lost("vote", draft.part)
+        return Outcome(draft.part.id, error=error) if error else self._stage(draft)

@@ -7,10 +7,12 @@ from typing import Any
 
 import ray
 import torch
+from ray.exceptions import RayError, RayTaskError
 
 from actors.resources import Placement, StoreAccess
+from loraseg.errors import StageError
 
-__all__ = ["run_units"]
+__all__ = ["result_of", "run_units"]
 
 
 def run_units(
@@ -50,6 +52,25 @@ def run_units(
     finally:
         for reference in running:
             ray.cancel(reference, force=True)
+
+
+def result_of(reference: Any, doing: str) -> Any:
+    """Return what a unit returned.
+
+    Args:
+        reference: From :func:`run_units`.
+        doing: What the unit does, for the error when it is lost.
+
+    Raises:
+        StageError: Its worker was lost too often.
+        LorasegError: What the unit raised.
+    """
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        raise error.cause from error
+    except RayError as error:
+        raise StageError(f"{doing}: the worker was lost for good: {error}") from error
 
 
 def _unit(placement: Placement) -> Any:

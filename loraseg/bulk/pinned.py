@@ -2,9 +2,9 @@
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from loraseg import config as configuration
 from loraseg.bulk.config import BulkConfig
@@ -13,7 +13,15 @@ from loraseg.library.catalog import Library
 from loraseg.revision import code_revision
 from loraseg.storage import ObjectNotFoundError, ObjectStore, open_store
 
-__all__ = ["STATE", "Facts", "Pinned", "begin"]
+__all__ = [
+    "STATE",
+    "Facts",
+    "Pinned",
+    "begin",
+    "begin_or_join",
+    "refuse_changes",
+    "warn_of_other_code",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -81,28 +89,89 @@ def begin(
         LorasegError: As raised by library, store and models.
     """
     output = open_store(config.output)
-    known = _read(output, config)
-    if known is None:
+
+    def start() -> Pinned:
+        first = config
         if config.generation is None and config.library is not None:
             generation = Library(open_store(config.library)).generation()
-            config = replace(config, generation=generation)
-        fresh = Pinned(
-            config=config,
+            first = replace(config, generation=generation)
+        return Pinned(
+            config=first,
             threads=threads,
             device=device,
-            facts=look(config),
+            facts=look(first),
             code=code_revision(),
         )
-        text = json.dumps(fresh.to_json(), indent=1, sort_keys=True) + "\n"
-        if output.put_if_absent(STATE, text.encode()):
-            return fresh
-        known = _read(output, config)  # another run was first
-    if known is None:
-        raise IntegrityError(f"{output.uri}: {STATE} has vanished while a run began")
-    _compare(known, config, threads, device)
-    if known.code != code_revision():
-        logger.warning("%s was begun by other code (%s)", config.output, known.code)
+
+    def encode(fresh: Pinned) -> bytes:
+        return (json.dumps(fresh.to_json(), indent=1, sort_keys=True) + "\n").encode()
+
+    known, begun = begin_or_join(output, STATE, lambda: _read(output, config), start, encode)
+    if not begun:
+        _compare(known, config, threads, device)
+        warn_of_other_code(config.output, known.code)
     return known
+
+
+T = TypeVar("T")
+
+
+def begin_or_join(
+    output: ObjectStore,
+    key: str,
+    read: Callable[[], T | None],
+    start: Callable[[], T],
+    encode: Callable[[T], bytes],
+) -> tuple[T, bool]:
+    """Return what an output was begun with, and whether this call began it.
+
+    Of any number of runs that begin at once one does, and the others join it.
+
+    Args:
+        output: Of the job.
+        key: Where it says what it was begun with.
+        read: Reads that; None if nothing is there.
+        start: Finds out what to begin with.
+        encode: Makes the bytes to keep.
+
+    Raises:
+        IntegrityError: What was there has vanished.
+        LorasegError: As raised by the functions.
+    """
+    known = read()
+    if known is not None:
+        return known, False
+    fresh = start()
+    if output.put_if_absent(key, encode(fresh)):
+        return fresh, True
+    known = read()  # another run was first
+    if known is None:
+        raise IntegrityError(f"{output.uri}: {key} has vanished while a run began")
+    return known, False
+
+
+def refuse_changes(output: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse settings that differ from those that an output was begun with.
+
+    Raises:
+        ConfigError: Some do; it names them.
+    """
+    changes = [
+        f"{name} was {json.dumps(then.get(name))} and is {json.dumps(now[name])}"
+        for name in now
+        if then.get(name) != now[name]
+    ]
+    if changes:
+        raise ConfigError(
+            f"{output} was begun with other settings: {'; '.join(changes)}. "
+            "Go on with the old ones, or choose another output"
+        )
+
+
+def warn_of_other_code(output: str, code: str) -> None:
+    """Say so if an output was begun by other code: its results may differ."""
+    if code != code_revision():
+        logger.warning("%s was begun by other code (%s)", output, code)
 
 
 def _read(output: ObjectStore, config: BulkConfig) -> Pinned | None:
@@ -133,13 +202,4 @@ def _compare(known: Pinned, config: BulkConfig, threads: int, device: str) -> No
     then["device"] = known.device
     if config.generation is None:
         now["generation"] = then["generation"]
-    changes = [
-        f"{name} was {json.dumps(then[name])} and is {json.dumps(now[name])}"
-        for name in now
-        if then.get(name) != now[name]
-    ]
-    if changes:
-        raise ConfigError(
-            f"{config.output} was begun with other settings: {'; '.join(changes)}. "
-            "Go on with the old ones, or choose another output"
-        )
+    refuse_changes(config.output, then, now)

@@ -1,21 +1,19 @@
 """What a synthetic dataset was begun with: every later run must want the same."""
 
 import json
-import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from loraseg import config as configuration
+from loraseg.bulk.pinned import begin_or_join, refuse_changes, warn_of_other_code
 from loraseg.data.labels import LabelSpace
-from loraseg.errors import ConfigError, IntegrityError
+from loraseg.errors import IntegrityError
 from loraseg.factory.config import SynthesisConfig
 from loraseg.revision import code_revision
 from loraseg.storage import ObjectNotFoundError, ObjectStore, open_store
 
 __all__ = ["DATASET", "AdapterFact", "Facts", "Pinned", "begin", "read_pinned"]
-
-logger = logging.getLogger(__name__)
 
 DATASET = "dataset.json"
 _FORMAT = 1
@@ -118,9 +116,9 @@ def begin(
         LorasegError: As raised by library, store and models.
     """
     output = open_store(config.output)
-    known = read_pinned(output, config)
-    if known is None:
-        fresh = Pinned(
+
+    def start() -> Pinned:
+        return Pinned(
             config=config,
             classes=label_space.names,
             threads=threads,
@@ -128,14 +126,13 @@ def begin(
             facts=look(config, label_space),
             code=code_revision(),
         )
-        if output.put_if_absent(DATASET, fresh.to_bytes()):
-            return fresh
-        known = read_pinned(output, config)  # another run was first
-    if known is None:
-        raise IntegrityError(f"{output.uri}: {DATASET} has vanished while a run began")
-    _compare(known, config, label_space, threads, device)
-    if known.code != code_revision():
-        logger.warning("%s was begun by other code (%s)", config.output, known.code)
+
+    known, begun = begin_or_join(
+        output, DATASET, lambda: read_pinned(output, config), start, Pinned.to_bytes
+    )
+    if not begun:
+        _compare(known, config, label_space, threads, device)
+        warn_of_other_code(config.output, known.code)
     return known
 
 
@@ -197,16 +194,7 @@ def _compare(
     now = _flat(_settings(config))
     now |= {"classes": list(label_space.names), "threads": threads, "device": device}
     del then["sampling.images"], now["sampling.images"]
-    changes = [
-        f"{name} was {json.dumps(then.get(name))} and is {json.dumps(now[name])}"
-        for name in now
-        if then.get(name) != now[name]
-    ]
-    if changes:
-        raise ConfigError(
-            f"{config.output} was begun with other settings: {'; '.join(changes)}. "
-            "Go on with the old ones, or choose another output"
-        )
+    refuse_changes(config.output, then, now)
 
 
 def _flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
