@@ -51,9 +51,9 @@ def main(config: Config) -> int:
 
 def _told(result: dict[str, object]) -> str:
     scores = {
-        key.removesuffix("_miou"): f"mIoU {100 * value:.1f} %"
-        for key, value in result.items()
-        if key.endswith("_miou") and isinstance(value, float)
+        name: f"mIoU {100 * value:.1f} %"
+        for name in ("segmenter", "control")
+        if isinstance(value := result.get(f"{name}_miou"), float)
     }
     counts = {key: str(result[key]) for key in ("pairs", "count") if key in result}
     return ", ".join(f"{key} {value}" for key, value in {**scores, **counts}.items())
