@@ -33,6 +33,8 @@ class _Stage:
         return Draft(part, tuple(self._drawn(entry, part) for entry in part.entries))
 
     def _drawn(self, entry, part):
+        if entry.reason is not None:
+            return Drawn(entry, entry.reason)
         time.sleep(self._seconds)
         mask = self._source.read(entry.mask, classes=len(self._pinned.classes))
         random = np.random.default_rng(int(entry.mask_id[:15], 16))

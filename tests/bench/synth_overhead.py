@@ -114,8 +114,9 @@ def config_of(folder, count, side=64):
     masks = folder / "masks"
     masks.mkdir(parents=True)
     random = np.random.default_rng(0)
-    cells = random.integers(0, 4, (count, side // 8, side // 8), dtype=np.uint8)
-    data = [encode_mask(np.kron(cell, np.ones((8, 8), np.uint8))) for cell in cells]
+    cells = random.integers(0, 4, (count, 8, 8), dtype=np.uint8)
+    block = np.ones((side // 8, side // 8), np.uint8)
+    data = [encode_mask(np.kron(cell, block)) for cell in cells]
     sink = io.BytesIO()
     pq.write_table(pa.table({"mask": data}), sink)
     (masks / "masks.parquet").write_bytes(sink.getvalue())
