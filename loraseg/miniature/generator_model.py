@@ -140,6 +140,8 @@ def write_pipeline(
     (tokenizer / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     for path in sorted(folder.glob("*/*.safetensors")):
         _halve(path)
+    for path in sorted(folder.glob("*/config.json")):
+        _forget_origin(path)
 
 
 def _diffusers() -> Any:
@@ -147,6 +149,14 @@ def _diffusers() -> Any:
     import diffusers
 
     return diffusers
+
+
+def _forget_origin(path: Path) -> None:
+    """Drop where the weights were read from: equal models are to be equal files."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)
+    text = json.dumps(config, indent=2, sort_keys=True)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def _halve(path: Path) -> None:
