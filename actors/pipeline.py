@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 
 from actors.resources import Placement, connect, require_room
 from actors.segmenter_training import Workers, on_ray_train
@@ -111,5 +112,9 @@ class RayTools:
         require_room(placement, may_grow=not connect())
 
 
+# Ray keeps its workers, and so the next unit in the same one finds the segmenter loaded.
+_segmenting = lru_cache(maxsize=1)(PseudoMasks)
+
+
 def _pseudo_masks(config: PseudoConfig, keys: Sequence[str]) -> dict[str, str]:
-    return PseudoMasks(config)(keys)
+    return _segmenting(config)(keys)

@@ -10,15 +10,10 @@ import pickle
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
-import ray
-import torch
-from ray.exceptions import RayError
-
-from actors.attempts import start_attempts
-from actors.resources import Placement, StoreAccess, connect, require_room
+from actors.pools import PoolWorker, join, outcomes, rows_of, start_attempts, through
+from actors.resources import Placement, StoreAccess
 from actors.units import result_of, run_units
 from loraseg.data.labels import LabelSpace
-from loraseg.errors import StageError
 from loraseg.factory.config import SynthesisConfig
 from loraseg.factory.equipment import look
 from loraseg.factory.pinned import Facts, Pinned
@@ -61,90 +56,38 @@ class OnRay:
     def make(self, pinned: Pinned, work: Sequence[Part]) -> Generator[Outcome, None, None]:
         """Do all parts, yielding each as it ends."""
         self._join()
-        # A block each: Ray joins small ones, and one actor would do the work of all.
-        rows = ray.data.from_items(
-            [{"part": pickle.dumps(part)} for part in work], override_num_blocks=len(work)
+        shared = StoreAccess.of_driver(), start_attempts()
+        drafts = through(
+            rows_of(work), _Drawer, (self._draw, pinned, *shared), self._generators, len(work)
         )
-        attempts, access = start_attempts(), StoreAccess.of_driver()
-        drafts = _pool(
-            rows, _Drawer, (self._draw, pinned, access, self._generators, attempts), len(work)
-        )
-        outcomes = _pool(
-            drafts, _Voter, (self._vote, pinned, access, self._voters, attempts), len(work)
-        )
-        try:
-            for row in outcomes.iter_rows():
-                yield pickle.loads(row["outcome"])
-        except RayError as error:
-            raise StageError(f"the workers were lost for good: {error}") from error
+        rows = through(drafts, _Voter, (self._vote, pinned, *shared), self._voters, len(work))
+        yield from outcomes(rows)
 
     def _join(self) -> None:
         """Connect when there is work: a run that finds nothing to do needs no cluster."""
-        started_here = connect()
-        for placement in (self._generators, self._voters):
-            require_room(placement, may_grow=not started_here)
-        ray.data.DataContext.get_current().enable_progress_bars = False  # the run tells its own
+        join(self._generators, self._voters)
 
 
-def _pool(rows: Any, worker: Any, arguments: tuple[Any, ...], parts: int) -> Any:
-    """Send rows through actors, as many as the placement allows and there is room for."""
-    placement: Placement = arguments[3]
-    return rows.map_batches(
-        worker,
-        fn_constructor_args=arguments,
-        batch_size=1,
-        num_cpus=placement.cpus,
-        num_gpus=placement.gpus or None,
-        resources=placement.custom or None,
-        compute=ray.data.ActorPoolStrategy(
-            min_size=1,
-            max_size=min(placement.max_parallel or parts, parts),
-            max_tasks_in_flight_per_actor=2,
-        ),
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(placement.threads)}},
-    )
-
-
-class _Worker:
-    """One actor of either pool: takes over the driver's settings, makes its stage."""
-
-    def __init__(
-        self,
-        make: Callable[[Pinned], Any],
-        pinned: Pinned,
-        access: StoreAccess,
-        placement: Placement,
-        attempts: Any,
-    ) -> None:
-        access.apply()
-        torch.set_num_threads(placement.threads)
-        self._stage = make(pinned)
-        self._attempts, self._retries = attempts, placement.retries
-
-    def lost(self, stage: str, part: Part) -> StageError | None:
-        """Count an attempt; return why it is not to be made."""
-        begun: Any = ray.get(self._attempts.begin.remote(f"{stage} {part.id}"))
-        if begun - 1 <= self._retries:
-            return None
-        first, last = part.entries[0].mask.name, part.entries[-1].mask.name
-        return StageError(f"masks {first!r} to {last!r} have lost {begun - 1} workers ({stage})")
-
-
-class _Drawer(_Worker):
+class _Drawer(PoolWorker):
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
-        drafts = [self._draft(pickle.loads(part)) for part in batch["part"]]
-        return {"draft": [pickle.dumps(draft) for draft in drafts]}
+        drafts = [self._draft(pickle.loads(part)) for part in batch["work"]]
+        return {"work": [pickle.dumps(draft) for draft in drafts]}
 
     def _draft(self, part: Part) -> Draft:
-        error = self.lost("draw", part)
-        return Draft(part, error=error) if error else self._stage(part)
+        error = self.lost_too_often(f"draw {part.id}", f"drawing: {_told(part)}")
+        return Draft(part, error=error) if error else self.work(part)
 
 
-class _Voter(_Worker):
+class _Voter(PoolWorker):
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
-        outcomes = [self._outcome(pickle.loads(draft)) for draft in batch["draft"]]
-        return {"outcome": [pickle.dumps(outcome) for outcome in outcomes]}
+        done = [self._outcome(pickle.loads(draft)) for draft in batch["work"]]
+        return {"work": [pickle.dumps(outcome) for outcome in done]}
 
     def _outcome(self, draft: Draft) -> Outcome:
-        error = self.lost("vote", draft.part)
-        return Outcome(draft.part.id, error=error) if error else self._stage(draft)
+        part = draft.part
+        error = self.lost_too_often(f"vote {part.id}", f"voting: {_told(part)}")
+        return Outcome(part.id, error=error) if error else self.work(draft)
+
+
+def _told(part: Part) -> str:
+    return f"masks {part.entries[0].mask.name!r} to {part.entries[-1].mask.name!r}"

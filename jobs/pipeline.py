@@ -8,7 +8,7 @@ A stage that is done is skipped; started again after any accident, the job goes 
 """
 
 import sys
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from actors.pipeline import RayTools
@@ -31,9 +31,7 @@ class Config(PipelineConfig):
 
 def main(config: Config) -> int:
     """Run the stages that are not done; print all."""
-    plain = PipelineConfig(
-        **{item.name: getattr(config, item.name) for item in fields(PipelineConfig)}
-    )
+    plain = configuration.narrowed(config, PipelineConfig)
     plain = replace(
         plain,
         real=absolute(plain.real),

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from actors.resources import connect, require_room
 from actors.segmenter_training import Workers, on_ray_train
 from loraseg import config as configuration
-from loraseg.config import build, to_dict
 from loraseg.train.closed_work import SegmenterConfig, train_segmenters
 
 
@@ -31,8 +30,7 @@ class Config(SegmenterConfig):
 
 def main(config: Config) -> None:
     """Train what is not trained yet, and print the scores."""
-    values = {k: v for k, v in to_dict(config).items() if k not in ("workers", "local")}
-    plain = build(SegmenterConfig, values)
+    plain = configuration.narrowed(config, SegmenterConfig)
     if config.local:
         results = train_segmenters(plain)
     else:

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from loraseg.errors import ConfigError, LorasegError
 
-__all__ = ["build", "digest", "load", "main", "to_dict"]
+__all__ = ["build", "digest", "load", "main", "narrowed", "to_dict"]
 
 ConfigT = TypeVar("ConfigT")
 
@@ -68,6 +68,15 @@ def load(cls: type[ConfigT], path: str | Path | None, overrides: Sequence[str] =
 def to_dict(config: Any) -> dict[str, Any]:
     """Return the config as plain JSON values; ``build`` of the result gives it back."""
     return TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def narrowed(config: Any, cls: type[ConfigT]) -> ConfigT:
+    """Return the part of a config that belongs to ``cls``, a class that the config's own extends.
+
+    A job adds to what it works on where it runs; what is kept must not depend on that.
+    """
+    names = [field.name for field in dataclasses.fields(typing.cast(Any, cls))]
+    return cls(**{name: getattr(config, name) for name in names})
 
 
 def digest(config: Any) -> str:

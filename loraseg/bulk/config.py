@@ -1,8 +1,9 @@
 """What is segmented and how."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from loraseg.backbones.source import absolute_spec
+from loraseg.config import narrowed
 from loraseg.data.labels import LabelSpace
 from loraseg.engine.assemble import AttentionLora, Precision, Wanted
 from loraseg.errors import ConfigError, DatasetError
@@ -66,8 +67,7 @@ class BulkConfig:
                 output lie within each other.
         """
         chosen = self.settings()
-        values = {item.name: getattr(self, item.name) for item in fields(BulkConfig)}
-        plain = BulkConfig(**values)
+        plain = narrowed(self, BulkConfig)
         images, output = absolute(self.images), absolute(self.output)
         _keep_apart(images, output)
         return replace(

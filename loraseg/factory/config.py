@@ -1,8 +1,9 @@
 """What is made of which masks, and how."""
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 from loraseg.backbones.source import absolute_spec
+from loraseg.config import narrowed
 from loraseg.errors import ConfigError
 from loraseg.storage import absolute, open_store
 from loraseg.synth.conditioning import ConditioningConfig
@@ -89,9 +90,7 @@ class SynthesisConfig:
         Raises:
             ConfigError: A URI is malformed, or masks and output lie within each other.
         """
-        plain = SynthesisConfig(
-            **{item.name: getattr(self, item.name) for item in fields(SynthesisConfig)}
-        )
+        plain = narrowed(self, SynthesisConfig)
         masks, output = absolute(self.masks), absolute(self.output)
         _keep_apart(masks, output)
         return replace(

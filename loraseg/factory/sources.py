@@ -134,12 +134,15 @@ class MaskSource:
 
     def _column(self, key: str) -> list[bytes | None]:
         """Return a file's masks; the last file is remembered, since a part reads its neighbours."""
-        if self._table is None or self._table[0] != key:
+        # Threads read at the same time: what one of them holds no other may swap.
+        known = self._table
+        if known is None or known[0] != key:
             table = self._open(key, ["mask"])
             if "mask" not in table.column_names:
                 raise DatasetError(f"{self.uri}/{key}: no column 'mask' of PNG bytes")
-            self._table = key, [_png_bytes(value) for value in table.column("mask").to_pylist()]
-        return self._table[1]
+            known = key, [_png_bytes(value) for value in table.column("mask").to_pylist()]
+            self._table = known
+        return known[1]
 
     def _open(self, key: str, columns: list[str]) -> pa.Table:
         data = self._store.get(key)

@@ -3,8 +3,8 @@
 import hashlib
 import json
 import logging
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,7 @@ from loraseg import config as configuration
 from loraseg.data.drawing import encode_png
 from loraseg.data.masks import decode_mask, encode_mask
 from loraseg.data.shard_manifest import ShardEntry
-from loraseg.data.shards import PairRow, decode_shard, encode_shard
+from loraseg.data.shards import PairRow, decode_shard, encode_shard, read_rows
 from loraseg.errors import DatasetError, LorasegError
 from loraseg.factory.equipment import load_generator, load_judge
 from loraseg.factory.judging import NEEDS, judge
@@ -44,6 +44,9 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+# By mask id and k, the PNG of what the segmenter saw; None where there is no segmenter.
+SeenBefore = dict[str, dict[int, bytes | None]]
 
 DONE = "parts"
 
@@ -150,7 +153,6 @@ class Vote:
         """Take the job; nothing is loaded yet, so that a failure to is an outcome."""
         self._pinned = pinned
         self._output = open_store(pinned.config.output)
-        self._older: dict[str, dict[tuple[str, int], PairRow]] = {}
 
     def __call__(self, draft: Draft) -> Outcome:
         """Write the shard, then the note that says it is there."""
@@ -158,8 +160,8 @@ class Vote:
         if draft.error is not None:
             return Outcome(part.id, error=draft.error)
         try:
-            self._older = {file: self._read_older(file) for file in part.older}
-            rows = [row for drawn in draft.drawn for row in self._rows(drawn, part)]
+            seen = self._seen_before(part)
+            rows = [row for drawn in draft.drawn for row in self._rows(drawn, part, seen)]
             return _commit(self._output, part, rows, self._pinned.classes)
         except LorasegError as error:
             return Outcome(part.id, error=error)
@@ -169,15 +171,15 @@ class Vote:
         pinned = self._pinned
         return load_judge(pinned.config, pinned.label_space, digest=pinned.facts.segmenter)
 
-    def _rows(self, drawn: Drawn, part: Part) -> list[PairRow]:
+    def _rows(self, drawn: Drawn, part: Part, before: SeenBefore) -> list[PairRow]:
         entry, made = drawn.entry, drawn.result
         if isinstance(made, str):
             twin = entry.reason is not None and entry.mask_id is not None
             return [_refused(entry, "duplicate" if twin else "bad_mask", made)]
-        older = self._siblings(entry)
-        if part.older and len(older) != part.first:
+        older = before.get(entry.mask_id or "", {})
+        if len(older) != part.first:
             return []  # no image could be made of it before; that is told in the older shard
-        judged = self._judged(made.images, made.label, older)
+        judged = self._judged(made, older)
         filtered = self._filtered(made.label, judged)
         seen = None if judged is None else judged.labels
         name = _printable(entry.mask.name)
@@ -186,21 +188,19 @@ class Vote:
             for index in range(len(made.images))
         ]
 
-    def _judged(
-        self, images: ndarray, label: ndarray, older: Sequence[UInt8[ndarray, "h w"]]
-    ) -> Judged | None:
+    def _judged(self, made: Made, older: Mapping[int, bytes | None]) -> Judged | None:
         """Return what is seen in all images of a mask, those of earlier runs first."""
         if self._segmenter is None:
             return None
         needs = NEEDS[self._pinned.config.filter.method]
-        judged = judge(self._segmenter, images, label, wanted=needs)
-        if not older:
-            return judged
-        labels = np.concatenate([np.stack(older), judged.labels])
+        judged = judge(self._segmenter, made.images, made.label, wanted=needs)
+        known = [
+            decode_mask(older[k] or b"", where=f"image {k} seen before") for k in sorted(older)
+        ]
         return Judged(
-            labels=labels,
-            confidence=_after(judged.confidence, len(older)),
-            loss=_after(judged.loss, len(older)),
+            labels=np.concatenate([*(labels[None] for labels in known), judged.labels]),
+            confidence=_after(judged.confidence, len(known)),
+            loss=_after(judged.loss, len(known)),
         )
 
     def _filtered(self, label: ndarray, judged: Judged | None) -> Filtered | None:
@@ -263,22 +263,15 @@ class Vote:
         rules = configuration.to_dict(self._pinned.config.filter)
         return {**lineage, "segmenter": self._pinned.facts.segmenter, "filter": rules}
 
-    def _read_older(self, file: str) -> dict[tuple[str, int], PairRow]:
-        rows = decode_shard(self._output.get(file), f"{self._output.uri}/{file}")
-        return {(row.mask_id, row.k): row for row in rows if row.mask_id and row.k is not None}
-
-    def _siblings(self, entry: Entry) -> list[UInt8[ndarray, "h w"]]:
-        """Return what was seen in the images that earlier runs made of a mask, by k."""
-        rows = {
-            k: row
-            for file in self._older.values()
-            for (mask_id, k), row in file.items()
-            if mask_id == entry.mask_id
-        }
-        return [
-            decode_mask(row.predicted or row.label or b"", where=f"pair {row.pair_id}")
-            for _, row in sorted(rows.items())
-        ]
+    def _seen_before(self, part: Part) -> SeenBefore:
+        """Read what earlier runs saw in the images of the part's masks."""
+        seen: SeenBefore = defaultdict(dict)
+        for file in part.older:
+            data, where = self._output.get(file), f"{self._output.uri}/{file}"
+            for row in read_rows(data, where, columns=("mask_id", "k", "predicted")):
+                if row.mask_id is not None and row.k is not None:
+                    seen[row.mask_id][row.k] = row.predicted
+        return seen
 
 
 def done_file(part: str) -> str:

@@ -5,10 +5,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from loraseg import config as configuration
 from loraseg.errors import ConfigError
 from loraseg.segment.networks import NetworkConfig
-from loraseg.train.recipes import merged_values
+from loraseg.train.recipes import known_recipe
 
 __all__ = ["SEGMENTER_RECIPES", "SegmenterRecipe", "named_segmenter_recipe", "rate_share"]
 
@@ -179,7 +178,4 @@ def named_segmenter_recipe(name: str, *overrides: Mapping[str, Any]) -> Segmente
     Raises:
         ConfigError: There is no such recipe or field, or a value is out of range.
     """
-    if name not in SEGMENTER_RECIPES:
-        raise ConfigError(f"recipe: got {name!r}, known: {', '.join(SEGMENTER_RECIPES)}")
-    values = merged_values(configuration.to_dict(SEGMENTER_RECIPES[name]), *overrides)
-    return configuration.build(SegmenterRecipe, values, where=f"recipe {name}")
+    return known_recipe(SEGMENTER_RECIPES, name, overrides)

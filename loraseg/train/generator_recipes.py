@@ -4,13 +4,12 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from loraseg import config as configuration
 from loraseg.errors import ConfigError
 from loraseg.synth.conditioning import ConditioningConfig
 from loraseg.train.denoising import LossConfig
 from loraseg.train.denoising_data import DrawConfig
 from loraseg.train.loop import AveragingLoopConfig
-from loraseg.train.recipes import merged_values
+from loraseg.train.recipes import known_recipe
 from loraseg.train.views import ViewConfig
 
 __all__ = [
@@ -184,7 +183,4 @@ def named_generator_recipe(name: str, *overrides: Mapping[str, Any]) -> Generato
     Raises:
         ConfigError: There is no such recipe or field, or a value is out of range.
     """
-    if name not in GENERATOR_RECIPES:
-        raise ConfigError(f"recipe: got {name!r}, known: {', '.join(GENERATOR_RECIPES)}")
-    values = merged_values(configuration.to_dict(GENERATOR_RECIPES[name]()), *overrides)
-    return configuration.build(GeneratorRecipe, values, where=f"recipe {name}")
+    return known_recipe({key: make() for key, make in GENERATOR_RECIPES.items()}, name, overrides)

@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar, cast
 
 from loraseg import config as configuration
 from loraseg.adapters.inject import TARGET_RULES
@@ -16,12 +16,15 @@ __all__ = [
     "RECIPES",
     "AdapterRecipe",
     "DomainKind",
+    "known_recipe",
     "merged_values",
     "miniature",
     "named_recipe",
     "semla",
     "shared_part",
 ]
+
+RecipeT = TypeVar("RecipeT")
 
 # Rules of TARGET_RULES that adapt nothing of CLIP: its features are those of the base.
 CLIP_IS_FROZEN = frozenset({"aggregator"})
@@ -177,10 +180,7 @@ def named_recipe(name: str, *overrides: Mapping[str, Any]) -> AdapterRecipe:
     Raises:
         ConfigError: There is no such recipe or field, or a value is out of range.
     """
-    if name not in RECIPES:
-        raise ConfigError(f"recipe: got {name!r}, known: {', '.join(RECIPES)}")
-    values = merged_values(configuration.to_dict(RECIPES[name]()), *overrides)
-    return configuration.build(AdapterRecipe, values, where=f"recipe {name}")
+    return known_recipe({key: make() for key, make in RECIPES.items()}, name, overrides)
 
 
 def shared_part(recipe: AdapterRecipe) -> AdapterRecipe:
@@ -199,6 +199,26 @@ def shared_part(recipe: AdapterRecipe) -> AdapterRecipe:
         mask_ignored=False,
         loop=LoopConfig(steps=1, precision=recipe.loop.precision),
     )
+
+
+def known_recipe(
+    known: Mapping[str, RecipeT], name: str, overrides: Sequence[Mapping[str, Any]]
+) -> RecipeT:
+    """Return one of some recipes with fields changed.
+
+    Args:
+        known: By name.
+        name: Which.
+        overrides: Plain values by field, nested fields as nested mappings; a later one wins.
+
+    Raises:
+        ConfigError: There is no such recipe or field, or a value is out of range.
+    """
+    if name not in known:
+        raise ConfigError(f"recipe: got {name!r}, known: {', '.join(known)}")
+    recipe = known[name]
+    values = merged_values(configuration.to_dict(recipe), *overrides)
+    return configuration.build(type(recipe), values, where=f"recipe {name}")
 
 
 def merged_values(values: Mapping[str, Any], *overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ stages one after another in this process; Ray has one generator and, beside it, 
 """
 
 import io
-import os
 import tempfile
 import threading
 import time
@@ -82,7 +81,6 @@ class Timed:
 
 def run() -> dict[str, object]:
     """Compare them."""
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         connect(cpus=2)

@@ -86,3 +86,14 @@ def test_main_exits_with_the_jobs_status(argv, status, capsys):
         config.main(run, Outer, argv)
     assert stop.value.code == status
     assert ("did you mean 'name'" in capsys.readouterr().err) == (status == 2)
+
+
+def test_what_a_job_adds_is_left_behind():
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Job(Outer):
+        workers: int = 2
+
+    inner = Inner(steps=4)
+    found = config.narrowed(Job(name="a", inner=inner, workers=5), Outer)
+    assert type(found) is Outer
+    assert found == Outer(name="a", inner=inner)

@@ -14,35 +14,21 @@ from loraseg.storage import open_store
 from loraseg.train.closed_set import train_segmenter
 from loraseg.train.closed_work import SegmenterConfig, run_here, train_segmenters
 from tests.integration.segmenters.accidents import Accident
-from tests.tiny_world import LABELS, write_domain
-from tests.unit.train.closed_world import coloured, commit_pairs
+from tests.unit.train.closed_world import TINY_RECIPE, write_world
 
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.data\..*"),
 ]
 
-_RECIPE = {
-    "network": {"width": 8},
-    "steps": 6,
-    "batch_size": 4,
-    "crop": 32,
-    "eval_every": 2,
-    "precision": "fp32",
-}
-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    root = tmp_path_factory.mktemp("world")
-    write_domain(root / "real", "fog")
-    images, labels = coloured(6, 0, side=32)
-    commit_pairs(root / "synthetic", zip(images, labels, strict=True), LABELS.names)
-    return root
+    return write_world(tmp_path_factory.mktemp("world"))
 
 
 def _config(world, output, cls=SegmenterConfig, **changes):
-    plain = {"real": str(world / "real"), "overrides": _RECIPE, "output": output}
+    plain = {"real": str(world / "real"), "overrides": TINY_RECIPE, "output": output}
     return cls(**{**plain, **changes})
 
 
@@ -99,7 +85,7 @@ def test_job_trains_once(ray_cluster, world, tmp_path, capsys):
 
 def test_an_error_of_a_worker_is_told_as_it_is(ray_cluster, world, tmp_path):
     del ray_cluster
-    overrides = {**_RECIPE, "learning_rate": 1e30, "clip_norm": None, "warmup_steps": 0}
+    overrides = {**TINY_RECIPE, "learning_rate": 1e30, "clip_norm": None, "warmup_steps": 0}
     workers = Workers(resources=Placement(retries=0))
     with pytest.raises(StageError, match="the loss is"):
         train_segmenters(

@@ -1,15 +1,12 @@
 """Stages that kill in the middle of their work; Ray's workers import this by name."""
 
-import os
 import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import psutil
-
 from loraseg.factory.work import Draw, Vote
+from tests.integration.victims import find_victim, is_first, kill, strike_lines
 
 
 @dataclass(frozen=True)
@@ -41,39 +38,15 @@ class Accident:
 
     def happened(self):
         """Return a line for every strike."""
-        log = self.folder / "log"
-        return log.read_text().splitlines() if log.exists() else []
+        return strike_lines(self.folder)
 
     def strike(self):
-        process = self._find()
-        with (self.folder / "log").open("a") as log:
-            deed = f"killed the {self.victim} ({process.pid})" if process else "came too late"
-            log.write(
-                f"{time.strftime('%H:%M:%S')} {deed}, {self.delay_s:.3f} s after {self.stage}\n"
-            )
-        if process:
-            process.kill()
+        process = find_victim(self.victim, self.driver_file, "tests.integration.synthesis.driver")
+        when = f"{self.delay_s:.3f} s after {self.stage}"
+        kill(process, self.victim, when, self.folder)
 
     def is_first(self):
-        for number in range(self.times):
-            try:
-                (self.folder / f"strike{number}").touch(exist_ok=False)
-            except FileExistsError:
-                continue
-            return True
-        return False
-
-    def _find(self):
-        """Return the process, None if it is gone; its number may be another's by now."""
-        if self.victim == "worker":
-            return psutil.Process()
-        number = os.getppid() if self.victim == "node" else int(self.driver_file.read_text())
-        words = "raylet" if self.victim == "node" else "tests.integration.synthesis.driver"
-        try:
-            process = psutil.Process(number)
-            return process if words in " ".join(process.cmdline()) else None
-        except psutil.NoSuchProcess:
-            return None
+        return any(is_first(self.folder, number) for number in range(self.times))
 
 
 class _Mortal:

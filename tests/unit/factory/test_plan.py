@@ -9,6 +9,7 @@ from loraseg.data.masks import encode_mask
 from loraseg.errors import ConfigError, DatasetError, IntegrityError
 from loraseg.factory.plan import Entry, Planned, decode_plan, encode_plan, parts, survey
 from loraseg.factory.sources import MaskSource, Named
+from loraseg.synth.lineage import mask_digest
 from tests.tiny_factory import CLASSES, mask, write_masks
 
 
@@ -130,3 +131,14 @@ def test_a_source_without_masks_or_classes_says_so(tmp_path):
     (tmp_path / one.file).unlink()
     with pytest.raises(DatasetError, match="has gone"):
         source.read(one, classes=4)
+
+
+def test_many_parquet_files_are_surveyed_by_many_threads(tmp_path):
+    """Each mask comes from its own file, whichever file another thread has just opened."""
+    for number in range(24):
+        table = pa.table({"mask": [encode_mask(mask(number))], "name": [f"{number:02d}"]})
+        pq.write_table(table, tmp_path / f"{number:02d}.parquet")
+    source = MaskSource(str(tmp_path), CLASSES, "train")
+    for _ in range(5):
+        found = survey(source, source.names(), classes=4, size=None)
+        assert [one.mask_id for one in found] == [mask_digest(mask(n)) for n in range(24)]

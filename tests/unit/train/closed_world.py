@@ -10,6 +10,24 @@ from loraseg.data.shard_pictures import encode_label
 from loraseg.data.shard_reader import ShardDataset
 from loraseg.data.shards import PairRow, encode_shard
 from loraseg.storage import open_store
+from tests.tiny_world import LABELS, write_domain
+
+TINY_RECIPE = {
+    "network": {"width": 8},
+    "steps": 6,
+    "batch_size": 4,
+    "crop": 32,
+    "eval_every": 2,
+    "precision": "fp32",
+}
+
+
+def write_world(root):
+    """Write a real dataset and a synthetic one below a folder; return it."""
+    write_domain(root / "real", "fog")
+    images, labels = coloured(6, 0, side=32)
+    commit_pairs(root / "synthetic", zip(images, labels, strict=True), LABELS.names)
+    return root
 
 
 def numbered(start, stop, side=8):

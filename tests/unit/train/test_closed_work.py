@@ -11,34 +11,20 @@ from loraseg.segment.closed_checkpoint import load_segmenter
 from loraseg.segment.metrics import ConfusionMatrix
 from loraseg.train import closed_work
 from loraseg.train.closed_work import SegmenterConfig, run_here, train_segmenters
-from tests.tiny_world import LABELS, write_domain
-from tests.unit.train.closed_world import coloured, commit_pairs
-
-_RECIPE = {
-    "network": {"width": 8},
-    "steps": 6,
-    "batch_size": 4,
-    "crop": 32,
-    "eval_every": 2,
-    "precision": "fp32",
-}
+from tests.tiny_world import LABELS
+from tests.unit.train.closed_world import TINY_RECIPE, write_world
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A real dataset and a synthetic one."""
-    root = tmp_path_factory.mktemp("world")
-    write_domain(root / "real", "fog")
-    images, labels = coloured(6, 0, side=32)
-    commit_pairs(root / "synthetic", zip(images, labels, strict=True), LABELS.names)
-    return root
+    return write_world(tmp_path_factory.mktemp("world"))
 
 
 def _config(world, output, **changes):
     plain = {
         "real": str(world / "real"),
         "synthetic": (str(world / "synthetic"),),
-        "overrides": _RECIPE,
+        "overrides": TINY_RECIPE,
         "output": str(output),
     }
     return SegmenterConfig(**{**plain, **changes})
@@ -146,7 +132,7 @@ def test_few_images(world, tmp_path):
     assert runs(name="b") == runs()
     assert runs(seed=1) != runs()
     # The ratio matters to the segmenter and not to its control.
-    changed = runs(overrides={**_RECIPE, "synthetic_share": 0.25})
+    changed = runs(overrides={**TINY_RECIPE, "synthetic_share": 0.25})
     assert [new == old for new, old in zip(changed, runs(), strict=True)] == [False, True]
     with pytest.raises(ConfigError, match="images: got 5"):
         runs(images=5)
