@@ -133,12 +133,20 @@ def test_a_source_without_masks_or_classes_says_so(tmp_path):
         source.read(one, classes=4)
 
 
-def test_many_parquet_files_are_surveyed_by_many_threads(tmp_path):
-    """Each mask comes from its own file, whichever file another thread has just opened."""
+class Swapping(MaskSource):
+    """As if another thread opened another file whenever this one has just opened its own."""
+
+    def __setattr__(self, name, value):
+        if name == "_table" and value is not None:
+            value = "other.parquet", [encode_mask(mask(99))]
+        super().__setattr__(name, value)
+
+
+@pytest.mark.parametrize("kind", [MaskSource, Swapping])
+def test_each_mask_comes_from_its_own_file(kind, tmp_path):
     for number in range(24):
         table = pa.table({"mask": [encode_mask(mask(number))], "name": [f"{number:02d}"]})
         pq.write_table(table, tmp_path / f"{number:02d}.parquet")
-    source = MaskSource(str(tmp_path), CLASSES, "train")
-    for _ in range(5):
-        found = survey(source, source.names(), classes=4, size=None)
-        assert [one.mask_id for one in found] == [mask_digest(mask(n)) for n in range(24)]
+    source = kind(str(tmp_path), CLASSES, "train")
+    found = survey(source, source.names(), classes=4, size=None)
+    assert [one.mask_id for one in found] == [mask_digest(mask(n)) for n in range(24)]
