@@ -17,7 +17,7 @@ quickstart: install
 test: install
 	$(BIN)/python -m pytest -rs
 
-# Kills, failing stores and crowds of publishers on a real S3 server, at full length: about twenty minutes.
+# Kills, failing stores and crowds of publishers on a real S3 server, at full length.
 faults: install
 	LORASEG_FAULTS=full bash .ci/durable_tests.sh -m faults tests/integration/faults
 
