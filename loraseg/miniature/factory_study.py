@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from numpy import ndarray
 
+from loraseg.backbones.diffusion import load_diffusion
 from loraseg.data import LabelSpace
 from loraseg.data.drawing import encode_png
 from loraseg.data.labels import IGNORE
@@ -144,26 +145,26 @@ def _rows(setting: Setting, folder: Path) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     for method in FILTERS:
         pairs, kept[method] = _filtered(method, own, stock, drawn)
-        rows[f"real + {method}"] = _score(train(pairs), stock)
+        learned = train(pairs)
+        rows[f"real + {method}"] = _score(learned, stock)
         logger.info("%s: real + %s %.3f", setting.name, method, rows[f"real + {method}"])
         if method == "relative":
             rows["synthetic only"] = _score(train(pairs, share=1.0), stock)
-            rows["++"], kept["++"] = _once_more(stock, train, generator, pairs)
+            more, kept["++"] = _more(learned, stock, generator)
+            both = (np.concatenate(one) for one in zip(pairs, more, strict=True))
+            rows["++"] = _score(train(tuple(both)), stock)
     return {"miou": rows, "labels": kept, "agreement": _agreement(stock, drawn)}
 
 
-def _once_more(
-    stock: Stock, train: Any, generator: Generator, pairs: Pairs
-) -> tuple[float, dict[str, Any]]:
+def _more(
+    teacher: ClosedSetSegmenter, stock: Stock, generator: Generator
+) -> tuple[Pairs, dict[str, Any]]:
     """One round of MatchMask++: pseudo-masks of unlabelled images go through the same generator."""
-    teacher = train(pairs)
     scores = teacher.log_probabilities(stock.unlabelled).max(1)
     masks = scores.indices.byte().numpy()
     masks[scores.values.exp().numpy() < _UNSURE] = IGNORE
     masks = np.stack([mask for mask in masks if (mask != IGNORE).any()])
-    more, kept = _filtered("relative", teacher, stock, _draw(generator, masks))
-    both = np.concatenate([pairs[0], more[0]]), np.concatenate([pairs[1], more[1]])
-    return _score(train(both), stock), kept
+    return _filtered("relative", teacher, stock, _draw(generator, masks))
 
 
 def _generator(setting: Setting, folder: Path) -> Generator:
@@ -174,10 +175,11 @@ def _generator(setting: Setting, folder: Path) -> Generator:
         domain=setting.domain,
     )
     stock = _stock(setting, setting.masks, folder)
-    base, conditioner, adapters, _ = train_cell(
+    _, conditioner, adapters, _ = train_cell(
         cell, folder, dataset=stock.folder, size=stock.labelled[1].shape[1:]
     )
-    config = dataclasses.replace(SAMPLING, images=_SIBLINGS, batch=_SIBLINGS)
+    base = load_diffusion("miniature", dtype=torch.bfloat16)  # thousands of images are drawn
+    config = dataclasses.replace(SAMPLING, images=_SIBLINGS, batch=_SIBLINGS, precision="bf16")
     return Generator(base, conditioner, adapters=adapters, config=config)
 
 

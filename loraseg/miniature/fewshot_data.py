@@ -26,7 +26,7 @@ Pairs = tuple[ndarray, ndarray]
 
 # Real pictures are shrunk to what the miniature's generator draws.
 REAL_SIZE = (64, 80)
-_VAL, _TEST, _UNLABELLED = 64, 300, 128
+_VAL, _TEST, _UNLABELLED = 64, 300, 64
 _JUDGE_STEPS = 900
 
 
