@@ -292,7 +292,8 @@ def table(folder: Path) -> str:
     for key in sorted({_kind(row) for row in results}):
         some = [row for row in results if _kind(row) == key]
         lines += [
-            f"{key[0]} labelled, generator from {key[1]} masks, {key[2]} steps, {len(some)} seeds",
+            f"{key[0]}, {key[1]} labelled, generator from {key[2]} masks, {key[3]} steps, "
+            f"{len(some)} seeds",
             "| training | mIoU | label precision | labels kept |",
             "|---|---|---|---|",
         ]
