@@ -151,8 +151,8 @@ def _rows(setting: Setting, folder: Path) -> dict[str, Any]:
         if method == "relative":
             rows["synthetic only"] = _score(train(pairs, share=1.0), stock)
             more, kept["++"] = _more(learned, stock, generator)
-            both = (np.concatenate(one) for one in zip(pairs, more, strict=True))
-            rows["++"] = _score(train(tuple(both)), stock)
+            both = np.concatenate([pairs[0], more[0]]), np.concatenate([pairs[1], more[1]])
+            rows["++"] = _score(train(both), stock)
     return {"miou": rows, "labels": kept, "agreement": _agreement(stock, drawn)}
 
 
