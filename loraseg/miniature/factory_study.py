@@ -86,7 +86,8 @@ class Setting:
         """A file name that tells the setting."""
         known = "all" if self.masks == ALL else "own"
         source = self.domain if self.data is None else Path(self.data).name
-        return f"n{self.labelled}-{known}-t{self.steps}-{source}-s{self.seed}"
+        steps = f"t{self.steps}-g{self.generator_steps}"
+        return f"n{self.labelled}-{known}-{steps}-{source}-s{self.seed}"
 
 
 def run_setting(setting: Setting, folder: Path) -> dict[str, Any]:
@@ -292,8 +293,8 @@ def table(folder: Path) -> str:
     for key in sorted({_kind(row) for row in results}):
         some = [row for row in results if _kind(row) == key]
         lines += [
-            f"{key[0]}, {key[1]} labelled, generator from {key[2]} masks, {key[3]} steps, "
-            f"{len(some)} seeds",
+            f"{key[0]}, {key[1]} labelled, generator from {key[2]} masks in {key[4]} steps, "
+            f"segmenters in {key[3]}, {len(some)} seeds",
             "| training | mIoU | label precision | labels kept |",
             "|---|---|---|---|",
         ]
@@ -350,9 +351,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.write(table(arguments.output))
 
 
-def _kind(row: dict[str, Any]) -> tuple[str, int, int, int]:
+def _kind(row: dict[str, Any]) -> tuple[str, int, int, int, int]:
     source = row["domain"] if row["data"] is None else Path(row["data"]).name
-    return source, row["labelled"], row["masks"], row["steps"]
+    return source, row["labelled"], row["masks"], row["steps"], row["generator_steps"]
 
 
 def _spread(values: Sequence[float]) -> str:
