@@ -13,7 +13,7 @@ import pytest
 
 from loraseg.errors import StoreError
 from loraseg.seeding import numpy_generator
-from loraseg.storage import open_store
+from loraseg.storage import PATIENCE_S, open_store
 
 logger = logging.getLogger(__name__)
 
@@ -28,28 +28,32 @@ def test_no_acknowledged_write_is_lost(durable_env):
     if not restart:
         pytest.skip("LORASEG_TEST_S3_RESTART does not say how to kill and restart the server")
     stop = threading.Event()
+    written = [{} for _ in range(WRITERS)]
     with concurrent.futures.ThreadPoolExecutor(WRITERS) as pool:
-        futures = [pool.submit(_write_until, stop, durable_env.uri, i) for i in range(WRITERS)]
+        futures = [
+            pool.submit(_write_until, stop, durable_env.uri, number, acknowledged)
+            for number, acknowledged in enumerate(written)
+        ]
         try:
             for _ in range(ROUNDS):
-                time.sleep(1)
+                _wait_for_more(written)
                 assert _refused_during(restart, durable_env.endpoint.url), "it was never down"
+            _wait_for_more(written)
         finally:
             stop.set()
-        written = [future.result() for future in futures]
+        for future in futures:
+            future.result()
     store = open_store(durable_env.uri)
-    assert all(len(digests) > ROUNDS for digests in written)
     for digests in written:
         for key, digest in digests.items():
             assert hashlib.sha256(store.get(key)).hexdigest() == digest, key
     logger.info("%d acknowledged writes over %d kills, none lost", sum(map(len, written)), ROUNDS)
 
 
-def _write_until(stop, uri, writer):
-    """Write objects of 10 B to 1 MB in every way; return the digests of what was acknowledged."""
+def _write_until(stop, uri, writer, acknowledged):
+    """Write objects of 10 B to 1 MB in every way; note the digests of what was acknowledged."""
     store = open_store(uri)
     random = numpy_generator(0, "crash", writer)
-    acknowledged = {}
     number = 0
     while not stop.is_set():
         number += 1
@@ -63,7 +67,15 @@ def _write_until(stop, uri, writer):
         except StoreError:
             continue
         acknowledged[key] = hashlib.sha256(data).hexdigest()
-    return acknowledged
+
+
+def _wait_for_more(written):
+    """Wait until every writer has had two more writes acknowledged: one in each way."""
+    goals = [len(acknowledged) + 2 for acknowledged in written]
+    deadline = time.monotonic() + PATIENCE_S
+    while any(len(one) < goal for one, goal in zip(written, goals, strict=True)):
+        assert time.monotonic() < deadline, f"writes stand still at {list(map(len, written))}"
+        time.sleep(0.02)
 
 
 def _refused_during(restart, url):
