@@ -69,7 +69,7 @@ def test_conflict_answers_are_tried_again(faulty, store):
 def test_damage_on_the_way_is_refused(store, monkeypatch):
     monkeypatch.setattr(s3, "_content_md5", lambda data: "AAAAAAAAAAAAAAAAAAAAAA==")
     with pytest.raises(StoreError, match=r"cannot write 'key' in s3://bucket/prefix.*BadDigest"):
-        store.put("key", b"data")
+        store.with_patience(0.5).put("key", b"data")
 
 
 def test_lasting_failure_says_where(faulty, store, caplog):
