@@ -3,27 +3,33 @@
 A file of its own: keys without "lora" in a LoRA file make stock loaders refuse it.
 """
 
-import json
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 
 from loraseg.adapters.peft_io import FUSION_FILE
+from loraseg.adapters.tensor_file import read_header, read_tensors, require_dtype
 from loraseg.errors import AdapterMismatchError, IntegrityError
 from loraseg.storage.tensors import encode_tensors
 from loraseg.tensor_types import Tensor
 
-__all__ = ["FUSION_FILE", "FusionMode", "FusionState", "fusion_file", "read_fusion"]
+__all__ = [
+    "FUSION_FILE",
+    "MAX_FUSION_BYTES",
+    "FusionMode",
+    "FusionState",
+    "fusion_file",
+    "read_fusion",
+]
 
 FusionMode = Literal["token", "pooled"]
 
 _KEY = re.compile(r"(?:[A-Za-z0-9_]+\.)+alpha\.(weight|bias)")
-_MAX_BYTES = 2**26
+MAX_FUSION_BYTES = 2**26
 _MAX_LAYERS = 4096
 _MODES = ("token", "pooled")
 
@@ -39,6 +45,11 @@ class FusionState:
 
     tensors: Mapping[str, Tensor]
     mode: FusionMode
+
+    @property
+    def digest(self) -> str:
+        """The sha256 (hex) of the file that holds it."""
+        return hashlib.sha256(fusion_file(self.tensors, self.mode)).hexdigest()
 
 
 def fusion_file(tensors: Mapping[str, Tensor], mode: FusionMode) -> bytes:
@@ -63,24 +74,20 @@ def read_fusion(data: bytes) -> FusionState:
         IntegrityError: It is malformed, too large, or a tensor has a wrong name, type, shape or a
             value that is not finite.
     """
-    if len(data) > _MAX_BYTES:
-        raise IntegrityError(f"{FUSION_FILE}: {len(data)} bytes, at most {_MAX_BYTES}")
-    try:
-        tensors = safetensors.torch.load(data)
-        mode = _metadata(data).get("mode")
-    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise IntegrityError(f"{FUSION_FILE}: not a safetensors file: {error}") from error
+    if len(data) > MAX_FUSION_BYTES:
+        raise IntegrityError(f"{FUSION_FILE}: {len(data)} bytes, at most {MAX_FUSION_BYTES}")
+    header = read_header(data, FUSION_FILE)
+    metadata = header.pop("__metadata__", None)
+    for key, entry in header.items():
+        require_dtype(entry, key, FUSION_FILE)
+    mode = metadata.get("mode") if isinstance(metadata, dict) else None
     if mode not in _MODES:
         raise IntegrityError(
             f"{FUSION_FILE}: mode {str(mode)[:40]!r}, expected one of {', '.join(_MODES)}"
         )
+    tensors = read_tensors(data, FUSION_FILE)
     _check(tensors)
     return FusionState(tensors, mode)
-
-
-def _metadata(data: bytes) -> dict[str, Any]:
-    size = int.from_bytes(data[:8], "little")
-    return dict(json.loads(data[8 : 8 + size])["__metadata__"])
 
 
 def _check(tensors: Mapping[str, Tensor]) -> None:

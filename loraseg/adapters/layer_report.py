@@ -221,6 +221,11 @@ def _check(report: LayerReport) -> None:
             f"layer report: {len(report.scores)} layers with {len(names)} names, expected at least "
             f"one layer and each once"
         )
+    for key in (*report.samples, *report.settings):
+        if not 1 <= len(key) <= _MAX_TEXT or not key.isprintable():
+            raise ConfigError(
+                f"layer report: name {key[:80]!r}, expected 1 to {_MAX_TEXT} printable letters"
+            )
     for key, value in report.settings.items():
         values = value if isinstance(value, list | tuple) else [value]
         if not all(_is_plain(item) for item in values):

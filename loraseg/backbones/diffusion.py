@@ -359,6 +359,9 @@ def load_diffusion(
     """
     source = resolve_pipeline(spec)
     parts = load_parts(source, dtype)
+    if source.kind == "sd" and parts["scheduler"].config.get("steps_offset", 1) != 1:
+        # As the stock pipeline has it, whatever an old config says (not so that of SDXL).
+        parts["scheduler"].register_to_config(steps_offset=1)
     base = DiffusionBase(
         name=source.name,
         digest=source.digest,

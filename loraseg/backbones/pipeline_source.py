@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 import loraseg
+from loraseg.backbones.pipeline_fit import check_fit
 from loraseg.backbones.pipeline_layout import (
     INDEX,
     MODELS,
@@ -39,7 +40,11 @@ from loraseg.storage import open_store
 
 __all__ = ["PipelineSource", "load_parts", "resolve_pipeline"]
 
-_LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
+# What transformers and diffusers raise for the config of a stranger.
+_LOAD_ERRORS = (
+    *(OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError),
+    *(ArithmeticError, AttributeError, ImportError, AssertionError),
+)
 _HUB = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
@@ -103,8 +108,9 @@ def load_parts(source: PipelineSource, dtype: torch.dtype) -> dict[str, Any]:
                 parts[part] = _load_part(source, part, torch.float32 if wide else dtype)
             except _LOAD_ERRORS as error:
                 raise IntegrityError(
-                    f"{source.folder / part}: cannot be loaded: {error}"
+                    f"{source.folder / part}: cannot be loaded: {error!r}"
                 ) from error
+    check_fit(parts, str(source.folder))
     return parts
 
 

@@ -184,10 +184,12 @@ def _distinct(masks: list[str], out: Path, images: int) -> list[Path]:
     for stem, count in Counter(path.stem for path in paths).items():
         if count > 1:
             raise ConfigError(f"{count} masks are called {stem!r}; their images would collide")
+    from loraseg.cli.generate_output import SHEET, file_names
+
     inputs = {path.resolve() for path in paths}
-    for stem in (path.stem for path in paths):
-        if lost := inputs & {(out / f"{stem}_{k}.png").resolve() for k in range(images)}:
-            raise ConfigError(f"--out: an image of {stem!r} would overwrite the mask {lost.pop()}")
+    written = {SHEET, *(n for p in paths for k in range(images) for n in file_names(p.stem, k))}
+    if lost := sorted(inputs & {(out / name).resolve() for name in written}):
+        raise ConfigError(f"--out: {lost[0]} is a mask and would be overwritten; give another")
     return paths
 
 

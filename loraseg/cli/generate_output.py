@@ -12,9 +12,15 @@ from loraseg.synth.generator import Generated
 from loraseg.synth.sheet import SheetRow, contact_sheet
 from loraseg.tensor_types import UInt8, ndarray
 
-__all__ = ["Output"]
+__all__ = ["SHEET", "Output", "file_names"]
 
-_SHEET = "sheet.png"
+SHEET = "sheet.png"
+
+
+def file_names(mask: str, k: int) -> tuple[str, str, str]:
+    """Return the names of image k of a mask, of its label and of what tells where they are from."""
+    stem = f"{mask}_{k}"
+    return f"{stem}.png", f"{stem}_label.png", f"{stem}.json"
 
 
 class Output:
@@ -38,14 +44,14 @@ class Output:
         Raises:
             StoreError: The folder cannot be written.
         """
-        stem = f"{made.name}_{made.lineage.k}"
-        told = {"image": f"{stem}.png", "label": f"{stem}_label.png", **made.lineage.to_json()}
+        image, label, lineage = file_names(made.name, made.lineage.k)
+        told = {"image": image, "label": label, **made.lineage.to_json()}
         keep_files(
             self._folder,
             {
-                f"{stem}.png": encode_png(made.image),
-                f"{stem}_label.png": encode_mask(made.label, self._label_space),
-                f"{stem}.json": (json.dumps(told, indent=1, ensure_ascii=False) + "\n").encode(),
+                image: encode_png(made.image),
+                label: encode_mask(made.label, self._label_space),
+                lineage: (json.dumps(told, indent=1, ensure_ascii=False) + "\n").encode(),
             },
         )
         self._images.setdefault(made.name, []).append(made.image)
@@ -60,8 +66,8 @@ class Output:
             SheetRow(name, masks[name], [(str(k), image) for k, image in enumerate(images)])
             for name, images in self._images.items()
         ]
-        keep_files(self._folder, {_SHEET: encode_png(contact_sheet(rows, self._label_space))})
+        keep_files(self._folder, {SHEET: encode_png(contact_sheet(rows, self._label_space))})
         for name, images in self._images.items():
             last = len(images) - 1
             say(f"{name} -> {self._folder / name}_0.png to _{last}.png")
-        say(f"{self._folder / _SHEET}  generator {self._generator}")
+        say(f"{self._folder / SHEET}  generator {self._generator}")

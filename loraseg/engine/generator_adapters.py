@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from loraseg.adapters.fusion_file import read_fusion
+from loraseg.adapters.fusion_file import MAX_FUSION_BYTES, read_fusion
 from loraseg.adapters.packed import pack
 from loraseg.adapters.peft_io import FUSION_FILE, load_adapter
 from loraseg.backbones.diffusion import DiffusionBase
@@ -82,6 +82,8 @@ def _beside(folder: Path) -> tuple[Card | None, bytes | None]:
     card, fusion = folder / _CARD_FILE, folder / FUSION_FILE
     if card.is_file() and card.stat().st_size > MAX_CARD_BYTES:
         raise IntegrityError(f"{card}: larger than {MAX_CARD_BYTES} bytes")
+    if fusion.is_file() and fusion.stat().st_size > MAX_FUSION_BYTES:
+        raise IntegrityError(f"{fusion}: larger than {MAX_FUSION_BYTES} bytes")
     return (
         Card.from_bytes(card.read_bytes()) if card.is_file() else None,
         fusion.read_bytes() if fusion.is_file() else None,

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from loraseg import config as configs
+from loraseg.adapters.fusion_file import FusionState
 from loraseg.adapters.packed import PackedAdapter
 from loraseg.backbones.diffusion import DiffusionBase
 from loraseg.errors import AdapterMismatchError, ConfigError
@@ -126,7 +127,10 @@ class Generator:
         linears = {n: m for n, m in base.unet.named_modules() if isinstance(m, torch.nn.Linear)}
         for one in everyone:
             check_fits(one.adapter, linears)
-        self._control = _control(base, adapters)
+        fusion = fusion_of(adapters)
+        self._control = _control(base, fusion)
+        # An adapter's own digest holds its fusion layers only if both came from files.
+        self._fusion = fusion and fusion.digest
         self._prompts = PromptCache(base)
         self._conditioners = {conditioner.config.template: conditioner}
 
@@ -271,6 +275,7 @@ class Generator:
                 "base": self.base.digest,
                 "adapters": [[one.adapter.digest, float(one.weight)] for one in self._adapters],
                 "heads": [head.digest for head in self._heads],
+                **({"fusion": self._fusion} if self._fusion else {}),
                 "steps": config.steps,
                 "guidance": float(config.guidance),
                 "scheduler": scheduler_name(config.scheduler),
@@ -287,7 +292,7 @@ class Generator:
         height, width = wish.condition.label.shape
         names = wish.conditioner.label_space.names
         return Lineage(
-            pair_id=pair_id(wish.mask_id, wish.k, generator, self.config.seed),
+            pair_id=pair_id(wish.mask_id, wish.k, generator, self.config.seed, wish.heads),
             mask_id=wish.mask_id,
             k=wish.k,
             seed=seed,
@@ -310,8 +315,7 @@ class Generator:
         )
 
 
-def _control(base: DiffusionBase, adapters: Sequence[GeneratorAdapter]) -> RegionControl:
-    fusion = fusion_of(adapters)
+def _control(base: DiffusionBase, fusion: FusionState | None) -> RegionControl:
     if fusion is None:
         return RegionControl(base.unet)
     owners = alpha_owners(fusion.tensors)

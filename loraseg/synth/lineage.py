@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -70,7 +70,7 @@ def mask_digest(mask: UInt8[ndarray, "h w"]) -> str:
     return digest.hexdigest()
 
 
-def pair_id(mask: str, k: int, generator: str, seed: int) -> str:
+def pair_id(mask: str, k: int, generator: str, seed: int, heads: Sequence[float] = ()) -> str:
     """Name a pair by what it is made of, so that running a job again gives the same names.
 
     Args:
@@ -78,8 +78,9 @@ def pair_id(mask: str, k: int, generator: str, seed: int) -> str:
         k: Which image of the mask.
         generator: Its digest.
         seed: The job's.
+        heads: Weights of the heads for this image.
     """
-    return _digest(["pair", mask, k, generator, seed])
+    return _digest(["pair", mask, k, generator, seed, *([list(heads)] if heads else [])])
 
 
 def generator_digest(parts: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from loraseg.backbones.diffusion import DiffusionBase, TextEncoding
-from loraseg.errors import ConfigError
+from loraseg.errors import ConfigError, StageError
 from loraseg.seeding import derive
 from loraseg.synth.region_attention import RegionControl
 from loraseg.synth.regions import Regions
@@ -153,7 +153,7 @@ def denoise(
 
     Raises:
         ConfigError: The scheduler does not fit.
-        StageError: Other attention processors are in place.
+        StageError: Other attention processors are in place, or the latents are not finite.
     """
     images, guided = len(batch.noise), batch.unconditional is not None
     steps = Steps(base.scheduler, config.scheduler, config.steps, base.device)
@@ -185,6 +185,12 @@ def denoise(
                 plain, conditional = predicted.chunk(2)
                 predicted = plain + config.guidance * (conditional - plain)
             latents = steps.advance(step, predicted, latents, batch.generators)
+    if not bool(torch.isfinite(latents).all()):
+        raise StageError(
+            f"sampling gave values that are not finite with {config.scheduler}, {config.steps} "
+            f"steps, guidance {config.guidance} in {config.precision}; try another scheduler, "
+            "fewer steps or fp32"
+        )
     return latents
 
 

@@ -152,8 +152,17 @@ def _make(own: Any, name: str, steps: int) -> Any:
     cls = getattr(diffusers, name, None)
     if cls is None:
         raise ConfigError(f"scheduler {name!r}: diffusers {diffusers.__version__} has none")
+    trained = int(own.config["num_train_timesteps"])
+    if steps >= trained:
+        raise ConfigError(
+            f"scheduler {name} with {steps} steps: expected fewer than the {trained} of training"
+        )
     config, known = dict(own.config), inspect.signature(cls.__init__).parameters
     if type(own).__name__ != name:
+        # What the pipeline leaves to its own class is left to the new one, as diffusers does, but
+        # for the offset, which stock pipelines set: noise levels are spaced as the class likes.
+        unsaid = set(config.get("_use_default_values", ())) - {"steps_offset"}
+        config = {key: value for key, value in config.items() if key not in unsaid}
         # PLMS is PNDM without its Runge-Kutta start; configs of other classes do not say so.
         config = {"skip_prk_steps": True, **config}
     # As the stock pipeline has it, whatever a config says: latents are not pixels in [-1, 1].

@@ -64,6 +64,8 @@ class GridConfig:
                 f"grid: every {self.every}, masks {self.masks}, steps {self.steps}: expected at "
                 "least 0, 1 and 1"
             )
+        if not 1 <= self.guidance < float("inf"):
+            raise ConfigError(f"grid.guidance: got {self.guidance}, expected at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -203,7 +203,10 @@ class GeneratorWork:
 
     def _grid(self) -> SampleGrid:
         views, config = self.held_out or self.views, self.task.recipe.grid
-        shown = [(view.sample.id, *views.load(view)) for view in views.all[: config.masks]]
+        # Of an image that is cut into crops the first: a row for each mask of the split.
+        first = {view.sample.id: view for view in reversed(views.all)}
+        names = list(dict.fromkeys(view.sample.id for view in views.all))[: config.masks]
+        shown = [(name, *views.load(first[name])) for name in names]
         return SampleGrid(
             base=self.base,
             conditioner=self.conditioner,

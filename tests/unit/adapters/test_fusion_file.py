@@ -8,7 +8,7 @@ import torch
 
 from loraseg.adapters import adapter_files, files_digest, load_adapter
 from loraseg.adapters.adapter import LoraPair
-from loraseg.adapters.fusion_file import FUSION_FILE, fusion_file, read_fusion
+from loraseg.adapters.fusion_file import FUSION_FILE, MAX_FUSION_BYTES, fusion_file, read_fusion
 from loraseg.errors import AdapterMismatchError, IntegrityError
 
 STATE = {
@@ -37,17 +37,22 @@ WEIGHT, BIAS = STATE
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "not a safetensors"),
-        (fusion_file(STATE, "token")[:-1], "not a safetensors"),
-        (write(STATE, None), "not a safetensors"),
+        (b"", "header of 0 bytes claimed"),
+        (fusion_file(STATE, "token")[:-1], "fusion.safetensors: "),
+        (write(STATE, None), "mode 'None'"),
+        (fusion_file(STATE, "token") + b"x" * MAX_FUSION_BYTES, "bytes, at most"),
         (write(STATE, {"mode": "other"}), "mode 'other'"),
         (write({}, {"mode": "token"}), "0 tensors"),
         (write({WEIGHT: STATE[WEIGHT]}, {"mode": "token"}), "alpha.bias is missing"),
         (write({**STATE, "lora.weight": torch.ones(1, 1)}, {"mode": "token"}), "unexpected tensor"),
         (write({**STATE, BIAS: torch.ones(2)}, {"mode": "token"}), r"\(2,\) of"),
-        (write({**STATE, BIAS: torch.ones(1, dtype=int)}, {"mode": "token"}), "int64"),
+        (write({**STATE, BIAS: torch.ones(1, dtype=int)}, {"mode": "token"}), "type I64"),
+        (
+            write({**STATE, BIAS: torch.ones(1, dtype=torch.float8_e4m3fn)}, {"mode": "token"}),
+            "type F8_E4M3",
+        ),
         (write({**STATE, BIAS: torch.tensor([torch.nan])}, {"mode": "token"}), "NaN"),
-        (len(json.dumps({})).to_bytes(8, "little") + b"{}", "not a safetensors"),
+        (len(json.dumps({})).to_bytes(8, "little") + b"{}", "mode 'None'"),
     ],
 )
 def test_hostile_files_are_refused(data, reason):

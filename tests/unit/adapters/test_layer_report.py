@@ -138,7 +138,10 @@ def test_no_layer_twice():
         {"samples": {"images": 1.5}},
         {"samples": {"images": True}},
         {"samples": [1]},
+        {"samples": {"\x1b[2J": 1}},
         {"settings": [1]},
+        {"settings": {"\ud800": 1}},
+        {"settings": {"": 1}},
         {"settings": {"a": [[1]]}},
     ],
 )

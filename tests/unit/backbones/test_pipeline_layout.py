@@ -3,14 +3,18 @@
 import hashlib
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
 import torch
+from diffusers import StableDiffusionPipeline
 
 from loraseg.backbones.diffusion import load_diffusion
+from loraseg.backbones.pipeline_fit import check_fit
 from loraseg.backbones.pipeline_layout import pipeline_digest
 from loraseg.errors import ConfigError, IntegrityError
+from loraseg.synth.schedulers import Steps
 from tests.unit.tiny_diffusion import PIPELINE_FILES, tiny_tokenizer
 
 
@@ -193,3 +197,56 @@ def test_weight_names_of_the_public_folders(folder, caplog):
         expected = theirs.state_dict()
         assert all(torch.equal(value, expected[key]) for key, value in mine.state_dict().items())
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "reason"),
+    [
+        ("tokenizer/tokenizer_config.json", {"model_max_length": 4000}, "model_max_length 4000"),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": None}, "model_max_length"),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": "x"}, "tokenizer: "),
+        ("unet/config.json", {"norm_num_groups": 0}, "unet: cannot be loaded: ZeroDivisionError"),
+        ("unet/config.json", {"attention_head_dim": 0}, "unet: cannot be loaded: "),
+        ("text_encoder/config.json", {"num_attention_heads": 0}, "text_encoder: cannot be loaded"),
+        ("vae/config.json", {"block_out_channels": []}, "vae: cannot be loaded: "),
+        ("vae/config.json", {"scaling_factor": "x"}, "scaling_factor 'x'"),
+        ("vae/config.json", {"scaling_factor": 0}, "scaling_factor '0'"),
+        ("unet/config.json", {"quantization_config": {"quant_method": "bitsandbytes"}}, "unet: "),
+    ],
+)
+def test_configs_of_strangers(folder, file, changes, reason):
+    values = json.loads((folder / file).read_text())
+    values = {key: value for key, value in {**values, **changes}.items() if value is not None}
+    (folder / file).write_text(json.dumps(values))
+    with pytest.raises(IntegrityError, match=reason):
+        load_diffusion(str(folder))
+
+
+@pytest.mark.parametrize("wanted", [64, [32, 64]])
+def test_text_of_another_width_than_the_unet_reads(wanted):
+    text = SimpleNamespace(hidden_size=32, max_position_embeddings=77)
+    parts = {
+        "tokenizer": SimpleNamespace(model_max_length=77),
+        "text_encoder": SimpleNamespace(config=text),
+        "unet": SimpleNamespace(config=SimpleNamespace(cross_attention_dim=wanted)),
+        "vae": SimpleNamespace(config=SimpleNamespace(scaling_factor=1.0)),
+    }
+    with pytest.raises(IntegrityError, match=r"here/unet: cross_attention_dim .* expected 32"):
+        check_fit(parts, "here")
+    parts["unet"].config.cross_attention_dim = [32, 32]
+    check_fit(parts, "here")
+
+
+def test_old_configs_get_the_offset_of_the_stock_pipeline(folder):
+    path = folder / "scheduler" / "scheduler_config.json"
+    values = json.loads(path.read_text())
+    del values["steps_offset"]
+    path.write_text(json.dumps(values))
+    with pytest.warns(FutureWarning, match="steps_offset"):
+        stock = StableDiffusionPipeline.from_pretrained(folder).scheduler
+    scheduler = load_diffusion(str(folder)).scheduler
+    assert scheduler.config.steps_offset == stock.config.steps_offset == 1
+    for name in ("pndm", "ddim"):
+        assert int(Steps(scheduler, name, 10, torch.device("cpu")).time(9)) == 101 - 100 * (
+            name == "ddim"
+        )

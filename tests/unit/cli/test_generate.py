@@ -187,8 +187,11 @@ def test_masks_that_cannot_be_used(generate, tmp_path, capsys):
 
 def test_no_mask_is_overwritten(generate, masks, tmp_path, capsys):
     write_mask(tmp_path / "one_1.png", mask(1))
-    assert generate(images=[masks[0], str(tmp_path / "one_1.png")], out=tmp_path) == 2
-    assert "would overwrite the mask" in capsys.readouterr().err
+    write_mask(tmp_path / "one_1_label.png", mask(1))
+    write_mask(tmp_path / "sheet.png", mask(1))
+    for name in ("one_1.png", "one_1_label.png", "sheet.png"):
+        assert generate(images=[masks[0], str(tmp_path / name)], out=tmp_path) == 2
+        assert f"{name} is a mask and would be overwritten" in capsys.readouterr().err
     (tmp_path / "other").mkdir()
     write_mask(tmp_path / "other" / "one.png", mask(1))
     assert generate(images=[*masks, str(tmp_path / "other" / "one.png")]) == 2

@@ -191,6 +191,9 @@ def test_heads_act_per_image_as_alone(guidance):
         expected = list(alone.generate([masks[index // 2]]))[index % 2]
         torch.testing.assert_close(made.latents, expected.latents, rtol=0, atol=1e-4)
         assert [used.weight for used in made.lineage.heads] == list(row)
+    (other,) = own.generate(masks[:1], heads=weights[:1, :1], first=1)
+    assert other.lineage.k == got[1].lineage.k
+    assert other.lineage.pair_id != got[1].lineage.pair_id
     assert len({float(made.latents.sum()) for made in got}) == 4
 
 
@@ -210,6 +213,7 @@ def test_fusion_layers_are_those_of_the_one_adapter_that_has_some():
     [first, _] = generator(adapters=[plain]).generate(masks)
     [second, _] = generator(adapters=[fused]).generate(masks)
     assert not torch.allclose(first.latents, second.latents, atol=1e-3)
+    assert first.lineage.pair_id != second.lineage.pair_id
     other = GeneratorAdapter.of(adapter("y"), fusion=layers)
     with pytest.raises(AdapterMismatchError, match=r"'x', 'y' all have fusion layers"):
         generator(adapters=[fused, other])

@@ -20,6 +20,8 @@ def test_pairs_are_told_apart_by_everything_that_makes_them():
         pair_id("m", 0, "g", 1),
         pair_id("n", 0, "g", 0),
         pair_id("m1", 0, "g", 0),
+        pair_id("m", 0, "g", 0, (1.0, 0.0)),
+        pair_id("m", 0, "g", 0, (0.0, 1.0)),
     ]
     assert len(set(ids)) == len(ids)
     assert all(len(one) == 64 for one in ids)

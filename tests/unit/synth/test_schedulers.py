@@ -62,6 +62,16 @@ def test_the_schedule_of_the_pipeline_is_kept():
     assert scheduler.num_inference_steps is None  # the pipeline's own is not touched
 
 
+@pytest.mark.parametrize("name", sorted(set(SCHEDULERS) - {"PNDMScheduler"}))
+def test_noise_levels_are_those_of_stock_diffusers(name):
+    """SD 1.4's config says nothing of their spacing: each class has its own way."""
+    said = {**SCHEDULE, "skip_prk_steps": True, "set_alpha_to_one": False, "clip_sample": False}
+    scheduler = diffusers.PNDMScheduler.from_config(said)
+    stock = getattr(diffusers, name).from_config(scheduler.config)
+    stock.set_timesteps(10)
+    assert torch.equal(Steps(scheduler, name, 10, CPU)._times, stock.timesteps)
+
+
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])
 def test_latents_are_not_clipped_as_if_they_were_pixels(name):
     """diffusers' default for a pipeline whose config comes from PNDM and does not say."""
@@ -103,3 +113,6 @@ def test_what_a_scheduler_cannot_do_is_a_config_error():
         Steps(own("sample"), "pndm", 5, CPU)
     with pytest.raises(ConfigError, match=r"DDIMScheduler with 2000 steps"):
         Steps(own(), "ddim", 2000, CPU)
+    for name in SCHEDULERS:
+        with pytest.raises(ConfigError, match=r"expected fewer than the 1000 of training"):
+            Steps(own(), name, 1000, CPU)

@@ -151,6 +151,7 @@ def test_a_reports_path_holds_in_any_folder(tmp_path, monkeypatch):
         ({"targets": ""}, "targets: got nothing"),
         ({"fusion": {"mode": "on"}}, "fusion.mode"),
         ({"grid": {"every": -1}}, "grid: every -1"),
+        ({"grid": {"guidance": 0.5}}, "grid.guidance: got 0.5, expected at least 1"),
         ({"loop": {"schedule": "linear"}}, "loop.schedule"),
         ({"view": {"sise": [8, 8]}}, "did you mean 'view.size'"),
     ],

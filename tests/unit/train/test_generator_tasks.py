@@ -21,6 +21,7 @@ from loraseg.errors import AdapterNotFoundError, ConfigError, DatasetError
 from loraseg.library import BaseModel, Library
 from loraseg.storage import open_store
 from loraseg.synth.region_attention import RegionControl, alpha_owners
+from loraseg.train.generator_report import SampleGrid
 from loraseg.train.generator_task import ActiveAdapter
 from loraseg.train.tasks import groups, plan, run_task, run_tasks
 from tests.unit.train.killing import Killed
@@ -140,6 +141,21 @@ def test_a_grid_shows_masks_images_and_what_is_generated(tmp_path):
     assert key.endswith("pictures/000000003.png")
     assert picture.shape[1] == 4 * (96 + 4)
     assert picture.shape[0] > 2 * (96 + 16)
+
+
+def test_a_grid_of_crops_shows_each_image_once(tmp_path, monkeypatch):
+    shown = []
+
+    def draw(grid, kept):
+        shown.append([name for name, _, _ in grid.shown])
+        return b"a picture"
+
+    monkeypatch.setattr(SampleGrid, "draw", draw)
+    view = {"size": [16, 16], "fit": "crop", "crops": 3}
+    recipe = recipe_of(view=view, grid={"every": 6, "masks": 2}, loop={"steps": 6})
+    run_task(tiny_generator_task(tmp_path, recipe=recipe))
+    ((first, second),) = shown
+    assert first != second
 
 
 @pytest.mark.parametrize("kills", [(1,), (3, 5)])
