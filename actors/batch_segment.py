@@ -4,8 +4,16 @@ import pickle
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
-from actors.pools import PoolWorker, join, outcomes, rows_of, start_attempts, through
-from actors.resources import Placement, StoreAccess
+from actors.pools import (
+    PoolPlacement,
+    PoolWorker,
+    join,
+    outcomes,
+    rows_of,
+    start_attempts,
+    through,
+)
+from actors.resources import StoreAccess
 from actors.units import result_of, run_units
 from loraseg.bulk.config import BulkConfig
 from loraseg.bulk.pinned import Facts, Pinned
@@ -23,7 +31,7 @@ class OnRay:
     A part that loses its actor or node is done anew by another, ``placement.retries`` times.
     """
 
-    def __init__(self, placement: Placement, *, make: Make = PartSegmenter) -> None:
+    def __init__(self, placement: PoolPlacement, *, make: Make = PartSegmenter) -> None:
         """Take what each actor gets, and what makes the one that does its parts."""
         self._placement = placement
         self._make = make

@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from functools import lru_cache
 
+from actors.pools import PoolPlacement
 from actors.resources import Placement, connect, require_room
 from actors.segmenter_training import Workers, on_ray_train
 from actors.synthesis import OnRay
@@ -22,7 +23,11 @@ class RayTools:
     """Every job writes below ``config.output``, in a folder named by its stage and inputs."""
 
     def __init__(
-        self, config: PipelineConfig, workers: Workers, generators: Placement, voters: Placement
+        self,
+        config: PipelineConfig,
+        workers: Workers,
+        generators: PoolPlacement,
+        voters: PoolPlacement,
     ) -> None:
         """Take what is worked on, and what each job takes."""
         self._config, self._workers = config, workers

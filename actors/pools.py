@@ -6,6 +6,7 @@ Ray Data itself repeats what is lost for ever, so how often each part was begun 
 import pickle
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -13,14 +14,47 @@ import torch
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.resources import Placement, StoreAccess, connect, require_room
-from loraseg.errors import StageError
+from actors.resources import Placement, StoreAccess, connect, require_room, require_room_together
+from loraseg.errors import ConfigError, StageError
 
-__all__ = ["Attempts", "PoolWorker", "join", "outcomes", "rows_of", "start_attempts", "through"]
+__all__ = [
+    "Attempts",
+    "PoolPlacement",
+    "PoolWorker",
+    "join",
+    "outcomes",
+    "rows_of",
+    "start_attempts",
+    "through",
+]
 
 
-def join(*placements: Placement) -> None:
-    """Connect to Ray and see whether there is room for one actor of each placement.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolPlacement(Placement):
+    """What one actor of a pool takes, and how many there are.
+
+    Attributes:
+        min_parallel: Actors to ask for at the start, which an autoscaler then brings at once; the
+            pool grows from there to ``max_parallel`` while work waits.
+    """
+
+    min_parallel: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        # Without arguments, super() does not know a class that slots=True has made anew.
+        super(PoolPlacement, self).__post_init__()
+        if self.min_parallel < 1:
+            raise ConfigError(f"resources: min_parallel must be >= 1, got {self.min_parallel}")
+        if self.max_parallel is not None and self.max_parallel < self.min_parallel:
+            raise ConfigError(
+                f"resources: expected min_parallel <= max_parallel, got {self.min_parallel} and "
+                f"{self.max_parallel}"
+            )
+
+
+def join(*placements: PoolPlacement) -> None:
+    """Connect to Ray and see whether there is room for the first actors of all pools together.
 
     Raises:
         ConfigError: There is none.
@@ -28,6 +62,10 @@ def join(*placements: Placement) -> None:
     started_here = connect()
     for placement in placements:
         require_room(placement, may_grow=not started_here)
+    require_room_together(
+        [(placement, placement.min_parallel) for placement in placements],
+        may_grow=not started_here,
+    )
     ray.data.DataContext.get_current().enable_progress_bars = False  # the runs tell their own
 
 
@@ -101,7 +139,11 @@ def rows_of(work: Sequence[Any]) -> Any:
 
 
 def through(
-    rows: Any, worker: type[PoolWorker], arguments: tuple[Any, ...], placement: Placement, most: int
+    rows: Any,
+    worker: type[PoolWorker],
+    arguments: tuple[Any, ...],
+    placement: PoolPlacement,
+    most: int,
 ) -> Any:
     """Send rows through a pool of actors, as many as the placement allows and there is room for.
 
@@ -122,7 +164,7 @@ def through(
         num_gpus=placement.gpus or None,
         resources=placement.custom or None,
         compute=ray.data.ActorPoolStrategy(
-            min_size=1,
+            min_size=min(placement.min_parallel, most),
             max_size=min(placement.max_parallel or most, most),
             max_tasks_in_flight_per_actor=2,
         ),

@@ -3,7 +3,8 @@
 import logging
 import os
 import secrets
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ import ray
 
 from loraseg.errors import ConfigError
 
-__all__ = ["Placement", "StoreAccess", "connect", "require_room"]
+__all__ = ["Placement", "StoreAccess", "connect", "require_room", "require_room_together"]
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,11 @@ class Placement:
     def custom(self) -> dict[str, float]:
         """The custom resource as Ray wants it: so little that it never limits how many share."""
         return {} if self.node is None else {self.node: 0.001}
+
+    @property
+    def needs(self) -> dict[str, float]:
+        """All of it by Ray's names."""
+        return {"CPU": self.cpus, "GPU": self.gpus, **self.custom}
 
     def __str__(self) -> str:
         """Say it in a few words, such as ``1 CPU, 0.5 GPU on trainer``."""
@@ -145,8 +151,7 @@ def require_room(placement: Placement, *, may_grow: bool) -> None:
     Raises:
         ConfigError: No node is large enough and none will come.
     """
-    needs = {"CPU": placement.cpus, "GPU": placement.gpus, **placement.custom}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    needs, nodes = placement.needs, _nodes()
     if any(all(node.get(kind, 0) >= need for kind, need in needs.items()) for node in nodes):
         return
     here = "; ".join(f"{n.get('CPU', 0):g} CPU, {n.get('GPU', 0):g} GPU" for n in nodes)
@@ -154,3 +159,37 @@ def require_room(placement: Placement, *, may_grow: bool) -> None:
     if not may_grow:
         raise ConfigError(f"resources: {message}")
     logger.warning("%s; waiting for the autoscaler to bring one", message)
+
+
+def require_room_together(wanted: Sequence[tuple[Placement, int]], *, may_grow: bool) -> None:
+    """Compare what must run at the same time with the whole cluster.
+
+    A stage that cannot start while another holds the cluster would make both wait for ever.
+
+    Args:
+        wanted: What one unit of each stage takes, and how many of it.
+        may_grow: Whether an autoscaler might still bring nodes.
+
+    Raises:
+        ConfigError: The cluster is too small and will not grow.
+    """
+    needs: dict[str, float] = defaultdict(float)
+    for placement, count in wanted:
+        for kind, need in placement.needs.items():
+            needs[kind] += count * need
+    nodes = _nodes()
+    has = {kind: sum(node.get(kind, 0) for node in nodes) for kind in needs}
+    if all(has[kind] >= need for kind, need in needs.items()):
+        return
+    stages = " and ".join(f"{count} x ({placement})" for placement, count in wanted)
+    message = (
+        f"{stages} must run at the same time, which takes {needs['CPU']:g} CPU and "
+        f"{needs['GPU']:g} GPU; the cluster has {has['CPU']:g} and {has['GPU']:g}"
+    )
+    if not may_grow:
+        raise ConfigError(f"resources: {message}; set smaller cpus or gpus")
+    logger.warning("%s; waiting for the autoscaler to bring more", message)
+
+
+def _nodes() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]

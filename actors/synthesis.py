@@ -10,8 +10,16 @@ import pickle
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
-from actors.pools import PoolWorker, join, outcomes, rows_of, start_attempts, through
-from actors.resources import Placement, StoreAccess
+from actors.pools import (
+    PoolPlacement,
+    PoolWorker,
+    join,
+    outcomes,
+    rows_of,
+    start_attempts,
+    through,
+)
+from actors.resources import StoreAccess
 from actors.units import result_of, run_units
 from loraseg.data.labels import LabelSpace
 from loraseg.factory.config import SynthesisConfig
@@ -34,8 +42,8 @@ class OnRay:
 
     def __init__(
         self,
-        generators: Placement,
-        voters: Placement,
+        generators: PoolPlacement,
+        voters: PoolPlacement,
         *,
         draw: MakeDraw = Draw,
         vote: MakeVote = Vote,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from actors.pipeline import RayTools
-from actors.resources import Placement
+from actors.pools import PoolPlacement
 from actors.segmenter_training import Workers
 from loraseg import config as configuration
 from loraseg.factory.pipeline import Ledger, PipelineConfig, matchmask_pp
@@ -25,8 +25,8 @@ class Config(PipelineConfig):
 
     method: Literal["matchmask_pp"] = "matchmask_pp"
     workers: Workers = field(default_factory=Workers)
-    generators: Placement = field(default_factory=Placement)
-    voters: Placement = field(default_factory=lambda: Placement(cpus=0.5))
+    generators: PoolPlacement = field(default_factory=PoolPlacement)
+    voters: PoolPlacement = field(default_factory=lambda: PoolPlacement(cpus=0.5))
 
 
 def main(config: Config) -> int:

@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass, field
 
 from actors.batch_segment import OnRay
-from actors.resources import Placement
+from actors.pools import PoolPlacement
 from loraseg import config as configuration
 from loraseg.bulk import BulkConfig, segment_images
 
@@ -22,7 +22,7 @@ from loraseg.bulk import BulkConfig, segment_images
 class Config(BulkConfig):
     """What is segmented, and what each worker takes on Ray."""
 
-    resources: Placement = field(default_factory=Placement)
+    resources: PoolPlacement = field(default_factory=PoolPlacement)
 
 
 def main(config: Config) -> int:

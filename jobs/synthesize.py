@@ -14,7 +14,7 @@ started again, 2 a mistake in the config.
 import sys
 from dataclasses import dataclass, field
 
-from actors.resources import Placement
+from actors.pools import PoolPlacement
 from actors.synthesis import OnRay
 from loraseg import config as configuration
 from loraseg.factory.config import SynthesisConfig
@@ -27,8 +27,8 @@ _SHOWN = 10
 class Config(SynthesisConfig):
     """What is made, and what each generator and each voter takes on Ray."""
 
-    generators: Placement = field(default_factory=Placement)
-    voters: Placement = field(default_factory=lambda: Placement(cpus=0.5))
+    generators: PoolPlacement = field(default_factory=PoolPlacement)
+    voters: PoolPlacement = field(default_factory=lambda: PoolPlacement(cpus=0.5))
 
 
 def main(config: Config) -> int:

@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from actors.resources import Placement, connect
+from actors.pools import PoolPlacement
+from actors.resources import connect
 from actors.synthesis import OnRay
 from loraseg.data.masks import encode_mask
 from loraseg.data.shard_reader import ShardDataset
@@ -58,7 +59,7 @@ class Stream(OnRay):
     """The same on Ray Data."""
 
     def __init__(self, seconds):
-        one = Placement(max_parallel=1, cpus=0.5)
+        one = PoolPlacement(max_parallel=1, cpus=0.5)
         super().__init__(one, one, draw=FixedCost(seconds))
 
     def look(self, config, label_space):

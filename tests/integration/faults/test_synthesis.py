@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import jobs.synthesize as job
-from actors.resources import Placement
+from actors.pools import PoolPlacement
 from actors.synthesis import OnRay
 from loraseg import config as configuration
 from loraseg.data.shard_reader import ShardDataset
@@ -41,8 +41,8 @@ MASKS = 16
 PARTS = MASKS // 2
 RUNS = range(2 if FULL else 1)
 POOLS = {
-    "generators": Placement(max_parallel=2, cpus=0.5, retries=10),
-    "voters": Placement(cpus=0.5, retries=10),
+    "generators": PoolPlacement(max_parallel=2, cpus=0.5, retries=10),
+    "voters": PoolPlacement(cpus=0.5, retries=10),
 }
 
 

@@ -13,7 +13,7 @@ import yaml
 
 import jobs.segment_images as job
 from actors.batch_segment import OnRay
-from actors.resources import Placement
+from actors.pools import PoolPlacement
 from loraseg import config as configuration
 from loraseg.bulk import segment_images
 from loraseg.bulk.run import Here
@@ -28,7 +28,7 @@ pytestmark = [
     # Ray Data warns of its own defaults when it makes its context.
     pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.data\..*"),
 ]
-CREW = Placement(max_parallel=2)
+CREW = PoolPlacement(max_parallel=2)
 
 
 def on(*kinds):

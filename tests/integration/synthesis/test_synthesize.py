@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 import jobs.synthesize as job
-from actors.resources import Placement
+from actors.pools import PoolPlacement
 from actors.synthesis import OnRay
 from loraseg import config as configuration
 from loraseg.data.shard_reader import ShardDataset
@@ -21,7 +21,10 @@ pytestmark = [
     # Ray Data warns of its own defaults when it makes its context.
     pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.data\..*"),
 ]
-POOLS = {"generators": Placement(max_parallel=2, cpus=0.5), "voters": Placement(cpus=0.5)}
+POOLS = {
+    "generators": PoolPlacement(min_parallel=2, max_parallel=2, cpus=0.5),
+    "voters": PoolPlacement(cpus=0.5),
+}
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +86,7 @@ def test_killed_workers_cost_only_time(shop, undisturbed, tmp_path, ray_cluster)
 @pytest.mark.durable
 def test_workers_lost_too_often_end_the_run(shop, undisturbed, tmp_path, ray_cluster):
     accident = Accident("draw", "worker", calls=1, delay_s=0.0, folder=tmp_path, times=1000)
-    pools = {**POOLS, "generators": Placement(max_parallel=1, retries=1)}
+    pools = {**POOLS, "generators": PoolPlacement(max_parallel=1, retries=1)}
     config = settings(shop, tmp_path / "out")
     with pytest.raises(StageError, match="have lost 2 workers"):
         synthesize(config, OnRay(**pools, draw=accident))

@@ -10,7 +10,7 @@ import pytest
 import ray
 
 import jobs.train_adapters as job
-from actors.resources import Placement, require_room
+from actors.resources import Placement, require_room, require_room_together
 from actors.training import train_adapters
 from loraseg import config as configuration
 from loraseg.errors import ConfigError
@@ -162,6 +162,13 @@ def test_the_plan_is_printed_without_a_cluster(make_manifest, capsys, monkeypatc
 def test_an_adapter_too_large_for_every_node_is_refused(ray_cluster):
     with pytest.raises(ConfigError, match="no node has 64 CPU for one adapter"):
         require_room(Placement(cpus=64), may_grow=False)
+
+
+def test_stages_that_cannot_run_at_the_same_time_are_refused(ray_cluster):
+    first, second = Placement(cpus=1.5), Placement(cpus=0.5)
+    require_room_together([(first, 1), (second, 1)], may_grow=False)
+    with pytest.raises(ConfigError, match=r"takes 2\.5 CPU and 0 GPU; .* has 2 and 0"):
+        require_room_together([(first, 1), (second, 2)], may_grow=False)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from actors.pools import PoolPlacement
 from actors.resources import Placement, StoreAccess
 from loraseg.errors import ConfigError
 
@@ -20,6 +21,19 @@ from loraseg.errors import ConfigError
 def test_ranges(values, message):
     with pytest.raises(ConfigError, match=message):
         Placement(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"min_parallel": 0}, "min_parallel must be >= 1, got 0"),
+        ({"min_parallel": 3, "max_parallel": 2}, "min_parallel <= max_parallel, got 3 and 2"),
+        ({"cpus": 0}, "cpus > 0"),
+    ],
+)
+def test_ranges_of_pools(values, message):
+    with pytest.raises(ConfigError, match=message):
+        PoolPlacement(**values)
 
 
 @pytest.mark.parametrize(("cpus", "threads"), [(0.5, 1), (1, 1), (2.9, 2), (8, 8)])
