@@ -3,13 +3,16 @@
 python -m loraseg.miniature.factory_study --seeds 3 --labelled 16 64 --processes 2 --output study
 python -m loraseg.miniature.factory_study --data DATASET_FOLDER --output study    # real images
 python -m loraseg.miniature.factory_study sheet --data DATASET_FOLDER --output study    # only draw
+python -m loraseg.miniature.factory_study mixes --labelled 64 --output study    # shares and steps
 python -m loraseg.miniature.factory_study table --output study
 
 One cell is a seed and a number of labelled images. The generator learns from these alone, draws
 five images of each of their masks, a segmenter that learned from the same images votes, and
 segmenters with equal training are scored on other images (methods b.5, b.6). A judge that takes no
-part says how many labels are right. Real images are shrunk to 64x80, and their generator is the
-miniature's: the table shows the machinery, not what Stable Diffusion would do.
+part says how many labels are right. ``mixes`` asks what it takes: other shares of synthetic images
+in a batch, longer training, a generator all of whose weights learned. Real images are shrunk to
+64x80, and their generator is the miniature's: the tables show the machinery, not what Stable
+Diffusion would do.
 """
 # pyright: basic
 
@@ -23,13 +26,12 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy import ndarray
 
-from loraseg.backbones.diffusion import load_diffusion
 from loraseg.data import LabelSpace
 from loraseg.data.drawing import encode_png
 from loraseg.data.labels import IGNORE
@@ -47,7 +49,7 @@ from loraseg.train.closed_data import ArrayPairs
 from loraseg.train.closed_recipes import named_segmenter_recipe
 from loraseg.train.closed_set import TrainingData, train_segmenter
 
-__all__ = ["Setting", "run_setting", "run_sheet", "table"]
+__all__ = ["Setting", "run_mixes", "run_setting", "run_sheet", "table"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,8 @@ FILTERS = ("none", "confidence", "freemask", "relative")
 _SIBLINGS = 5
 _UNSURE = 0.9  # below, a pseudo-mask says nothing
 _SHOWN, _SHEET_MASKS = 6, 32
+# Filter, synthetic share of each batch, and how many times as many steps.
+_MIXES = (("freemask", 0.25, 1), ("freemask", 0.5, 1), ("relative", 0.25, 1), ("freemask", 0.25, 3))
 
 Drawn = list[tuple[ndarray, ndarray]]  # (mask, its images)
 
@@ -71,6 +75,7 @@ class Setting:
         generator_steps: Updates of the generator.
         domain: Whose scenes.
         data: A dataset folder of real images instead.
+        tuning: What of the generator learns: "lora", or all its weights.
     """
 
     labelled: int
@@ -80,6 +85,7 @@ class Setting:
     generator_steps: int = 400
     domain: str = "clear-day"
     data: str | None = None
+    tuning: Literal["lora", "full"] = "lora"
 
     @property
     def name(self) -> str:
@@ -87,7 +93,8 @@ class Setting:
         known = "all" if self.masks == ALL else "own"
         source = self.domain if self.data is None else Path(self.data).name
         steps = f"t{self.steps}-g{self.generator_steps}"
-        return f"n{self.labelled}-{known}-{steps}-{source}-s{self.seed}"
+        tuned = "" if self.tuning == "lora" else f"-{self.tuning}"
+        return f"n{self.labelled}-{known}-{steps}-{source}{tuned}-s{self.seed}"
 
 
 def run_setting(setting: Setting, folder: Path) -> dict[str, Any]:
@@ -121,6 +128,29 @@ def run_sheet(setting: Setting, folder: Path) -> dict[str, float]:
     return found
 
 
+def run_mixes(setting: Setting, folder: Path) -> dict[str, Any]:
+    """Train segmenters on other mixes of real and synthetic images, or read what was found."""
+    place = folder / "mixes" / f"{setting.name}.json"
+    if place.is_file():
+        return json.loads(place.read_text())
+    torch.set_num_threads(1)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    stock = _stock(setting, setting.labelled, folder)
+    own = _trained(setting, stock, None)
+    rows = {"real only": _score(own, stock)}
+    drawn = _draw(_generator(setting, folder), stock.labelled[1])
+    for method, share, times in _MIXES:
+        longer = dataclasses.replace(setting, steps=times * setting.steps)
+        if more := f", {times} x steps" if times > 1 else "":
+            rows[f"real only{more}"] = _score(_trained(longer, stock, None), stock)
+        pairs, _ = _filtered(method, own, stock, drawn)
+        name = f"{method}, share {share}{more}"
+        rows[name] = _score(_trained(longer, stock, pairs, share=share), stock)
+    found = {"miou": rows, "agreement": _agreement(stock, drawn)}
+    place.write_text(json.dumps(found, indent=1))
+    return found
+
+
 def _agreement(stock: Stock, drawn: Drawn) -> dict[str, float]:
     """Return the mIoU of the first images against their masks, and against wrong ones."""
     first, masks = np.stack([images[0] for _, images in drawn]), np.stack([m for m, _ in drawn])
@@ -139,7 +169,6 @@ def _rows(setting: Setting, folder: Path) -> dict[str, Any]:
     train = partial(_trained, setting, stock)
     own = train(None)
     rows: dict[str, Any] = {"real only": _score(own, stock)}
-    logger.info("%s: real only %.3f", setting.name, rows["real only"])
     generator = _generator(setting, folder)
     drawn = _draw(generator, stock.labelled[1])
     _show(stock, drawn, folder / "fewshot" / f"{setting.name}.png")
@@ -148,7 +177,6 @@ def _rows(setting: Setting, folder: Path) -> dict[str, Any]:
         pairs, kept[method] = _filtered(method, own, stock, drawn)
         learned = train(pairs)
         rows[f"real + {method}"] = _score(learned, stock)
-        logger.info("%s: real + %s %.3f", setting.name, method, rows[f"real + {method}"])
         if method == "relative":
             rows["synthetic only"] = _score(train(pairs, share=1.0), stock)
             more, kept["++"] = _more(learned, stock, generator)
@@ -172,14 +200,16 @@ def _generator(setting: Setting, folder: Path) -> Generator:
     cell = Cell(
         labelled=setting.masks,
         seed=setting.seed,
+        tuning=setting.tuning,
+        fusion=setting.tuning == "lora",
         steps=setting.generator_steps,
         domain=setting.domain,
     )
     stock = _stock(setting, setting.masks, folder)
-    _, conditioner, adapters, _ = train_cell(
+    base, conditioner, adapters, _ = train_cell(
         cell, folder, dataset=stock.folder, size=stock.labelled[1].shape[1:]
     )
-    base = load_diffusion("miniature", dtype=torch.bfloat16)  # thousands of images are drawn
+    base.to("cpu", torch.bfloat16)  # thousands of images are drawn
     config = dataclasses.replace(SAMPLING, images=_SIBLINGS, batch=_SIBLINGS, precision="bf16")
     return Generator(base, conditioner, adapters=adapters, config=config)
 
@@ -315,7 +345,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", nargs="?", choices=["run", "sheet", "table"], default="run")
+    jobs = {"run": run_setting, "sheet": run_sheet, "mixes": run_mixes}
+    parser.add_argument("command", nargs="?", choices=[*jobs, "table"], default="run")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--labelled", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--all-masks", action="store_true", help="generators from 2,048 scenes too")
@@ -327,6 +358,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     if arguments.command != "table":
+        tunings = ("lora", "full") if arguments.command == "mixes" else ("lora",)
         work = [
             Setting(
                 labelled=labelled,
@@ -335,19 +367,21 @@ def main(argv: Sequence[str] | None = None) -> None:
                 steps=arguments.steps,
                 generator_steps=arguments.generator_steps,
                 data=arguments.data,
+                tuning=tuning,
             )
+            for tuning in tunings
             for seed in range(arguments.seeds)
             for labelled in arguments.labelled
             for masks in ((labelled, ALL) if arguments.all_masks else (labelled,))
         ]
-        job = run_setting if arguments.command == "run" else run_sheet
-        context = get_context("spawn")
+        job, context = (
+            partial(jobs[arguments.command], folder=arguments.output),
+            get_context("spawn"),
+        )
         with ProcessPoolExecutor(arguments.processes, mp_context=context) as pool:
-            for setting, done in zip(
-                work, pool.map(partial(job, folder=arguments.output), work), strict=True
-            ):
+            for setting, done in zip(work, pool.map(job, work), strict=True):
                 logger.info("%s: %s", setting.name, json.dumps(done.get("miou", done)))
-    if arguments.command != "sheet":
+    if arguments.command in ("run", "table"):
         sys.stdout.write(table(arguments.output))
 
 

@@ -7,7 +7,14 @@ import pytest
 from loraseg.errors import DatasetError
 from loraseg.miniature import factory_study, fewshot_data
 from loraseg.miniature.dataset import write_dataset
-from loraseg.miniature.factory_study import FILTERS, Setting, run_setting, run_sheet, table
+from loraseg.miniature.factory_study import (
+    FILTERS,
+    Setting,
+    run_mixes,
+    run_setting,
+    run_sheet,
+    table,
+)
 from loraseg.miniature.fewshot_data import REAL_SIZE, of_folder
 
 TINY = Setting(labelled=3, seed=0, masks=3, steps=2, generator_steps=1)
@@ -37,6 +44,14 @@ def test_every_row_is_scored_once(tmp_path):
     path.write_text(json.dumps(kept))
     assert run_setting(TINY, tmp_path)["miou"]["++"] == 0.5
     assert "| real + relative | 50.0 |" in table(tmp_path)
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_mixes_are_scored_beside_their_control(tuning, tmp_path):
+    found = run_mixes(dataclasses.replace(TINY, tuning=tuning), tmp_path)
+    longer = {"real only, 3 x steps", "freemask, share 0.25, 3 x steps"}
+    assert {"real only", "relative, share 0.25", *longer} < found["miou"].keys()
+    assert found["agreement"].keys() == {"right", "wrong"}
 
 
 def test_a_folder_of_real_images_is_shrunk_and_split(tmp_path):
