@@ -23,10 +23,11 @@ from actors.resources import StoreAccess
 from actors.units import result_of, run_units
 from loraseg.data.labels import LabelSpace
 from loraseg.factory.config import SynthesisConfig
+from loraseg.factory.draw import Draft, Draw
 from loraseg.factory.equipment import look
 from loraseg.factory.pinned import Facts, Pinned
 from loraseg.factory.plan import Part
-from loraseg.factory.work import Draft, Draw, Outcome, Vote
+from loraseg.factory.work import Outcome, Vote
 
 __all__ = ["OnRay"]
 

@@ -14,6 +14,7 @@ LorasegError
 from typing import Any
 
 __all__ = [
+    "MALFORMED",
     "AdapterMismatchError",
     "AdapterNotFoundError",
     "ConfigError",
@@ -24,6 +25,16 @@ __all__ = [
     "StageError",
     "StoreError",
 ]
+
+# What taking apart JSON from outside may raise where it is not of the shape that is expected.
+MALFORMED: tuple[type[Exception], ...] = (
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
 
 
 class LorasegError(Exception):

@@ -8,7 +8,7 @@ from typing import Any
 from loraseg import config as configuration
 from loraseg.bulk.pinned import begin_or_join, refuse_changes, warn_of_other_code
 from loraseg.data.labels import LabelSpace
-from loraseg.errors import IntegrityError
+from loraseg.errors import MALFORMED, IntegrityError
 from loraseg.factory.config import SynthesisConfig
 from loraseg.revision import code_revision
 from loraseg.storage import ObjectNotFoundError, ObjectStore, open_store
@@ -17,6 +17,7 @@ __all__ = ["DATASET", "AdapterFact", "Facts", "Pinned", "begin", "read_pinned"]
 
 DATASET = "dataset.json"
 _FORMAT = 1
+_MOST_THREADS = 1024
 # What may change from run to run: which masks, how many images of each, how they are cut.
 _FREE = ("masks", "output", "split", "classes", "limit", "masks_per_shard", "append")
 
@@ -165,15 +166,18 @@ def read_pinned(output: ObjectStore, config: SynthesisConfig | None = None) -> P
             built = replace(built, sampling=more)
         facts = configuration.build(Facts, values["facts"])
         names = LabelSpace(tuple(values["classes"])).names
+        threads = int(values["threads"])
+        if not 1 <= threads <= _MOST_THREADS:
+            raise ValueError(f"threads {threads}, expected 1 to {_MOST_THREADS}")
         return Pinned(
             config=built,
             classes=names,
-            threads=int(values["threads"]),
+            threads=threads,
             device=str(values["device"]),
             facts=facts,
             code=str(values["code"]),
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except MALFORMED as error:
         if isinstance(error, IntegrityError):
             raise
         raise IntegrityError(f"{output.uri}/{DATASET}: damaged: {error}") from error

@@ -10,7 +10,7 @@ from loraseg.data.masks import decode_mask
 from loraseg.data.shard_reader import ShardDataset
 from loraseg.data.shards import PairRow
 from loraseg.data.uploads import decode_image
-from loraseg.errors import DatasetError, IntegrityError
+from loraseg.errors import MALFORMED, DatasetError, IntegrityError
 from loraseg.factory.equipment import load_generator
 from loraseg.factory.pinned import Pinned, read_pinned
 from loraseg.synth.generator import Generator
@@ -105,6 +105,6 @@ def _batch(row: PairRow) -> tuple[int, int]:
         first, last = json.loads(row.lineage or "")["batch"]
         if not 0 <= first <= (row.k or 0) <= last < 10_000:
             raise ValueError(f"images {first} to {last}")
-    except (ValueError, KeyError, TypeError) as error:
+    except MALFORMED as error:
         raise IntegrityError(f"pair {row.pair_id}: its lineage names no batch: {error}") from error
     return int(first), int(last)

@@ -15,13 +15,14 @@ from loraseg.data.shard_manifest import MANIFEST, ShardEntry, ShardManifest, rea
 from loraseg.data.shard_reader import ShardDataset
 from loraseg.errors import ConfigError, StageError
 from loraseg.factory.config import SynthesisConfig
+from loraseg.factory.draw import Draw
 from loraseg.factory.equipment import look
 from loraseg.factory.pinned import DATASET, Facts, Pinned, begin
 from loraseg.factory.plan import Entry, Part, Planned, decode_plan, encode_plan, parts, survey
 from loraseg.factory.report import REPORT, write_report
 from loraseg.factory.sources import MaskSource
 from loraseg.factory.tally import Tally
-from loraseg.factory.work import DONE, Draw, Outcome, Vote, done_file, read_done
+from loraseg.factory.work import DONE, Outcome, Vote, done_file, read_done
 from loraseg.storage import ObjectStore, open_store
 
 __all__ = ["Crew", "Here", "Summary", "synthesize"]

@@ -1,4 +1,4 @@
-"""One part of the work in two stages: draw images of its masks; vote and write the shard."""
+"""The second stage of a part of the work: vote on its images and write the shard."""
 
 import hashlib
 import json
@@ -15,28 +15,23 @@ from loraseg import config as configuration
 from loraseg.data.drawing import encode_png
 from loraseg.data.masks import decode_mask, encode_mask
 from loraseg.data.shard_manifest import ShardEntry
-from loraseg.data.shards import PairRow, decode_shard, encode_shard, read_rows
-from loraseg.errors import DatasetError, LorasegError
-from loraseg.factory.equipment import load_generator, load_judge
+from loraseg.data.shard_reader import ShardDataset
+from loraseg.data.shards import PairRow, decode_shard, encode_shard
+from loraseg.errors import MALFORMED, IntegrityError, LorasegError
+from loraseg.factory.draw import Draft, Drawn, Made
+from loraseg.factory.equipment import load_judge
 from loraseg.factory.judging import NEEDS, judge
 from loraseg.factory.pinned import Pinned
 from loraseg.factory.plan import Entry, Part
-from loraseg.factory.sources import MaskSource
 from loraseg.factory.tally import Tally
 from loraseg.segment.closed_checkpoint import ClosedSetSegmenter
 from loraseg.storage import ObjectNotFoundError, ObjectStore, open_store
-from loraseg.synth.generator import Generated, Generator
-from loraseg.synth.sizes import mask_at_size
 from loraseg.synth.vote import Filtered, Judged, apply_filter
-from loraseg.tensor_types import UInt8, ndarray
+from loraseg.tensor_types import ndarray
 
 __all__ = [
     "DONE",
     "Done",
-    "Draft",
-    "Draw",
-    "Drawn",
-    "Made",
     "Outcome",
     "Vote",
     "done_file",
@@ -49,40 +44,6 @@ logger = logging.getLogger(__name__)
 SeenBefore = dict[str, dict[int, bytes | None]]
 
 DONE = "parts"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Made:
-    """The images of a mask.
-
-    Attributes:
-        mask: At the size of the images.
-        label: The mask, 255 also where a class had no room in the prompt.
-        images: RGB, images ``first`` to ``last`` of the part.
-        lineages: JSON of each image.
-    """
-
-    mask: UInt8[ndarray, "h w"]
-    label: UInt8[ndarray, "h w"]
-    images: UInt8[ndarray, "k h w 3"]
-    lineages: tuple[dict[str, Any], ...]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Drawn:
-    """A mask as planned, with its images or the reason why it has none."""
-
-    entry: Entry
-    result: Made | str
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Draft:
-    """A part with the images of its masks, or what ended it."""
-
-    part: Part
-    drawn: tuple[Drawn, ...] = ()
-    error: LorasegError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,44 +67,6 @@ class Outcome:
     part: str
     done: "Done | None" = None
     error: LorasegError | None = None
-
-
-class Draw:
-    """The first stage. Loads the generator for the first part; one thread at a time."""
-
-    def __init__(self, pinned: Pinned) -> None:
-        """Take the job; nothing is loaded yet, so that a failure to is an outcome."""
-        self._pinned = pinned
-        config = pinned.config
-        self._source = MaskSource(config.masks, config.classes, config.split)
-
-    def __call__(self, part: Part) -> Draft:
-        """Draw the images of each mask that can be drawn."""
-        try:
-            return Draft(part, tuple(self._drawn(entry, part) for entry in part.entries))
-        except LorasegError as error:
-            return Draft(part, error=error)
-
-    @cached_property
-    def _generator(self) -> Generator:
-        return load_generator(self._pinned)
-
-    def _drawn(self, entry: Entry, part: Part) -> Drawn:
-        if entry.reason is not None:
-            return Drawn(entry, entry.reason)
-        size = self._pinned.config.sampling.size
-        try:
-            mask = self._source.read(entry.mask, classes=len(self._pinned.classes))
-            mask = mask if size is None else mask_at_size(mask, size)
-            # A mask at a time: its images are one batch, whatever else the part holds.
-            made = list(self._generator.generate([(entry.mask.name, mask)], first=part.first))
-        except DatasetError as error:
-            return Drawn(entry, str(error))
-        if any(one.lineage.mask_id != entry.mask_id for one in made):
-            return Drawn(entry, f"mask {entry.mask.name!r} changed while images were made")
-        images = np.stack([one.image for one in made])
-        lineages = tuple(_lineage(one, part) for one in made)
-        return Drawn(entry, Made(mask, made[0].label, images, lineages))
 
 
 class Vote:
@@ -174,11 +97,16 @@ class Vote:
     def _rows(self, drawn: Drawn, part: Part, before: SeenBefore) -> list[PairRow]:
         entry, made = drawn.entry, drawn.result
         if isinstance(made, str):
+            if part.first > 0:
+                return []  # the run that made the first images told it
             twin = entry.reason is not None and entry.mask_id is not None
             return [_refused(entry, "duplicate" if twin else "bad_mask", made)]
         older = before.get(entry.mask_id or "", {})
-        if len(older) != part.first:
-            return []  # no image could be made of it before; that is told in the older shard
+        if sorted(older) != list(range(part.first)):
+            raise IntegrityError(
+                f"mask {entry.mask.name!r}: earlier shards hold images {sorted(older)}, expected 0 "
+                f"to {part.first - 1}"
+            )
         judged = self._judged(made, older)
         filtered = self._filtered(made.label, judged)
         seen = None if judged is None else judged.labels
@@ -264,11 +192,17 @@ class Vote:
         return {**lineage, "segmenter": self._pinned.facts.segmenter, "filter": rules}
 
     def _seen_before(self, part: Part) -> SeenBefore:
-        """Read what earlier runs saw in the images of the part's masks."""
+        """Read what earlier runs saw in the images of the part's masks, as it was committed."""
         seen: SeenBefore = defaultdict(dict)
+        if not part.older:
+            return seen
+        committed = ShardDataset.open(self._output)
+        entries = {entry.file: entry for entry in committed.manifest.shards}
         for file in part.older:
-            data, where = self._output.get(file), f"{self._output.uri}/{file}"
-            for row in read_rows(data, where, columns=("mask_id", "k", "predicted")):
+            if file not in entries:
+                continue  # no image could be made of any of its masks
+            columns = ("mask_id", "k", "predicted")
+            for row in committed.shard(entries[file], columns=columns):
                 if row.mask_id is not None and row.k is not None:
                     seen[row.mask_id][row.k] = row.predicted
         return seen
@@ -286,7 +220,7 @@ def read_done(output: ObjectStore, part: str, classes: int) -> Done | None:
         return Done(ShardEntry(**values["shard"]), Tally.from_json(values["tally"], classes))
     except ObjectNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError, LorasegError):
+    except (*MALFORMED, LorasegError):
         logger.warning("%s: the note of part %s is damaged", output.uri, part)
         return None
 
@@ -312,10 +246,6 @@ def _commit(
     note = {"shard": entry.to_json(), "tally": done.tally.to_json()}
     output.put(done_file(part.id), json.dumps(note, sort_keys=True).encode())
     return Outcome(part.id, done)
-
-
-def _lineage(made: Generated, part: Part) -> dict[str, Any]:
-    return {**made.lineage.to_json(), "batch": [part.first, part.last]}
 
 
 def _refused(entry: Entry, status: Any, reason: str | None) -> PairRow:

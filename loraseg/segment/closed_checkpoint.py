@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import safetensors.torch
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from loraseg.config import build, to_dict
 from loraseg.data.labels import LabelSpace
-from loraseg.errors import ConfigError, DatasetError, IntegrityError
+from loraseg.errors import MALFORMED, ConfigError, IntegrityError
 from loraseg.segment.networks import ClosedSetNetwork, NetworkConfig, build_network
 from loraseg.storage import open_store
 from loraseg.storage.tensors import encode_tensors
@@ -152,10 +153,10 @@ def decode_segmenter(
     try:
         header = _header(data)
         config = _config(header, where)
-        label_space = LabelSpace(tuple(json.loads(header["classes"])))
+        label_space = LabelSpace(_names(header))
         state = safetensors.torch.load(data)
         _check_fit(config, len(label_space), state)
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, DatasetError) as error:
+    except (*MALFORMED, SafetensorError, RuntimeError) as error:
         raise IntegrityError(f"{where}: not a segmenter: {str(error)[:300]}") from error
     network = build_network(config, len(label_space))
     network.body.load_state_dict({name: _stored(value) for name, value in state.items()})
@@ -204,13 +205,20 @@ def _config(header: Mapping[str, str], where: str) -> NetworkConfig:
     return NetworkConfig(width=int(header["width"]))
 
 
+def _names(header: Mapping[str, str]) -> tuple[str, ...]:
+    names = json.loads(header["classes"])
+    if not isinstance(names, list):
+        raise TypeError(f"classes: got a {type(names).__name__}, expected a list of names")
+    return tuple(names)
+
+
 def _read(spec: str) -> bytes:
     if spec.startswith("s3://"):
         prefix, _, key = spec.rpartition("/")
         if not key or prefix in ("s3:", "s3:/"):
             raise ConfigError(f"segmenter {spec!r}: expected s3://bucket/key")
         return open_store(prefix).get(key)
-    path = Path(spec.removeprefix("file://")).expanduser()
+    path = Path(unquote(urlsplit(spec).path) if spec.startswith("file://") else spec).expanduser()
     try:
         return path.read_bytes()
     except OSError as error:

@@ -100,8 +100,11 @@ def apply_filter(
     Raises:
         DatasetError: The mask or the judged maps have another type or shape or hold other ids, the
             mask has no label at all, or the vote has over 256 voters.
-        ConfigError: ``relative`` with a single image, or what the filter needs is not there.
+        ConfigError: ``relative`` with a single image, what the filter needs is not there, or
+            ``class_loss`` is not one number a class.
     """
+    if class_loss is not None and class_loss.shape != (classes,):
+        raise ConfigError(f"class_loss: got {class_loss.shape}, expected ({classes},)")
     totals = _class_areas(mask, classes)
     _check_labels(mask, judged.labels, classes)
     labels = _labels(mask, judged, config, class_loss)

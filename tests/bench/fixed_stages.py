@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from loraseg.factory.draw import Draft, Drawn, Made
 from loraseg.factory.sources import MaskSource
-from loraseg.factory.work import Draft, Drawn, Made
 from loraseg.synth.lineage import pair_id
 
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from loraseg.factory.work import Draw, Vote
+from loraseg.factory.draw import Draw
+from loraseg.factory.work import Vote
 from tests.integration.victims import find_victim, is_first, kill, strike_lines
 
 

@@ -1,10 +1,15 @@
+import json
+import math
+
 import pytest
 import torch
 
 from loraseg.data.shard_reader import ShardDataset
-from loraseg.errors import ConfigError, DatasetError
+from loraseg.errors import ConfigError, DatasetError, IntegrityError
+from loraseg.factory.pinned import read_pinned
 from loraseg.factory.replay import Replayer
 from loraseg.factory.run import Here, synthesize
+from loraseg.storage import open_store
 from tests.tiny_factory import all_rows, furnish, settings
 from tests.unit.train.tiny_generator import write_pipeline
 
@@ -46,3 +51,25 @@ def test_a_base_that_changed_is_refused(made, tmp_path):
 def test_an_unknown_pair_is_named(made):
     with pytest.raises(DatasetError, match="f00"):
         Replayer(ShardDataset.open(str(made / "out")))("f00" * 21 + "a")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"classes": [1]},
+        {"classes": 5},
+        {"facts": []},
+        {"settings": [1]},
+        {"threads": math.inf},
+        {"threads": 0},
+        {"threads": 10**9},
+        "[" * 100_000,
+        "null",
+    ],
+)
+def test_a_damaged_beginning_is_refused(changes, made, tmp_path):
+    known = json.loads((made / "out" / "dataset.json").read_text())
+    text = changes if isinstance(changes, str) else json.dumps({**known, **changes})
+    (tmp_path / "dataset.json").write_text(text)
+    with pytest.raises(IntegrityError, match=r"dataset\.json: damaged"):
+        read_pinned(open_store(str(tmp_path)))

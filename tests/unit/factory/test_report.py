@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def test_notes_say_what_the_rows_say(made):
     assert [(name, status) for name, status, _ in found.refused] == [("bad.png", "bad_mask")]
 
 
-@pytest.mark.parametrize("damage", ["lost", "cut", "other"])
+@pytest.mark.parametrize("damage", ["lost", "cut", "other", "deep", "endless"])
 def test_a_lost_note_costs_only_time(damage, made):
     dataset = ShardDataset.open(str(made))
     expected = statistics(dataset)
@@ -40,6 +41,11 @@ def test_a_lost_note_costs_only_time(damage, made):
         note.unlink()
     elif damage == "cut":
         note.write_bytes(kept[:-9])
+    elif damage == "deep":
+        note.write_text("[" * 100_000)
+    elif damage == "endless":
+        values = json.loads(kept)
+        note.write_text(json.dumps({**values, "tally": {**values["tally"], "pairs": math.inf}}))
     else:
         values = json.loads(kept)
         note.write_text(json.dumps({**values, "tally": {**values["tally"], "shares": [1]}}))

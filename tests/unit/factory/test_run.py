@@ -9,9 +9,12 @@ import torch
 from loraseg.data.masks import decode_mask, write_mask
 from loraseg.data.shard_manifest import MANIFEST
 from loraseg.data.shard_reader import ShardDataset
-from loraseg.errors import ConfigError, DatasetError, StageError
+from loraseg.data.shards import decode_shard, encode_shard
+from loraseg.errors import ConfigError, DatasetError, IntegrityError, StageError
+from loraseg.factory import draw
 from loraseg.factory.run import Here, synthesize
 from loraseg.storage import open_store
+from loraseg.synth.generator import Generator
 from loraseg.synth.vote import FilterConfig, plurality
 from tests.tiny_factory import all_rows, digest, furnish, settings, write_masks, write_segmenter
 
@@ -179,6 +182,79 @@ def test_what_cannot_be_used_becomes_a_row(shop, tmp_path):
     assert "PNG" in reasons["broken.png"]
     page = (tmp_path / "out" / "report.html").read_text()
     assert all(name in page for name in reasons)
+
+
+def test_more_images_do_not_tell_a_refusal_again(shop, tmp_path):
+    masks = write_masks(tmp_path / "masks", 1)
+    inside = masks / "masks" / "train"
+    (inside / "broken.png").write_bytes(b"no picture")
+    for number, shape in enumerate([(30, 32), (26, 32), (22, 32)]):
+        write_mask(inside / f"wide{number}.png", np.full(shape, 1, np.uint8))
+    write_mask(inside / "nothing.png", np.full((32, 32), 255, np.uint8))
+    config = settings(shop, tmp_path / "out", masks=str(masks), append=True, masks_per_shard=1)
+    for images in (3, 4, 6):
+        sampling = dataclasses.replace(config.sampling, images=images)
+        found = synthesize(dataclasses.replace(config, sampling=sampling), Here()).manifest
+        assert found.statuses == {"ok": images, "dropped": 0, "bad_mask": 5, "duplicate": 0}
+
+
+@pytest.mark.parametrize("accident", ["gone", "changed", "broken"])
+def test_a_mask_that_changes_meanwhile_costs_only_a_run(accident, shop, undisturbed, tmp_path):
+    masks = tmp_path / "masks"
+    shutil.copytree(shop / "masks", masks)
+    file = masks / "masks" / "train" / "001.png"
+    kept = file.read_bytes()
+
+    class Careless(Here):
+        def make(self, pinned, work):
+            if accident == "gone":
+                file.unlink()
+            else:
+                other = file.with_name("002.png").read_bytes()
+                file.write_bytes(other if accident == "changed" else other[:40])
+            return super().make(pinned, work)
+
+    config = settings(shop, tmp_path / "out", masks=str(masks))
+    with pytest.raises(StageError, match=r"001\.png.* changed while images were made"):
+        synthesize(config, Careless())
+    file.write_bytes(kept)
+    synthesize(config, Here())
+    assert digest(tmp_path / "out") == digest(undisturbed)
+
+
+def test_a_mask_too_large_for_any_machine_becomes_a_row(shop, tmp_path, monkeypatch):
+    masks = write_masks(tmp_path / "masks", 1)
+    write_mask(masks / "masks" / "train" / "large.png", np.full((64, 32), 1, np.uint8))
+    monkeypatch.setattr(draw, "_MOST_PIXELS", 32 * 32)
+    synthesize(settings(shop, tmp_path / "out", masks=str(masks)), Here())
+    reasons = {row.mask_name: row.reason for row in all_rows(tmp_path / "out")}
+    assert reasons["large.png"].startswith("64x32 pixels, expected at most 1024 in all")
+    assert reasons["000.png"] is None
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("cannot allocate memory")])
+def test_a_lack_of_memory_says_what_to_do(error, shop, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(Generator, "generate", fail)
+    with pytest.raises(StageError, match=r"mask .*32x32; set a smaller sampling\.batch"):
+        synthesize(settings(shop, tmp_path / "out"), Here())
+
+
+def test_votes_are_not_mixed_with_what_is_not_committed(shop, undisturbed, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    shard = sorted((out / "shards").iterdir())[0]
+    good = shard.read_bytes()
+    rows = [dataclasses.replace(row, predicted=row.mask) for row in decode_shard(good, "t")]
+    shard.write_bytes(encode_shard(rows, ShardDataset.open(str(out)).manifest.classes))
+    config = settings(shop, out, images=4, append=True)
+    with pytest.raises(IntegrityError, match=shard.name):
+        synthesize(config, Here())
+    assert ShardDataset.open(str(out)).manifest.generation == 1
+    shard.write_bytes(good)
+    assert synthesize(config, Here()).new_rows == 5
 
 
 def test_other_settings_are_refused(shop, undisturbed):

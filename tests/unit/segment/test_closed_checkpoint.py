@@ -71,7 +71,9 @@ def test_reads_from_a_store(tmp_path):
     data = segmenter_bytes(_network(_CONFIGS[0]), _NAMES)
     open_store(str(tmp_path)).put("runs/a/segmenter.safetensors", data)
     path = tmp_path / "runs" / "a" / "segmenter.safetensors"
-    for spec in (path, str(path), f"file://{path}"):
+    odd = tmp_path / "a b#c%20.safetensors"
+    odd.write_bytes(data)
+    for spec in (path, str(path), f"file://{path}", str(odd), odd.as_uri()):
         assert load_segmenter(spec).digest == hashlib.sha256(data).hexdigest()
 
 
@@ -120,6 +122,7 @@ def _header(**changes):
         {"classes": json.dumps([1, 2, 3])},
         {"classes": json.dumps([[], [], []])},
         {"classes": json.dumps(["a"])},
+        {"classes": json.dumps({"a": 1, "b": 2, "c": 3})},
         {"classes": "[" * 100_000},
         {"network": None},
         {"network": "[]"},
@@ -147,7 +150,9 @@ def test_refuses_hostile_headers(header):
         struct.pack("<Q", 2**63) + b"{}",
         struct.pack("<Q", 2) + b"{}",
         struct.pack("<Q", 2) + b"[]",
-        struct.pack("<Q", 20) + b'{"__metadata__": [1]}',
+        struct.pack("<Q", 20) + b'{"__metadata__":null}',
+        struct.pack("<Q", 21) + b'{"__metadata__": [1]}',
+        struct.pack("<Q", 100_000) + b"[" * 100_000,
     ],
 )
 def test_refuses_other_bytes(data):

@@ -181,3 +181,5 @@ def test_a_filter_needs_what_it_compares():
         apply_filter(mask, short, confidence, CLASSES)
     with pytest.raises(ConfigError, match="relative filtering: got 1 image of a mask"):
         apply_filter(mask, Judged(labels=judged.labels[:1]), FilterConfig(), CLASSES)
+    with pytest.raises(ConfigError, match=r"class_loss: got \(7,\), expected \(6,\)"):
+        apply_filter(mask, judged, freemask, CLASSES, class_loss=np.ones(CLASSES + 1))
