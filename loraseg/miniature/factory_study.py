@@ -374,10 +374,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             for labelled in arguments.labelled
             for masks in ((labelled, ALL) if arguments.all_masks else (labelled,))
         ]
-        job, context = (
-            partial(jobs[arguments.command], folder=arguments.output),
-            get_context("spawn"),
-        )
+        job = partial(jobs[arguments.command], folder=arguments.output)
+        context = get_context("spawn")
         with ProcessPoolExecutor(arguments.processes, mp_context=context) as pool:
             for setting, done in zip(work, pool.map(job, work), strict=True):
                 logger.info("%s: %s", setting.name, json.dumps(done.get("miou", done)))
