@@ -20,7 +20,10 @@ __all__ = ["RayTools"]
 
 
 class RayTools:
-    """Every job writes below ``config.output``, in a folder named by its stage and inputs."""
+    """Every job writes below ``config.output``, in a folder named by its stage and inputs.
+
+    Places in arguments and results are relative to ``config.output``.
+    """
 
     def __init__(
         self,
@@ -37,47 +40,48 @@ class RayTools:
         """Train a segmenter, and its control unless it is to be reused."""
         config = self._config
         self._join(self._workers.resources)
-        output = self._place(place)
         wanted = SegmenterConfig(
             real=config.real,
             images=config.images,
-            synthetic=tuple(synthetic),
+            synthetic=tuple(self._uri(one) for one in synthetic),
             recipe=config.recipe,
             overrides=config.overrides,
-            output=output,
-            reuse=reuse,
+            output=self._uri(place),
+            reuse=None if reuse is None else self._uri(reuse),
             seed=config.seed,
         )
         results = train_segmenters(wanted, on_ray_train(self._workers))
         arms = results["arms"]
         return {
-            "output": output,
-            "segmenter": f"{output}/{arms['segmenter']['file']}",
+            "output": place,
+            "segmenter": f"{place}/{arms['segmenter']['file']}",
             "digest": arms["segmenter"]["sha256"],
-            "report": f"{output}/report.html",
+            "report": f"{place}/report.html",
             **{f"{name}_miou": arm["miou"] for name, arm in arms.items()},
         }
 
     def synthesize(self, place: str, masks: str | None, segmenter: str) -> Result:
         """Make pairs of the real masks, or of others."""
         config = self._config
-        output = self._place(place)
+        weighs = config.filter.method == "freemask"  # by losses on the images of the segmenter
         wanted = SynthesisConfig(
-            masks=masks or config.real,
+            masks=self._uri(masks) if masks else config.real,
             limit=None if masks else config.images,
-            output=output,
+            output=self._uri(place),
             base=config.base,
             adapters=config.adapters,
-            segmenter=segmenter,
+            segmenter=self._uri(segmenter),
+            real=config.real if weighs else None,
+            real_images=config.images if weighs else None,
             sampling=config.sampling,
             conditioning=config.conditioning,
             filter=config.filter,
         )
         manifest = synthesize(wanted, OnRay(self._generators, self._voters)).manifest
         return {
-            "dataset": output,
+            "dataset": place,
             "digest": hashlib.sha256(manifest.to_bytes()).hexdigest(),
-            "report": f"{output}/report.html",
+            "report": f"{place}/report.html",
             "pairs": manifest.pairs,
             "statuses": dict(manifest.statuses),
         }
@@ -86,16 +90,15 @@ class RayTools:
         """Segment the unlabelled images, a unit of work for every 64."""
         config = self._config
         self._join(self._voters)
-        output = self._place(place)
         wanted = PseudoConfig(
             images=config.unlabelled,
-            output=output,
-            segmenter=segmenter,
+            output=self._uri(place),
+            segmenter=self._uri(segmenter),
             threshold=config.threshold,
         )
         calls = [
             (f"pseudo-masks {number}", (wanted, keys))
-            for number, keys in enumerate(chunks(unlabelled(wanted)))
+            for number, keys in enumerate(chunks(unlabelled(config.unlabelled)))
         ]
         refused: dict[str, str] = {}
         for _, reference in run_units(_pseudo_masks, calls, self._voters):
@@ -103,14 +106,14 @@ class RayTools:
         note = finish(wanted, refused)
         text = json.dumps(note, sort_keys=True).encode()
         return {
-            "masks": output,
+            "masks": place,
             "digest": hashlib.sha256(text).hexdigest(),
             "count": note["masks"],
             "refused": len(refused),
         }
 
-    def _place(self, name: str) -> str:
-        return f"{self._config.output.rstrip('/')}/{name}"
+    def _uri(self, place: str) -> str:
+        return f"{self._config.output.rstrip('/')}/{place}"
 
     @staticmethod
     def _join(placement: Placement) -> None:

@@ -4,7 +4,8 @@ ray job submit --working-dir . -- python -m jobs.pipeline method=matchmask_pp im
     real=s3://bucket/city unlabelled=s3://bucket/photos adapters="[s3://bucket/generators#city]" \
     output=s3://bucket/city-pp
 
-A stage that is done is skipped; started again after any accident, the job goes on.
+A stage that is done is skipped; started again after any accident, the job goes on. What depends on
+data that has changed is done anew. Between two stages, ``output`` may be moved.
 """
 
 import sys
@@ -16,6 +17,7 @@ from actors.pools import PoolPlacement
 from actors.segmenter_training import Workers
 from loraseg import config as configuration
 from loraseg.factory.pipeline import Ledger, PipelineConfig, matchmask_pp
+from loraseg.factory.pipeline_data import data_digests
 from loraseg.storage import absolute, open_store
 
 
@@ -42,7 +44,8 @@ def main(config: Config) -> int:
     settings = configuration.to_dict(plain)
     for name in ("output", "rounds"):  # it may be moved, and go on
         del settings[name]
-    for name, result in matchmask_pp(plain, settings, tools, Ledger(open_store(plain.output))):
+    ledger = Ledger(open_store(plain.output))
+    for name, result in matchmask_pp(plain, settings, data_digests(plain), tools, ledger):
         sys.stdout.write(f"{name}: {_told(result)}\n")
     return 0
 

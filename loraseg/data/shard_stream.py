@@ -10,7 +10,6 @@ from loraseg.data.shard_reader import ShardDataset
 from loraseg.data.shards import PairRow
 from loraseg.errors import ConfigError
 from loraseg.seeding import numpy_generator
-from loraseg.storage import open_store
 
 __all__ = ["ShardStream"]
 
@@ -73,8 +72,6 @@ class ShardStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         dataset, workers, worker = self._dataset, 1, 0
         if (info := torch.utils.data.get_worker_info()) is not None:
             workers, worker = info.num_workers, info.id
-            # A forked worker must not talk through its parent's connections.
-            dataset = ShardDataset(open_store(dataset.store.uri), dataset.manifest)
         consumer, consumers = self._rank * workers + worker, self._world * workers
         total = len(dataset)
         start, stop = total * consumer // consumers, total * (consumer + 1) // consumers

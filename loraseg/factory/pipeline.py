@@ -1,8 +1,10 @@
 """MatchMask++: segmenter, pairs, better segmenter, pseudo-masks, more pairs, round again (b.6).
 
 One file, ``pipeline.json``, says which stages are done and with what; a stage is skipped when it
-was done with the same inputs. What a stage leaves behind is safe to go on with after a kill, since
-each stage is a job of its own that is.
+was done with the same settings, the same data and the same results of the stages before. What a
+stage leaves behind is safe to go on with after a kill, since each stage is a job of its own that
+is. All places in the file are relative to the output, so that what is done stays done when the
+output is moved; a stage that was under way may refuse to go on elsewhere.
 """
 
 import hashlib
@@ -18,7 +20,7 @@ from loraseg.synth.conditioning import ConditioningConfig
 from loraseg.synth.sampling import SamplingConfig
 from loraseg.synth.vote import FilterConfig
 
-__all__ = ["LEDGER", "Ledger", "PipelineConfig", "Tools", "matchmask_pp"]
+__all__ = ["LEDGER", "DataDigests", "Ledger", "PipelineConfig", "Tools", "matchmask_pp"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ class PipelineConfig:
         real: Dataset folder with labelled images in its splits ``train`` and ``val``.
         unlabelled: Store URI of images without labels, see
             :class:`~loraseg.factory.pseudo.PseudoConfig`.
-        output: Store URI for everything that is made.
+        output: Store URI for everything that is made; may be moved.
         images: So many labelled images, the first by name; None for all.
         rounds: How often pseudo-masks are made of the unlabelled images.
         threshold: Pixels of an unlabelled image that the segmenter is less sure of say nothing.
@@ -73,11 +75,27 @@ class PipelineConfig:
             raise ConfigError(f"rounds: got {self.rounds}, expected at least 1")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataDigests:
+    """Digests of the data, hex; :func:`~loraseg.factory.pipeline_data.data_digests` makes them.
+
+    Attributes:
+        labelled: Of the images and masks that segmenters are trained and scored on.
+        masks: Of the real masks that pairs are made of; some may have no image.
+        unlabelled: Of the images that pseudo-masks are made of.
+    """
+
+    labelled: str
+    masks: str
+    unlabelled: str
+
+
 @runtime_checkable
 class Tools(Protocol):
     """The jobs that the pipeline is made of; each can be killed and called again.
 
     ``place`` names the output. A result is plain JSON values; ``digest`` in it says what was made.
+    Places, in arguments and results alike, are below the output of the pipeline and relative to it.
     """
 
     def train(self, place: str, synthetic: Sequence[str], reuse: str | None) -> Result:
@@ -88,7 +106,7 @@ class Tools(Protocol):
         ...
 
     def synthesize(self, place: str, masks: str | None, segmenter: str) -> Result:
-        """Make pairs of these masks (None: of the real ones); ``dataset`` is where they are."""
+        """Make pairs of these masks (None: the real ones); ``dataset`` is where they are."""
         ...
 
     def pseudo_masks(self, place: str, segmenter: str) -> Result:
@@ -154,14 +172,19 @@ class Ledger:
 
 
 def matchmask_pp(
-    config: PipelineConfig, settings: Mapping[str, Any], tools: Tools, ledger: Ledger
+    config: PipelineConfig,
+    settings: Mapping[str, Any],
+    data: DataDigests,
+    tools: Tools,
+    ledger: Ledger,
 ) -> list[tuple[str, Result]]:
     """Run all stages that are not done; return (name, result) of every stage in order.
 
     Args:
         config: How many rounds.
-        settings: The whole config and digests of the data as JSON values; a change of them does
-            all stages anew.
+        settings: All of the config that decides what becomes of the data, as JSON values; a change
+            of them does all stages anew.
+        data: A change of it does anew the stages that it goes into, and what follows from them.
         tools: The jobs.
         ledger: Of the output.
 
@@ -175,43 +198,49 @@ def matchmask_pp(
         told.append((name, result))
         return result
 
-    first = teacher = stage("segmenter-0", {}, lambda place: tools.train(place, (), None))
+    first = teacher = stage(
+        "segmenter-0", {"labelled": data.labelled}, lambda place: tools.train(place, (), None)
+    )
     datasets: list[Result] = []
     for number in range(config.rounds + 1):
-        masks = None
+        masks = {"digest": data.masks, "masks": None}
         if number:
-            masks = _pseudo_masks(number, teacher, tools, stage)
+            masks = _pseudo_masks(number, teacher, data, tools, stage)
         datasets.append(_pairs(number, masks, teacher, tools, stage))
-        teacher = _segmenter(number + 1, datasets, first["output"], tools, stage)
+        teacher = _segmenter(number + 1, data.labelled, datasets, first["output"], tools, stage)
     return told
 
 
 Stage = Callable[[str, Mapping[str, Any], Run], Result]
 
 
-def _pseudo_masks(number: int, teacher: Result, tools: Tools, stage: Stage) -> Result:
-    inputs = {"segmenter": teacher["digest"]}
+def _pseudo_masks(
+    number: int, teacher: Result, data: DataDigests, tools: Tools, stage: Stage
+) -> Result:
+    inputs = {"segmenter": teacher["digest"], "unlabelled": data.unlabelled}
     return stage(
         f"masks-{number}", inputs, lambda place: tools.pseudo_masks(place, teacher["segmenter"])
     )
 
 
-def _pairs(
-    number: int, masks: Result | None, teacher: Result, tools: Tools, stage: Stage
-) -> Result:
-    inputs = {"masks": masks and masks["digest"], "segmenter": teacher["digest"]}
-    where = None if masks is None else masks["masks"]
+def _pairs(number: int, masks: Result, teacher: Result, tools: Tools, stage: Stage) -> Result:
+    inputs = {"masks": masks["digest"], "segmenter": teacher["digest"]}
     return stage(
         f"pairs-{number}",
         inputs,
-        lambda place: tools.synthesize(place, where, teacher["segmenter"]),
+        lambda place: tools.synthesize(place, masks["masks"], teacher["segmenter"]),
     )
 
 
 def _segmenter(
-    number: int, datasets: Sequence[Result], reuse: str, tools: Tools, stage: Stage
+    number: int,
+    labelled: str,
+    datasets: Sequence[Result],
+    reuse: str,
+    tools: Tools,
+    stage: Stage,
 ) -> Result:
-    inputs = {"pairs": [one["digest"] for one in datasets]}
+    inputs = {"labelled": labelled, "pairs": [one["digest"] for one in datasets]}
     return stage(
         f"segmenter-{number}",
         inputs,

@@ -12,9 +12,11 @@ from loraseg.backbones.device import best_device
 from loraseg.data.labels import IGNORE
 from loraseg.data.masks import encode_mask
 from loraseg.data.uploads import decode_image
-from loraseg.errors import ConfigError, DatasetError
+from loraseg.errors import ConfigError, DatasetError, StoreError
+from loraseg.factory.content import content_digest
 from loraseg.segment.closed_checkpoint import ClosedSetSegmenter, load_segmenter
 from loraseg.storage import ObjectNotFoundError, open_store
+from loraseg.storage.store import check_key
 from loraseg.tensor_types import UInt8, ndarray
 
 __all__ = ["PSEUDO", "PseudoConfig", "PseudoMasks", "chunks", "finish", "unlabelled"]
@@ -29,7 +31,8 @@ class PseudoConfig:
     """Where unlabelled images are, and what becomes of them.
 
     Attributes:
-        images: Store URI of a dataset folder (``images/<split>/``) or of a folder of images.
+        images: Store URI of a dataset folder (``images/<split>/``, folders in it included) or of
+            a folder of images.
         output: Store URI of a dataset folder of masks; it belongs to one segmenter.
         segmenter: File of the segmenter.
         split: Of a dataset folder.
@@ -48,20 +51,24 @@ class PseudoConfig:
             raise ConfigError(f"threshold: got {self.threshold}, expected 0 to 1")
 
 
-def unlabelled(config: PseudoConfig) -> list[str]:
+def unlabelled(images: str, split: str = "train") -> list[str]:
     """Return the keys of the images, in code point order.
+
+    Args:
+        images: As in :class:`PseudoConfig`.
+        split: The same.
 
     Raises:
         DatasetError: There is none.
         StoreError: The store cannot be read.
     """
-    store = open_store(config.images)
-    folder = f"images/{config.split}/"
+    store = open_store(images)
+    folder = f"images/{split}/"
     keys = [key for key in store.list(folder) if key.lower().endswith(_SUFFIXES)]
     if not keys:
         keys = [k for k in store.list() if "/" not in k and k.lower().endswith(_SUFFIXES)]
     if not keys:
-        raise DatasetError(f"{config.images}: no images; expected {folder}*.png or *.jpg")
+        raise DatasetError(f"{images}: no images; expected {folder}*.png or *.jpg")
     return sorted(keys)
 
 
@@ -90,6 +97,7 @@ class PseudoMasks:
         refused: dict[str, str] = {}
         for key in keys:
             try:
+                mask_key = self._mask_key(key)
                 mask = self._mask(decode_image(self._images.get(key)))
             except (DatasetError, ObjectNotFoundError) as error:
                 refused[key] = str(error)
@@ -97,9 +105,7 @@ class PseudoMasks:
             if (mask == IGNORE).all():
                 refused[key] = f"no pixel with a probability of {self._config.threshold}"
             else:
-                self._output.put(
-                    self._mask_key(key), encode_mask(mask, self._segmenter.label_space)
-                )
+                self._output.put(mask_key, encode_mask(mask, self._segmenter.label_space))
         return refused
 
     @cached_property
@@ -113,9 +119,23 @@ class PseudoMasks:
         return torch.where(sure, best.indices.byte(), unsure).cpu().numpy()
 
     def _mask_key(self, key: str) -> str:
+        """Return where the mask goes, which no other image's does.
+
+        Raises:
+            DatasetError: Not every store can hold image and mask under such a name.
+        """
+        path = key.removeprefix(f"images/{self._config.split}/")
         # Two images that differ in their suffix alone keep two masks.
-        name = key.rpartition("/")[2]
-        return f"masks/{self._config.split}/{name}.png"
+        mask_key = f"masks/{self._config.split}/{path}.png"
+        try:
+            check_key(key)
+            check_key(mask_key)
+        except StoreError as error:
+            raise DatasetError(str(error)) from error
+        if ".png/" in path:
+            # No folder can hold the masks "a.jpg.png" and "a.jpg.png/b.jpg.png" at once.
+            raise DatasetError(f"{key!r}: lies in a folder whose name ends in .png, as masks do")
+        return mask_key
 
 
 def finish(config: PseudoConfig, refused: dict[str, str]) -> dict[str, Any]:
@@ -126,12 +146,14 @@ def finish(config: PseudoConfig, refused: dict[str, str]) -> dict[str, Any]:
     """
     output = open_store(config.output)
     segmenter = load_segmenter(config.segmenter)
+    masks = list(output.list(f"masks/{config.split}/"))
     names = [{"id": i, "name": name} for i, name in enumerate(segmenter.label_space.names)]
     output.put("classes.json", (json.dumps({"classes": names}, indent=1) + "\n").encode())
     note = {
         "segmenter": segmenter.digest,
         "threshold": config.threshold,
-        "masks": sum(1 for _ in output.list(f"masks/{config.split}/")),
+        "masks": len(masks),
+        "digest": content_digest(output, masks),
         "refused": dict(sorted(refused.items())),
     }
     output.put(PSEUDO, (json.dumps(note, indent=1, sort_keys=True) + "\n").encode())

@@ -55,6 +55,8 @@ class S3Store:
 
     A request that fails for a reason that may pass (no connection, a broken answer, 429, 5xx) is
     repeated with growing, jittered pauses for ``patience_s`` seconds in all.
+
+    Threads may share a store, and forked processes may go on with their parent's.
     """
 
     def __init__(
@@ -63,13 +65,13 @@ class S3Store:
         prefix: str = "",
         *,
         patience_s: float = PATIENCE_S,
-        client: Any = None,
+        connections: "_Connections | None" = None,
     ) -> None:
-        """Use ``bucket``; ``prefix`` has no slash at its ends; ``client`` is boto3's."""
+        """Use ``bucket``; ``prefix`` has no slash at its ends; ``connections`` can be shared."""
         self._bucket = bucket
         self._prefix = f"{check_key(prefix)}/" if prefix else ""
         self._patience_s = patience_s
-        self._client = client if client is not None else _new_client()
+        self._connections = connections or _Connections()
         self._bucket_exists = False
 
     @property
@@ -151,8 +153,12 @@ class S3Store:
         """Return the same store with calls that try again for so many seconds."""
         return self._view(self._prefix.rstrip("/"), patience_s)
 
+    @property
+    def _client(self) -> Any:
+        return self._connections.client()
+
     def _view(self, prefix: str, patience_s: float) -> "S3Store":
-        return S3Store(self._bucket, prefix, patience_s=patience_s, client=self._client)
+        return S3Store(self._bucket, prefix, patience_s=patience_s, connections=self._connections)
 
     def _target(self, key: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._prefix + check_key(key)}
@@ -298,6 +304,27 @@ class S3Store:
             f"{what} at {endpoint}: no usable answer ({type(error).__name__}); check "
             "AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, and that the server runs"
         )
+
+
+class _Connections:
+    """The boto3 client of this process.
+
+    After a fork the parent's sockets are open in the child too: who reads an answer on one of them
+    may get the other's. So a child makes a client of its own at its first request.
+    """
+
+    def __init__(self) -> None:
+        self._made = os.getpid(), _new_client()
+
+    def client(self) -> Any:
+        """Return the client of the process that asks."""
+        made_by, client = self._made
+        if made_by != os.getpid():
+            # Without a lock, which might be held at the next fork: should two threads come here at
+            # once, each has a client that works.
+            client = _new_client()
+            self._made = os.getpid(), client
+        return client
 
 
 def _new_client() -> Any:

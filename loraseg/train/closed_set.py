@@ -205,14 +205,17 @@ class _Run:
         self._context.save(state.step, {"loss": loss, "val_miou": score}, data)
 
     def _confusion(self) -> ConfusionMatrix:
-        """Return the confusion matrix over all validation pairs, the same on all ranks."""
+        """Return the confusion matrix over all validation pairs, the same on all ranks.
+
+        In fp32 whatever the recipe trains in: that is how the file that is handed out computes.
+        """
         context = self._context
         if context.world > 1:
             for buffer in self._network.buffers():
                 torch.distributed.broadcast(buffer, 0)
         confusion = ConfusionMatrix(len(self._data.label_space))
         self._network.eval()
-        with torch.inference_mode(), self._autocast():
+        with torch.inference_mode():
             for images, labels in _val_batches(self._data.val, context.rank, context.world):
                 pixels = self._network.normalise(images.to(self._device))
                 confusion.add(labels.numpy(), self._network(pixels).argmax(1).cpu().numpy())

@@ -17,12 +17,10 @@ from typing import Any, cast
 
 from loraseg.backbones.source import resolve
 from loraseg.config import to_dict
-from loraseg.data.readers.folder import DatasetFolder, Sample
-from loraseg.data.shard_reader import ShardDataset
-from loraseg.errors import ConfigError, IntegrityError
+from loraseg.errors import ConfigError, IntegrityError, StageError
 from loraseg.revision import code_revision
 from loraseg.storage import ObjectNotFoundError, ObjectStore, absolute, open_store
-from loraseg.train.closed_data import FolderPairs, ShardPairs
+from loraseg.train.closed_input import DataDigests, DataPlaces
 from loraseg.train.closed_recipes import SegmenterRecipe, named_segmenter_recipe
 from loraseg.train.closed_report import report_page
 from loraseg.train.closed_set import Trained, TrainingContext, TrainingData, train_segmenter
@@ -80,23 +78,17 @@ class SegmenterTask:
         name: ``segmenter`` or ``control``.
         run: Digest of all that decides what it becomes, hex.
         recipe: How to train.
-        real: As in :class:`SegmenterConfig`.
-        split: The same.
-        val_split: The same.
-        images: The same.
-        synthetic: The same; none for a control.
-        output: The same.
+        places: Where its data is; a control has no synthetic data.
+        digests: Of the data when the run began.
+        output: As in :class:`SegmenterConfig`.
         seed: The same.
     """
 
     name: str
     run: str
     recipe: SegmenterRecipe
-    real: str
-    split: str
-    val_split: str
-    images: int | tuple[str, ...] | None
-    synthetic: tuple[str, ...]
+    places: DataPlaces
+    digests: DataDigests
     output: str
     seed: int
 
@@ -111,17 +103,17 @@ class SegmenterTask:
         Raises:
             DatasetError: It cannot be used.
             IntegrityError: A manifest is damaged.
+            StageError: It is not what the run began with.
             StoreError: A store cannot be read.
         """
-        folder = DatasetFolder.open(self.real)
-        synthetic = [ShardDataset.open(place) for place in self.synthetic]
-        space = folder.label_space
-        return TrainingData(
-            label_space=space,
-            real=FolderPairs(folder, _chosen(folder, self.split, self.images)),
-            synthetic=ShardPairs(synthetic, space) if synthetic else None,
-            val=FolderPairs(folder, folder.samples(self.val_split)),
-        )
+        data, digests = self.places.open()
+        if digests != self.digests:
+            places = ", ".join(self.places.changed(self.digests, digests))
+            raise StageError(
+                f"{self.name}: the data changed while training: {places}; run again to train on "
+                "what is there now"
+            )
+        return data
 
     def finish(self, trained: Trained, classes: Sequence[str]) -> None:
         """Write the segmenter, then its scores.
@@ -212,24 +204,30 @@ def _tasks(config: SegmenterConfig) -> tuple[list[SegmenterTask], TrainingData]:
     recipe = named_segmenter_recipe(config.recipe, config.overrides)
     if recipe.weights is not None:
         recipe = dataclasses.replace(recipe, weights=_weights_file(recipe.weights))
-    shared: dict[str, Any] = {
-        "real": absolute(config.real),
-        "split": config.split,
-        "val_split": config.val_split,
-        "images": config.images,
-        "output": absolute(config.output),
-        "seed": config.seed,
-    }
-    synthetic = tuple(absolute(place) for place in config.synthetic)
-    arms = [("segmenter", recipe, synthetic)]
-    if synthetic:
-        arms.append(("control", recipe, ()))
-    tasks = [
-        SegmenterTask(name=name, run="", recipe=own, synthetic=places, **shared)
-        for name, own, places in arms
-    ]
-    data = tasks[0].data()
-    return [dataclasses.replace(task, run=_run_digest(task, data)) for task in tasks], data
+    places = DataPlaces(
+        real=absolute(config.real),
+        split=config.split,
+        val_split=config.val_split,
+        images=config.images,
+        synthetic=tuple(absolute(place) for place in config.synthetic),
+    )
+    data, digests = places.open()
+    arms = [("segmenter", places, digests)]
+    if places.synthetic:
+        bare = dataclasses.replace(places, synthetic=())
+        arms.append(("control", bare, dataclasses.replace(digests, synthetic=())))
+    return [
+        SegmenterTask(
+            name=name,
+            run=_run_digest(recipe, config.seed, found),
+            recipe=recipe,
+            places=where,
+            digests=found,
+            output=absolute(config.output),
+            seed=config.seed,
+        )
+        for name, where, found in arms
+    ], data
 
 
 def _weights_file(spec: str) -> str:
@@ -237,44 +235,24 @@ def _weights_file(spec: str) -> str:
     return str(path / "model.safetensors" if path.is_dir() else path)
 
 
-def _run_digest(task: SegmenterTask, data: TrainingData) -> str:
+def _run_digest(recipe: SegmenterRecipe, seed: int, data: DataDigests) -> str:
     """Return the digest of what decides the result: recipe, seed and the bytes of the data."""
-    real, val = cast(FolderPairs, data.real), cast(FolderPairs, data.val)
-    recipe = to_dict(task.recipe)
+    settings = to_dict(recipe)
     # Neither its name nor a share of nothing changes anything.
-    del recipe["name"]
-    if not task.synthetic:
-        del recipe["synthetic_share"]
+    del settings["name"]
+    if not data.synthetic:
+        del settings["synthetic_share"]
     return _digest(
         {
             "format": _FORMAT,
-            "recipe": recipe,
-            "weights": task.recipe.weights and resolve(task.recipe.weights).digest,
-            "seed": task.seed,
-            "real": real.folder.digest(real.samples),
-            "val": val.folder.digest(val.samples),
-            "synthetic": [
-                hashlib.sha256(ShardDataset.open(place).manifest.to_bytes()).hexdigest()
-                for place in task.synthetic
-            ],
+            "recipe": settings,
+            "weights": recipe.weights and resolve(recipe.weights).digest,
+            "seed": seed,
+            "real": data.real,
+            "val": data.val,
+            "synthetic": data.synthetic,
         }
     )
-
-
-def _chosen(
-    folder: DatasetFolder, split: str, images: int | tuple[str, ...] | None
-) -> tuple[Sample, ...]:
-    samples = folder.samples(split)
-    if images is None:
-        return samples
-    if isinstance(images, int):
-        if not 1 <= images <= len(samples):
-            raise ConfigError(f"images: got {images}, split {split!r} has {len(samples)}")
-        return samples[:images]
-    by_id = {sample.id: sample for sample in samples}
-    if absent := [name for name in images if name not in by_id]:
-        raise ConfigError(f"images: no {absent[0]!r} in split {split!r} of {folder.path}")
-    return tuple(by_id[name] for name in sorted(set(images)))
 
 
 def _arm(task: SegmenterTask, trained: Trained, classes: Sequence[str]) -> dict[str, Any]:

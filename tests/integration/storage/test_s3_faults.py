@@ -1,6 +1,7 @@
 """What goes wrong on the way to an S3 server, and what people are told about it."""
 
 import logging
+import multiprocessing
 import socket
 
 import pytest
@@ -126,6 +127,27 @@ def test_probe_names_what_a_store_ignores(faulty, store, ignored, message):
     faulty._put = forgetful
     with pytest.raises(StoreError, match=f"{message}.*use a store with conditional PutObject"):
         probe_conditional_writes(store)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_forked_child_has_connections_of_its_own(faulty, store):
+    """On a shared one, parent and child would read each other's answers."""
+    store.put("key", b"data")
+    below = open_store("s3://bucket").sub("prefix")
+    assert (store.get("key"), below.get("key")) == (b"data", b"data")
+    parents = {request.client_address for request in faulty.seen}
+    assert len(parents) == 2  # the server keeps connections alive, and each store has one
+    for opened in (store, below, below.with_patience(1.0)):
+        faulty.seen.clear()
+        child = multiprocessing.get_context("fork").Process(target=opened.get, args=("key",))
+        child.start()
+        child.join(20)
+        assert child.exitcode == 0
+        assert len(faulty.seen) == 1
+        assert faulty.seen[0].client_address not in parents
+    faulty.seen.clear()
+    assert (store.get("key"), below.get("key")) == (b"data", b"data")
+    assert {request.client_address for request in faulty.seen} == parents
 
 
 def test_missing_credentials(faulty, monkeypatch):

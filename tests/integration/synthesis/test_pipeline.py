@@ -78,14 +78,26 @@ def test_all_stages_run_once(ray_cluster, settings, tmp_path, capsys):
     stages = json.loads((tmp_path / "out" / LEDGER).read_text())["stages"]
     first, second = (stages[f"pairs-{n}"]["result"] for n in range(2))
     assert (first["pairs"], second["pairs"]) == (6, 9)
-    assert len(ShardDataset.open(second["dataset"])) == 9
+    assert len(ShardDataset.open(str(tmp_path / "out" / second["dataset"]))) == 9
     last = stages["segmenter-2"]["result"]
-    assert load_segmenter(last["segmenter"]).label_space.names == CLASSES
+    assert load_segmenter(tmp_path / "out" / last["segmenter"]).label_space.names == CLASSES
     assert last["control_miou"] == stages["segmenter-1"]["result"]["control_miou"]
     before = (tmp_path / "out" / LEDGER).read_bytes()
     assert run(tmp_path, settings) == 0
     assert _stages(capsys) == lines
     assert (tmp_path / "out" / LEDGER).read_bytes() == before
+    # Moved, it goes on with what it holds; new unlabelled images do anew what depends on them.
+    (tmp_path / "out").rename(tmp_path / "moved")
+    (tmp_path / "unlabelled" / "images" / "train" / "002.png").unlink()
+    assert run(tmp_path, {**settings, "output": str(tmp_path / "moved")}) == 0
+    assert _stages(capsys)[:3] == lines[:3]
+    assert not (tmp_path / "out").exists()
+    after = json.loads((tmp_path / "moved" / LEDGER).read_text())["stages"]
+    assert [name for name in sorted(after) if after[name] != stages[name]] == [
+        *("masks-1", "pairs-1", "segmenter-2")
+    ]
+    assert after["pairs-1"]["result"]["pairs"] == 6
+    assert str(tmp_path) not in json.dumps(after)
 
 
 def _stages(capsys):

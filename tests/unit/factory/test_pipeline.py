@@ -1,8 +1,12 @@
+import dataclasses
+
 import pytest
 
 from loraseg.errors import ConfigError, IntegrityError, StageError
-from loraseg.factory.pipeline import LEDGER, Ledger, PipelineConfig, matchmask_pp
+from loraseg.factory.pipeline import LEDGER, DataDigests, Ledger, PipelineConfig, matchmask_pp
+from loraseg.factory.pipeline_data import data_digests
 from loraseg.storage import open_store
+from tests.tiny_world import write_domain
 
 
 class Tools:
@@ -16,7 +20,7 @@ class Tools:
             self._dies = None
             raise StageError("killed")
         self.calls.append(call)
-        return {"digest": f"of {call[0]}"}
+        return {"digest": f"of {call[0]}"}  # which carries the digest of the stage's inputs
 
     def train(self, place, synthetic, reuse):
         assert (reuse is None) == (not synthetic)
@@ -31,10 +35,14 @@ class Tools:
         return {**self._note(place, segmenter), "masks": f"m:{place}"}
 
 
-def run(folder, tools, *, rounds=1, settings=None):
+DATA = DataDigests(labelled="l", masks="m", unlabelled="u")
+
+
+def run(folder, tools, *, rounds=1, settings=None, data=DATA):
     config = PipelineConfig(real="r", unlabelled="u", output=str(folder), rounds=rounds)
     ledger = Ledger(open_store(str(folder)))
-    return [name for name, _ in matchmask_pp(config, settings or {"seed": 0}, tools, ledger)]
+    told = matchmask_pp(config, settings or {"seed": 0}, data, tools, ledger)
+    return [name for name, _ in told]
 
 
 STAGES = ["segmenter-0", "pairs-0", "segmenter-1", "masks-1", "pairs-1", "segmenter-2"]
@@ -76,6 +84,78 @@ def test_what_is_done_is_skipped(tmp_path):
     run(tmp_path, other, settings={"seed": 1})
     assert len(other.calls) == 6
     assert {call[0] for call in other.calls}.isdisjoint(call[0] for call in first.calls)
+
+
+@pytest.mark.parametrize(
+    ("changed", "anew"),
+    [
+        ("labelled", STAGES),
+        ("masks", ["pairs-0", "segmenter-1", "masks-1", "pairs-1", "segmenter-2"]),
+        ("unlabelled", ["masks-1", "pairs-1", "segmenter-2"]),
+    ],
+)
+def test_changed_data_does_anew_what_depends_on_it(changed, anew, tmp_path):
+    run(tmp_path, Tools())
+    again = Tools()
+    assert run(tmp_path, again, data=dataclasses.replace(DATA, **{changed: "other"})) == STAGES
+    assert [bare(call)[0] for call in again.calls] == anew
+
+
+@pytest.fixture
+def data(tmp_path):
+    write_domain(tmp_path / "real", "fog", side=8)
+    write_domain(tmp_path / "photos", "night", side=8)
+    return tmp_path
+
+
+def digests(folder, **changes):
+    config = PipelineConfig(
+        real=str(folder / "real"), unlabelled=str(folder / "photos"), output="o", **changes
+    )
+    return dataclasses.asdict(data_digests(config))
+
+
+@pytest.mark.parametrize(
+    ("file", "moved"),
+    [
+        ("real/images/train/1.png", {"labelled"}),
+        ("real/masks/train/1.png", {"labelled", "masks"}),
+        ("real/masks/val/1.png", {"labelled"}),
+        ("real/images/train/2.png", set()),  # not among the two that are used
+        ("real/masks/train/2.png", set()),
+        ("photos/images/train/1.png", {"unlabelled"}),
+        ("photos/images/val/1.png", set()),
+    ],
+)
+def test_digests_tell_which_data_changed(file, moved, data):
+    before = digests(data, images=2)
+    path = data / file
+    path.write_bytes(path.with_name("0.png").read_bytes())
+    after = digests(data, images=2)
+    assert {name for name in before if before[name] != after[name]} == moved
+    assert digests(data, images=2) == after
+
+
+def test_masks_without_an_image_count_when_all_are_used(data):
+    before, few = digests(data), digests(data, images=2)
+    masks = data / "real" / "masks" / "train"
+    (masks / "z.png").write_bytes((masks / "0.png").read_bytes())
+    after = digests(data)
+    assert {name for name in before if before[name] != after[name]} == {"masks"}
+    assert digests(data, images=2) == few
+
+
+def test_new_lost_and_hostile_unlabelled_images_count(data):
+    folder = data / "photos" / "images" / "train"
+    seen = [digests(data)["unlabelled"]]
+    for change in (
+        lambda: (folder / "new.png").write_bytes(b"no picture"),
+        lambda: (folder / "back\\slash.png").write_bytes(b"no store takes the name"),
+        lambda: (folder / "0.png").unlink(),
+    ):
+        change()
+        seen.append(digests(data)["unlabelled"])
+    assert len(set(seen)) == 4
 
 
 def test_two_pipelines_do_not_overwrite_each_other(tmp_path):

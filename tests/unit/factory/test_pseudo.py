@@ -1,12 +1,16 @@
+import re
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from loraseg.data.masks import read_mask
-from loraseg.errors import ConfigError, DatasetError
+from loraseg.errors import ConfigError, DatasetError, StoreError
 from loraseg.factory.pseudo import PSEUDO, PseudoConfig, PseudoMasks, chunks, finish, unlabelled
 from loraseg.factory.sources import MaskSource
 from loraseg.segment.closed_checkpoint import load_segmenter
+from loraseg.storage import LocalStore, open_store
 from tests.tiny_factory import CLASSES, write_segmenter
 
 
@@ -29,7 +33,7 @@ def config(tmp_path):
 
 
 def test_masks_say_what_the_segmenter_is_sure_of(config, tmp_path):
-    keys = unlabelled(config)
+    keys = unlabelled(config.images)
     assert [key.rpartition("/")[2] for key in keys] == ["0.png", "1.png", "2.png", "broken.jpg"]
     refused = PseudoMasks(config)(keys)
     assert list(refused) == ["images/train/broken.jpg"]
@@ -53,15 +57,80 @@ def test_an_image_that_nothing_is_sure_of_has_no_mask(config):
     sure = PseudoConfig(
         images=config.images, output=config.output, segmenter=config.segmenter, threshold=1.0
     )
-    refused = PseudoMasks(sure)(unlabelled(sure))
+    refused = PseudoMasks(sure)(unlabelled(sure.images))
     assert len(refused) == 4
+
+
+def test_images_in_folders_keep_masks_of_their_own(config, tmp_path):
+    folder = tmp_path / "data" / "images" / "train"
+    (folder / "broken.jpg").unlink()
+    for number, city in enumerate(("aachen", "bochum/west", "a\N{DIAERESIS} b"), start=1):
+        (folder / city).mkdir(parents=True)
+        shutil.copy(folder / f"{number % 3}.png", folder / city / "0.png")
+    keys = unlabelled(config.images)
+    assert len(keys) == 6
+    assert PseudoMasks(config)(keys) == {}
+    masks = tmp_path / "masks" / "masks" / "train"
+    for key in keys:
+        path = key.removeprefix("images/train/")
+        source = next(n for n in range(3) if _same(folder / path, folder / f"{n}.png"))
+        assert _same(masks / f"{path}.png", masks / f"{source}.png.png")
+    assert not _same(masks / "0.png.png", masks / "aachen" / "0.png.png")
+    assert finish(config, {})["masks"] == 6
+    assert len(MaskSource(config.output, (), "train").names()) == 6
+
+
+def _same(one, other):
+    return one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("back\\slash.png", "backslash"),
+        ("new\nline.png", "control characters"),
+        ("half\udc80.png", "not valid Unicode"),
+        ("x" * 197 + ".png", "exceeds 200 bytes"),  # the mask's name is longer than the image's
+        ("0.png.png/b.png", r"ends in \.png"),  # the mask of 0.png is in the way
+        ("a.jpg.png/b.png", r"ends in \.png"),  # and so may be one that comes later
+    ],
+)
+def test_an_image_whose_name_no_mask_can_have_is_refused_alone(name, reason, config, tmp_path):
+    folder = tmp_path / "data" / "images" / "train"
+    (folder / name).parent.mkdir(exist_ok=True)
+    shutil.copy(folder / "0.png", folder / name)
+    refused = PseudoMasks(config)(unlabelled(config.images))
+    assert set(refused) == {"images/train/broken.jpg", f"images/train/{name}"}
+    assert re.search(reason, refused[f"images/train/{name}"])
+    note = finish(config, refused)
+    assert (note["masks"], len(note["refused"])) == (3, 2)
+
+
+def test_a_store_that_fails_is_no_bad_image(config, monkeypatch):
+    def fails(*_):
+        raise StoreError("no space")
+
+    work = PseudoMasks(config)
+    monkeypatch.setattr(LocalStore, "put", fails)
+    with pytest.raises(StoreError, match="no space"):
+        work(unlabelled(config.images))
+
+
+def test_the_note_tells_the_masks(config):
+    keys = unlabelled(config.images)
+    PseudoMasks(config)(keys)
+    before = finish(config, {})
+    assert finish(config, {}) == before
+    store = open_store(config.output)
+    store.put("masks/train/0.png.png", store.get("masks/train/1.png.png"))
+    after = finish(config, {})
+    assert after.pop("digest") != before.pop("digest")
+    assert after == before
 
 
 def test_images_are_cut_into_chunks_and_must_be_there(config, tmp_path):
     assert [len(one) for one in chunks([str(n) for n in range(130)])] == [64, 64, 2]
     with pytest.raises(DatasetError, match="no images; expected images/val/"):
-        unlabelled(
-            PseudoConfig(images=str(tmp_path / "data"), output="o", segmenter="s", split="val")
-        )
+        unlabelled(str(tmp_path / "data"), "val")
     with pytest.raises(ConfigError, match=r"threshold: got 2\.0"):
         PseudoConfig(images="i", output="o", segmenter="s", threshold=2.0)

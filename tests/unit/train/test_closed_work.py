@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from loraseg.data.readers.folder import DatasetFolder
-from loraseg.errors import ConfigError, DatasetError, IntegrityError
+from loraseg.errors import ConfigError, DatasetError, IntegrityError, StageError
 from loraseg.segment.closed_checkpoint import load_segmenter
 from loraseg.segment.metrics import ConfusionMatrix
 from loraseg.train import closed_work
 from loraseg.train.closed_work import SegmenterConfig, run_here, train_segmenters
 from tests.tiny_world import LABELS
-from tests.unit.train.closed_world import TINY_RECIPE, write_world
+from tests.unit.train.closed_world import TINY_RECIPE, coloured, commit_pairs, write_world
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +142,32 @@ def test_few_images(world, tmp_path):
         runs(synthetic=(str(tmp_path / "nothing"),))
     with pytest.raises(ConfigError, match="recipe"):
         runs(recipe="other")
+
+
+@pytest.mark.parametrize("changed", ["image of train", "mask of val", "synthetic"])
+def test_an_arm_learns_from_what_the_run_began_with(changed, tmp_path):
+    world = write_world(tmp_path / "world")
+    trained = []
+
+    def late(task):
+        """Start an arm as a worker does that was waited for while somebody changed the data."""
+        if changed == "synthetic":
+            images, labels = coloured(7, 1, side=32)
+            pairs = zip(images, labels, strict=True)
+            commit_pairs(world / "synthetic", pairs, LABELS.names)
+        else:
+            kind, _, split = changed.split()
+            first, second, *_ = sorted((world / "real" / f"{kind}s" / split).iterdir())
+            first.write_bytes(second.read_bytes())
+        trained.append(task)
+        run_here(task)
+
+    place = "synthetic" if changed == "synthetic" else "real"
+    with pytest.raises(StageError, match=f"segmenter: the data changed .*/{place}; run again"):
+        train_segmenters(_config(world, tmp_path / "out"), late)
+    (task,) = trained
+    results = train_segmenters(_config(world, tmp_path / "out"))
+    assert results["arms"]["segmenter"]["run"] != task.run
 
 
 def test_damaged_results_are_told(world, tmp_path):
