@@ -160,6 +160,9 @@ def read_pinned(output: ObjectStore, config: SynthesisConfig | None = None) -> P
         free: dict[str, Any] = {"masks": output.uri, "output": output.uri}
         if config is not None:
             free = {key: configuration.to_dict(config)[key] for key in _FREE}
+            if config.segmenter and values["settings"]["segmenter"]:
+                # It may lie elsewhere by now: its digest is compared when it is loaded.
+                free["segmenter"] = config.segmenter
         built = configuration.build(SynthesisConfig, {**values["settings"], **free})
         if config is not None:
             more = replace(built.sampling, images=config.sampling.images)

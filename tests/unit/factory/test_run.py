@@ -260,6 +260,9 @@ def test_votes_are_not_mixed_with_what_is_not_committed(shop, undisturbed, tmp_p
 def test_other_settings_are_refused(shop, undisturbed):
     with pytest.raises(ConfigError, match=r"sampling\.steps was 2 and is 3"):
         synthesize(settings(shop, undisturbed, steps=3), Here())
+    with pytest.raises(ConfigError, match="segmenter was .* and is null"):
+        plain = settings(shop, undisturbed, segmenter=None, filter=FilterConfig(method="none"))
+        synthesize(plain, Here())
     with pytest.raises(ConfigError, match="threads was 1 and is 2"):
         synthesize(settings(shop, undisturbed), Here(threads=2))
 
@@ -274,6 +277,16 @@ def test_another_segmenter_in_the_same_place_is_noticed(shop, tmp_path):
         shard.unlink()
     with pytest.raises(ConfigError, match=r"begun with [0-9a-f]{12}, the file is now"):
         synthesize(config, Here())
+
+
+def test_a_segmenter_may_be_moved(shop, undisturbed, tmp_path):
+    moved = tmp_path / "moved.safetensors"
+    shutil.copy(shop / "segmenter.safetensors", moved)
+    config = settings(shop, tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        synthesize(config, Dying(1))
+    synthesize(dataclasses.replace(config, segmenter=str(moved)), Here())
+    assert digest(tmp_path / "out") == digest(undisturbed)
 
 
 def test_two_runs_that_end_together_agree(shop, undisturbed, tmp_path):
