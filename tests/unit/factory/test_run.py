@@ -260,8 +260,8 @@ def test_votes_are_not_mixed_with_what_is_not_committed(shop, undisturbed, tmp_p
 def test_other_settings_are_refused(shop, undisturbed):
     with pytest.raises(ConfigError, match=r"sampling\.steps was 2 and is 3"):
         synthesize(settings(shop, undisturbed, steps=3), Here())
-    with pytest.raises(ConfigError, match="segmenter was .* and is null"):
-        plain = settings(shop, undisturbed, segmenter=None, filter=FilterConfig(method="none"))
+    plain = settings(shop, undisturbed, segmenter=None, filter=FilterConfig(method="none"))
+    with pytest.raises(ConfigError, match=r"segmenter was .* and is null"):
         synthesize(plain, Here())
     with pytest.raises(ConfigError, match="threads was 1 and is 2"):
         synthesize(settings(shop, undisturbed), Here(threads=2))
