@@ -198,12 +198,12 @@ def _open(data: bytes, where: str) -> _File:
 
 
 def _masks(file: _File, group: int) -> Masks | DatasetError:
-    """Return the masks of a row group, or why there are none: each of its rows will ask again."""
+    """Return the masks of a row group, or why it is refused: each of its rows will ask again."""
     if group >= len(file.ends):
         raise IndexError(f"{file.where}: it has {file.rows} rows")
     path = file.column(*_MASK_COLUMNS)
     if path is None:
-        return DatasetError(f"{file.where}: no column 'mask' of PNG bytes")
+        raise DatasetError(f"{file.where}: no column 'mask' of PNG bytes")
     try:
         return [cell if isinstance(cell, bytes) else None for cell in file.cells(group, path)]
     except DatasetError as error:

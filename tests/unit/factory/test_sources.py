@@ -155,6 +155,16 @@ def test_what_is_remembered_is_bounded(tmp_path, monkeypatch):
     assert held <= 1000 or len(groups) == 1
 
 
+def test_what_was_asked_for_last_is_remembered():
+    recent = parquet_masks._Recent(10)
+    for key in "abac":
+        if recent.get(key) is None:
+            recent.put(key, key.upper(), 4)
+    assert [recent.get(key) for key in "abc"] == ["A", None, "C"]
+    recent.put("large", "L", 11)
+    assert [recent.get(key) for key in ("a", "c", "large")] == [None, None, "L"]
+
+
 def test_pictures_beside_the_masks_do_not_count(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet_masks, "_MOST_BYTES", 2000)
     table = {
@@ -206,6 +216,8 @@ def test_only_the_row_group_that_is_too_large_is_refused(tmp_path, monkeypatch, 
     assert [one.reason is None for one in found] == [True, True, False, False]
     assert "smaller row groups" in found[3].reason
     assert fetched == ["m.parquet"]
+    # That it was refused is remembered, or each of its rows would unfold it again.
+    assert len(source._parquet._masks._values) == 2
 
 
 def test_what_is_no_mask_says_so(tmp_path):
