@@ -207,7 +207,7 @@ def _masks(file: _File, group: int) -> Masks | DatasetError:
     try:
         return [cell if isinstance(cell, bytes) else None for cell in file.cells(group, path)]
     except DatasetError as error:
-        return error
+        return DatasetError(str(error))  # the one that was raised keeps all cells alive
 
 
 def _unfolded(data: bytes, chunk: Any) -> int:
