@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from loraseg.errors import DatasetError
 from loraseg.pictures import DECODE_ERRORS, MAX_PIXELS
@@ -43,6 +43,9 @@ def open_stream(
         image.load()
     except DatasetError:
         raise
+    except UnidentifiedImageError as error:
+        # Its text has the buffer's address, and a reason must be the same whenever it is told.
+        raise DatasetError(f"{where}: not a complete PNG or JPEG image") from error
     except DECODE_ERRORS as error:
         raise DatasetError(f"{where}: not a complete PNG or JPEG image: {error}") from error
     return image

@@ -23,7 +23,8 @@ class SynthesisConfig:
         output: Store URI of the synthetic dataset; it belongs to one set of settings.
         split: Of a dataset folder.
         classes: Class names; their order gives the ids. Empty for those of ``classes.json``.
-        limit: Only so many masks, the first by name.
+        limit: Only so many masks: of a dataset folder those of its first training samples, then
+            masks without image by name; of other sources the first by name.
         base: As for :func:`loraseg.backbones.diffusion.load_diffusion`.
         adapters: As for :func:`loraseg.engine.generator_adapters.load_generator_adapter`.
         weights: Of the adapters; empty for 1 each.

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from loraseg.errors import DatasetError, IntegrityError
-from loraseg.factory.sources import MaskSource, Named
+from loraseg.factory.sources import MaskSource, Named, is_parquet
 from loraseg.synth.lineage import mask_digest
 from loraseg.synth.sizes import mask_at_size
 
@@ -24,7 +24,14 @@ T = TypeVar("T")
 _READERS = 8
 _MOST_PLAN_BYTES = 2 * 1024**3
 _PLAN = pa.schema(
-    [("part", pa.string()), ("mask_id", pa.string()), ("name", pa.string()), ("last", pa.int32())]
+    [
+        ("part", pa.string()),
+        ("mask_id", pa.string()),
+        ("name", pa.string()),
+        ("file", pa.string()),
+        ("row", pa.int32()),
+        ("last", pa.int32()),
+    ]
 )
 
 
@@ -62,7 +69,7 @@ class Part:
     @property
     def id(self) -> str:
         """32 hex digits that stand for what the part is made of."""
-        rows = [[one.mask_id, one.reason, one.mask.name] for one in self.entries]
+        rows = [[one.mask_id, one.reason, *_row(one.mask)] for one in self.entries]
         text = json.dumps([rows, self.first, self.last, self.older], separators=(",", ":"))
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
@@ -74,32 +81,44 @@ class Planned:
     Attributes:
         last: By mask id, the last image there is.
         shards: By mask id, the shards that hold its images, oldest first.
-        names: Names of masks that no image could be made of.
+        owners: By mask id, the mask that its images were made of.
+        refused: Masks of which no image was to be made. Both as a plan holds them.
     """
 
     last: dict[str, int] = field(default_factory=dict[str, int])
     shards: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
-    names: set[str] = field(default_factory=set[str])
+    owners: dict[str, Named] = field(default_factory=dict[str, Named])
+    refused: set[Named] = field(default_factory=set[Named])
 
     def add(self, part: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Take note of the rows of one part of a plan."""
         for row in rows:
+            mask = Named(row["name"], row["file"], row["row"])
             if row["last"] < 0:
-                self.names.add(row["name"])
+                self.refused.add(mask)
                 continue
             mask_id = row["mask_id"]
+            self.owners.setdefault(mask_id, mask)
             self.last[mask_id] = max(row["last"], self.last.get(mask_id, -1))
             self.shards[mask_id] = (*self.shards.get(mask_id, ()), part)
 
 
 def survey(
-    source: MaskSource, masks: Sequence[Named], *, classes: int, size: tuple[int, int] | None
+    source: MaskSource,
+    masks: Sequence[Named],
+    done: Planned,
+    *,
+    classes: int,
+    size: tuple[int, int] | None,
 ) -> list[Entry]:
-    """Read all masks once and find out what each is; of equal ones the first by name counts.
+    """Read all masks once and find out what each is; of equal ones only one counts.
+
+    That is the one of which earlier runs made images, and else the first.
 
     Args:
         source: Of the masks.
-        masks: In order of their names.
+        masks: In the order of the source.
+        done: What earlier runs have made.
         classes: Ids that may occur.
         size: Of the images; masks are compared as large as that. None for their own size.
 
@@ -114,17 +133,41 @@ def survey(
         except DatasetError as error:
             return Entry(mask, None, str(error))
 
-    found: list[Entry] = []
-    first: dict[str, str] = {}
+    found: dict[Named, Entry] = {}
     with ThreadPoolExecutor(_READERS, thread_name_prefix="survey") as pool:
-        # In pieces, so that no more than these wait in the pool.
-        for some in _slices(masks, 1024):
-            for entry in pool.map(look, some):
-                twin = entry.mask_id and first.setdefault(entry.mask_id, entry.mask.name)
-                if twin and twin != entry.mask.name:
-                    entry = Entry(entry.mask, entry.mask_id, f"the same ids as {twin!r}")
-                found.append(entry)
-    return found
+        for some in _by_file(masks):
+            found.update(zip(some, pool.map(look, some), strict=True))
+    return _without_twins([found[mask] for mask in masks], done)
+
+
+def _by_file(masks: Sequence[Named]) -> Iterator[Sequence[Named]]:
+    """Yield masks in pieces, so that no more than these wait for a reader at a time.
+
+    Whatever the names, a file of many masks is done with before the next one is fetched.
+    """
+    ordered = sorted(masks, key=lambda mask: (mask.file, mask.row))
+    for _, same in groupby(ordered, key=lambda mask: is_parquet(mask.file) and mask.file):
+        yield from _slices(list(same), 1024)
+
+
+def _without_twins(entries: Sequence[Entry], done: Planned) -> list[Entry]:
+    """Refuse all but one of the masks with equal ids."""
+    counts: dict[str, Named] = {}
+    for one in entries:
+        if one.mask_id is None:
+            continue
+        if done.owners.get(one.mask_id) == _as_planned(one.mask):
+            counts[one.mask_id] = one.mask
+        else:
+            counts.setdefault(one.mask_id, one.mask)
+
+    def told(one: Entry) -> Entry:
+        if one.mask_id is None or (twin := counts[one.mask_id]) == one.mask:
+            return one
+        place = f" ({twin.file}, row {twin.row})" if twin.name == one.mask.name else ""
+        return Entry(one.mask, one.mask_id, f"the same ids as {twin.name!r}{place}")
+
+    return [told(one) for one in entries]
 
 
 def parts(entries: Sequence[Entry], images: int, size: int, done: Planned) -> Iterator[Part]:
@@ -137,7 +180,7 @@ def parts(entries: Sequence[Entry], images: int, size: int, done: Planned) -> It
         done: What earlier runs have made.
     """
     fresh = [one for one in entries if _is_new(one, done)]
-    fresh.sort(key=lambda one: (one.reason is not None, one.mask_id or "", one.mask.name))
+    fresh.sort(key=lambda one: (one.reason is not None, one.mask_id or "", one.mask))
     for some in _slices(fresh, size):
         yield Part(tuple(some), 0, images - 1)
     short = [
@@ -157,17 +200,12 @@ def parts(entries: Sequence[Entry], images: int, size: int, done: Planned) -> It
 def encode_plan(work: Iterable[Part]) -> bytes:
     """Return a Parquet file that says which mask is in which part; equal parts, equal bytes."""
     rows = sorted(
-        (part.id, one.mask_id or "", one.mask.name, -1 if one.reason else part.last)
+        (part.id, one.mask_id or "", *_row(_as_planned(one.mask)), _last(one, part))
         for part in work
         for one in part.entries
     )
-    columns = list(zip(*rows, strict=True)) if rows else [(), (), (), ()]
-    table = pa.table(
-        {
-            field.name: pa.array([_plain(value) for value in column], field.type)
-            for field, column in zip(_PLAN, columns, strict=True)
-        }
-    )
+    plain = [dict(zip(_PLAN.names, row, strict=True)) for row in rows]
+    table = pa.Table.from_pylist(plain, _PLAN)
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     return buffer.getvalue()
@@ -202,7 +240,7 @@ def _slices(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 def _is_new(entry: Entry, done: Planned) -> bool:
     if entry.reason is not None or entry.mask_id is None:
-        return entry.mask.name not in done.names
+        return _as_planned(entry.mask) not in done.refused
     return entry.mask_id not in done.last
 
 
@@ -211,6 +249,19 @@ def _history(entry: Entry, done: Planned) -> tuple[tuple[str, ...], int, str]:
     return done.shards[known], done.last[known], known
 
 
-def _plain(value: Any) -> Any:
-    """Return text that UTF-8 can hold: keys of a store may have lone surrogates."""
-    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+def _row(mask: Named) -> tuple[str, str, int]:
+    return mask.name, mask.file, mask.row
+
+
+def _last(entry: Entry, part: Part) -> int:
+    return -1 if entry.reason else part.last
+
+
+def _as_planned(mask: Named) -> Named:
+    """Return a mask as Parquet can hold it: keys of a store may have lone surrogates."""
+    return Named(_utf8(mask.name), _utf8(mask.file), mask.row)
+
+
+def _utf8(text: str) -> str:
+    # Different texts stay different, as backslashes are doubled.
+    return text.replace("\\", "\\\\").encode("utf-8", "backslashreplace").decode()

@@ -112,7 +112,8 @@ def synthesize(config: SynthesisConfig, crew: Crew) -> Summary:
     committed = read_manifest(output)
     done = _planned(output, committed)
     size = config.sampling.size
-    entries = survey(source, source.names()[: config.limit], classes=len(label_space), size=size)
+    masks = source.names()[: config.limit]
+    entries = survey(source, masks, done, classes=len(label_space), size=size)
     work = list(parts(entries, config.sampling.images, config.masks_per_shard, done))
     refused = tuple((one.mask.name, one.reason) for one in entries if one.reason)[:1000]
     if committed is not None and (not work or not config.append):

@@ -1,27 +1,23 @@
 """Where masks come from: a dataset folder, a folder of PNG files, or Parquet, on any store."""
 
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from loraseg.data.labels import LabelSpace, parse_classes
 from loraseg.data.masks import decode_mask
-from loraseg.errors import ConfigError, DatasetError
+from loraseg.data.readers.stems import image_stem, is_plain
+from loraseg.errors import ConfigError, DatasetError, StoreError
+from loraseg.factory.parquet_masks import ParquetMasks
 from loraseg.storage import ObjectNotFoundError, ObjectStore, open_store
+from loraseg.storage.store import check_key
 from loraseg.tensor_types import UInt8, ndarray
 
-__all__ = ["MaskSource", "Named", "open_masks"]
-
-_MOST_BYTES = 256 * 1024**2
+__all__ = ["MaskSource", "Named", "is_parquet", "open_masks"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class Named:
-    """A mask of a source.
+    """A mask of a source; two may share a name, but not file and row.
 
     Attributes:
         name: What people call it: the file's key, or the row's name.
@@ -35,7 +31,7 @@ class Named:
 
 
 class MaskSource:
-    """Masks below a URI; :func:`open_masks` opens it. Can be pickled before its first use."""
+    """Masks below a URI; :func:`open_masks` opens it. Threads may share it."""
 
     def __init__(self, uri: str, classes: Sequence[str], split: str) -> None:
         """Note where the masks are; nothing is read yet.
@@ -48,7 +44,7 @@ class MaskSource:
         self.uri = uri
         self._classes, self._split = tuple(classes), split
         self._store: ObjectStore = open_store(uri)
-        self._table: tuple[str, list[bytes | None]] | None = None
+        self._parquet = ParquetMasks(self._store)
 
     def label_space(self) -> LabelSpace:
         """Return the classes.
@@ -69,99 +65,87 @@ class MaskSource:
         return parse_classes(data, f"{self.uri}/classes.json")
 
     def names(self) -> list[Named]:
-        """Return all masks in code point order of their names.
+        """Return all masks in an order that depends on nothing but their names.
+
+        Of a dataset folder first those with an image, in the order of the training samples
+        (:meth:`loraseg.data.DatasetFolder.samples`), then the others; these, and all masks that
+        lie otherwise, in code point order of their names.
 
         Raises:
             DatasetError: There is none, or a Parquet file is unusable.
+            StoreError: The store cannot be read.
         """
-        found = list(self._png()) or list(self._parquet())
+        found = self._png() or sorted(self._rows())
         if not found:
             raise DatasetError(
                 f"{self.uri}: no masks; expected masks/{self._split}/*.png, *.png, or *.parquet "
                 "with a column 'mask'"
             )
-        return sorted(found, key=lambda one: (one.name, one.file, one.row))
+        return found
 
     def read(self, mask: Named, *, classes: int) -> UInt8[ndarray, "h w"]:
         """Decode a mask: class ids below ``classes``, or 255.
 
         Raises:
-            DatasetError: It is broken, holds other ids, or has gone.
+            DatasetError: It is broken, holds other ids, has gone, or has a key that no store
+                would take.
             StoreError: The store cannot be read.
         """
+        where = f"mask {mask.name!r}"
+        if reason := _unusable_key(mask.file):
+            raise DatasetError(f"{where}: {reason}")
         try:
-            data = self._column(mask.file)[mask.row] if _is_parquet(mask.file) else self._get(mask)
+            if is_parquet(mask.file):
+                data = self._parquet.mask(mask.file, mask.row)
+            else:
+                data = self._store.get(mask.file)
         except (ObjectNotFoundError, IndexError) as error:
-            raise DatasetError(f"mask {mask.name!r}: it has gone from {self.uri}") from error
+            raise DatasetError(f"{where}: it has gone from {self.uri}") from error
         if data is None:
-            raise DatasetError(f"mask {mask.name!r}: the row holds no mask")
-        return decode_mask(data, where=f"mask {mask.name!r}", classes=classes)
+            raise DatasetError(f"{where}: the row holds no mask")
+        return decode_mask(data, where=where, classes=classes)
 
-    def _get(self, mask: Named) -> bytes:
-        return self._store.get(mask.file)
-
-    def _png(self) -> Iterator[Named]:
+    def _png(self) -> list[Named]:
         folder = f"masks/{self._split}/"
         inside = [key for key in self._store.list(folder) if _is_png(key)]
         if inside:
-            yield from (Named(key.removeprefix(folder), key) for key in inside)
-            return
-        flat = {key for key in self._store.list("masks/") if _is_png(key) and key.count("/") == 1}
-        if flat and (stems := self._listed()) is not None:
-            # The layout with one list a split.
-            yield from (Named(f"{stem}.png", f"masks/{stem}.png") for stem in stems)
-            return
+            found = [Named(key.removeprefix(folder), key) for key in inside]
+            return self._as_trained(found, f"images/{self._split}/")
+        flat = any(_is_png(key) and key.count("/") == 1 for key in self._store.list("masks/"))
         if not flat:
             keys = (key for key in self._store.list() if _is_png(key) and "/" not in key)
-            yield from (Named(key, key) for key in keys)
+            return sorted(Named(key, key) for key in keys)
+        # The layout with one list a split.
+        found = [Named(f"{stem}.png", f"masks/{stem}.png") for stem in self._listed()]
+        return self._as_trained(found, "images/")
 
-    def _listed(self) -> list[str] | None:
+    def _as_trained(self, masks: list[Named], images: str) -> list[Named]:
+        """Sort masks like the training samples, which go by stem, and then those without image."""
+        names = (key.removeprefix(images) for key in self._store.list(images))
+        stems = {stem for name in names if (stem := image_stem(name)) and is_plain(name)}
+
+        def place(mask: Named) -> tuple[bool, str]:
+            stem = mask.name.removesuffix(".png")
+            trained = stem != mask.name and stem in stems
+            return not trained, stem if trained else mask.name
+
+        return sorted(masks, key=place)
+
+    def _listed(self) -> set[str]:
         try:
             text = self._store.get(f"{self._split}.txt").decode("utf-8")
         except ObjectNotFoundError:
-            return None
+            return set()
         except UnicodeDecodeError as error:
             raise DatasetError(f"{self.uri}/{self._split}.txt: not UTF-8 text") from error
-        return sorted({line.strip() for line in text.splitlines()} - {""})
+        return {line.strip() for line in text.splitlines()} - {""}
 
-    def _parquet(self) -> Iterator[Named]:
-        for key in self._store.list():
-            if _is_parquet(key):
-                table = self._open(key, ["name"])
-                names = table.column("name").to_pylist() if "name" in table.column_names else None
-                for row in range(table.num_rows):
-                    yield Named(str(names[row]) if names else f"{key}#{row}", key, row)
-
-    def _column(self, key: str) -> list[bytes | None]:
-        """Return a file's masks; the last file is remembered, since a part reads its neighbours."""
-        # Threads read at the same time: what one of them holds no other may swap.
-        known = self._table
-        if known is None or known[0] != key:
-            table = self._open(key, ["mask"])
-            if "mask" not in table.column_names:
-                raise DatasetError(f"{self.uri}/{key}: no column 'mask' of PNG bytes")
-            known = key, [_png_bytes(value) for value in table.column("mask").to_pylist()]
-            self._table = known
-        return known[1]
-
-    def _open(self, key: str, columns: list[str]) -> pa.Table:
-        data = self._store.get(key)
-        try:
-            file = pq.ParquetFile(io.BytesIO(data))
-            size = sum(
-                file.metadata.row_group(index).total_byte_size
-                for index in range(file.metadata.num_row_groups)
-            )
-            if size > _MOST_BYTES:
-                raise DatasetError(f"{self.uri}/{key}: {size} bytes unpacked, at most 256 MiB")
-            known = [name for name in columns if name in file.schema_arrow.names]
-            table = file.read(known)
-            # A column of nothing keeps the number of rows.
-            return table if known else pa.table({"": pa.nulls(file.metadata.num_rows)})
-        except (pa.ArrowException, OSError, ValueError) as error:
-            if isinstance(error, DatasetError):
-                raise
-            raise DatasetError(f"{self.uri}/{key}: not a Parquet file: {error}") from error
+    def _rows(self) -> Iterator[Named]:
+        for key in filter(is_parquet, self._store.list()):
+            # How many rows it has nobody can know, but that it is there must be told.
+            names = [key] if _unusable_key(key) else self._parquet.names(key)
+            for row, name in enumerate(names):
+                yield Named(name, key, row)
 
 
 def open_masks(uri: str, classes: Sequence[str] = (), split: str = "train") -> MaskSource:
@@ -173,16 +157,19 @@ def open_masks(uri: str, classes: Sequence[str] = (), split: str = "train") -> M
     return MaskSource(uri, classes, split)
 
 
-def _png_bytes(value: Any) -> bytes | None:
-    """Return the bytes of a cell: plain, or in the struct that Hugging Face keeps images in."""
-    if isinstance(value, dict):
-        value = value.get("bytes")
-    return value if isinstance(value, bytes) else None
+def is_parquet(key: str) -> bool:
+    """Return whether the object under a key holds many masks."""
+    return key.lower().endswith(".parquet")
+
+
+def _unusable_key(key: str) -> str | None:
+    """Return why a store refuses a key that it has listed: any file may lie in a folder."""
+    try:
+        check_key(key)
+    except StoreError as error:
+        return str(error)
+    return None
 
 
 def _is_png(key: str) -> bool:
     return key.lower().endswith(".png")
-
-
-def _is_parquet(key: str) -> bool:
-    return key.lower().endswith(".parquet")

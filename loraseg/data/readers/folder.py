@@ -19,14 +19,13 @@ from loraseg.data.images import read_image
 from loraseg.data.labels import LabelSpace, read_classes
 from loraseg.data.masks import read_mask
 from loraseg.data.readers.remote import mirror
+from loraseg.data.readers.stems import image_stem, is_plain
 from loraseg.errors import DatasetError
 from loraseg.tensor_types import UInt8, ndarray
 
 __all__ = ["DatasetFolder", "Sample"]
 
 logger = logging.getLogger(__name__)
-
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class DatasetFolder:
         """The names of the splits, sorted."""
         entries = list((self.path / "images").iterdir())
         names = {entry.name for entry in entries if entry.is_dir()}
-        if any(entry.suffix.lower() in _IMAGE_SUFFIXES for entry in entries):
+        if any(image_stem(entry.name) is not None for entry in entries):
             names |= {entry.stem for entry in self.path.glob("*.txt")}
         return tuple(sorted(names))
 
@@ -186,11 +185,11 @@ def _local_folder(path: str | Path) -> Path:
 def _images(folder: Path) -> dict[str, Path]:
     images: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in _IMAGE_SUFFIXES or path.name.startswith("."):
+        if (stem := image_stem(path.name)) is None:
             continue
-        if (other := images.get(path.stem)) is not None:
+        if (other := images.get(stem)) is not None:
             raise DatasetError(f"{path}: {other.name} has the same stem; they would share a mask")
-        images[path.stem] = path
+        images[stem] = path
     return images
 
 
@@ -225,7 +224,7 @@ def _pair(
 
 def _check_stem(stem: str, where: Path) -> None:
     """Refuse what would leave the folder or cannot be written down as UTF-8."""
-    if stem in ("", ".", "..") or "/" in stem or "\\" in stem or not stem.isprintable():
+    if not is_plain(stem):
         raise DatasetError(f"{where}: {stem!r} is not a plain file name")
 
 

@@ -75,7 +75,7 @@ def test_a_survey_finds_twins_and_broken_masks(tmp_path):
     (inside / "twin.png").write_bytes(encode_mask(mask(1)))
     (inside / "bad.png").write_bytes(b"")
     source = MaskSource(str(folder), (), "train")
-    found = survey(source, source.names(), classes=4, size=None)
+    found = survey(source, source.names(), Planned(), classes=4, size=None)
     assert [one.mask.name for one in found] == [
         "000.png",
         "001.png",
@@ -86,7 +86,7 @@ def test_a_survey_finds_twins_and_broken_masks(tmp_path):
     assert [one.reason is None for one in found] == [True, True, True, False, False]
     assert found[4].mask_id == found[1].mask_id
     # At another size they are other masks.
-    small = survey(source, source.names(), classes=4, size=(16, 16))
+    small = survey(source, source.names(), Planned(), classes=4, size=(16, 16))
     assert small[0].mask_id != found[0].mask_id
 
 
@@ -133,20 +133,70 @@ def test_a_source_without_masks_or_classes_says_so(tmp_path):
         source.read(one, classes=4)
 
 
-class Swapping(MaskSource):
-    """As if another thread opened another file whenever this one has just opened its own."""
-
-    def __setattr__(self, name, value):
-        if name == "_table" and value is not None:
-            value = "other.parquet", [encode_mask(mask(99))]
-        super().__setattr__(name, value)
-
-
-@pytest.mark.parametrize("kind", [MaskSource, Swapping])
-def test_each_mask_comes_from_its_own_file(kind, tmp_path):
+def test_each_mask_comes_from_its_own_file(tmp_path):
     for number in range(24):
         table = pa.table({"mask": [encode_mask(mask(number))], "name": [f"{number:02d}"]})
         pq.write_table(table, tmp_path / f"{number:02d}.parquet")
-    source = kind(str(tmp_path), CLASSES, "train")
-    found = survey(source, source.names(), classes=4, size=None)
+    source = MaskSource(str(tmp_path), CLASSES, "train")
+    found = survey(source, source.names(), Planned(), classes=4, size=None)
     assert [one.mask_id for one in found] == [mask_digest(mask(n)) for n in range(24)]
+
+
+def test_masks_of_one_name_are_told_apart(tmp_path):
+    numbers, names = [0, 0, 1, 1, 2], ["x", "x", "x", None, None]
+    table = {
+        "mask": [*(encode_mask(mask(n)) for n in numbers), b"", b""],
+        "name": [*names, "x", "x"],
+    }
+    pq.write_table(pa.table(table), tmp_path / "m.parquet")
+    source = MaskSource(str(tmp_path), CLASSES, "train")
+    found = survey(source, source.names(), Planned(), classes=4, size=None)
+    by_row = sorted(found, key=lambda one: one.mask.row)
+    assert [one.mask.name for one in by_row] == [
+        "x",
+        "x",
+        "x",
+        "m.parquet#3",
+        "m.parquet#4",
+        "x",
+        "x",
+    ]
+    twins = "the same ids as 'x' (m.parquet, row 0)", "the same ids as 'x'"
+    # In code point order of their names, "m.parquet#3" is before "x".
+    assert [one.reason for one in by_row[:2]] == [None, twins[0]]
+    assert [one.reason for one in by_row[2:5]] == ["the same ids as 'm.parquet#3'", None, None]
+    assert {one.reason for one in by_row[5:]} == {"mask 'x': not a complete PNG or JPEG image"}
+    work = list(parts(found, 3, 1, Planned()))
+    assert len({part.id for part in work}) == len(work) == 7
+    assert list(parts(found, 3, 1, done_with(work))) == []
+    # Nor has a part of the refused ones to be made when the others get more images.
+    assert len(list(parts(found, 4, 1, done_with(work)))) == 3
+
+
+def test_a_name_that_is_no_text_is_told_once():
+    bad = [Entry(Named(name, name), None, "broken") for name in ("a\udcff.png", "a\\udcff.png")]
+    first = list(parts(bad, 3, 4, Planned()))
+    assert list(parts(bad, 3, 4, done_with(first))) == []
+    assert len(done_with(first).refused) == 2
+
+
+def test_a_copy_that_sorts_before_a_finished_mask_is_the_duplicate(tmp_path):
+    inside = write_masks(tmp_path, 2) / "masks" / "train"
+    source = MaskSource(str(tmp_path), (), "train")
+    how = {"classes": 4, "size": None}
+    first = list(parts(survey(source, source.names(), Planned(), **how), 3, 4, Planned()))
+    (inside / "00.png").write_bytes(encode_mask(mask(0)))
+    done = done_with(first)
+    found = survey(source, source.names(), done, **how)
+    [added] = parts(found, 3, 4, done)
+    assert [(one.mask.name, one.reason) for one in added.entries] == [
+        ("00.png", "the same ids as '000.png'")
+    ]
+    again = done_with(first, [added])
+    assert list(parts(found, 3, 4, again)) == []
+    # Where the finished one has gone, the copy stands for it.
+    (inside / "000.png").unlink()
+    found = survey(source, source.names(), again, **how)
+    assert [one.reason for one in found] == [None, None]
+    assert list(parts(found, 3, 4, again)) == []
+    assert [len(part.entries) for part in parts(found, 4, 4, again)] == [2]

@@ -3,10 +3,13 @@ import random
 import shutil
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from loraseg.data.masks import decode_mask, write_mask
+from loraseg.data import LabelSpace, write_classes
+from loraseg.data.masks import decode_mask, encode_mask, write_mask
 from loraseg.data.shard_manifest import MANIFEST
 from loraseg.data.shard_reader import ShardDataset
 from loraseg.data.shards import decode_shard, encode_shard
@@ -16,7 +19,16 @@ from loraseg.factory.run import Here, synthesize
 from loraseg.storage import open_store
 from loraseg.synth.generator import Generator
 from loraseg.synth.vote import FilterConfig, plurality
-from tests.tiny_factory import all_rows, digest, furnish, settings, write_masks, write_segmenter
+from tests.tiny_factory import (
+    CLASSES,
+    all_rows,
+    digest,
+    furnish,
+    mask,
+    settings,
+    write_masks,
+    write_segmenter,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -255,6 +267,23 @@ def test_votes_are_not_mixed_with_what_is_not_committed(shop, undisturbed, tmp_p
     assert ShardDataset.open(str(out)).manifest.generation == 1
     shard.write_bytes(good)
     assert synthesize(config, Here()).new_rows == 5
+
+
+def test_masks_of_one_name_are_all_made_or_told_once(shop, tmp_path):
+    cells = [encode_mask(mask(0)), encode_mask(mask(0)), b"a", b"b", encode_mask(mask(1))]
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    write_classes(masks / "classes.json", LabelSpace(CLASSES))
+    names = ["x", "x", "x", "x", None]
+    pq.write_table(pa.table({"mask": cells, "name": names}), masks / "m.parquet")
+    config = settings(shop, tmp_path / "out", masks=str(masks), masks_per_shard=1)
+    counts = synthesize(config, Here()).manifest.statuses
+    assert counts == {"ok": 6, "dropped": 0, "bad_mask": 2, "duplicate": 1}
+    assert synthesize(config, Here()).new_rows == 0
+    more = settings(shop, tmp_path / "out", masks=str(masks), images=4, append=True)
+    assert synthesize(more, Here()).new_rows == 2
+    told = [(row.mask_name, row.status) for row in all_rows(tmp_path / "out") if row.reason]
+    assert sorted(told) == [("x", "bad_mask"), ("x", "bad_mask"), ("x", "duplicate")]
 
 
 def test_other_settings_are_refused(shop, undisturbed):
