@@ -20,9 +20,22 @@ __all__ = ["ray_cluster"]
 
 _AWS_SETTINGS = ("AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_SESSION_TOKEN")
 # A process of its own: moto patches nothing here, and Ray workers can reach it.
+# Between the check of a conditional write and the write moto lets other threads write: on a busy
+# machine two of them win the same race, which no real server allows.
 _SERVE_MOTO = """
 import sys
+import threading
+from moto.s3.responses import S3Response
 from moto.server import ThreadedMotoServer
+
+def one_at_a_time(method, lock=threading.Lock()):
+    def locked(*arguments, **named):
+        with lock:
+            return method(*arguments, **named)
+    return locked
+
+for name in ("put_object", "_key_response_post"):
+    setattr(S3Response, name, one_at_a_time(getattr(S3Response, name)))
 server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
 server.start()
 print(server.get_host_and_port()[1], flush=True)
