@@ -3,8 +3,7 @@
 import hashlib
 import re
 
-from loraseg.errors import StoreError
-from loraseg.storage.store import check_key
+from loraseg.storage.store import key_fault
 
 __all__ = ["FOLDER", "MaskNames", "digest_of", "id_of", "plain_name"]
 
@@ -74,9 +73,5 @@ def _allowed(name: str) -> str | None:
 
     A folder store cannot hold both ``a.png`` and ``a.png/b.png``; masks are all that ends so.
     """
-    try:
-        check_key(name)
-    except StoreError:
-        return None
     within = any(folder.lower().endswith(".png") for folder in name.split("/")[:-1])
-    return None if within or len(name.encode()) > _MAX_BYTES else name
+    return None if key_fault(name) or within or len(name.encode()) > _MAX_BYTES else name

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 from loraseg.bulk.ledger import FOLDER, Ledger, etag_digest
 from loraseg.bulk.mask_names import MaskNames, digest_of, id_of, plain_name
-from loraseg.errors import StoreError
 from loraseg.storage import Listed, ObjectNotFoundError, ObjectStore
-from loraseg.storage.store import check_key
+from loraseg.storage.store import key_fault
 
-__all__ = ["MAX_IMAGE_BYTES", "Item", "Part", "is_readable", "parts", "stale_files"]
+__all__ = ["MAX_IMAGE_BYTES", "Item", "Part", "parts", "stale_files"]
 
 # An object is read whole; no PNG or JPEG of as many pixels as are decoded is larger.
 MAX_IMAGE_BYTES = 512 * 2**20
@@ -74,15 +73,6 @@ def parts(listing: Iterable[Listed], ledger: Ledger, each: int) -> Iterator[Part
         yield _part(waiting)
 
 
-def is_readable(key: str) -> bool:
-    """Return whether stores take the key; a bucket may hold others, as may a folder."""
-    try:
-        check_key(key)
-    except StoreError:
-        return False
-    return True
-
-
 def _part(items: Sequence[Item]) -> Part:
     ids = "\n".join(id_of(item.key) for item in items)
     return Part(f"{FOLDER}/{hashlib.sha256(ids.encode()).hexdigest()[:32]}.parquet", tuple(items))
@@ -90,7 +80,7 @@ def _part(items: Sequence[Item]) -> Part:
 
 def _read_etag(images: ObjectStore, listed: Listed) -> str | None:
     """Return the etag by reading the object, None if it has gone; results of it stay."""
-    if listed.size_bytes > MAX_IMAGE_BYTES or not is_readable(listed.key):
+    if listed.size_bytes > MAX_IMAGE_BYTES or key_fault(listed.key):
         return ""
     try:
         return images.get_with_etag(listed.key)[1]

@@ -12,7 +12,7 @@ from loraseg.bulk.config import BulkConfig
 from loraseg.bulk.ledger import FileFacts
 from loraseg.bulk.mask_names import id_of
 from loraseg.bulk.pinned import Facts, Pinned
-from loraseg.bulk.plan import MAX_IMAGE_BYTES, Item, Part, is_readable
+from loraseg.bulk.plan import MAX_IMAGE_BYTES, Item, Part
 from loraseg.bulk.rows import encode, found, printable, refused
 from loraseg.data.uploads import decode_image
 from loraseg.engine.assemble import equip
@@ -27,6 +27,7 @@ from loraseg.segment.adaptive import AdaptiveSegmenter, Segmentation
 from loraseg.segment.predictor import Predictor
 from loraseg.segment.render import palette_png
 from loraseg.storage import ObjectNotFoundError, open_store
+from loraseg.storage.store import key_fault
 from loraseg.tensor_types import ndarray
 
 __all__ = ["Outcome", "PartSegmenter", "look"]
@@ -158,7 +159,7 @@ class PartSegmenter:
             yield [image]
 
     def _get(self, item: Item) -> tuple[tuple[bytes, str] | None, dict[str, Any]]:
-        if not is_readable(item.key):
+        if key_fault(item.key):
             return None, refused("bad_key", "no store takes a key like this")
         if item.size_bytes > MAX_IMAGE_BYTES:
             return None, refused("too_large", f"{item.size_bytes} bytes")

@@ -4,8 +4,8 @@ import hashlib
 import json
 from collections.abc import Iterable
 
-from loraseg.bulk.plan import is_readable
 from loraseg.storage import ObjectNotFoundError, ObjectStore
+from loraseg.storage.store import key_fault
 
 __all__ = ["content_digest"]
 
@@ -27,7 +27,7 @@ def content_digest(store: ObjectStore, keys: Iterable[str]) -> str:
 
 
 def _read_etag(store: ObjectStore, key: str) -> str | None:
-    if not is_readable(key):
+    if key_fault(key):
         return None
     try:
         return store.get_with_etag(key)[1]

@@ -12,11 +12,11 @@ from loraseg.backbones.device import best_device
 from loraseg.data.labels import IGNORE
 from loraseg.data.masks import encode_mask
 from loraseg.data.uploads import decode_image
-from loraseg.errors import ConfigError, DatasetError, StoreError
+from loraseg.errors import ConfigError, DatasetError
 from loraseg.factory.content import content_digest
 from loraseg.segment.closed_checkpoint import ClosedSetSegmenter, load_segmenter
 from loraseg.storage import ObjectNotFoundError, open_store
-from loraseg.storage.store import check_key
+from loraseg.storage.store import key_fault
 from loraseg.tensor_types import UInt8, ndarray
 
 __all__ = ["PSEUDO", "PseudoConfig", "PseudoMasks", "chunks", "finish", "unlabelled"]
@@ -127,11 +127,8 @@ class PseudoMasks:
         path = key.removeprefix(f"images/{self._config.split}/")
         # Two images that differ in their suffix alone keep two masks.
         mask_key = f"masks/{self._config.split}/{path}.png"
-        try:
-            check_key(key)
-            check_key(mask_key)
-        except StoreError as error:
-            raise DatasetError(str(error)) from error
+        if fault := key_fault(key) or key_fault(mask_key):
+            raise DatasetError(fault)
         if ".png/" in path:
             # No folder can hold the masks "a.jpg.png" and "a.jpg.png/b.jpg.png" at once.
             raise DatasetError(f"{key!r}: lies in a folder whose name ends in .png, as masks do")

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from loraseg.data.labels import LabelSpace, parse_classes
 from loraseg.data.masks import decode_mask
 from loraseg.data.readers.stems import image_stem, is_plain
-from loraseg.errors import ConfigError, DatasetError, StoreError
+from loraseg.errors import ConfigError, DatasetError
 from loraseg.factory.parquet_masks import ParquetMasks
 from loraseg.storage import ObjectNotFoundError, ObjectStore, open_store
-from loraseg.storage.store import check_key
+from loraseg.storage.store import key_fault
 from loraseg.tensor_types import UInt8, ndarray
 
 __all__ = ["MaskSource", "Named", "is_parquet", "open_masks"]
@@ -92,7 +92,7 @@ class MaskSource:
             StoreError: The store cannot be read.
         """
         where = f"mask {mask.name!r}"
-        if reason := _unusable_key(mask.file):
+        if reason := key_fault(mask.file):
             raise DatasetError(f"{where}: {reason}")
         try:
             if is_parquet(mask.file):
@@ -143,7 +143,7 @@ class MaskSource:
     def _rows(self) -> Iterator[Named]:
         for key in filter(is_parquet, self._store.list()):
             # How many rows it has nobody can know, but that it is there must be told.
-            names = [key] if _unusable_key(key) else self._parquet.names(key)
+            names = [key] if key_fault(key) else self._parquet.names(key)
             for row, name in enumerate(names):
                 yield Named(name, key, row)
 
@@ -160,15 +160,6 @@ def open_masks(uri: str, classes: Sequence[str] = (), split: str = "train") -> M
 def is_parquet(key: str) -> bool:
     """Return whether the object under a key holds many masks."""
     return key.lower().endswith(".parquet")
-
-
-def _unusable_key(key: str) -> str | None:
-    """Return why a store refuses a key that it has listed: any file may lie in a folder."""
-    try:
-        check_key(key)
-    except StoreError as error:
-        return str(error)
-    return None
 
 
 def _is_png(key: str) -> bool:

@@ -94,6 +94,12 @@ class Vote:
         pinned = self._pinned
         return load_judge(pinned.config, pinned.label_space, digest=pinned.facts.segmenter)
 
+    @cached_property
+    def _committed(self) -> tuple[ShardDataset, dict[str, ShardEntry]]:
+        """What earlier runs committed, and its shards by file."""
+        dataset = ShardDataset.open(self._output)
+        return dataset, {entry.file: entry for entry in dataset.manifest.shards}
+
     def _rows(self, drawn: Drawn, part: Part, before: SeenBefore) -> list[PairRow]:
         entry, made = drawn.entry, drawn.result
         if isinstance(made, str):
@@ -196,8 +202,7 @@ class Vote:
         seen: SeenBefore = defaultdict(dict)
         if not part.older:
             return seen
-        committed = ShardDataset.open(self._output)
-        entries = {entry.file: entry for entry in committed.manifest.shards}
+        committed, entries = self._committed
         for file in part.older:
             if file not in entries:
                 continue  # no image could be made of any of its masks

@@ -21,7 +21,7 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -99,21 +99,11 @@ class Setting:
 
 def run_setting(setting: Setting, folder: Path) -> dict[str, Any]:
     """Do all rows of a setting, or read what was found before."""
-    place = folder / "fewshot" / f"{setting.name}.json"
-    if place.is_file():
-        return json.loads(place.read_text())
-    torch.set_num_threads(1)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    found = {**dataclasses.asdict(setting), **_rows(setting, folder)}
-    place.write_text(json.dumps(found, indent=1))
-    return found
+    return _once(setting, folder, "fewshot", _rows)
 
 
 def run_sheet(setting: Setting, folder: Path) -> dict[str, float]:
-    """Train the generator of a setting, draw for held-out masks; write a sheet, return agreement.
-
-    The sheet shows test masks, five images of each, and the labelled image nearest to the first.
-    """
+    """Train the generator of a setting, draw for held-out masks; write a sheet, return agreement."""
     torch.set_num_threads(1)
     stock = _stock(setting, setting.labelled, folder)
     generator = _generator(setting, folder)
@@ -130,11 +120,23 @@ def run_sheet(setting: Setting, folder: Path) -> dict[str, float]:
 
 def run_mixes(setting: Setting, folder: Path) -> dict[str, Any]:
     """Train segmenters on other mixes of real and synthetic images, or read what was found."""
-    place = folder / "mixes" / f"{setting.name}.json"
+    return _once(setting, folder, "mixes", _mixes)
+
+
+def _once(
+    setting: Setting, folder: Path, kind: str, find: Callable[[Setting, Path], dict[str, Any]]
+) -> dict[str, Any]:
+    place = folder / kind / f"{setting.name}.json"
     if place.is_file():
         return json.loads(place.read_text())
     torch.set_num_threads(1)
     place.parent.mkdir(parents=True, exist_ok=True)
+    found = {**dataclasses.asdict(setting), **find(setting, folder)}
+    place.write_text(json.dumps(found, indent=1))
+    return found
+
+
+def _mixes(setting: Setting, folder: Path) -> dict[str, Any]:
     stock = _stock(setting, setting.labelled, folder)
     own = _trained(setting, stock, None)
     rows = {"real only": _score(own, stock)}
@@ -146,9 +148,7 @@ def run_mixes(setting: Setting, folder: Path) -> dict[str, Any]:
         pairs, _ = _filtered(method, own, stock, drawn)
         name = f"{method}, share {share}{more}"
         rows[name] = _score(_trained(longer, stock, pairs, share=share), stock)
-    found = {"miou": rows, "agreement": _agreement(stock, drawn)}
-    place.write_text(json.dumps(found, indent=1))
-    return found
+    return {"miou": rows, "agreement": _agreement(stock, drawn)}
 
 
 def _agreement(stock: Stock, drawn: Drawn) -> dict[str, float]:

@@ -15,6 +15,7 @@ __all__ = [
     "ObjectStore",
     "check_key",
     "check_prefix",
+    "key_fault",
 ]
 
 # How long a call to a remote store tries again before it fails: a server that restarts takes
@@ -140,6 +141,18 @@ def check_key(key: str) -> str:
         if len(segment.encode()) > _MAX_SEGMENT_BYTES:
             raise StoreError(f"object key {key[:80]!r}...: a segment exceeds 200 bytes")
     return key
+
+
+def key_fault(key: str) -> str | None:
+    """Return why no store takes a key; None if each does.
+
+    A listing may name such keys: any program can write into a bucket or a folder.
+    """
+    try:
+        check_key(key)
+    except StoreError as error:
+        return str(error)
+    return None
 
 
 def check_prefix(prefix: str) -> str:
