@@ -103,7 +103,7 @@ def run_setting(setting: Setting, folder: Path) -> dict[str, Any]:
 
 
 def run_sheet(setting: Setting, folder: Path) -> dict[str, float]:
-    """Train the generator of a setting, draw for held-out masks; write a sheet, return agreement."""
+    """Train a generator, draw for held-out masks; write a sheet, return how far they agree."""
     torch.set_num_threads(1)
     stock = _stock(setting, setting.labelled, folder)
     generator = _generator(setting, folder)
