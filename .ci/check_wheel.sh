@@ -15,8 +15,8 @@ import pathlib
 import loraseg
 from loraseg.backbones.clip import load_clip
 from loraseg.backbones.diffusion import load_diffusion
-from loraseg.segment.base import load_base
-from loraseg.segment.closed_set import load_unet
+from loraseg.segment.open_vocabulary.base import load_base
+from loraseg.segment.closed_set.unet import load_unet
 
 assert "site" in pathlib.Path(loraseg.__file__).parts, loraseg.__file__
 load_base("miniature")

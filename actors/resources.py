@@ -12,7 +12,13 @@ import ray
 
 from loraseg.errors import ConfigError
 
-__all__ = ["Placement", "StoreAccess", "connect", "require_room", "require_room_together"]
+__all__ = [
+    "ResourceConfig",
+    "StorageCredentials",
+    "check_capacity",
+    "check_total_capacity",
+    "connect",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +40,7 @@ _STORE_VARIABLES = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Placement:
+class ResourceConfig:
     """What one adapter takes and how many run at once.
 
     Attributes:
@@ -70,14 +76,14 @@ class Placement:
         return max(1, int(self.cpus))
 
     @property
-    def custom(self) -> dict[str, float]:
+    def custom_resources(self) -> dict[str, float]:
         """The custom resource as Ray wants it: so little that it never limits how many share."""
         return {} if self.node is None else {self.node: 0.001}
 
     @property
-    def needs(self) -> dict[str, float]:
+    def ray_resources(self) -> dict[str, float]:
         """All of it by Ray's names."""
-        return {"CPU": self.cpus, "GPU": self.gpus, **self.custom}
+        return {"CPU": self.cpus, "GPU": self.gpus, **self.custom_resources}
 
     def __str__(self) -> str:
         """Say it in a few words, such as ``1 CPU, 0.5 GPU on trainer``."""
@@ -86,7 +92,7 @@ class Placement:
 
 
 @dataclass(frozen=True, slots=True)
-class StoreAccess:
+class StorageCredentials:
     """The driver's S3 settings, to be set in a worker.
 
     They travel as an argument of the task: Ray writes a ``runtime_env`` with all its variables into
@@ -96,11 +102,11 @@ class StoreAccess:
     variables: Mapping[str, str] = field(repr=False)
 
     @classmethod
-    def of_driver(cls) -> "StoreAccess":
+    def from_environment(cls) -> "StorageCredentials":
         """Take the settings from this process's environment."""
         return cls({name: os.environ[name] for name in _STORE_VARIABLES if name in os.environ})
 
-    def apply(self) -> None:
+    def export(self) -> None:
         """Set them in this process; what the driver does not set keeps the node's own value."""
         os.environ.update(self.variables)
 
@@ -141,47 +147,47 @@ def connect(*, cpus: int | None = None) -> bool:
     return True
 
 
-def require_room(placement: Placement, *, may_grow: bool) -> None:
+def check_capacity(resources: ResourceConfig, *, may_grow: bool) -> None:
     """Compare what one adapter takes with the nodes that are up.
 
     Args:
-        placement: What one adapter takes.
+        resources: What one adapter takes.
         may_grow: Whether an autoscaler might still bring a larger node.
 
     Raises:
         ConfigError: No node is large enough and none will come.
     """
-    needs, nodes = placement.needs, _nodes()
+    needs, nodes = resources.ray_resources, _alive_nodes()
     if any(all(node.get(kind, 0) >= need for kind, need in needs.items()) for node in nodes):
         return
     here = "; ".join(f"{n.get('CPU', 0):g} CPU, {n.get('GPU', 0):g} GPU" for n in nodes)
-    message = f"no node has {placement} for one adapter (nodes now: {here})"
+    message = f"no node has {resources} for one adapter (nodes now: {here})"
     if not may_grow:
         raise ConfigError(f"resources: {message}")
     logger.warning("%s; waiting for the autoscaler to bring one", message)
 
 
-def require_room_together(wanted: Sequence[tuple[Placement, int]], *, may_grow: bool) -> None:
+def check_total_capacity(demands: Sequence[tuple[ResourceConfig, int]], *, may_grow: bool) -> None:
     """Compare what must run at the same time with the whole cluster.
 
     A stage that cannot start while another holds the cluster would make both wait for ever.
 
     Args:
-        wanted: What one unit of each stage takes, and how many of it.
+        demands: What one unit of each stage takes, and how many of it.
         may_grow: Whether an autoscaler might still bring nodes.
 
     Raises:
         ConfigError: The cluster is too small and will not grow.
     """
     needs: dict[str, float] = defaultdict(float)
-    for placement, count in wanted:
-        for kind, need in placement.needs.items():
+    for placement, count in demands:
+        for kind, need in placement.ray_resources.items():
             needs[kind] += count * need
-    nodes = _nodes()
+    nodes = _alive_nodes()
     has = {kind: sum(node.get(kind, 0) for node in nodes) for kind in needs}
     if all(has[kind] >= need for kind, need in needs.items()):
         return
-    stages = " and ".join(f"{count} x ({placement})" for placement, count in wanted)
+    stages = " and ".join(f"{count} x ({placement})" for placement, count in demands)
     message = (
         f"{stages} must run at the same time, which takes {needs['CPU']:g} CPU and "
         f"{needs['GPU']:g} GPU; the cluster has {has['CPU']:g} and {has['GPU']:g}"
@@ -191,5 +197,5 @@ def require_room_together(wanted: Sequence[tuple[Placement, int]], *, may_grow: 
     logger.warning("%s; waiting for the autoscaler to bring more", message)
 
 
-def _nodes() -> list[dict[str, float]]:
+def _alive_nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]

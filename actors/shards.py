@@ -5,17 +5,17 @@ from typing import Any
 
 import ray.data
 
-from actors.resources import StoreAccess, connect
-from loraseg.data.shard_manifest import ShardEntry, ShardManifest
-from loraseg.data.shard_pictures import decode_pair
-from loraseg.data.shard_reader import ShardDataset
+from actors.resources import StorageCredentials, connect
+from loraseg.data.shards.manifest import ShardEntry, ShardManifest
+from loraseg.data.shards.pictures import decode_pair
+from loraseg.data.shards.reader import ShardDataset
 from loraseg.errors import DatasetError
 from loraseg.storage import open_store
 
 __all__ = ["ray_dataset"]
 
-_FACTS = ("mask_name", "k", "kept")
-_COLUMNS = ("image", "label", "height", "width", *_FACTS)
+_METADATA_COLUMNS = ("mask_name", "k", "kept")
+_COLUMNS = ("image", "label", "height", "width", *_METADATA_COLUMNS)
 
 
 def ray_dataset(uri: str) -> ray.data.Dataset:
@@ -44,22 +44,24 @@ def ray_dataset(uri: str) -> ray.data.Dataset:
     entries = ray.data.from_items(
         [{"shard": entry} for entry in shards], override_num_blocks=len(shards)
     )
-    return entries.flat_map(_Read(dataset.store.uri, dataset.manifest, StoreAccess.of_driver()))
+    return entries.flat_map(
+        _ShardReader(dataset.store.uri, dataset.manifest, StorageCredentials.from_environment())
+    )
 
 
-class _Read:
+class _ShardReader:
     """Reads one shard; takes over the driver's access to the store."""
 
-    def __init__(self, uri: str, manifest: ShardManifest, access: StoreAccess) -> None:
+    def __init__(self, uri: str, manifest: ShardManifest, access: StorageCredentials) -> None:
         self._uri, self._manifest, self._access = uri, manifest, access
 
     def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        self._access.apply()  # a store looks for its settings when it is opened
+        self._access.export()  # a store looks for its settings when it is opened
         dataset = ShardDataset(open_store(self._uri), self._manifest)
         entry: ShardEntry = row["shard"]
         classes = len(self._manifest.classes)
-        for pair in dataset.shard(entry, columns=_COLUMNS):
+        for pair in dataset.read_shard(entry, columns=_COLUMNS):
             if pair.status == "ok":
                 image, label = decode_pair(pair, classes, self._uri)
-                facts = {name: getattr(pair, name) for name in _FACTS}
+                facts = {name: getattr(pair, name) for name in _METADATA_COLUMNS}
                 yield {"pair_id": pair.pair_id, "image": image, "label": label, **facts}

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from actors.evaluation import on_ray
-from actors.resources import Placement, connect, require_room
+from actors.evaluate import ordered_map
+from actors.resources import ResourceConfig, check_capacity, connect
 from loraseg import config as configuration
 from loraseg.evaluate.output import write_results
-from loraseg.evaluate.results import table
+from loraseg.evaluate.results import results_table
 from loraseg.evaluate.run import EvaluationConfig, evaluate
 
 
@@ -25,23 +25,23 @@ class Config(EvaluationConfig):
         local: Score one domain after another in this process, without Ray.
     """
 
-    resources: Placement = field(default_factory=Placement)
+    resources: ResourceConfig = field(default_factory=ResourceConfig)
     local: bool = False
 
 
 def main(config: Config) -> None:
     """Evaluate, write the results and print the table."""
-    evaluation = config.plain()
+    evaluation = config.without_subclass_fields()
     if config.local:
         # As many as a worker has: sums split over another number differ in their last bits.
         torch.set_num_threads(config.resources.threads)
         results = evaluate(evaluation)
     else:
         started_here = connect()
-        require_room(config.resources, may_grow=not started_here)
-        results = evaluate(evaluation, on_ray(config.resources))
+        check_capacity(config.resources, may_grow=not started_here)
+        results = evaluate(evaluation, ordered_map(config.resources))
     report = write_results(results, evaluation.output)
-    sys.stdout.write(f"{table(results)}\nreport: {report}\n")
+    sys.stdout.write(f"{results_table(results)}\nreport: {report}\n")
 
 
 if __name__ == "__main__":

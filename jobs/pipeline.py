@@ -12,13 +12,13 @@ import sys
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from actors.pipeline import RayTools
-from actors.pools import PoolPlacement
-from actors.segmenter_training import Workers
+from actors.actor_pools import ActorPoolConfig
+from actors.matchmask_pp import RayStageRunner
+from actors.train_segmenter import WorkerGroupConfig
 from loraseg import config as configuration
-from loraseg.factory.pipeline import Ledger, PipelineConfig, matchmask_pp
-from loraseg.factory.pipeline_data import data_digests
-from loraseg.storage import absolute, open_store
+from loraseg.batch.matchmask_pp.data import data_digests
+from loraseg.batch.matchmask_pp.pipeline import PipelineConfig, StageLog, matchmask_pp
+from loraseg.storage import absolute_uri, open_store
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,31 +26,31 @@ class Config(PipelineConfig):
     """What is worked on, and what each job takes on Ray."""
 
     method: Literal["matchmask_pp"] = "matchmask_pp"
-    workers: Workers = field(default_factory=Workers)
-    generators: PoolPlacement = field(default_factory=PoolPlacement)
-    voters: PoolPlacement = field(default_factory=lambda: PoolPlacement(cpus=0.5))
+    workers: WorkerGroupConfig = field(default_factory=WorkerGroupConfig)
+    generators: ActorPoolConfig = field(default_factory=ActorPoolConfig)
+    voters: ActorPoolConfig = field(default_factory=lambda: ActorPoolConfig(cpus=0.5))
 
 
 def main(config: Config) -> int:
     """Run the stages that are not done; print all."""
-    plain = configuration.narrowed(config, PipelineConfig)
+    plain = configuration.project(config, PipelineConfig)
     plain = replace(
         plain,
-        real=absolute(plain.real),
-        unlabelled=absolute(plain.unlabelled),
-        output=absolute(plain.output),
+        real=absolute_uri(plain.real),
+        unlabelled=absolute_uri(plain.unlabelled),
+        output=absolute_uri(plain.output),
     )
-    tools = RayTools(plain, config.workers, config.generators, config.voters)
+    tools = RayStageRunner(plain, config.workers, config.generators, config.voters)
     settings = configuration.to_dict(plain)
     for name in ("output", "rounds"):  # it may be moved, and go on
         del settings[name]
-    ledger = Ledger(open_store(plain.output))
+    ledger = StageLog(open_store(plain.output))
     for name, result in matchmask_pp(plain, settings, data_digests(plain), tools, ledger):
-        sys.stdout.write(f"{name}: {_told(result)}\n")
+        sys.stdout.write(f"{name}: {_format_result(result)}\n")
     return 0
 
 
-def _told(result: dict[str, object]) -> str:
+def _format_result(result: dict[str, object]) -> str:
     scores = {
         name: f"mIoU {100 * value:.1f} %"
         for name in ("segmenter", "control")

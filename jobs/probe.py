@@ -9,29 +9,31 @@ The report serves as ``targets`` of a generator's recipe. ``loraseg report show`
 import sys
 from dataclasses import dataclass, field
 
-from actors.probing import probe_on_ray
-from actors.resources import Placement, connect, require_room
+from actors.probe import probe_on_ray
+from actors.resources import ResourceConfig, check_capacity, connect
 from loraseg import config as configuration
-from loraseg.adapters.layer_report import LayerReport
+from loraseg.adapters.targets.layer_report import LayerReport
+from loraseg.probes.tables import format_report
 from loraseg.probes.task import ProbeTask
-from loraseg.probes.views import overview
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config(ProbeTask):
     """What is probed, and what it takes on Ray."""
 
-    resources: Placement = field(default_factory=Placement)
+    resources: ResourceConfig = field(default_factory=ResourceConfig)
 
 
 def main(config: Config) -> None:
     """Probe, or find that it has been done; print what the report says."""
     task = config.resolved()
     started_here = connect()
-    require_room(config.resources, may_grow=not started_here)
+    check_capacity(config.resources, may_grow=not started_here)
     result = probe_on_ray(task, config.resources)
     state = "probed before" if result.skipped else "written"
-    sys.stdout.write(f"{overview(LayerReport.parse(result.report))}\n{task.output}: {state}\n")
+    sys.stdout.write(
+        f"{format_report(LayerReport.from_bytes(result.report))}\n{task.output}: {state}\n"
+    )
 
 
 if __name__ == "__main__":

@@ -8,15 +8,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.evaluation import on_ray
-from actors.resources import Placement, connect
-from actors.training import train_adapters
+from actors.evaluate import ordered_map
+from actors.resources import ResourceConfig, connect
+from actors.train_adapters import train_adapters
 from loraseg import config as configuration
 from loraseg.evaluate.output import write_results
-from loraseg.evaluate.results import table
-from loraseg.evaluate.run import Domain, EvaluationConfig, evaluate
-from loraseg.miniature.dataset import write_world
-from loraseg.miniature.domains import DOMAINS, new_domains
+from loraseg.evaluate.results import results_table
+from loraseg.evaluate.run import EvaluationConfig, EvaluationDomain, evaluate
+from loraseg.miniature.world.dataset import write_world
+from loraseg.miniature.world.domains import DOMAINS, unseen_domains
 from loraseg.train import manifest
 from loraseg.train.tables import result_table
 
@@ -38,17 +38,17 @@ class Config:
 
 def main(config: Config) -> int:
     """Write the domains, train their adapters, score them leave-one-out and say where to look."""
-    chosen = new_domains(config.families)
-    output, placement = Path(config.output).resolve(), Placement()
+    chosen = unseen_domains(config.families)
+    output, placement = Path(config.output).resolve(), ResourceConfig()
     logger.info("1/3 drawing %d domains of the miniature world", len(chosen))
     world = output / "world"
     folders = write_world(world, chosen, train=config.train, val=config.val, seed=config.seed)
 
     logger.info("2/3 training one adapter a domain on Ray")
     connect()
-    domains = tuple(manifest.Domain(name=name, data=str(folders[name])) for name in chosen)
+    domains = tuple(manifest.TrainingDomain(name=name, data=str(folders[name])) for name in chosen)
     library = str(output / "library")
-    work = manifest.Manifest(
+    work = manifest.TrainingManifest(
         library=library, checkpoints=str(output / "state"), seed=config.seed, domains=domains
     )
     outcomes = list(train_adapters(work.tasks(), placement))
@@ -57,16 +57,18 @@ def main(config: Config) -> int:
         return 1
 
     logger.info("3/3 scoring every domain without its own adapter")
-    scored = tuple(Domain(name=n, data=str(folders[n]), family=DOMAINS[n].family) for n in chosen)
+    scored = tuple(
+        EvaluationDomain(name=n, data=str(folders[n]), family=DOMAINS[n].family) for n in chosen
+    )
     report = output / "report"
     evaluation = EvaluationConfig(
         library=library, output=str(report), domains=scored, candidates=chosen
     )
-    results = evaluate(evaluation, on_ray(placement))
+    results = evaluate(evaluation, ordered_map(placement))
     page = write_results(results, evaluation.output)
     image = next((world / chosen[0] / "images" / "val").glob("*.png"))
     sys.stdout.write(
-        f"{table(results)}\nreport: {page}\n"
+        f"{results_table(results)}\nreport: {page}\n"
         f'next: .venv/bin/loraseg segment {image} --classes "road, vehicle, pedestrian, sky" '
         f"--library {library} --out {output / 'segmented'}\n"
     )

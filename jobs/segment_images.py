@@ -12,25 +12,27 @@ not theirs and are tried again by the next run, 2 a mistake in the config.
 import sys
 from dataclasses import dataclass, field
 
-from actors.batch_segment import OnRay
-from actors.pools import PoolPlacement
+from actors.actor_pools import ActorPoolConfig
+from actors.segment_images import RaySegmentationExecutor
 from loraseg import config as configuration
-from loraseg.bulk import BulkConfig, segment_images
+from loraseg.batch.segment_images import SegmentImagesConfig, segment_images
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Config(BulkConfig):
+class Config(SegmentImagesConfig):
     """What is segmented, and what each worker takes on Ray."""
 
-    resources: PoolPlacement = field(default_factory=PoolPlacement)
+    resources: ActorPoolConfig = field(default_factory=ActorPoolConfig)
 
 
 def main(config: Config) -> int:
     """Run the job; return its exit status."""
-    summary = segment_images(config, OnRay(config.resources))
+    summary = segment_images(config, RaySegmentationExecutor(config.resources))
     statuses = ", ".join(f"{count} {status}" for status, count in summary.statuses.items())
     images = sum(summary.statuses.values())
-    sys.stdout.write(f"{config.output}: {images} images ({statuses}), {summary.new} of them new\n")
+    sys.stdout.write(
+        f"{config.output}: {images} images ({statuses}), {summary.new_images} of them new\n"
+    )
     return int(bool(summary.statuses.get("failed")))
 
 

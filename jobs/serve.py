@@ -11,13 +11,13 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from actors.serving import Address, serve_until_told
+from actors.serve.run import ListenAddress, serve_until_signal
 from loraseg import config as configuration
 from loraseg.errors import ConfigError
 from loraseg.serving.config import ServiceConfig
 
 _QUICKSTART = Path("runs/quickstart/library")
-_THIS_HOST = ("127.0.0.1", "localhost", "::1")
+_LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
 def _quickstart_library() -> dict[str, str]:
@@ -43,7 +43,7 @@ class Config(ServiceConfig):
 
 def main(config: Config) -> int:
     """Serve until told to stop."""
-    if config.host not in _THIS_HOST and config.tokens is None and not config.open_to_all:
+    if config.host not in _LOOPBACK_HOSTS and config.tokens is None and not config.open_to_all:
         raise ConfigError(
             f"host {config.host}: others could use the service without a token; name a token file "
             "with tokens=FILE (`loraseg token new` makes tokens), or say open_to_all=true"
@@ -53,7 +53,7 @@ def main(config: Config) -> int:
         sys.stdout.write(f"ready: {url}\n")
         sys.stdout.flush()
 
-    return serve_until_told(config, Address(config.host, config.port), announce)
+    return serve_until_signal(config, ListenAddress(config.host, config.port), announce)
 
 
 if __name__ == "__main__":

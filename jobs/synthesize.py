@@ -14,39 +14,41 @@ started again, 2 a mistake in the config.
 import sys
 from dataclasses import dataclass, field
 
-from actors.pools import PoolPlacement
-from actors.synthesis import OnRay
+from actors.actor_pools import ActorPoolConfig
+from actors.synthesize import RaySynthesisExecutor
 from loraseg import config as configuration
-from loraseg.factory.config import SynthesisConfig
-from loraseg.factory.run import Summary, synthesize
+from loraseg.batch.synthesize.config import SynthesisConfig
+from loraseg.batch.synthesize.run import SynthesisSummary, synthesize
 
-_SHOWN = 10
+_MAX_REJECTED_SHOWN = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config(SynthesisConfig):
     """What is made, and what each generator and each voter takes on Ray."""
 
-    generators: PoolPlacement = field(default_factory=PoolPlacement)
-    voters: PoolPlacement = field(default_factory=lambda: PoolPlacement(cpus=0.5))
+    generators: ActorPoolConfig = field(default_factory=ActorPoolConfig)
+    voters: ActorPoolConfig = field(default_factory=lambda: ActorPoolConfig(cpus=0.5))
 
 
 def main(config: Config) -> int:
     """Run the job; return its exit status."""
-    summary = synthesize(config, OnRay(config.generators, config.voters))
-    sys.stdout.write(_told(config.output, summary))
+    summary = synthesize(config, RaySynthesisExecutor(config.generators, config.voters))
+    sys.stdout.write(_format_summary(config.output, summary))
     return 0
 
 
-def _told(output: str, summary: Summary) -> str:
+def _format_summary(output: str, summary: SynthesisSummary) -> str:
     manifest = summary.manifest
     statuses = ", ".join(
         f"{count} {status}" for status, count in manifest.statuses.items() if count
     )
     lines = [f"{output}: {manifest.masks} masks, {statuses}; {summary.new_rows} new rows"]
-    lines += [f"  not used: {name}: {reason}" for name, reason in summary.refused[:_SHOWN]]
-    if len(summary.refused) > _SHOWN:
-        more = len(summary.refused) - _SHOWN
+    lines += [
+        f"  not used: {name}: {reason}" for name, reason in summary.rejected[:_MAX_REJECTED_SHOWN]
+    ]
+    if len(summary.rejected) > _MAX_REJECTED_SHOWN:
+        more = len(summary.rejected) - _MAX_REJECTED_SHOWN
         lines.append(f"  and {more} more: loraseg synth ls {output} --status bad_mask")
     return "\n".join(lines) + "\n"
 

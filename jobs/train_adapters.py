@@ -8,21 +8,21 @@ Exit status: 0 all published, 1 some failed (the others are published), 2 a mist
 import sys
 from dataclasses import dataclass, field
 
-from actors.resources import Placement, connect, require_room
-from actors.training import train_adapters
+from actors.resources import ResourceConfig, check_capacity, connect
+from actors.train_adapters import train_adapters
 from loraseg import config as configuration
 from loraseg.errors import LorasegError
-from loraseg.storage import SHORT_PATIENCE_S, open_store, probe_conditional_writes
-from loraseg.train.manifest import Manifest
-from loraseg.train.tables import left_out_lines, plan_table, result_table
-from loraseg.train.tasks import AnyTask, TaskPlan, plan
+from loraseg.storage import SHORT_RETRY_TIMEOUT_S, open_store, probe_conditional_writes
+from loraseg.train.manifest import TrainingManifest
+from loraseg.train.tables import format_skipped_files, plan_table, result_table
+from loraseg.train.tasks import AnyAdapterTask, TrainingPlan, plan_task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Config(Manifest):
+class Config(TrainingManifest):
     """A manifest, and how to run it."""
 
-    resources: Placement = field(default_factory=Placement)
+    resources: ResourceConfig = field(default_factory=ResourceConfig)
     dry_run: bool = False
 
 
@@ -34,18 +34,18 @@ def main(config: Config) -> int:
         sys.stdout.write(plan_table(plans, str(config.resources)))
         return int(any(isinstance(entry, tuple) for entry in plans))
     # Most often an endpoint that never answers is a mistyped one.
-    probe_conditional_writes(open_store(tasks[0].library).with_patience(SHORT_PATIENCE_S))
+    probe_conditional_writes(open_store(tasks[0].library).with_retry_timeout(SHORT_RETRY_TIMEOUT_S))
     started_here = connect()
-    require_room(config.resources, may_grow=not started_here)
+    check_capacity(config.resources, may_grow=not started_here)
     outcomes = list(train_adapters(tasks, config.resources))
     results = [o.result or (o.name, o.error or "") for o in outcomes]
-    sys.stdout.write(result_table(results) + left_out_lines(results))
+    sys.stdout.write(result_table(results) + format_skipped_files(results))
     return int(any(outcome.result is None for outcome in outcomes))
 
 
-def _plan(task: AnyTask) -> TaskPlan | tuple[str, str]:
+def _plan(task: AnyAdapterTask) -> TrainingPlan | tuple[str, str]:
     try:
-        return plan(task)
+        return plan_task(task)
     except LorasegError as error:
         return task.name, str(error)
 

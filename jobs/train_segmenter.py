@@ -9,14 +9,14 @@ again after a kill, it goes on from the last checkpoint; run again when done, it
 import sys
 from dataclasses import dataclass, field
 
-from actors.resources import connect, require_room
-from actors.segmenter_training import Workers, on_ray_train
+from actors.resources import check_capacity, connect
+from actors.train_segmenter import WorkerGroupConfig, ray_train_runner
 from loraseg import config as configuration
-from loraseg.train.closed_work import SegmenterConfig, train_segmenters
+from loraseg.train.closed_set.job import SegmenterTrainingConfig, train_segmenters
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Config(SegmenterConfig):
+class Config(SegmenterTrainingConfig):
     """What a segmenter is trained on, and how to run it.
 
     Attributes:
@@ -24,19 +24,19 @@ class Config(SegmenterConfig):
         local: Train in this process, without Ray.
     """
 
-    workers: Workers = field(default_factory=Workers)
+    workers: WorkerGroupConfig = field(default_factory=WorkerGroupConfig)
     local: bool = False
 
 
 def main(config: Config) -> None:
     """Train what is not trained yet, and print the scores."""
-    plain = configuration.narrowed(config, SegmenterConfig)
+    plain = configuration.project(config, SegmenterTrainingConfig)
     if config.local:
         results = train_segmenters(plain)
     else:
         started_here = connect()
-        require_room(config.workers.resources, may_grow=not started_here)
-        results = train_segmenters(plain, on_ray_train(config.workers))
+        check_capacity(config.workers.resources, may_grow=not started_here)
+        results = train_segmenters(plain, ray_train_runner(config.workers))
     for name, arm in results["arms"].items():
         score = "not scored" if arm["miou"] is None else f"mIoU {100 * arm['miou']:.1f} %"
         sys.stdout.write(f"{name}: {score} after {arm['step']} steps, {arm['file']}\n")

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from loraseg.errors import ConfigError, LorasegError
 
-__all__ = ["build", "digest", "load", "main", "narrowed", "to_dict"]
+__all__ = ["build", "digest", "load", "main", "project", "to_dict"]
 
 ConfigT = TypeVar("ConfigT")
 
@@ -38,11 +38,11 @@ def build(cls: type[ConfigT], values: Mapping[str, Any], *, where: str = "config
     Raises:
         ConfigError: A key is unknown or missing, or a value has the wrong type or range.
     """
-    _reject_unknown(cls, values, where, "")
+    _reject_unknown_keys(cls, values, where, "")
     try:
         return TypeAdapter(cls).validate_python(dict(values))
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_first_problem(error)}") from error
+        raise ConfigError(f"{where}: {_first_error(error)}") from error
 
 
 def load(cls: type[ConfigT], path: str | Path | None, overrides: Sequence[str] = ()) -> ConfigT:
@@ -61,7 +61,7 @@ def load(cls: type[ConfigT], path: str | Path | None, overrides: Sequence[str] =
         key, sign, text = item.partition("=")
         if not sign or not key:
             raise ConfigError(f"override {item!r}: expected key=value")
-        _assign(values, key.split("."), _parse_value(item, text))
+        _set_nested(values, key.split("."), _parse_value(item, text))
     return build(cls, values, where=str(path) if path else "config")
 
 
@@ -70,7 +70,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     return TypeAdapter(type(config)).dump_python(config, mode="json")
 
 
-def narrowed(config: Any, cls: type[ConfigT]) -> ConfigT:
+def project(config: Any, cls: type[ConfigT]) -> ConfigT:
     """Return the part of a config that belongs to ``cls``, a class that the config's own extends.
 
     A job adds to what it works on where it runs; what is kept must not depend on that.
@@ -117,13 +117,13 @@ def main(
     try:
         status = run(load(cls, arguments.config, overrides))
     except ConfigError as error:
-        sys.exit(_complain(error, 2))
+        sys.exit(_print_error(error, 2))
     except LorasegError as error:
-        sys.exit(_complain(error, 1))
+        sys.exit(_print_error(error, 1))
     sys.exit(status or 0)
 
 
-def _complain(error: LorasegError, status: int) -> int:
+def _print_error(error: LorasegError, status: int) -> int:
     sys.stderr.write(f"error: {error}\n")
     return status
 
@@ -149,7 +149,7 @@ def _parse_value(item: str, text: str) -> Any:
         raise ConfigError(f"override {item!r}: the value is not YAML: {error}") from error
 
 
-def _assign(values: dict[str, Any], path: list[str], value: Any) -> None:
+def _set_nested(values: dict[str, Any], path: list[str], value: Any) -> None:
     for key in path[:-1]:
         inner = values.setdefault(key, {})
         if not isinstance(inner, dict):
@@ -158,7 +158,7 @@ def _assign(values: dict[str, Any], path: list[str], value: Any) -> None:
     values[path[-1]] = value
 
 
-def _reject_unknown(cls: Any, values: Any, where: str, prefix: str) -> None:
+def _reject_unknown_keys(cls: Any, values: Any, where: str, prefix: str) -> None:
     """Walk nested dataclasses, also inside Optional, tuple, list and dict, for unknown keys."""
     for inner in _dataclasses_in(cls):
         if not isinstance(values, Mapping):
@@ -172,17 +172,17 @@ def _reject_unknown(cls: Any, values: Any, where: str, prefix: str) -> None:
                 raise ConfigError(
                     f"{where}: unknown key {prefix + str(key)!r}{hint} (known: {', '.join(names)})"
                 )
-            _reject_unknown(hints[key], value, where, f"{prefix}{key}.")
+            _reject_unknown_keys(hints[key], value, where, f"{prefix}{key}.")
         return
     arguments = typing.get_args(cls)
     if not arguments:
         return
     if isinstance(values, Mapping):
         for key, value in values.items():
-            _reject_unknown(arguments[-1], value, where, f"{prefix}{key}.")
+            _reject_unknown_keys(arguments[-1], value, where, f"{prefix}{key}.")
     elif isinstance(values, list | tuple):
         for index, value in enumerate(values):
-            _reject_unknown(arguments[0], value, where, f"{prefix}{index}.")
+            _reject_unknown_keys(arguments[0], value, where, f"{prefix}{index}.")
 
 
 def _dataclasses_in(cls: Any) -> list[Any]:
@@ -195,7 +195,7 @@ def _dataclasses_in(cls: Any) -> list[Any]:
     return [option for option in options if dataclasses.is_dataclass(option)]
 
 
-def _first_problem(error: ValidationError) -> str:
+def _first_error(error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
     place = ".".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from loraseg.adapters import targets
+from loraseg.adapters import target_modules
 from loraseg.backbones.device import best_device
 from loraseg.compat import prepare_torchvision
 from loraseg.errors import LorasegError
 from loraseg.fuse.merging import measure_table, save_table
 from loraseg.revision import code_revision
-from loraseg.segment.base import load_base
+from loraseg.segment.open_vocabulary.base import load_base
 from loraseg.storage import open_store, probe_conditional_writes
 
-__all__ = ["Finding", "examine", "measure_merging"]
+__all__ = ["Check", "measure_merging", "run_checks"]
 
 _PACKAGES = ("torch", "torchvision", "open_clip_torch", "peft", "ray", "boto3", "numpy", "pyarrow")
 
@@ -29,35 +29,35 @@ _COMMON_SHAPES = (
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the examination; ``is_well`` is False where something has to be done."""
+class Check:
+    """One line of the examination; ``ok`` is False where something has to be done."""
 
-    what: str
-    state: str
-    is_well: bool = True
+    name: str
+    detail: str
+    ok: bool = True
 
 
-def examine(store: str | None = None) -> Iterator[Finding]:
+def run_checks(store: str | None = None) -> Iterator[Check]:
     """Yield findings, the store's last.
 
     Args:
         store: URI of a store to probe for conditional writes, which publishing relies on. The
             probe writes and deletes one small object.
     """
-    yield Finding("loraseg", code_revision())
-    yield Finding("python", platform.python_version())
+    yield Check("loraseg", code_revision())
+    yield Check("python", platform.python_version())
     for package in _PACKAGES:
         try:
-            yield Finding(package, importlib.metadata.version(package))
+            yield Check(package, importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(package, "not installed; run pip install -e .", is_well=False)
-    yield Finding("device", _device())
-    yield _torchvision()
+            yield Check(package, "not installed; run pip install -e .", ok=False)
+    yield Check("device", _device_description())
+    yield _check_torchvision()
     if store is not None:
-        yield _store(store)
+        yield _check_store(store)
 
 
-def measure_merging(base: str = "miniature") -> Finding:
+def measure_merging(base: str = "miniature") -> Check:
     """Measure from how many tokens on merging adapters pays on this device, and keep the table.
 
     Args:
@@ -65,7 +65,7 @@ def measure_merging(base: str = "miniature") -> Finding:
     """
     device, dtype = best_device(), torch.float32
     model = load_base(base).model
-    adapted = set(targets(model))
+    adapted = set(target_modules(model))
     shapes = {
         (layer.out_features, layer.in_features)
         for name, layer in model.named_modules()
@@ -73,33 +73,33 @@ def measure_merging(base: str = "miniature") -> Finding:
     }
     table = measure_table([*sorted(shapes), *_COMMON_SHAPES], device, dtype)
     path = save_table(table, device, dtype)
-    return Finding("merging", f"{len(table.measured)} layer shapes measured, kept in {path}")
+    return Check("merging", f"{len(table.measured)} layer shapes measured, kept in {path}")
 
 
-def _device() -> str:
+def _device_description() -> str:
     if torch.cuda.is_available():
         names = (torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
         return f"CUDA {torch.version.cuda}: {', '.join(names)}"
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-def _torchvision() -> Finding:
+def _check_torchvision() -> Check:
     prepare_torchvision()
     try:
         import torchvision  # pyright: ignore[reportUnusedImport]  # noqa: F401
     except (ImportError, RuntimeError) as error:
         state = f"does not import ({error}); install the wheel that belongs to this torch"
-        return Finding("torchvision import", state, is_well=False)
+        return Check("torchvision import", state, ok=False)
     try:
         torch.ops.torchvision.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
     except NotImplementedError:
-        return Finding("torchvision import", "works, without compiled operators (none is needed)")
-    return Finding("torchvision import", "works, compiled operators too")
+        return Check("torchvision import", "works, without compiled operators (none is needed)")
+    return Check("torchvision import", "works, compiled operators too")
 
 
-def _store(uri: str) -> Finding:
+def _check_store(uri: str) -> Check:
     try:
         probe_conditional_writes(open_store(uri))
     except LorasegError as error:
-        return Finding(f"store {uri}", str(error), is_well=False)
-    return Finding(f"store {uri}", "conditional writes work: of racing writers one wins")
+        return Check(f"store {uri}", str(error), ok=False)
+    return Check(f"store {uri}", "conditional writes work: of racing writers one wins")

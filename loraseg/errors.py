@@ -14,7 +14,7 @@ LorasegError
 from typing import Any
 
 __all__ = [
-    "MALFORMED",
+    "MALFORMED_INPUT_ERRORS",
     "AdapterMismatchError",
     "AdapterNotFoundError",
     "ConfigError",
@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 # What taking apart JSON from outside may raise where it is not of the shape that is expected.
-MALFORMED: tuple[type[Exception], ...] = (
+MALFORMED_INPUT_ERRORS: tuple[type[Exception], ...] = (
     ValueError,
     TypeError,
     KeyError,

@@ -8,7 +8,7 @@ import uvicorn
 
 
 @contextlib.contextmanager
-def listening(app, tls=None):
+def serve_on_free_port(app, tls=None):
     """Serve an app, with TLS if (certificate, key) are named; yield the port."""
     files = {} if tls is None else {"ssl_certfile": tls[0], "ssl_keyfile": tls[1]}
     options = {"log_config": None, "lifespan": "off", "ws": "none", "timeout_graceful_shutdown": 5}

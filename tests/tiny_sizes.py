@@ -1,6 +1,6 @@
 """The sizes of the smallest CAT-Seg that has every part, for tests."""
 
-from loraseg.segment.catseg.config import CATSegConfig
+from loraseg.segment.open_vocabulary.catseg.config import CATSegConfig
 
 _SIZES = {
     "image_size": 16,

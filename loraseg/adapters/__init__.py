@@ -7,35 +7,35 @@ __all__ = [
     "LoraPair",
     "PackedAdapter",
     "Projection",
-    "adapter_files",
     "alpha_modules",
     "attention_projections",
-    "diffusers_files",
+    "extract_pairs",
     "files_digest",
-    "kohya_file",
     "load_adapter",
     "pack",
-    "pairs_of",
     "read_diffusers",
     "read_kohya",
     "save_adapter",
     "select_projections",
-    "targets",
+    "target_modules",
+    "to_diffusers_files",
+    "to_kohya_file",
+    "to_peft_files",
 ]
 
 from loraseg.adapters.adapter import Adapter, LoraPair
-from loraseg.adapters.exchange import diffusers_files, kohya_file, read_diffusers, read_kohya
-from loraseg.adapters.inject import targets
-from loraseg.adapters.layer_report import LayerReport, LayerScore
+from loraseg.adapters.exchange import read_diffusers, read_kohya, to_diffusers_files, to_kohya_file
 from loraseg.adapters.packed import PackedAdapter, pack
 from loraseg.adapters.peft_io import (
-    adapter_files,
+    extract_pairs,
     files_digest,
     load_adapter,
-    pairs_of,
     save_adapter,
+    to_peft_files,
 )
-from loraseg.adapters.projections import (
+from loraseg.adapters.targets.catseg import target_modules
+from loraseg.adapters.targets.layer_report import LayerReport, LayerScore
+from loraseg.adapters.targets.unet import (
     Projection,
     alpha_modules,
     attention_projections,

@@ -87,7 +87,7 @@ class Adapter:
             raise AdapterMismatchError(f"adapter {self.name!r}: expected at least one LoRA pair")
         object.__setattr__(self, "pairs", MappingProxyType(dict(self.pairs)))
 
-    def beyond_pairs(self) -> str | None:
+    def unsupported_features(self) -> str | None:
         """Name what this adapter has besides its pairs, None if they say everything."""
         if self.use_dora:
             return "DoRA magnitudes"

@@ -15,39 +15,44 @@ import torch
 
 from loraseg.adapters.adapter import LoraPair
 from loraseg.adapters.peft_config import PeftLoraConfig, parse_config
-from loraseg.adapters.tensor_file import finite, read_header, read_tensors, require_dtype
+from loraseg.adapters.safetensors_check import (
+    read_header,
+    read_tensors,
+    require_dtype,
+    require_finite,
+)
 from loraseg.errors import AdapterMismatchError, IntegrityError
-from loraseg.storage.tensors import encode_tensors
+from loraseg.storage.safetensors_io import encode_safetensors
 from loraseg.tensor_types import Tensor
 
 __all__ = [
     "DIFFUSERS_FILE",
     "KOHYA_FILE",
-    "diffusers_files",
-    "kohya_file",
     "read_diffusers",
     "read_kohya",
+    "to_diffusers_files",
+    "to_kohya_file",
 ]
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "kohya.safetensors"
-_METADATA = "lora_adapter_metadata"
-_PART = "unet."
+_METADATA_KEY = "lora_adapter_metadata"
+_UNET_PREFIX = "unet."
 _DIFFUSERS_KEY = re.compile(r"unet\.((?:[A-Za-z0-9_]+\.)+)lora_([AB])\.weight")
 _KOHYA_KEY = re.compile(r"lora_unet_([A-Za-z0-9_]+)\.(lora_down\.weight|lora_up\.weight|alpha)")
-_TOP_LEVEL = (
+_UNET_TOP_LEVEL = (
     *("down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out"),
     *("time_embedding", "add_embedding", "class_embedding"),
 )
 # kohya writes "_" for every ".", so the names that hold a "_" themselves must be known.
-_KOHYA_WORDS = re.compile(
+_KOHYA_NAME_PART = re.compile(
     r"(?:down_blocks|up_blocks|mid_block|transformer_blocks|time_emb_proj|time_embedding"
     r"|add_embedding|class_embedding|conv_shortcut|conv_in|conv_out|proj_in|proj_out|linear_\d"
     r"|to_(?:q|k|v|out)|[A-Za-z0-9]+)(?:_|$)"
 )
 
 
-def diffusers_files(pairs: Mapping[str, LoraPair]) -> dict[str, bytes]:
+def to_diffusers_files(pairs: Mapping[str, LoraPair]) -> dict[str, bytes]:
     """Return the file that stock ``load_lora_weights`` reads; equal pairs give equal bytes.
 
     Args:
@@ -56,11 +61,11 @@ def diffusers_files(pairs: Mapping[str, LoraPair]) -> dict[str, bytes]:
     Raises:
         AdapterMismatchError: There is no pair.
     """
-    rank, padded = _padded(pairs)
+    rank, padded = _pad_to_max_rank(pairs)
     tensors: dict[str, Tensor] = {}
     for module, (down, up) in padded.items():
-        tensors[f"{_PART}{module}.lora_A.weight"] = down
-        tensors[f"{_PART}{module}.lora_B.weight"] = up
+        tensors[f"{_UNET_PREFIX}{module}.lora_A.weight"] = down
+        tensors[f"{_UNET_PREFIX}{module}.lora_B.weight"] = up
     settings = {
         "r": rank,
         "lora_alpha": rank,
@@ -68,29 +73,31 @@ def diffusers_files(pairs: Mapping[str, LoraPair]) -> dict[str, bytes]:
         "bias": "none",
         "target_modules": sorted(pairs),
     }
-    metadata = json.dumps({_PART + key: value for key, value in settings.items()}, sort_keys=True)
-    return {DIFFUSERS_FILE: encode_tensors(tensors, {"format": "pt", _METADATA: metadata})}
+    metadata = json.dumps(
+        {_UNET_PREFIX + key: value for key, value in settings.items()}, sort_keys=True
+    )
+    return {DIFFUSERS_FILE: encode_safetensors(tensors, {"format": "pt", _METADATA_KEY: metadata})}
 
 
-def kohya_file(pairs: Mapping[str, LoraPair]) -> bytes:
+def to_kohya_file(pairs: Mapping[str, LoraPair]) -> bytes:
     """Return the form that ComfyUI and the web UIs read; equal pairs give equal bytes.
 
     Raises:
         AdapterMismatchError: There is no pair, or a module's name would not come back from
             kohya's way of writing it.
     """
-    rank, padded = _padded(pairs)
+    rank, padded = _pad_to_max_rank(pairs)
     tensors: dict[str, Tensor] = {}
     for module, (down, up) in padded.items():
         name = module.replace(".", "_")
-        if _module_of(name) != module:
+        if _module_from_kohya(name) != module:
             raise AdapterMismatchError(
                 f"module {module!r} has no kohya form; expected one of a diffusers UNet"
             )
         tensors[f"lora_unet_{name}.lora_down.weight"] = down
         tensors[f"lora_unet_{name}.lora_up.weight"] = up
         tensors[f"lora_unet_{name}.alpha"] = torch.tensor(float(rank))
-    return encode_tensors(tensors, {"format": "pt"})
+    return encode_safetensors(tensors, {"format": "pt"})
 
 
 def read_diffusers(data: bytes) -> dict[str, LoraPair]:
@@ -105,7 +112,7 @@ def read_diffusers(data: bytes) -> dict[str, LoraPair]:
     """
     header = read_header(data, DIFFUSERS_FILE)
     sides: dict[str, tuple[str, str]] = {}
-    for key, entry in _entries(header):
+    for key, entry in _tensor_entries(header):
         match = _DIFFUSERS_KEY.fullmatch(key)
         if match is None:
             raise IntegrityError(
@@ -114,10 +121,10 @@ def read_diffusers(data: bytes) -> dict[str, LoraPair]:
             )
         require_dtype(entry, key, DIFFUSERS_FILE)
         sides[key] = (match[1].removesuffix("."), "down" if match[2] == "A" else "up")
-    config = _config_of(header)
-    return _collect(
-        _Loaded(DIFFUSERS_FILE, read_tensors(data, DIFFUSERS_FILE), sides),
-        lambda module, rank, _: 1.0 if config is None else _scale(config, module, rank),
+    config = _config_from_metadata(header)
+    return _collect_pairs(
+        _LoraFile(DIFFUSERS_FILE, read_tensors(data, DIFFUSERS_FILE), sides),
+        lambda module, rank, _: 1.0 if config is None else _scale_from_config(config, module, rank),
     )
 
 
@@ -132,9 +139,9 @@ def read_kohya(data: bytes) -> dict[str, LoraPair]:
     """
     header = read_header(data, KOHYA_FILE)
     sides: dict[str, tuple[str, str]] = {}
-    for key, entry in _entries(header):
+    for key, entry in _tensor_entries(header):
         match = _KOHYA_KEY.fullmatch(key)
-        module = _module_of(match[1]) if match else None
+        module = _module_from_kohya(match[1]) if match else None
         if match is None or module is None:
             raise IntegrityError(
                 f"{KOHYA_FILE}: unexpected tensor {key[:200]!r}, expected names like "
@@ -142,14 +149,14 @@ def read_kohya(data: bytes) -> dict[str, LoraPair]:
             )
         require_dtype(entry, key, KOHYA_FILE)
         sides[key] = (module, match[2].removeprefix("lora_").partition(".")[0])
-    return _collect(
-        _Loaded(KOHYA_FILE, read_tensors(data, KOHYA_FILE), sides),
+    return _collect_pairs(
+        _LoraFile(KOHYA_FILE, read_tensors(data, KOHYA_FILE), sides),
         lambda _, rank, alpha: 1.0 if alpha is None else alpha / rank,
     )
 
 
 @dataclass(frozen=True, slots=True)
-class _Loaded:
+class _LoraFile:
     """A file's tensors, and which side of which module each is: "down", "up" or "alpha"."""
 
     where: str
@@ -157,32 +164,35 @@ class _Loaded:
     sides: Mapping[str, tuple[str, str]]
 
 
-def _collect(
-    loaded: _Loaded, scale_of: Callable[[str, int, float | None], float]
+def _collect_pairs(
+    lora_file: _LoraFile, scale_of: Callable[[str, int, float | None], float]
 ) -> dict[str, LoraPair]:
     found: dict[str, dict[str, Tensor]] = {}
-    for key, (module, side) in loaded.sides.items():
-        found.setdefault(module, {})[side] = finite(loaded.tensors[key], key, loaded.where)
+    for key, (module, side) in lora_file.sides.items():
+        found.setdefault(module, {})[side] = require_finite(
+            lora_file.tensors[key], key, lora_file.where
+        )
     if not found:
-        raise IntegrityError(f"{loaded.where}: holds no LoRA pair")
+        raise IntegrityError(f"{lora_file.where}: holds no LoRA pair")
     pairs: dict[str, LoraPair] = {}
     for module, sides in sorted(found.items()):
         missing = {"down", "up"} - set(sides)
         if missing:
             raise IntegrityError(
-                f"{loaded.where}: module {module!r} has no {missing.pop()} matrix, its partner is "
+                f"{lora_file.where}: module {module!r} has no {missing.pop()} matrix, its "
+                f"partner is "
                 f"there"
             )
-        alpha = _number(sides.get("alpha"), module, loaded.where)
+        alpha = _alpha_value(sides.get("alpha"), module, lora_file.where)
         try:
             scale = scale_of(module, sides["down"].shape[0] if sides["down"].ndim else 0, alpha)
             pairs[module] = LoraPair(sides["down"], sides["up"], scale)
         except (AdapterMismatchError, ZeroDivisionError) as error:
-            raise IntegrityError(f"{loaded.where}: module {module!r}: {error}") from error
+            raise IntegrityError(f"{lora_file.where}: module {module!r}: {error}") from error
     return pairs
 
 
-def _number(alpha: Tensor | None, module: str, where: str) -> float | None:
+def _alpha_value(alpha: Tensor | None, module: str, where: str) -> float | None:
     if alpha is not None and alpha.numel() != 1:
         raise IntegrityError(
             f"{where}: module {module!r}: alpha of shape {tuple(alpha.shape)}, expected one number"
@@ -190,27 +200,33 @@ def _number(alpha: Tensor | None, module: str, where: str) -> float | None:
     return None if alpha is None else float(alpha)
 
 
-def _entries(header: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def _tensor_entries(header: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [(key, entry) for key, entry in header.items() if key != "__metadata__"]
 
 
-def _config_of(header: Mapping[str, Any]) -> PeftLoraConfig | None:
+def _config_from_metadata(header: Mapping[str, Any]) -> PeftLoraConfig | None:
     """Return the UNet's part of peft's settings that diffusers keeps in the header, if any."""
     metadata = header.get("__metadata__")
-    text = metadata.get(_METADATA) if isinstance(metadata, dict) else None
+    text = metadata.get(_METADATA_KEY) if isinstance(metadata, dict) else None
     if text is None:
         return None
     try:
         values = json.loads(text)
     except (ValueError, TypeError, RecursionError) as error:
-        raise IntegrityError(f"{DIFFUSERS_FILE}: {_METADATA} is not readable: {error}") from error
+        raise IntegrityError(
+            f"{DIFFUSERS_FILE}: {_METADATA_KEY} is not readable: {error}"
+        ) from error
     if not isinstance(values, dict):
-        raise IntegrityError(f"{DIFFUSERS_FILE}: {_METADATA} is no JSON object")
-    own = {key.removeprefix(_PART): value for key, value in values.items() if key.startswith(_PART)}
+        raise IntegrityError(f"{DIFFUSERS_FILE}: {_METADATA_KEY} is no JSON object")
+    own = {
+        key.removeprefix(_UNET_PREFIX): value
+        for key, value in values.items()
+        if key.startswith(_UNET_PREFIX)
+    }
     try:
         config = parse_config(json.dumps({**own, "peft_type": "LORA"}).encode())
     except IntegrityError as error:
-        raise IntegrityError(f"{DIFFUSERS_FILE}: {_METADATA}, read as {error}") from error
+        raise IntegrityError(f"{DIFFUSERS_FILE}: {_METADATA_KEY}, read as {error}") from error
     if config.use_dora or config.bias != "none" or config.modules_to_save:
         raise IntegrityError(
             f"{DIFFUSERS_FILE}: the adapter has parts beside its pairs (DoRA, biases or modules)"
@@ -218,7 +234,7 @@ def _config_of(header: Mapping[str, Any]) -> PeftLoraConfig | None:
     return config
 
 
-def _scale(config: PeftLoraConfig, module: str, rank: int) -> float:
+def _scale_from_config(config: PeftLoraConfig, module: str, rank: int) -> float:
     if config.rank_of(module) != rank:
         raise AdapterMismatchError(
             f"down has rank {rank}, the metadata say {config.rank_of(module)}"
@@ -226,7 +242,7 @@ def _scale(config: PeftLoraConfig, module: str, rank: int) -> float:
     return config.scale_of(module)
 
 
-def _padded(pairs: Mapping[str, LoraPair]) -> tuple[int, dict[str, tuple[Tensor, Tensor]]]:
+def _pad_to_max_rank(pairs: Mapping[str, LoraPair]) -> tuple[int, dict[str, tuple[Tensor, Tensor]]]:
     """Return the largest rank and float32 (A, scale * B) of that rank, sorted by module."""
     if not pairs:
         raise AdapterMismatchError("an adapter needs at least one LoRA pair, got none")
@@ -242,16 +258,16 @@ def _padded(pairs: Mapping[str, LoraPair]) -> tuple[int, dict[str, tuple[Tensor,
     return rank, padded
 
 
-def _module_of(name: str) -> str | None:
+def _module_from_kohya(name: str) -> str | None:
     """Return the module name that kohya's form stands for, None if it is no UNet's."""
     words: list[str] = []
     start = 0
     if name.endswith("_"):
         return None
     while start < len(name):
-        match = _KOHYA_WORDS.match(name, start)
+        match = _KOHYA_NAME_PART.match(name, start)
         if match is None:
             return None
         words.append(match[0].removesuffix("_"))
         start = match.end()
-    return ".".join(words) if words[0] in _TOP_LEVEL else None
+    return ".".join(words) if words[0] in _UNET_TOP_LEVEL else None

@@ -24,26 +24,26 @@ from loraseg.adapters.adapter import Adapter, LoraPair
 from loraseg.errors import AdapterMismatchError, IntegrityError
 from loraseg.tensor_types import Tensor
 
-__all__ = ["PackedAdapter", "Shape", "SiteBlock", "pack", "read_packed", "write_packed"]
+__all__ = ["LayerBlock", "PackedAdapter", "WeightShape", "pack", "read_packed", "write_packed"]
 
 # (d_out, d_in) of a weight.
-Shape = tuple[int, int]
+WeightShape = tuple[int, int]
 
 _FORMAT = 1
 
 
 @dataclass(frozen=True, eq=False)
-class SiteBlock:
+class LayerBlock:
     """The corrections of n layers of one weight shape: ``delta W_s = up[s].T @ down[s]``.
 
     Attributes:
-        sites: Module names, sorted.
+        layers: Module names, sorted.
         down: A, (n, r, d_in).
         up: B transposed, scaling folded in, (n, r, d_out). Both sides have the rank first, so that
             several adapters stack into one contiguous matrix.
     """
 
-    sites: tuple[str, ...]
+    layers: tuple[str, ...]
     down: Tensor
     up: Tensor
 
@@ -67,7 +67,7 @@ class PackedAdapter:
     name: str
     digest: str
     base_digest: str | None
-    blocks: Mapping[Shape, SiteBlock]
+    blocks: Mapping[WeightShape, LayerBlock]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", MappingProxyType(dict(self.blocks)))
@@ -85,7 +85,7 @@ class PackedAdapter:
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "PackedAdapter":
         """Return it on a device and in a type; itself if it is so already."""
         blocks = {
-            shape: SiteBlock(b.sites, b.down.to(device, dtype), b.up.to(device, dtype))
+            shape: LayerBlock(b.layers, b.down.to(device, dtype), b.up.to(device, dtype))
             for shape, b in self.blocks.items()
         }
         return PackedAdapter(
@@ -100,14 +100,14 @@ def pack(adapter: Adapter) -> PackedAdapter:
         AdapterMismatchError: It is more than a sum of products or scaled otherwise (DoRA, rsLoRA,
             trained biases or whole modules).
     """
-    reason = adapter.beyond_pairs()
+    reason = adapter.unsupported_features()
     if adapter.use_rslora:
         reason = "rsLoRA scaling (alpha / sqrt(r))"
     if reason is not None:
         raise AdapterMismatchError(
             f"adapter {adapter.name!r}: cannot be fused, it has {reason}; expected plain LoRA"
         )
-    members: dict[Shape, list[str]] = {}
+    members: dict[WeightShape, list[str]] = {}
     for site in sorted(adapter.pairs):
         pair = adapter.pairs[site]
         if pair.scale and pair.down.any() and pair.up.any():
@@ -117,20 +117,20 @@ def pack(adapter: Adapter) -> PackedAdapter:
         digest=adapter.digest,
         base_digest=adapter.base_digest,
         blocks={
-            s: _block(members[s], [adapter.pairs[m] for m in members[s]], s)
+            s: _build_block(members[s], [adapter.pairs[m] for m in members[s]], s)
             for s in sorted(members)
         },
     )
 
 
-def _block(sites: list[str], pairs: list[LoraPair], shape: Shape) -> SiteBlock:
+def _build_block(layers: list[str], pairs: list[LoraPair], shape: WeightShape) -> LayerBlock:
     rank = max(pair.rank for pair in pairs)
     down = pairs[0].down.new_zeros(len(pairs), rank, shape[1])
     up = pairs[0].down.new_zeros(len(pairs), rank, shape[0])
     for index, pair in enumerate(pairs):
         down[index, : pair.rank] = pair.down
         torch.mul(pair.up.T, pair.scale, out=up[index, : pair.rank])
-    return SiteBlock(tuple(sites), down, up)
+    return LayerBlock(tuple(layers), down, up)
 
 
 def write_packed(path: Path, packed: PackedAdapter) -> None:
@@ -142,7 +142,7 @@ def write_packed(path: Path, packed: PackedAdapter) -> None:
     blocks = packed.blocks.values()
     parts = [side.flatten() for block in blocks for side in (block.down, block.up)]
     row = torch.cat(parts) if parts else torch.zeros(0)
-    layout = [[*shape, b.rank, list(b.sites)] for shape, b in packed.blocks.items()]
+    layout = [[*shape, b.rank, list(b.layers)] for shape, b in packed.blocks.items()]
     header = {
         "format": str(_FORMAT),
         "name": packed.name,
@@ -181,7 +181,7 @@ def read_packed(path: Path) -> PackedAdapter:
             name=header["name"],
             digest=header["digest"],
             base_digest=header["base_digest"] or None,
-            blocks=_cut(row, header["blocks"]),
+            blocks=_split_blocks(row, header["blocks"]),
         )
     except FileNotFoundError:
         raise
@@ -191,9 +191,9 @@ def read_packed(path: Path) -> PackedAdapter:
 
 # Adapters of one recipe share one layout, and reading it takes longer than all the rest.
 @functools.lru_cache(maxsize=64)
-def _parsed(layout: str) -> tuple[tuple[Shape, int, tuple[str, ...]], ...]:
+def _parse_layout(layout: str) -> tuple[tuple[WeightShape, int, tuple[str, ...]], ...]:
     """Return (shape, rank, sites) of every block, in order."""
-    blocks: dict[Shape, tuple[Shape, int, tuple[str, ...]]] = {}
+    blocks: dict[WeightShape, tuple[WeightShape, int, tuple[str, ...]]] = {}
     for d_out, d_in, rank, sites in json.loads(layout):
         shape = (int(d_out), int(d_in))
         if shape in blocks or sites != sorted({str(site) for site in sites}) or rank < 1:
@@ -202,19 +202,21 @@ def _parsed(layout: str) -> tuple[tuple[Shape, int, tuple[str, ...]], ...]:
     return tuple(blocks.values())
 
 
-def _cut(row: Tensor, layout: str) -> dict[Shape, SiteBlock]:
+def _split_blocks(row: Tensor, layout: str) -> dict[WeightShape, LayerBlock]:
     """Return views of the row: each block's down side, then its up side."""
     if not row.is_floating_point():
         raise ValueError(f"{row.dtype}, expected a floating point type")
-    blocks: dict[Shape, SiteBlock] = {}
+    blocks: dict[WeightShape, LayerBlock] = {}
     start = 0
-    for (d_out, d_in), rank, sites in _parsed(layout):
+    for (d_out, d_in), rank, sites in _parse_layout(layout):
         middle = start + len(sites) * rank * d_in
         stop = middle + len(sites) * rank * d_out
         if stop > len(row):
             raise ValueError(f"{len(row)} values, expected at least {stop}")
         down = row[start:middle].view(len(sites), rank, d_in)
-        blocks[d_out, d_in] = SiteBlock(sites, down, row[middle:stop].view(len(sites), rank, d_out))
+        blocks[d_out, d_in] = LayerBlock(
+            sites, down, row[middle:stop].view(len(sites), rank, d_out)
+        )
         start = stop
     if start != len(row):
         raise ValueError(f"{len(row)} values, expected {start}")

@@ -30,7 +30,7 @@ _UNSUPPORTED = {
 }
 # Initialisers that move part of the base weight into the adapter; False, True, "gaussian" and
 # "orthogonal" leave the base alone.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # peft reads pattern keys as regular expressions. Only plain names are accepted here, so that no
 # expression of a stranger is ever run.
 _PLAIN_NAME = re.compile(r"\^?[A-Za-z0-9_\-]+(\\?\.[A-Za-z0-9_\-]+)*\$?")
@@ -76,12 +76,12 @@ def parse_config(data: bytes) -> PeftLoraConfig:
     values = _read_object(data)
     kind = values.get("peft_type")
     if kind != "LORA":
-        raise _bad("peft_type", kind, "'LORA'")
+        raise _invalid_value("peft_type", kind, "'LORA'")
     for key, reason in _UNSUPPORTED.items():
         if values.get(key):
             raise IntegrityError(f"adapter_config.json: {key} is not supported: {reason}")
     init = values.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
+    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
         raise IntegrityError(
             f"adapter_config.json: init_lora_weights={init[:40]!r} belongs to a changed base; "
             f"export the adapter as plain LoRA on the untouched base first"
@@ -119,7 +119,7 @@ def render_config(
     The commonest rank and alpha become the defaults, the rest goes into the patterns. peft fills
     in every field that is left out, so the file does not depend on peft's version.
     """
-    rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+    rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
     values = {
         "peft_type": "LORA",
         "task_type": None,
@@ -127,7 +127,7 @@ def render_config(
         "base_model_name_or_path": base_name,
         "revision": base_digest,
         "r": rank,
-        "lora_alpha": _short(alpha),
+        "lora_alpha": _int_if_whole(alpha),
         "lora_dropout": 0.0,
         "bias": "none",
         "use_dora": False,
@@ -137,7 +137,7 @@ def render_config(
         "modules_to_save": None,
         "target_modules": sorted(ranks),
         "rank_pattern": {m: r for m, r in sorted(ranks.items()) if r != rank},
-        "alpha_pattern": {m: _short(a) for m, a in sorted(alphas.items()) if a != alpha},
+        "alpha_pattern": {m: _int_if_whole(a) for m, a in sorted(alphas.items()) if a != alpha},
     }
     return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
 
@@ -158,7 +158,7 @@ def _read_object(data: bytes) -> dict[str, Any]:
             f"adapter_config.json: got {len(data)} bytes, expected at most {MAX_CONFIG_BYTES}"
         )
     try:
-        values = json.loads(data, parse_constant=_refuse_constant)
+        values = json.loads(data, parse_constant=_reject_constant)
     except (ValueError, RecursionError) as error:
         raise IntegrityError(f"adapter_config.json: not readable as JSON: {error}") from error
     if not isinstance(values, dict):
@@ -166,60 +166,60 @@ def _read_object(data: bytes) -> dict[str, Any]:
     return cast(dict[str, Any], values)
 
 
-def _refuse_constant(text: str) -> float:
+def _reject_constant(text: str) -> float:
     raise ValueError(f"{text} is no JSON number")
 
 
-def _bad(key: str, got: object, expected: str) -> IntegrityError:
+def _invalid_value(key: str, got: object, expected: str) -> IntegrityError:
     return IntegrityError(f"adapter_config.json: {key}: got {str(got)[:80]}, expected {expected}")
 
 
 def _rank(key: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_RANK:
-        raise _bad(key, value, f"a whole number in [1, {MAX_RANK}]")
+        raise _invalid_value(key, value, f"a whole number in [1, {MAX_RANK}]")
     return value
 
 
 def _alpha(key: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e9:
-        raise _bad(key, value, "a number of at most 1e9")
+        raise _invalid_value(key, value, "a number of at most 1e9")
     return float(value)
 
 
 def _flag(values: Mapping[str, Any], key: str) -> bool:
     value = values.get(key, False)
     if not isinstance(value, bool):
-        raise _bad(key, value, "true or false")
+        raise _invalid_value(key, value, "true or false")
     return value
 
 
 def _text(values: Mapping[str, Any], key: str) -> str | None:
     value = values.get(key)
     if value is not None and not (isinstance(value, str) and len(value) <= 1024):
-        raise _bad(key, value, "a text of at most 1024 characters or null")
+        raise _invalid_value(key, value, "a text of at most 1024 characters or null")
     return value
 
 
 def _names(values: Mapping[str, Any], key: str) -> tuple[str, ...]:
     names = values.get(key) or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise _bad(key, names, "a list of names")
+        raise _invalid_value(key, names, "a list of names")
     return tuple(cast(list[str], names))
 
 
 def _pattern(values: Mapping[str, Any], key: str) -> list[tuple[str, Any]]:
     pattern = values.get(key) or {}
     if not isinstance(pattern, dict):
-        raise _bad(key, pattern, "an object of module names")
+        raise _invalid_value(key, pattern, "an object of module names")
     for name in pattern:
         if not _PLAIN_NAME.fullmatch(name):
-            raise _bad(f"{key} key", name, "a plain module name, not an expression")
+            raise _invalid_value(f"{key} key", name, "a plain module name, not an expression")
     return list(cast(dict[str, Any], pattern).items())
 
 
-def _commonest(values: Any) -> Any:
+def _most_common(values: Any) -> Any:
     return max(sorted(Counter(values).items()), key=lambda item: item[1])[0]
 
 
-def _short(alpha: float) -> int | float:
+def _int_if_whole(alpha: float) -> int | float:
     return int(alpha) if alpha == int(alpha) else alpha

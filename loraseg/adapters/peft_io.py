@@ -22,28 +22,33 @@ from loraseg.adapters.peft_config import (
     parse_config,
     render_config,
 )
-from loraseg.adapters.tensor_file import finite, read_header, read_tensors, require_dtype
+from loraseg.adapters.safetensors_check import (
+    read_header,
+    read_tensors,
+    require_dtype,
+    require_finite,
+)
 from loraseg.errors import AdapterMismatchError, IntegrityError
 from loraseg.tensor_types import Tensor
 
 __all__ = [
+    "ATTENTION_MIX_FILE",
     "CONFIG_FILE",
-    "FUSION_FILE",
     "WEIGHTS_FILE",
-    "adapter_files",
+    "extract_pairs",
     "files_digest",
     "load_adapter",
-    "pairs_of",
     "save_adapter",
+    "to_peft_files",
 ]
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-# What a generator's adapter has beside its pairs, see loraseg.adapters.fusion_file.
-FUSION_FILE = "fusion.safetensors"
+# What a generator's adapter has beside its pairs, see loraseg.adapters.attention_mix.
+ATTENTION_MIX_FILE = "fusion.safetensors"
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"base_model\.model\.((?:[A-Za-z0-9_]+\.)+)lora_(A|B)\.weight")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def load_adapter(
@@ -91,7 +96,7 @@ def load_adapter(
     )
 
 
-def adapter_files(
+def to_peft_files(
     pairs: Mapping[str, LoraPair],
     *,
     base_name: str | None = None,
@@ -127,10 +132,10 @@ def save_adapter(folder: str | Path, adapter: Adapter) -> None:
         AdapterMismatchError: The adapter has parts beside its pairs (DoRA, biases, modules),
             which an :class:`Adapter` does not hold.
     """
-    reason = adapter.beyond_pairs()
+    reason = adapter.unsupported_features()
     if reason is not None:
         raise AdapterMismatchError(f"adapter {adapter.name!r}: cannot be saved, it has {reason}")
-    files = adapter_files(
+    files = to_peft_files(
         adapter.pairs,
         base_name=adapter.base_name,
         base_digest=adapter.base_digest,
@@ -141,7 +146,7 @@ def save_adapter(folder: str | Path, adapter: Adapter) -> None:
         (Path(folder) / file_name).write_bytes(data)
 
 
-def pairs_of(model: nn.Module, adapter_name: str = "default") -> dict[str, LoraPair]:
+def extract_pairs(model: nn.Module, adapter_name: str = "default") -> dict[str, LoraPair]:
     """Collect copies of the LoRA pairs that peft has put into a model, by the base's own names."""
     pairs: dict[str, LoraPair] = {}
     for name, module in model.named_modules():
@@ -161,7 +166,7 @@ def files_digest(files: Mapping[str, bytes]) -> str:
     The two weight files count, and the fusion layers where there are any; a card or an exported
     form beside them does not change it.
     """
-    names = (CONFIG_FILE, WEIGHTS_FILE, *({FUSION_FILE} & files.keys()))
+    names = (CONFIG_FILE, WEIGHTS_FILE, *({ATTENTION_MIX_FILE} & files.keys()))
     parts = {name: hashlib.sha256(files[name]).hexdigest() for name in names}
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
@@ -173,7 +178,7 @@ def _read_folder(folder: Path) -> dict[str, bytes]:
     config = folder / CONFIG_FILE
     if config.is_file() and config.stat().st_size > MAX_CONFIG_BYTES:
         raise IntegrityError(f"{config}: larger than {MAX_CONFIG_BYTES} bytes")
-    known = (CONFIG_FILE, FUSION_FILE, WEIGHTS_FILE)
+    known = (CONFIG_FILE, ATTENTION_MIX_FILE, WEIGHTS_FILE)
     # The bytes of other files are not needed, their names are, to say why a pickle is refused.
     return {
         path.name: path.read_bytes() if path.name in known else b""
@@ -182,21 +187,24 @@ def _read_folder(folder: Path) -> dict[str, bytes]:
     }
 
 
-def _require_files(files: Mapping[str, bytes], called: str) -> None:
+def _require_files(files: Mapping[str, bytes], adapter_name: str) -> None:
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if name in files:
             continue
-        pickles = sorted(other for other in files if other.lower().endswith(_PICKLES))
+        pickles = sorted(other for other in files if other.lower().endswith(_PICKLE_SUFFIXES))
         if name == WEIGHTS_FILE and pickles:
             raise IntegrityError(
-                f"adapter {called!r}: {pickles[0]} is a pickle, which can run code when it is "
+                f"adapter {adapter_name!r}: {pickles[0]} is a pickle, which can run code when "
+                f"it is "
                 f"read; expected {WEIGHTS_FILE}"
             )
-        raise IntegrityError(f"adapter {called!r}: {name} is missing (files: {sorted(files)})")
+        raise IntegrityError(
+            f"adapter {adapter_name!r}: {name} is missing (files: {sorted(files)})"
+        )
 
 
 def _read_pairs(data: bytes, config: PeftLoraConfig) -> dict[str, LoraPair]:
-    keys = _checked_keys(data, plain=_is_plain(config))
+    keys = _parse_keys(data, plain=_is_plain_lora(config))
     tensors = read_tensors(data, WEIGHTS_FILE)
     modules = sorted({module for module, _ in keys.values()})
     if not modules:
@@ -207,12 +215,12 @@ def _read_pairs(data: bytes, config: PeftLoraConfig) -> dict[str, LoraPair]:
         for key in sides:
             if key not in tensors:
                 raise IntegrityError(f"{WEIGHTS_FILE}: {key} is missing, its partner is there")
-        down, up = (finite(tensors[key], key, WEIGHTS_FILE) for key in sides)
-        pairs[module] = _checked_pair(module, down, up, config)
+        down, up = (require_finite(tensors[key], key, WEIGHTS_FILE) for key in sides)
+        pairs[module] = _build_pair(module, down, up, config)
     return pairs
 
 
-def _checked_pair(module: str, down: Tensor, up: Tensor, config: PeftLoraConfig) -> LoraPair:
+def _build_pair(module: str, down: Tensor, up: Tensor, config: PeftLoraConfig) -> LoraPair:
     rank = config.rank_of(module)
     if down.ndim != 2 or up.ndim != 2 or down.shape[0] != rank or up.shape[1] != rank:
         raise IntegrityError(
@@ -222,11 +230,11 @@ def _checked_pair(module: str, down: Tensor, up: Tensor, config: PeftLoraConfig)
     return LoraPair(down, up, config.scale_of(module))
 
 
-def _is_plain(config: PeftLoraConfig) -> bool:
+def _is_plain_lora(config: PeftLoraConfig) -> bool:
     return not config.use_dora and config.bias == "none" and not config.modules_to_save
 
 
-def _checked_keys(data: bytes, *, plain: bool) -> dict[str, tuple[str, str]]:
+def _parse_keys(data: bytes, *, plain: bool) -> dict[str, tuple[str, str]]:
     """Check the header before any tensor is touched; return key -> (module, "A" | "B")."""
     header = read_header(data, WEIGHTS_FILE)
     keys: dict[str, tuple[str, str]] = {}

@@ -9,11 +9,11 @@ __all__ = [
     "WordTokenizer",
     "load_clip",
     "load_diffusion",
-    "resolve",
+    "resolve_weights",
 ]
 
 from loraseg.backbones.bpe import BpeTokenizer
 from loraseg.backbones.clip import ClipEncoder, load_clip
 from loraseg.backbones.diffusion import DiffusionBase, TextEncoding, load_diffusion
-from loraseg.backbones.source import WeightSource, resolve
 from loraseg.backbones.tokenizer import WordTokenizer
+from loraseg.backbones.weights import WeightSource, resolve_weights

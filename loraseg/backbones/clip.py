@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from loraseg.backbones.bpe import BpeTokenizer
-from loraseg.backbones.source import WeightSource, resolve
 from loraseg.backbones.tokenizer import WordTokenizer
+from loraseg.backbones.weights import WeightSource, resolve_weights
 from loraseg.compat import prepare_torchvision
 from loraseg.errors import ConfigError, DatasetError, IntegrityError
 from loraseg.tensor_types import Float, Int, Tensor, ndarray
@@ -28,7 +28,7 @@ __all__ = ["ClipEncoder", "Preprocessing", "Tokenizer", "load_clip", "word_token
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
-_NAMED = re.compile(r"(?P<model>[\w.-]+)=(?P<weights>.+)", re.DOTALL)
+_MODEL_AND_WEIGHTS = re.compile(r"(?P<model>[\w.-]+)=(?P<weights>.+)", re.DOTALL)
 
 
 @runtime_checkable
@@ -136,18 +136,18 @@ def load_clip(spec: str) -> ClipEncoder:
     Args:
         spec: ``miniature``; an open_clip pair such as ``ViT-L-14/openai`` (open_clip may download
             it); ``model=weights`` such as ``ViT-B-32-quickgelu=clip.pt``; or any weight file of
-            :func:`~loraseg.backbones.source.resolve` whose header holds its config.
+            :func:`~loraseg.backbones.weights.resolve` whose header holds its config.
 
     Raises:
         ConfigError: The spec is of no known kind, or the file does not exist.
         IntegrityError: The weights do not fit the model that they are said to be.
     """
-    named = _NAMED.fullmatch(spec)
+    named = _MODEL_AND_WEIGHTS.fullmatch(spec)
     if named is not None and not Path(spec).exists():
-        return _from_weights(spec, named["model"], resolve(named["weights"]))
-    if _is_pair(spec):
-        return _from_pair(spec, *spec.split("/"))
-    return _from_own_file(resolve(spec, miniature="clip"))
+        return _from_weights(spec, named["model"], resolve_weights(named["weights"]))
+    if _is_open_clip_pair(spec):
+        return _from_open_clip(spec, *spec.split("/"))
+    return _from_own_file(resolve_weights(spec, miniature="clip"))
 
 
 def word_tokenizer(vocabulary: str, vocab_size: int, context_length: int) -> WordTokenizer:
@@ -212,11 +212,11 @@ def _load(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         raise IntegrityError(f"{path}: the weights do not fit the CLIP: {error}") from error
 
 
-def _is_pair(spec: str) -> bool:
+def _is_open_clip_pair(spec: str) -> bool:
     return spec.count("/") == 1 and "://" not in spec and not Path(spec).exists()
 
 
-def _from_pair(spec: str, model_name: str, tag: str) -> ClipEncoder:
+def _from_open_clip(spec: str, model_name: str, tag: str) -> ClipEncoder:
     prepare_torchvision()
     import open_clip
 

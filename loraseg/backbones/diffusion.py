@@ -12,12 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from loraseg.backbones.pipeline_layout import PIPELINE_KINDS, Kind
+from loraseg.backbones.pipeline_layout import PIPELINE_KINDS, PipelineKind
 from loraseg.backbones.pipeline_source import load_parts, resolve_pipeline
 from loraseg.errors import ConfigError, DatasetError, IntegrityError
 from loraseg.tensor_types import Float, Int, Tensor, UInt8
 
-__all__ = ["PREDICTION_TYPES", "DiffusionBase", "TextEncoding", "load_diffusion", "schedule_of"]
+__all__ = [
+    "PREDICTION_TYPES",
+    "DiffusionBase",
+    "TextEncoding",
+    "get_alphas_cumprod",
+    "load_diffusion",
+]
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
@@ -34,7 +40,7 @@ class TextEncoding:
     hidden: Float[Tensor, "n l d"]
     pooled: Float[Tensor, "n p"] | None = None
 
-    def rows(self, index: Sequence[int]) -> "TextEncoding":
+    def select(self, index: Sequence[int]) -> "TextEncoding":
         """Return the encodings of some prompts, in the order of ``index``, repeats allowed."""
         chosen = torch.as_tensor(list(index), dtype=torch.long, device=self.hidden.device)
         pooled = None if self.pooled is None else self.pooled[chosen]
@@ -42,7 +48,7 @@ class TextEncoding:
 
 
 @dataclass(slots=True)
-class _Calls:
+class _CallCounter:
     prompts: int = 0
 
 
@@ -66,7 +72,7 @@ class DiffusionBase:
 
     name: str
     digest: str
-    kind: Kind
+    kind: PipelineKind
     unet: Any
     vae: Any
     tokenizers: tuple[Any, ...]
@@ -74,7 +80,7 @@ class DiffusionBase:
     scheduler: Any
     alphas_cumprod: Float[Tensor, " t"]
     zero_unconditional: bool = False
-    _calls: _Calls = field(default_factory=_Calls, init=False, repr=False)
+    _calls: _CallCounter = field(default_factory=_CallCounter, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for part in (self.unet, self.vae, *self.text_encoders):
@@ -97,7 +103,7 @@ class DiffusionBase:
             )
 
     @classmethod
-    def of(cls, pipeline: Any, *, name: str, digest: str) -> "DiffusionBase":
+    def from_pipeline(cls, pipeline: Any, *, name: str, digest: str) -> "DiffusionBase":
         """Take over the parts of a stock ``StableDiffusion(XL)Pipeline``, not copies of them.
 
         Raises:
@@ -119,7 +125,7 @@ class DiffusionBase:
             tokenizers=(pipeline.tokenizer, *((pipeline.tokenizer_2,) if second else ())),
             text_encoders=(pipeline.text_encoder, *((pipeline.text_encoder_2,) if second else ())),
             scheduler=pipeline.scheduler,
-            alphas_cumprod=schedule_of(pipeline.scheduler),
+            alphas_cumprod=get_alphas_cumprod(pipeline.scheduler),
             zero_unconditional=second and bool(pipeline.config.force_zeros_for_empty_prompt),
         )
 
@@ -159,7 +165,7 @@ class DiffusionBase:
         return self.unet.config.sample_size * self.latent_factor
 
     @property
-    def text_calls(self) -> int:
+    def encoded_prompts(self) -> int:
         """Prompts that went through the text encoders so far."""
         return self._calls.prompts
 
@@ -281,7 +287,7 @@ class DiffusionBase:
 
         Also for schedulers whose own ``add_noise`` works on sigmas instead (Euler).
         """
-        signal, spread = self._signal_and_spread(latents, timesteps)
+        signal, spread = self._signal_and_noise_scales(latents, timesteps)
         return signal * latents + spread * noise
 
     def target(
@@ -295,10 +301,10 @@ class DiffusionBase:
             return noise
         if self.prediction_type == "sample":
             return latents
-        signal, spread = self._signal_and_spread(latents, timesteps)
+        signal, spread = self._signal_and_noise_scales(latents, timesteps)
         return signal * noise - spread * latents
 
-    def _signal_and_spread(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    def _signal_and_noise_scales(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         alphas = self.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
         return alphas.sqrt().to(latents), (1 - alphas).sqrt().to(latents)
 
@@ -324,7 +330,7 @@ class DiffusionBase:
         return rows.input_ids.to(self.text_encoders[index].device)
 
 
-def schedule_of(scheduler: Any) -> Float[Tensor, " t"]:
+def get_alphas_cumprod(scheduler: Any) -> Float[Tensor, " t"]:
     """Return a scheduler's ``alphas_cumprod`` as float32 on the CPU.
 
     Raises:
@@ -373,7 +379,7 @@ def load_diffusion(
             parts[name] for name in ("text_encoder", "text_encoder_2") if name in parts
         ),
         scheduler=parts["scheduler"],
-        alphas_cumprod=schedule_of(parts["scheduler"]),
+        alphas_cumprod=get_alphas_cumprod(parts["scheduler"]),
         zero_unconditional=source.zero_unconditional,
     )
     return base.to(device, dtype)

@@ -7,13 +7,13 @@ from typing import Any
 
 from loraseg.errors import IntegrityError
 
-__all__ = ["check_fit"]
+__all__ = ["check_parts_fit"]
 
 # A begin, a word and an end.
-_LEAST_TOKENS = 3
+_MIN_TOKENS = 3
 
 
-def check_fit(parts: Mapping[str, Any], where: str) -> None:
+def check_parts_fit(parts: Mapping[str, Any], where: str) -> None:
     """Check what would show as a strange error, or as noise, only when images are made.
 
     Args:
@@ -30,10 +30,10 @@ def check_fit(parts: Mapping[str, Any], where: str) -> None:
             continue
         config = parts[encoder].config
         tokens, most = parts[tokenizer].model_max_length, config.max_position_embeddings
-        if type(tokens) is not int or not _LEAST_TOKENS <= tokens <= most:
+        if type(tokens) is not int or not _MIN_TOKENS <= tokens <= most:
             raise IntegrityError(
                 f"{where}/{tokenizer}: model_max_length {str(tokens)[:20]}, expected "
-                f"{_LEAST_TOKENS} to {most}, the positions of {encoder}"
+                f"{_MIN_TOKENS} to {most}, the positions of {encoder}"
             )
         width += config.hidden_size
     wanted = parts["unet"].config.cross_attention_dim

@@ -17,28 +17,28 @@ from loraseg.compat import prepare_torchvision
 from loraseg.errors import IntegrityError
 
 __all__ = [
-    "INDEX",
-    "MODELS",
-    "PARTS",
+    "INDEX_FILE",
+    "MODEL_PARTS",
     "PIPELINE_KINDS",
+    "PIPELINE_PARTS",
     "TOKENIZER_FILES",
     "TOKENIZER_PARTS",
-    "Kind",
-    "Listing",
+    "FileListing",
+    "PipelineKind",
     "local_listing",
     "pipeline_digest",
     "read_index",
     "used_files",
 ]
 
-Kind = Literal["sd", "sdxl"]
-PIPELINE_KINDS: Mapping[str, Kind] = MappingProxyType(
+PipelineKind = Literal["sd", "sdxl"]
+PIPELINE_KINDS: Mapping[str, PipelineKind] = MappingProxyType(
     {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
 )
-INDEX = "model_index.json"
+INDEX_FILE = "model_index.json"
 _MAX_JSON_BYTES = 2**24
 _SHARD = re.compile(r"[A-Za-z0-9_.-]+\.safetensors")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TOKENIZER_FILES = (
     "tokenizer_config.json",
     "tokenizer.json",
@@ -48,7 +48,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
 )
 # Part -> library, classes that the index may name (the first is the one used), weight file's stem.
-MODELS = {
+MODEL_PARTS = {
     "unet": ("diffusers", ("UNet2DConditionModel",), "diffusion_pytorch_model"),
     "vae": ("diffusers", ("AutoencoderKL",), "diffusion_pytorch_model"),
     "text_encoder": ("transformers", ("CLIPTextModel",), "model"),
@@ -56,7 +56,7 @@ MODELS = {
 }
 _TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 TOKENIZER_PARTS = ("tokenizer", "tokenizer_2")
-PARTS: Mapping[Kind, tuple[str, ...]] = MappingProxyType(
+PIPELINE_PARTS: Mapping[PipelineKind, tuple[str, ...]] = MappingProxyType(
     {
         "sd": ("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
         "sdxl": (
@@ -68,7 +68,7 @@ PARTS: Mapping[Kind, tuple[str, ...]] = MappingProxyType(
 
 
 @dataclass(frozen=True, slots=True)
-class Listing:
+class FileListing:
     """The files that a folder or a store offers, and how to read one of them."""
 
     where: str
@@ -93,13 +93,13 @@ def pipeline_digest(folder: Path) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def local_listing(folder: Path) -> Listing:
+def local_listing(folder: Path) -> FileListing:
     """List a folder's index and the files of the parts that a pipeline may have."""
-    paths = [folder / INDEX]
-    for part in PARTS["sdxl"]:
+    paths = [folder / INDEX_FILE]
+    for part in PIPELINE_PARTS["sdxl"]:
         paths += sorted((folder / part).iterdir()) if (folder / part).is_dir() else []
     names = frozenset(path.relative_to(folder).as_posix() for path in paths if path.is_file())
-    return Listing(str(folder), names, lambda name: _read(folder / name))
+    return FileListing(str(folder), names, lambda name: _read(folder / name))
 
 
 def _read(path: Path) -> bytes:
@@ -108,32 +108,32 @@ def _read(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def read_index(listing: Listing) -> tuple[dict[str, Any], Kind]:
+def read_index(listing: FileListing) -> tuple[dict[str, Any], PipelineKind]:
     """Return model_index.json and the kind of pipeline that it describes.
 
     Raises:
         IntegrityError: The pipeline or a part is of another class than loraseg can use.
     """
-    index = _read_object(listing, INDEX)
+    index = _read_object(listing, INDEX_FILE)
     found = index.get("_class_name")
     if not isinstance(found, str) or found not in PIPELINE_KINDS:
         raise IntegrityError(
-            f"{listing.where}/{INDEX}: the pipeline is a {str(found)[:80]}, expected "
+            f"{listing.where}/{INDEX_FILE}: the pipeline is a {str(found)[:80]}, expected "
             f"{' or '.join(PIPELINE_KINDS)}"
         )
     kind = PIPELINE_KINDS[found]
-    for part in PARTS[kind]:
+    for part in PIPELINE_PARTS[kind]:
         _check_class(listing.where, part, index.get(part))
     if not isinstance(index.get("force_zeros_for_empty_prompt", True), bool):
         raise IntegrityError(
-            f"{listing.where}/{INDEX}: force_zeros_for_empty_prompt is no true or false"
+            f"{listing.where}/{INDEX_FILE}: force_zeros_for_empty_prompt is no true or false"
         )
     return index, kind
 
 
 def _check_class(where: str, part: str, entry: object) -> None:
-    if part in MODELS:
-        library, allowed, _ = MODELS[part]
+    if part in MODEL_PARTS:
+        library, allowed, _ = MODEL_PARTS[part]
     elif part == "scheduler":
         library, allowed = "diffusers", _scheduler_classes()
     else:
@@ -141,7 +141,7 @@ def _check_class(where: str, part: str, entry: object) -> None:
     if not any(entry == [library, name] for name in allowed):
         expected = "one of its schedulers" if part == "scheduler" else " or ".join(allowed)
         raise IntegrityError(
-            f"{where}/{INDEX}: {part} is {str(entry)[:80]}, expected {expected} of {library}"
+            f"{where}/{INDEX_FILE}: {part} is {str(entry)[:80]}, expected {expected} of {library}"
         )
 
 
@@ -152,15 +152,15 @@ def _scheduler_classes() -> tuple[str, ...]:
     return tuple(name for name in dir(schedulers) if name.endswith("Scheduler"))
 
 
-def used_files(listing: Listing) -> list[str]:
+def used_files(listing: FileListing) -> list[str]:
     """Return the files that loading reads.
 
     Raises:
         IntegrityError: One is missing or a pickle.
     """
     _, kind = read_index(listing)
-    files = [INDEX]
-    for part in PARTS[kind]:
+    files = [INDEX_FILE]
+    for part in PIPELINE_PARTS[kind]:
         if f"{part}/adapter_config.json" in listing.names:
             raise IntegrityError(
                 f"{listing.where}/{part}: holds adapter_config.json; expected a plain model, with "
@@ -170,27 +170,27 @@ def used_files(listing: Listing) -> list[str]:
     return files
 
 
-def _files_of_part(listing: Listing, part: str) -> list[str]:
+def _files_of_part(listing: FileListing, part: str) -> list[str]:
     if part == "scheduler":
         return _require(listing, part, ["scheduler_config.json"])
-    if part not in MODELS:
+    if part not in MODEL_PARTS:
         there = [name for name in TOKENIZER_FILES if f"{part}/{name}" in listing.names]
         words = ["tokenizer.json"] if "tokenizer.json" in there else ["vocab.json", "merges.txt"]
         _require(listing, part, ["tokenizer_config.json", *words])
         return there
-    weights = f"{MODELS[part][2]}.safetensors"
+    weights = f"{MODEL_PARTS[part][2]}.safetensors"
     if f"{part}/{weights}.index.json" not in listing.names:
         return _require(listing, part, ["config.json", weights])
     shards = _shards(listing, f"{part}/{weights}.index.json")
     return _require(listing, part, ["config.json", f"{weights}.index.json", *shards])
 
 
-def _require(listing: Listing, part: str, names: list[str]) -> list[str]:
+def _require(listing: FileListing, part: str, names: list[str]) -> list[str]:
     for name in names:
         if f"{part}/{name}" in listing.names:
             continue
         there = sorted(n.partition("/")[2] for n in listing.names if n.startswith(f"{part}/"))
-        pickles = [other for other in there if other.endswith(_PICKLES)]
+        pickles = [other for other in there if other.endswith(_PICKLE_SUFFIXES)]
         if name.endswith(".safetensors") and pickles:
             raise IntegrityError(
                 f"{listing.where}/{part}: {pickles[0]} is a pickle, which can run code when it is "
@@ -200,7 +200,7 @@ def _require(listing: Listing, part: str, names: list[str]) -> list[str]:
     return names
 
 
-def _shards(listing: Listing, name: str) -> list[str]:
+def _shards(listing: FileListing, name: str) -> list[str]:
     places = _read_object(listing, name).get("weight_map")
     values = set(places.values()) if isinstance(places, dict) else set()
     if not values or not all(isinstance(v, str) and _SHARD.fullmatch(v) for v in values):
@@ -210,7 +210,7 @@ def _shards(listing: Listing, name: str) -> list[str]:
     return sorted(values)
 
 
-def _read_object(listing: Listing, name: str) -> dict[str, Any]:
+def _read_object(listing: FileListing, name: str) -> dict[str, Any]:
     if name not in listing.names:
         raise IntegrityError(f"{listing.where}: {name} is missing; not a diffusers pipeline")
     try:

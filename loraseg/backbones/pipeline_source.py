@@ -18,22 +18,22 @@ import torch
 from safetensors import SafetensorError
 
 import loraseg
-from loraseg.backbones.pipeline_fit import check_fit
+from loraseg.backbones.pipeline_fit import check_parts_fit
 from loraseg.backbones.pipeline_layout import (
-    INDEX,
-    MODELS,
-    PARTS,
+    INDEX_FILE,
+    MODEL_PARTS,
+    PIPELINE_PARTS,
     TOKENIZER_FILES,
     TOKENIZER_PARTS,
-    Kind,
-    Listing,
+    FileListing,
+    PipelineKind,
     local_listing,
     pipeline_digest,
     read_index,
     used_files,
 )
-from loraseg.backbones.source import split_pin
-from loraseg.cache_folder import cache_folder, rename_once
+from loraseg.backbones.weights import split_pin
+from loraseg.cache_dir import cache_dir, publish_directory
 from loraseg.compat import prepare_torchvision
 from loraseg.errors import ConfigError, IntegrityError
 from loraseg.storage import open_store
@@ -45,7 +45,7 @@ _LOAD_ERRORS = (
     *(OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError),
     *(ArithmeticError, AttributeError, ImportError, AssertionError),
 )
-_HUB = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+_HUB_SPEC = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +64,7 @@ class PipelineSource:
     name: str
     folder: Path
     digest: str
-    kind: Kind
+    kind: PipelineKind
     scheduler: str
     zero_unconditional: bool
 
@@ -85,7 +85,7 @@ def resolve_pipeline(spec: str) -> PipelineSource:
     name, pinned = split_pin(spec)
     source = _from_cache(name, pinned) if pinned and name.startswith("s3://") else None
     if source is None:
-        source = _inspect(name, _folder(name))
+        source = _inspect(name, _resolve_folder(name))
     if pinned not in (None, source.digest):
         raise IntegrityError(f"{name}: sha256 is {source.digest}, pinned {pinned}")
     return source
@@ -102,7 +102,7 @@ def load_parts(source: PipelineSource, dtype: torch.dtype) -> dict[str, Any]:
     prepare_torchvision()
     parts: dict[str, Any] = {}
     with _without_progress_bars():
-        for part in PARTS[source.kind]:
+        for part in PIPELINE_PARTS[source.kind]:
             wide = part == "vae" and source.kind == "sdxl"
             try:
                 parts[part] = _load_part(source, part, torch.float32 if wide else dtype)
@@ -110,7 +110,7 @@ def load_parts(source: PipelineSource, dtype: torch.dtype) -> dict[str, Any]:
                 raise IntegrityError(
                     f"{source.folder / part}: cannot be loaded: {error!r}"
                 ) from error
-    check_fit(parts, str(source.folder))
+    check_parts_fit(parts, str(source.folder))
     return parts
 
 
@@ -134,9 +134,9 @@ def _load_part(source: PipelineSource, part: str, dtype: torch.dtype) -> Any:
     folder = str(source.folder / part)
     if part == "scheduler":
         return getattr(diffusers, source.scheduler).from_pretrained(folder, local_files_only=True)
-    if part not in MODELS:
+    if part not in MODEL_PARTS:
         return transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    library, classes, _ = MODELS[part]
+    library, classes, _ = MODEL_PARTS[part]
     module = diffusers if library == "diffusers" else transformers
     model, info = getattr(module, classes[0]).from_pretrained(
         folder,
@@ -169,9 +169,9 @@ def _inspect(name: str, folder: Path) -> PipelineSource:
     )
 
 
-def _folder(name: str) -> Path:
+def _resolve_folder(name: str) -> Path:
     if name.startswith("s3://"):
-        return _mirror(name)
+        return _download_to_cache(name)
     if name.startswith("hf:"):
         return _from_hub(name)
     if name == "miniature":
@@ -181,7 +181,7 @@ def _folder(name: str) -> Path:
 
 def _from_cache(name: str, digest: str) -> PipelineSource | None:
     """Return what is kept under a digest, None if nothing is or it is damaged."""
-    folder = cache_folder("pipelines") / digest
+    folder = cache_dir("pipelines") / digest
     if not folder.is_dir():
         return None
     try:
@@ -191,11 +191,11 @@ def _from_cache(name: str, digest: str) -> PipelineSource | None:
     return source if source.digest == digest else None
 
 
-def _mirror(uri: str) -> Path:
+def _download_to_cache(uri: str) -> Path:
     """Copy the used files of a pipeline in a store to the cache, named by their digest."""
     store = open_store(uri)
-    listing = Listing(uri, frozenset(store.list()), store.get)
-    cache = cache_folder("pipelines")
+    listing = FileListing(uri, frozenset(store.list()), store.get)
+    cache = cache_dir("pipelines")
     cache.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache))
     try:
@@ -207,22 +207,22 @@ def _mirror(uri: str) -> Path:
         if target.is_dir() and _from_cache(uri, target.name) is None:
             shutil.rmtree(target)
         if not target.is_dir():
-            rename_once(partial, target)
+            publish_directory(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
 def _from_hub(spec: str) -> Path:
-    match = _HUB.fullmatch(spec)
+    match = _HUB_SPEC.fullmatch(spec)
     if match is None:
         raise ConfigError(f"pipeline {spec!r}: expected hf:org/name or hf:org/name@revision")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = [INDEX, "*/config.json", "scheduler/scheduler_config.json"]
+    wanted = [INDEX_FILE, "*/config.json", "scheduler/scheduler_config.json"]
     wanted += [f"{part}/{name}" for part in TOKENIZER_PARTS for name in TOKENIZER_FILES]
-    for part, (_, _, stem) in MODELS.items():
+    for part, (_, _, stem) in MODEL_PARTS.items():
         wanted += [f"{part}/{stem}.safetensors", f"{part}/{stem}-*.safetensors"]
         wanted.append(f"{part}/{stem}.safetensors.index.json")
     try:

@@ -6,32 +6,32 @@ from pathlib import Path
 
 from loraseg.errors import StoreError
 
-__all__ = ["complain", "keep_files", "names", "say", "say_table"]
+__all__ = ["print_error", "print_line", "print_table", "split_names", "write_files"]
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     """Print one line of results."""
     sys.stdout.write(f"{line}\n")
 
 
-def complain(error: Exception) -> None:
+def print_error(error: Exception) -> None:
     """Print why something failed, in one line."""
     sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
 
 
-def say_table(rows: Sequence[Sequence[str]]) -> None:
+def print_table(rows: Sequence[Sequence[str]]) -> None:
     """Print rows as aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        say("  ".join(map(str.ljust, row, widths)).rstrip())
+        print_line("  ".join(map(str.ljust, row, widths)).rstrip())
 
 
-def names(text: str) -> tuple[str, ...]:
+def split_names(text: str) -> tuple[str, ...]:
     """Split "road, car" into its names; empty ones fall away."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def keep_files(folder: Path, files: Mapping[str, bytes]) -> None:
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write files by name into a folder, which is made at need.
 
     Raises:

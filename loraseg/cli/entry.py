@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from loraseg.cli import generate, library, miniature, report, segment, synth, tokens, train_base
-from loraseg.cli.console import complain, say, say_table
+from loraseg.cli.console import print_error, print_line, print_table
 from loraseg.errors import AdapterNotFoundError, ConfigError, LorasegError
 
 if TYPE_CHECKING:
-    from loraseg.doctor import Finding
+    from loraseg.doctor import Check
 
 __all__ = ["main"]
 
@@ -26,10 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = command(arguments)
         sys.stdout.flush()
     except (ConfigError, AdapterNotFoundError) as error:
-        complain(error)
+        print_error(error)
         return 2
     except LorasegError as error:
-        complain(error)
+        print_error(error)
         return 1
     except BrokenPipeError:
         # Whoever read our output has seen enough, as in `loraseg library ls URI | head`. Python
@@ -81,33 +81,33 @@ def _add_doctor(commands: Any) -> None:
 
 
 def _spread(arguments: argparse.Namespace) -> int:
-    from loraseg.evaluate.spread import spread
+    from loraseg.evaluate.seed_summary import summarise_seeds
 
-    sys.stdout.write(spread(arguments.results))
+    sys.stdout.write(summarise_seeds(arguments.results))
     return 0
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from loraseg.doctor import examine, measure_merging
+    from loraseg.doctor import measure_merging, run_checks
 
-    findings = list(examine(arguments.store))
-    findings += _endpoint(arguments)
+    findings = list(run_checks(arguments.store))
+    findings += _check_endpoint(arguments)
     if arguments.measure_merging:
         findings.append(measure_merging())
-    say_table([("ok" if f.is_well else "BAD", f.what, f.state) for f in findings])
-    unwell = [finding.what for finding in findings if not finding.is_well]
+    print_table([("ok" if f.ok else "BAD", f.name, f.detail) for f in findings])
+    unwell = [finding.name for finding in findings if not finding.ok]
     if unwell:
-        say(f"needs care: {', '.join(unwell)}")
+        print_line(f"needs care: {', '.join(unwell)}")
     return int(bool(unwell))
 
 
-def _endpoint(arguments: argparse.Namespace) -> "list[Finding]":
+def _check_endpoint(arguments: argparse.Namespace) -> "list[Check]":
     if arguments.endpoint is None:
         if arguments.token_file is not None:
             raise ConfigError("--token-file: goes with --endpoint only")
         return []
-    from loraseg.client.address import read_token
-    from loraseg.client.diagnosis import diagnose
+    from loraseg.client.endpoint import read_token
+    from loraseg.client.health import check_endpoint
 
     token = None if arguments.token_file is None else read_token(arguments.token_file)
-    return list(diagnose(arguments.endpoint, token))
+    return list(check_endpoint(arguments.endpoint, token))

@@ -4,14 +4,14 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from loraseg.cli.console import say, say_table
+from loraseg.cli.console import print_line, print_table
 
 if TYPE_CHECKING:
-    from loraseg.evaluate.fidelity_run import Fidelity, Figure
+    from loraseg.evaluate.fidelity.run import FidelityMetric, FidelityReport
 
 __all__ = ["add_fidelity"]
 
-_MEANINGS = {
+_DESCRIPTIONS = {
     "cmmd": "CMMD x 1000, middle square; 0 is best",
     "cmmd_no_crop": "CMMD x 1000, whole frame; 0 is best",
     "fid": "Frechet distance in CLIP's space; 0 is best",
@@ -54,8 +54,8 @@ def _fidelity(arguments: argparse.Namespace) -> int:
     from loraseg.backbones.clip import load_clip
     from loraseg.backbones.device import best_device
     from loraseg.data.readers.folder import DatasetFolder
-    from loraseg.data.shard_reader import ShardDataset
-    from loraseg.evaluate.fidelity_run import measure_fidelity
+    from loraseg.data.shards.reader import ShardDataset
+    from loraseg.evaluate.fidelity.run import measure_fidelity
 
     dataset = ShardDataset.open(arguments.uri)
     real = DatasetFolder.open(arguments.real)
@@ -65,25 +65,25 @@ def _fidelity(arguments: argparse.Namespace) -> int:
     if arguments.json:
         sys.stdout.write(result.to_json())
     else:
-        _show(result)
+        _print_figures(result)
     return 0
 
 
-def _show(result: "Fidelity") -> None:
-    say_table(
+def _print_figures(result: "FidelityReport") -> None:
+    print_table(
         [
             ("FIGURE", "VALUE", "REAL", "SYNTHETIC", "MEANING", "ENCODER"),
-            *(_row(name, result.figures[name]) for name in _MEANINGS),
+            *(_row(name, result.figures[name]) for name in _DESCRIPTIONS),
         ]
     )
     for suspect in result.suspects:
-        say(
+        print_line(
             f"perhaps a copy: {suspect.pair_id[:12]} of {suspect.real} "
             f"(distance {suspect.distance:.4f})"
         )
 
 
-def _row(name: str, figure: "Figure") -> tuple[str, ...]:
+def _row(name: str, figure: "FidelityMetric") -> tuple[str, ...]:
     value = "-" if figure.value is None else f"{figure.value:.4f}"
     counts = (str(figure.real or "-"), str(figure.synthetic or "-"))
-    return name, value, *counts, _MEANINGS[name], figure.encoder
+    return name, value, *counts, _DESCRIPTIONS[name], figure.encoder

@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraseg.cli.console import names
+from loraseg.cli.console import split_names
 from loraseg.errors import ConfigError, DatasetError
 
 if TYPE_CHECKING:
     from loraseg.backbones.diffusion import DiffusionBase
     from loraseg.data.labels import LabelSpace
-    from loraseg.engine.generator_adapters import LoadedAdapter
+    from loraseg.inference.generator_adapters import LoadedGeneratorAdapter
     from loraseg.synth.generator import Generator
     from loraseg.synth.sampling import SamplingConfig
 
@@ -80,14 +80,14 @@ def _add_sampling(group: Any) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    config = _sampling(arguments)
-    paths = _distinct(arguments.masks, Path(arguments.out), config.images)
+    config = _sampling_config(arguments)
+    paths = _check_masks(arguments.masks, Path(arguments.out), config.images)
     weights = _weights(arguments)
     from loraseg.backbones.device import best_device
     from loraseg.backbones.diffusion import load_diffusion
-    from loraseg.cli.generate_output import Output
+    from loraseg.cli.generate_output import GenerateWriter
     from loraseg.data.masks import read_mask
-    from loraseg.engine.generator_adapters import load_generator_adapter
+    from loraseg.inference.generator_adapters import load_generator_adapter
     from loraseg.synth.sampling import DTYPES
 
     base = load_diffusion(arguments.base, device=best_device(), dtype=DTYPES[config.precision])
@@ -98,12 +98,12 @@ def _generate(arguments: argparse.Namespace) -> int:
     label_space = _label_space(arguments.classes, loaded)
     masks = [(path.stem, read_mask(path, classes=len(label_space))) for path in paths]
     generator = _generator(base, label_space, loaded, arguments.prompt_template, config)
-    output = Output(Path(arguments.out), label_space, generator.digest)
+    output = GenerateWriter(Path(arguments.out), label_space, generator.digest)
     total = len(masks) * config.images
     started = time.monotonic()
     for count, made in enumerate(generator.generate(masks), 1):
         output.write(made)
-        _report(count, total, time.monotonic() - started)
+        _print_progress(count, total, time.monotonic() - started)
     output.write_sheet(dict(masks))
     return 0
 
@@ -111,7 +111,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 def _generator(
     base: "DiffusionBase",
     label_space: "LabelSpace",
-    loaded: "list[LoadedAdapter]",
+    loaded: "list[LoadedGeneratorAdapter]",
     template: str | None,
     config: "SamplingConfig",
 ) -> "Generator":
@@ -125,7 +125,7 @@ def _generator(
     return Generator(base, conditioner, adapters=[one.adapter for one in loaded], config=config)
 
 
-def _sampling(arguments: argparse.Namespace) -> "SamplingConfig":
+def _sampling_config(arguments: argparse.Namespace) -> "SamplingConfig":
     from loraseg.synth.sampling import SamplingConfig
 
     given: dict[str, Any] = {
@@ -158,7 +158,7 @@ def _weights(arguments: argparse.Namespace) -> list[float]:
     return arguments.weight or [1.0] * count
 
 
-def _label_space(text: str | None, loaded: "list[LoadedAdapter]") -> "LabelSpace":
+def _label_space(text: str | None, loaded: "list[LoadedGeneratorAdapter]") -> "LabelSpace":
     from loraseg.data.labels import LabelSpace, read_classes
 
     if text is None:
@@ -171,12 +171,12 @@ def _label_space(text: str | None, loaded: "list[LoadedAdapter]") -> "LabelSpace
     try:
         if text.endswith(".json") or Path(text).is_file():
             return read_classes(text)
-        return LabelSpace(names(text))
+        return LabelSpace(split_names(text))
     except DatasetError as error:
         raise ConfigError(f"--classes: {error}") from error
 
 
-def _distinct(masks: list[str], out: Path, images: int) -> list[Path]:
+def _check_masks(masks: list[str], out: Path, images: int) -> list[Path]:
     """Refuse masks that are not there, and images that would take the name of another or a mask."""
     paths = [Path(mask) for mask in masks]
     if absent := [str(path) for path in paths if not path.is_file()]:
@@ -193,7 +193,7 @@ def _distinct(masks: list[str], out: Path, images: int) -> list[Path]:
     return paths
 
 
-def _report(count: int, total: int, elapsed_s: float) -> None:
+def _print_progress(count: int, total: int, elapsed_s: float) -> None:
     left_s = elapsed_s / count * (total - count)
     line = f"{count}/{total} images, {elapsed_s:.0f} s, {left_s:.0f} s left"
     # On a terminal one line that changes, in a log file one line for every image.

@@ -4,15 +4,15 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from loraseg.cli.console import keep_files, say
+from loraseg.cli.console import print_line, write_files
 from loraseg.data.drawing import encode_png
 from loraseg.data.labels import LabelSpace
 from loraseg.data.masks import encode_mask
-from loraseg.synth.generator import Generated
+from loraseg.synth.generator import GeneratedImage
 from loraseg.synth.sheet import SheetRow, contact_sheet
 from loraseg.tensor_types import UInt8, ndarray
 
-__all__ = ["SHEET", "Output", "file_names"]
+__all__ = ["SHEET", "GenerateWriter", "file_names"]
 
 SHEET = "sheet.png"
 
@@ -23,7 +23,7 @@ def file_names(mask: str, k: int) -> tuple[str, str, str]:
     return f"{stem}.png", f"{stem}_label.png", f"{stem}.json"
 
 
-class Output:
+class GenerateWriter:
     """A folder of pairs.
 
     Args:
@@ -38,23 +38,23 @@ class Output:
         self._generator = generator
         self._images: dict[str, list[UInt8[ndarray, "_ _ 3"]]] = {}
 
-    def write(self, made: Generated) -> None:
+    def write(self, generated: GeneratedImage) -> None:
         """Write one image, its label and where they come from.
 
         Raises:
             StoreError: The folder cannot be written.
         """
-        image, label, lineage = file_names(made.name, made.lineage.k)
-        told = {"image": image, "label": label, **made.lineage.to_json()}
-        keep_files(
+        image, label, lineage = file_names(generated.mask_name, generated.lineage.k)
+        told = {"image": image, "label": label, **generated.lineage.to_json()}
+        write_files(
             self._folder,
             {
-                image: encode_png(made.image),
-                label: encode_mask(made.label, self._label_space),
+                image: encode_png(generated.image),
+                label: encode_mask(generated.label, self._label_space),
                 lineage: (json.dumps(told, indent=1, ensure_ascii=False) + "\n").encode(),
             },
         )
-        self._images.setdefault(made.name, []).append(made.image)
+        self._images.setdefault(generated.mask_name, []).append(generated.image)
 
     def write_sheet(self, masks: Mapping[str, ndarray]) -> None:
         """Write the sheet of all pairs and say where everything is.
@@ -66,8 +66,8 @@ class Output:
             SheetRow(name, masks[name], [(str(k), image) for k, image in enumerate(images)])
             for name, images in self._images.items()
         ]
-        keep_files(self._folder, {SHEET: encode_png(contact_sheet(rows, self._label_space))})
+        write_files(self._folder, {SHEET: encode_png(contact_sheet(rows, self._label_space))})
         for name, images in self._images.items():
             last = len(images) - 1
-            say(f"{name} -> {self._folder / name}_0.png to _{last}.png")
-        say(f"{self._folder / SHEET}  generator {self._generator}")
+            print_line(f"{name} -> {self._folder / name}_0.png to _{last}.png")
+        print_line(f"{self._folder / SHEET}  generator {self._generator}")

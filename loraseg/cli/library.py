@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import Any
 
-from loraseg.cli.console import say, say_table
+from loraseg.cli.console import print_line, print_table
 
 __all__ = ["add"]
 
@@ -40,61 +40,63 @@ def add(commands: Any) -> None:
 
 def _ls(arguments: argparse.Namespace) -> int:
     wanted = arguments.base or ""
-    entries = [e for e in _open(arguments.uri).entries() if e.card.base.digest.startswith(wanted)]
+    entries = [
+        e for e in _open_library(arguments.uri).entries() if e.card.base.digest.startswith(wanted)
+    ]
     if not entries:
-        say(f"{arguments.uri}: no adapters" + (f" for base {wanted}" if wanted else ""))
+        print_line(f"{arguments.uri}: no adapters" + (f" for base {wanted}" if wanted else ""))
         return 0
     rows = [("NAME", "VERSION", "ROLE", "BASE", "CLASSES", "IMAGES", "MIOU", "KB", "DIGEST")]
     rows += [_row(entry) for entry in entries]
-    say_table(rows)
+    print_table(rows)
     return 0
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    library = _open(arguments.uri)
+    library = _open_library(arguments.uri)
     entry = library.entry(arguments.name, arguments.version)
     for known in library.versions(arguments.name):
         mark = "*" if known.current else " "
-        say(f"{mark} version {known.version}  {known.digest}  {known.size_bytes} bytes")
+        print_line(f"{mark} version {known.version}  {known.digest}  {known.size_bytes} bytes")
     card = entry.card.to_json()
     for centroid in card["centroids"]:
         # Hundreds of numbers would bury what a person looks for.
         centroid["vector"] = f"{len(centroid['vector'])} numbers"
-    say(json.dumps(card, indent=1, sort_keys=True, ensure_ascii=False))
+    print_line(json.dumps(card, indent=1, sort_keys=True, ensure_ascii=False))
     return 0
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    report = _open(arguments.uri).verify()
+    report = _open_library(arguments.uri).verify()
     for what, keys in (
         ("missing", report.missing),
         ("corrupt", report.corrupt),
         ("unused", report.garbage),
     ):
         for key in keys:
-            say(f"{what}: {key}")
+            print_line(f"{what}: {key}")
     verdict = "ok" if report.ok else "DAMAGED: publish the adapters concerned again"
-    say(f"{arguments.uri}: {report.checked} objects checked, {verdict}")
+    print_line(f"{arguments.uri}: {report.checked} objects checked, {verdict}")
     return int(not report.ok)
 
 
 def _rollback(arguments: argparse.Namespace) -> int:
-    entry = _open(arguments.uri).rollback(arguments.name, arguments.version)
-    say(f"{entry.name} is version {entry.version} now ({entry.digest})")
+    entry = _open_library(arguments.uri).rollback(arguments.name, arguments.version)
+    print_line(f"{entry.name} is version {entry.version} now ({entry.digest})")
     return 0
 
 
 def _retire(arguments: argparse.Namespace) -> int:
-    _open(arguments.uri).retire(arguments.name)
-    say(f"{arguments.name} is retired")
+    _open_library(arguments.uri).retire(arguments.name)
+    print_line(f"{arguments.name} is retired")
     return 0
 
 
-def _open(uri: str) -> Any:
+def _open_library(uri: str) -> Any:
     from loraseg.library.catalog import Library
-    from loraseg.storage import SHORT_PATIENCE_S, open_store
+    from loraseg.storage import SHORT_RETRY_TIMEOUT_S, open_store
 
-    return Library(open_store(uri).with_patience(SHORT_PATIENCE_S))
+    return Library(open_store(uri).with_retry_timeout(SHORT_RETRY_TIMEOUT_S))
 
 
 def _row(entry: Any) -> tuple[str, ...]:

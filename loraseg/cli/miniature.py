@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from loraseg.cli.console import names, say
+from loraseg.cli.console import print_line, split_names
 from loraseg.errors import ConfigError
 
 __all__ = ["add"]
@@ -24,12 +24,12 @@ def add(commands: Any) -> None:
 
 
 def _write(arguments: argparse.Namespace) -> int:
-    from loraseg.miniature.dataset import write_world
-    from loraseg.miniature.domains import DOMAINS
+    from loraseg.miniature.world.dataset import write_world
+    from loraseg.miniature.world.domains import DOMAINS
 
     if min(arguments.train, arguments.val) < 1:
         raise ConfigError("--train and --val: expected at least 1")
-    wanted = names(arguments.domains) if arguments.domains else tuple(DOMAINS)
+    wanted = split_names(arguments.domains) if arguments.domains else tuple(DOMAINS)
     folders = write_world(
         Path(arguments.folder),
         wanted,
@@ -38,5 +38,5 @@ def _write(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
     )
     for name, folder in folders.items():
-        say(f"{folder}  ({DOMAINS[name].family} family)")
+        print_line(f"{folder}  ({DOMAINS[name].family} family)")
     return 0

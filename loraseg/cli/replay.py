@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from loraseg.cli.console import keep_files, say
+from loraseg.cli.console import print_line, write_files
 
 __all__ = ["add_replay"]
 
@@ -25,20 +25,24 @@ def add_replay(actions: Any) -> None:
 
 
 def _replay(arguments: argparse.Namespace) -> int:
+    from loraseg.batch.synthesize.replay import Replayer
     from loraseg.data.drawing import encode_png
-    from loraseg.data.shard_reader import ShardDataset
-    from loraseg.factory.replay import Replayer
+    from loraseg.data.shards.reader import ShardDataset
 
     replay = Replayer(ShardDataset.open(arguments.uri))
     equal = 0
     for pair in arguments.pairs:
         found = replay(pair)
-        equal += not found.differing
+        equal += not found.differing_pixels
         name = found.row.pair_id or ""
-        verdict = f"{found.differing} pixels differ" if found.differing else "equal, bit by bit"
-        say(f"{name}  {verdict}")
+        verdict = (
+            f"{found.differing_pixels} pixels differ"
+            if found.differing_pixels
+            else "equal, bit by bit"
+        )
+        print_line(f"{name}  {verdict}")
         if arguments.out is not None:
             png = encode_png(found.image, optimize=False)
-            keep_files(Path(arguments.out), {f"{name[:16]}_replayed.png": png})
-    say(f"{equal} of {len(arguments.pairs)} equal")
+            write_files(Path(arguments.out), {f"{name[:16]}_replayed.png": png})
+    print_line(f"{equal} of {len(arguments.pairs)} equal")
     return int(equal < len(arguments.pairs))

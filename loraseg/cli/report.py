@@ -31,22 +31,22 @@ def add(commands: Any) -> None:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from loraseg.probes.views import overview
+    from loraseg.probes.tables import format_report
 
-    sys.stdout.write(overview(_read(arguments.file, arguments), arguments.top))
+    sys.stdout.write(format_report(_read(arguments.file, arguments), arguments.top))
     return 0
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from loraseg.probes.views import comparison
+    from loraseg.probes.tables import format_comparison
 
     first, second = (_read(place, arguments) for place in (arguments.first, arguments.second))
-    sys.stdout.write(comparison(first, second, arguments.top or ()))
+    sys.stdout.write(format_comparison(first, second, arguments.top or ()))
     return 0
 
 
-def _read(place: str, arguments: argparse.Namespace) -> Any:
-    from loraseg.adapters.report_places import read_report
+def _read(uri: str, arguments: argparse.Namespace) -> Any:
+    from loraseg.adapters.targets.layer_report_io import read_layer_report
 
-    report = read_report(place)
+    report = read_layer_report(uri)
     return report.projections() if arguments.projections else report

@@ -7,20 +7,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraseg.cli.console import complain, names
+from loraseg.cli.console import print_error, split_names
 from loraseg.errors import ConfigError, LorasegError
 
 if TYPE_CHECKING:
-    from loraseg.cli.segment_output import Output
+    from loraseg.cli.segment_output import SegmentWriter
     from loraseg.data.labels import LabelSpace
-    from loraseg.segment.adaptive import AdaptiveSegmenter, AdaptiveSettings, Segmentation
+    from loraseg.inference.pipeline import AdaptiveSegmenter, AdaptiveSettings, Segmentation
     from loraseg.tensor_types import ndarray
 
 __all__ = ["add"]
 
-_MAPS = ("confidence", "entropy")
+_MAP_NAMES = ("confidence", "entropy")
 # What an endpoint has decided for all its clients; by default, as here.
-_OFFLINE = {"base": "miniature", "encoder": "miniature", "precision": "fp32", "sliding": False}
+_LOCAL_DEFAULTS = {
+    "base": "miniature",
+    "encoder": "miniature",
+    "precision": "fp32",
+    "sliding": False,
+}
 
 
 def add(commands: Any) -> None:
@@ -71,31 +76,31 @@ def add(commands: Any) -> None:
 
 def _segment(arguments: argparse.Namespace) -> int:
     label_space = _label_space(arguments.classes)
-    paths = _distinct(arguments.images)
-    arguments.maps = _maps(arguments.maps)
+    paths = _check_images(arguments.images)
+    arguments.maps = _parse_maps(arguments.maps)
     if arguments.endpoint is None:
         if arguments.token_file is not None:
             raise ConfigError("--token-file: goes with --endpoint only")
-        return _segment_here(arguments, label_space, paths)
-    if given := [name for name in _OFFLINE if getattr(arguments, name) is not None]:
+        return _segment_locally(arguments, label_space, paths)
+    if given := [name for name in _LOCAL_DEFAULTS if getattr(arguments, name) is not None]:
         raise ConfigError(f"--{given[0]}: the endpoint decides this for all of its clients")
     from loraseg.cli.segment_online import segment_online
 
     return segment_online(arguments, label_space, paths)
 
 
-def _segment_here(
+def _segment_locally(
     arguments: argparse.Namespace, label_space: "LabelSpace", paths: list[Path]
 ) -> int:
-    from loraseg.cli.segment_output import Output
+    from loraseg.cli.segment_output import SegmentWriter
     from loraseg.data.images import read_image
 
-    for name, default in _OFFLINE.items():
+    for name, default in _LOCAL_DEFAULTS.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, default)
     settings = _settings(arguments)
     segmenter = _segmenter(arguments, settings)
-    output = Output(Path(arguments.out), label_space, settings)
+    output = SegmentWriter(Path(arguments.out), label_space, settings)
     readable: deque[tuple[Path, ndarray]] = deque()
     failures: list[LorasegError] = []
 
@@ -104,7 +109,7 @@ def _segment_here(
             try:
                 image = read_image(path)
             except LorasegError as error:
-                complain(error)
+                print_error(error)
                 failures.append(error)
                 continue
             readable.append((path, image))
@@ -120,12 +125,12 @@ def _segment_here(
             _write(output, path, image, outcome[0])
         except LorasegError as error:
             # One broken image must not cost the others.
-            complain(error)
+            print_error(error)
             failures.append(error)
     return int(bool(failures))
 
 
-def _write(output: "Output", path: Path, image: "ndarray", result: "Segmentation") -> None:
+def _write(output: "SegmentWriter", path: Path, image: "ndarray", result: "Segmentation") -> None:
     maps = {"confidence": result.confidence, "entropy": result.entropy}
     output.write(path, image, result.label_map, maps, result.explanation.to_json())
 
@@ -135,18 +140,18 @@ def _label_space(text: str) -> "LabelSpace":
     from loraseg.errors import DatasetError
 
     try:
-        return LabelSpace(names(text))
+        return LabelSpace(split_names(text))
     except DatasetError as error:
         raise ConfigError(f"--classes: {error}") from error
 
 
-def _maps(text: str) -> tuple[str, ...]:
-    if unknown := set(names(text)) - set(_MAPS):
-        raise ConfigError(f"--maps: got {sorted(unknown)[0]!r}, expected {' or '.join(_MAPS)}")
-    return tuple(name for name in _MAPS if name in names(text))
+def _parse_maps(text: str) -> tuple[str, ...]:
+    if unknown := set(split_names(text)) - set(_MAP_NAMES):
+        raise ConfigError(f"--maps: got {sorted(unknown)[0]!r}, expected {' or '.join(_MAP_NAMES)}")
+    return tuple(name for name in _MAP_NAMES if name in split_names(text))
 
 
-def _distinct(images: list[str]) -> list[Path]:
+def _check_images(images: list[str]) -> list[Path]:
     """Refuse images that are not there, and two whose results would have the same name."""
     paths = [Path(image) for image in images]
     if absent := [str(path) for path in paths if not path.is_file()]:
@@ -158,22 +163,22 @@ def _distinct(images: list[str]) -> list[Path]:
 
 
 def _settings(arguments: argparse.Namespace) -> "AdaptiveSettings":
-    from loraseg.segment.adaptive import preset
+    from loraseg.inference.pipeline import default_adaptive_settings
 
     changes = {"mode": arguments.mode, "k": arguments.top_k, "temperature": arguments.temperature}
     named = {name: value for name, value in changes.items() if value is not None}
-    return replace(preset(arguments.encoder), **named)
+    return replace(default_adaptive_settings(arguments.encoder), **named)
 
 
 def _segmenter(arguments: argparse.Namespace, settings: "AdaptiveSettings") -> "AdaptiveSegmenter":
-    from loraseg.engine.assemble import Wanted, equip
-    from loraseg.segment.adaptive import AdaptiveSegmenter
-    from loraseg.segment.predictor import Predictor
+    from loraseg.inference.loading import SegmenterConfig, load_segmenter
+    from loraseg.inference.pipeline import AdaptiveSegmenter
+    from loraseg.segment.open_vocabulary.predictor import Predictor
 
     if arguments.library is None and settings.mode != "base":
         raise ConfigError("--library: expected the URI of a library, or --mode base for none")
-    equipment = equip(
-        Wanted(
+    equipment = load_segmenter(
+        SegmenterConfig(
             library=arguments.library,
             base=arguments.base,
             encoder=arguments.encoder,

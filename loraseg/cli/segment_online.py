@@ -6,21 +6,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from loraseg.cli.console import complain
-from loraseg.cli.segment_output import Output
-from loraseg.client import Client, Options, Reply
-from loraseg.client.address import read_token
+from loraseg.cli.console import print_error
+from loraseg.cli.segment_output import SegmentWriter
+from loraseg.client import Client, SegmentOptions, SegmentResponse
+from loraseg.client.endpoint import read_token
 from loraseg.data.images import read_image
 from loraseg.data.labels import LabelSpace
 from loraseg.errors import ConfigError, DatasetError, LorasegError, ServiceError
-from loraseg.segment.choice import AdaptiveSettings
+from loraseg.inference.selection import AdaptiveSettings
 
 __all__ = ["segment_online"]
 
 # Between one finished image and the next; whoever runs the command can see and end it.
 _TIMEOUT_S = 300.0
 # Refusals that another image of the same call would meet, too.
-_MISTAKES = {
+_USER_ERROR_CODES = {
     *("bad_request", "forbidden", "invalid", "no_such_adapter", "no_such_library", "not_found"),
     "unauthorized",
 }
@@ -39,22 +39,22 @@ def segment_online(
     with Client(arguments.endpoint, token, timeout_s=_TIMEOUT_S) as client:
         try:
             settings = _settings(arguments, client.base())
-            output = Output(Path(arguments.out), label_space, settings)
+            output = SegmentWriter(Path(arguments.out), label_space, settings)
             return _segment(client, output, arguments, label_space, paths)
         except ServiceError as error:
-            if error.code in _MISTAKES:
+            if error.code in _USER_ERROR_CODES:
                 raise ConfigError(f"{arguments.endpoint}: {error}") from error
             raise
 
 
 def _segment(
     client: Client,
-    output: Output,
+    output: SegmentWriter,
     arguments: argparse.Namespace,
     label_space: LabelSpace,
     paths: list[Path],
 ) -> int:
-    options: Options = {
+    options: SegmentOptions = {
         "library": arguments.library,
         "top_k": arguments.top_k,
         "temperature": arguments.temperature,
@@ -66,21 +66,21 @@ def _segment(
     for index, outcome in client.segment_batch(paths, label_space.names, **options):
         try:
             if isinstance(outcome, LorasegError):
-                raise _named(paths[index], outcome)
+                raise _with_path(paths[index], outcome)
             _write(output, paths[index], outcome)
         except LorasegError as error:
             # One broken image must not cost the others.
-            complain(error)
+            print_error(error)
             failed += 1
     return int(bool(failed))
 
 
-def _named(path: Path, error: LorasegError) -> LorasegError:
+def _with_path(path: Path, error: LorasegError) -> LorasegError:
     """Say which image an endpoint speaks of; files that were not sent are named already."""
     return error if isinstance(error, DatasetError) else LorasegError(f"{path}: {error}")
 
 
-def _write(output: Output, path: Path, reply: Reply) -> None:
+def _write(output: SegmentWriter, path: Path, reply: SegmentResponse) -> None:
     image = read_image(path)
     if image.shape[:2] != reply.label_map.shape:
         raise LorasegError(f"{path}: changed while it was being segmented")

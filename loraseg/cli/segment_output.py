@@ -6,16 +6,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from loraseg.cli.console import keep_files, say
+from loraseg.cli.console import print_line, write_files
 from loraseg.data.labels import LabelSpace
-from loraseg.segment.choice import AdaptiveSettings
+from loraseg.inference.selection import AdaptiveSettings
 from loraseg.segment.render import encode_png, grey_png, overlay_with_legend, palette_png
 from loraseg.tensor_types import ndarray
 
-__all__ = ["Output"]
+__all__ = ["SegmentWriter"]
 
 
-class Output:
+class SegmentWriter:
     """A folder of results.
 
     Args:
@@ -44,7 +44,7 @@ class Output:
             image: RGB, uint8 (h, w, 3).
             labels: Class ids (h, w).
             maps: Further maps in [0, 1] (h, w) by name; None for those that nobody wants.
-            explanation: As :meth:`loraseg.segment.adaptive.Explanation.to_json` gives it, and
+            explanation: As :meth:`loraseg.inference.pipeline.Explanation.to_json` gives it, and
                 whatever else is known.
 
         Raises:
@@ -66,7 +66,7 @@ class Output:
         for name, values in maps.items():
             if values is not None:
                 files[f"{path.stem}_{name}.png"] = grey_png(values)
-        keep_files(self._folder, files)
+        write_files(self._folder, files)
         parts = ", ".join(f"{used['name']} {used['weight']:.2f}" for used in told["adapters"])
         reason = parts or told["fallback"] or "base alone"
-        say(f"{path} -> {self._folder / path.stem}.png  {reason}")
+        print_line(f"{path} -> {self._folder / path.stem}.png  {reason}")

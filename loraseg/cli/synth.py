@@ -7,34 +7,34 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraseg.cli.console import keep_files, say, say_table
+from loraseg.cli.console import print_line, print_table, write_files
 from loraseg.cli.fidelity import add_fidelity
 from loraseg.cli.replay import add_replay
 from loraseg.errors import ConfigError
 
 if TYPE_CHECKING:
-    from loraseg.data.shard_reader import ShardDataset
-    from loraseg.data.shards import PairRow
+    from loraseg.data.shards.reader import ShardDataset
+    from loraseg.data.shards.schema import PairRow
 
 __all__ = ["FORMATS", "add"]
 
 # Of loraseg.data.exports, which takes too long to import for a help text.
 FORMATS = ("folder", "webdataset", "coco", "hf-parquet")
 _STATUSES = ("ok", "dropped", "bad_mask", "duplicate")
-_PICTURES = ("image", "label", "mask", "predicted")
+_IMAGE_COLUMNS = ("image", "label", "mask", "predicted")
 
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
     group = commands.add_parser("synth", help="look into synthetic datasets, export, replay")
     actions = group.add_subparsers(required=True, metavar="ACTION")
-    _add_reading(actions)
+    _add_read_actions(actions)
     _add_export(actions)
     add_replay(actions)
     add_fidelity(actions)
 
 
-def _add_reading(actions: Any) -> None:
+def _add_read_actions(actions: Any) -> None:
     listing = actions.add_parser("ls", help="list the committed shards, or their pairs")
     listing.add_argument("uri", metavar="URI")
     listing.add_argument(
@@ -64,14 +64,14 @@ def _add_export(actions: Any) -> None:
 
 
 def _ls(arguments: argparse.Namespace) -> int:
-    dataset = _open(arguments.uri)
+    dataset = _open_dataset(arguments.uri)
     if arguments.status is None:
         _list_shards(dataset)
         return 0
     for row in dataset.rows(statuses=arguments.status, columns=("reason", "k", "kept")):
         kept = "-" if row.kept is None else f"{100 * row.kept:.1f} %"
-        facts = (row.pair_id or "-", row.status, _text(row.k), kept, row.mask_name)
-        say("\t".join((*facts, _printable(row.reason or "-"))))
+        facts = (row.pair_id or "-", row.status, _or_dash(row.k), kept, row.mask_name)
+        print_line("\t".join((*facts, _printable(row.reason or "-"))))
     return 0
 
 
@@ -81,24 +81,26 @@ def _list_shards(dataset: "ShardDataset") -> None:
     for entry in manifest.shards:
         counts = (str(entry.statuses[status]) for status in _STATUSES)
         rows.append((entry.file, entry.sha256[:12], str(entry.size_bytes // 1000), *counts))
-    say_table(rows)
-    say(f"classes: {', '.join(manifest.classes)}")
+    print_table(rows)
+    print_line(f"classes: {', '.join(manifest.classes)}")
     counts = ", ".join(f"{manifest.statuses[status]} {status}" for status in _STATUSES)
-    say(f"generation {manifest.generation}: {manifest.masks} masks, rows: {counts}")
+    print_line(f"generation {manifest.generation}: {manifest.masks} masks, rows: {counts}")
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    row = _open(arguments.uri).find(arguments.pair)
-    say(json.dumps(_told(row), indent=1, ensure_ascii=False))
+    row = _open_dataset(arguments.uri).find_pair(arguments.pair)
+    print_line(json.dumps(_printable_row(row), indent=1, ensure_ascii=False))
     if arguments.out is not None:
-        files = {name: data for name in _PICTURES if (data := getattr(row, name)) is not None}
-        keep_files(Path(arguments.out), {_file(row, name): data for name, data in files.items()})
+        files = {name: data for name in _IMAGE_COLUMNS if (data := getattr(row, name)) is not None}
+        write_files(
+            Path(arguments.out), {_file_name(row, name): data for name, data in files.items()}
+        )
     return 0
 
 
-def _told(row: "PairRow") -> dict[str, Any]:
+def _printable_row(row: "PairRow") -> dict[str, Any]:
     values = asdict(row)
-    for name in _PICTURES:
+    for name in _IMAGE_COLUMNS:
         if values[name] is not None:
             values[name] = f"{len(values[name])} bytes"
     for name in ("adapters", "heads"):
@@ -111,7 +113,7 @@ def _told(row: "PairRow") -> dict[str, Any]:
     return values
 
 
-def _file(row: "PairRow", name: str) -> str:
+def _file_name(row: "PairRow", name: str) -> str:
     # Hex digits, and what was not checked to be a PNG is not called one.
     known = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpg"}
     data: bytes = getattr(row, name)
@@ -120,16 +122,18 @@ def _file(row: "PairRow", name: str) -> str:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from loraseg.data.shard_audit import audit_shards
+    from loraseg.data.shards.audit import audit_shards
 
-    dataset = _open(arguments.uri)
+    dataset = _open_dataset(arguments.uri)
     audit = audit_shards(dataset)
     for problem in audit.problems:
-        say(f"damaged: {_printable(problem)}")
+        print_line(f"damaged: {_printable(problem)}")
     for key in audit.uncommitted:
-        say(f"not committed: {_printable(key)}")
+        print_line(f"not committed: {_printable(key)}")
     verdict = "DAMAGED" if audit.problems else f"ok, rows {audit.digest}"
-    say(f"{arguments.uri}: {len(dataset.manifest.shards)} shards, {audit.rows} rows, {verdict}")
+    print_line(
+        f"{arguments.uri}: {len(dataset.manifest.shards)} shards, {audit.rows} rows, {verdict}"
+    )
     return int(bool(audit.problems))
 
 
@@ -140,19 +144,19 @@ def _export(arguments: argparse.Namespace) -> int:
 
     options = {} if arguments.split is None else {"split": arguments.split}
     export: Any = EXPORTERS[arguments.format]
-    count = export(_open(arguments.uri), Path(arguments.folder), **options)
-    say(f"{arguments.folder}: {count} pairs")
+    count = export(_open_dataset(arguments.uri), Path(arguments.folder), **options)
+    print_line(f"{arguments.folder}: {count} pairs")
     return 0
 
 
-def _open(uri: str) -> "ShardDataset":
-    from loraseg.data.shard_reader import ShardDataset
-    from loraseg.storage import SHORT_PATIENCE_S, open_store
+def _open_dataset(uri: str) -> "ShardDataset":
+    from loraseg.data.shards.reader import ShardDataset
+    from loraseg.storage import SHORT_RETRY_TIMEOUT_S, open_store
 
-    return ShardDataset.open(open_store(uri).with_patience(SHORT_PATIENCE_S))
+    return ShardDataset.open(open_store(uri).with_retry_timeout(SHORT_RETRY_TIMEOUT_S))
 
 
-def _text(value: int | None) -> str:
+def _or_dash(value: int | None) -> str:
     return "-" if value is None else str(value)
 
 

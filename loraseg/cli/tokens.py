@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from loraseg.cli.console import names, say
+from loraseg.cli.console import print_line, split_names
 
 __all__ = ["add"]
 
@@ -34,13 +34,13 @@ def _new(arguments: argparse.Namespace) -> int:
     wanted = {
         "name": arguments.name,
         "sha256": digest,
-        "roles": names(arguments.roles),
-        "adapters": None if arguments.adapters is None else names(arguments.adapters),
+        "roles": split_names(arguments.roles),
+        "adapters": None if arguments.adapters is None else split_names(arguments.adapters),
         "concurrent": arguments.concurrent,
     }
     entry = to_dict(build(Token, wanted, where="token"))
     said = {key: value for key, value in entry.items() if value is not None}
-    say(f"# The token; it is written down nowhere else:\n{token}\n")
-    say("# Its entry, below 'tokens:' in the token file:")
-    say(yaml.safe_dump([said], sort_keys=False, allow_unicode=True, default_flow_style=None))
+    print_line(f"# The token; it is written down nowhere else:\n{token}\n")
+    print_line("# Its entry, below 'tokens:' in the token file:")
+    print_line(yaml.safe_dump([said], sort_keys=False, allow_unicode=True, default_flow_style=None))
     return 0

@@ -6,14 +6,14 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from loraseg.cli.console import say
+from loraseg.cli.console import print_line
 
 if TYPE_CHECKING:
-    from loraseg.train.progress import Progress
+    from loraseg.train.core.progress import Progress
 
 __all__ = ["add"]
 
-_REPORT_EVERY_S = 10.0
+_PRINT_INTERVAL_S = 10.0
 
 
 def add(commands: Any) -> None:
@@ -34,29 +34,31 @@ def add(commands: Any) -> None:
 
 def _train_base(arguments: argparse.Namespace) -> int:
     from loraseg import config as configuration
-    from loraseg.train.base import BaseTask, train_base
+    from loraseg.train.base_segmenter import BaseTrainingTask, train_base
 
     named = {"data": arguments.data, "output": arguments.out, "base": arguments.base}
     # As JSON, so that a path such as 2026 or a:b stays text.
     overrides = [f"{key}={json.dumps(value)}" for key, value in named.items() if value]
-    task = configuration.load(BaseTask, arguments.config, [*overrides, *arguments.overrides])
-    result = train_base(task, _Meter())
+    task = configuration.load(
+        BaseTrainingTask, arguments.config, [*overrides, *arguments.overrides]
+    )
+    result = train_base(task, _ProgressPrinter())
     scores = ", ".join(f"{name} {100 * value:.1f}" for name, value in result.metrics.items())
-    say(f"{result.path}  sha256 {result.digest}  {scores}")
+    print_line(f"{result.path}  sha256 {result.digest}  {scores}")
     if result.skipped:
-        say("nothing to do: the file was made by the same task")
+        print_line("nothing to do: the file was made by the same task")
     return 0
 
 
-class _Meter:
+class _ProgressPrinter:
     """Prints progress on stderr every ten seconds."""
 
     def __init__(self) -> None:
-        self._said_at = 0.0
+        self._printed_at = 0.0
 
     def __call__(self, progress: "Progress") -> None:
         now = time.monotonic()
-        if now - self._said_at < _REPORT_EVERY_S:
+        if now - self._printed_at < _PRINT_INTERVAL_S:
             return
-        self._said_at = now
+        self._printed_at = now
         sys.stderr.write(f"step {progress.step} of {progress.steps}  loss {progress.loss:.4f}\n")

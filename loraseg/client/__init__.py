@@ -5,9 +5,15 @@
 ...     reply.label_map, reply.adapters
 """
 
-from loraseg.client.asking import Options
 from loraseg.client.asynchronous import AsyncClient
-from loraseg.client.reply import AdapterInfo, LibraryInfo, Reply, SkippedAdapter, UsedAdapter
+from loraseg.client.requests import SegmentOptions
+from loraseg.client.responses import (
+    AdapterInfo,
+    LibraryInfo,
+    SegmentResponse,
+    SkippedAdapterInfo,
+    UsedAdapterInfo,
+)
 from loraseg.client.synchronous import Client
 
 __all__ = [
@@ -15,8 +21,8 @@ __all__ = [
     "AsyncClient",
     "Client",
     "LibraryInfo",
-    "Options",
-    "Reply",
-    "SkippedAdapter",
-    "UsedAdapter",
+    "SegmentOptions",
+    "SegmentResponse",
+    "SkippedAdapterInfo",
+    "UsedAdapterInfo",
 ]

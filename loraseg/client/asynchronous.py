@@ -10,14 +10,20 @@ from typing import Any, Unpack
 from urllib.parse import quote
 
 from loraseg import seeding
-from loraseg.client.address import check_address
-from loraseg.client.asking import Options, Question, fields, segment_question
-from loraseg.client.batches import Batch, Group, groups
-from loraseg.client.parsing import Node, parse_adapter, parse_json, parse_library, parse_reply
-from loraseg.client.pictures import ImageInput, prepare
-from loraseg.client.reply import AdapterInfo, LibraryInfo, Reply
-from loraseg.client.retry import Patience, pause_s
-from loraseg.client.transfer import Answer, connect, exchange, exchange_lines
+from loraseg.client.batches import PendingBatch, UploadGroup, group_uploads
+from loraseg.client.endpoint import parse_endpoint
+from loraseg.client.images import ImageInput, prepare_upload
+from loraseg.client.parsing import (
+    JsonObject,
+    parse_adapter,
+    parse_json,
+    parse_library,
+    parse_segment_response,
+)
+from loraseg.client.requests import Request, SegmentOptions, form_fields, segment_request
+from loraseg.client.responses import AdapterInfo, LibraryInfo, SegmentResponse
+from loraseg.client.retry import Deadline, retry_delay_s
+from loraseg.client.transport import Response, connect, send, stream_lines
 from loraseg.errors import ConfigError, LorasegError, ServiceError
 
 __all__ = ["AsyncClient"]
@@ -53,13 +59,13 @@ class AsyncClient:
             raise ConfigError(
                 f"timeout_s {timeout_s}, retries {retries}: expected above 0, and 0 or more"
             )
-        self.address = check_address(url, token, allow_insecure=allow_insecure)
+        self.endpoint = parse_endpoint(url, token, allow_insecure=allow_insecure)
         self._timeout_s = timeout_s
         self._retries = retries
-        self._http = connect(self.address, token)
+        self._http = connect(self.endpoint, token)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.address.url!r})"
+        return f"{type(self).__name__}({self.endpoint.url!r})"
 
     async def __aenter__(self) -> "AsyncClient":
         return self
@@ -77,8 +83,8 @@ class AsyncClient:
         await self._http.aclose()
 
     async def segment(
-        self, image: ImageInput, classes: Sequence[str], **options: Unpack[Options]
-    ) -> Reply:
+        self, image: ImageInput, classes: Sequence[str], **options: Unpack[SegmentOptions]
+    ) -> SegmentResponse:
         """Segment an image.
 
         Args:
@@ -91,18 +97,21 @@ class AsyncClient:
             ServiceError: The endpoint's refusal, by its code, or one of the client's own codes:
                 ``unreachable``, ``deadline`` (no answer in time), ``bad_reply``.
         """
-        upload = await asyncio.to_thread(prepare, image)
-        question = segment_question(upload, fields(classes, options))
-        answer = await self.ask(question, options.get("timeout_s"))
+        upload = await asyncio.to_thread(prepare_upload, image)
+        question = segment_request(upload, form_fields(classes, options))
+        answer = await self.request(question, options.get("timeout_s"))
 
-        def read() -> Reply:
-            return parse_reply(Node(parse_json(answer.body)), upload, len(classes))
+        def read() -> SegmentResponse:
+            return parse_segment_response(JsonObject(parse_json(answer.body)), upload, len(classes))
 
         return await asyncio.to_thread(read)
 
     async def segment_batch(
-        self, images: Iterable[ImageInput], classes: Sequence[str], **options: Unpack[Options]
-    ) -> AsyncGenerator[tuple[int, Reply | LorasegError], None]:
+        self,
+        images: Iterable[ImageInput],
+        classes: Sequence[str],
+        **options: Unpack[SegmentOptions],
+    ) -> AsyncGenerator[tuple[int, SegmentResponse | LorasegError], None]:
         """Segment any number of images, a few in each request.
 
         Args:
@@ -117,113 +126,119 @@ class AsyncClient:
             ServiceError: A request was refused as a whole, or the endpoint is out of reach; images
                 that were finished before have been yielded.
         """
-        form = fields(classes, options)
-        source = groups(images)
-        while (group := await asyncio.to_thread(next, source, Group())) != Group():
+        form = form_fields(classes, options)
+        source = group_uploads(images)
+        while (group := await asyncio.to_thread(next, source, UploadGroup())) != UploadGroup():
             for failure in group.failures.items():
                 yield failure
-            batch = Batch(group.uploads, form, len(classes))
-            async with aclosing(self._finish(batch, options.get("timeout_s"))) as found:
+            batch = PendingBatch(group.uploads, form, len(classes))
+            async with aclosing(self._stream_batch(batch, options.get("timeout_s"))) as found:
                 async for settled in found:
                     yield settled
 
     async def adapters(self, library: str | None = None) -> tuple[AdapterInfo, ...]:
         """Return the adapters of a library, the default one if none is named, by name."""
-        told = await self._get("/v1/adapters", _named(library))
-        return tuple(parse_adapter(node) for node in told.nodes("adapters"))
+        told = await self._get_json("/v1/adapters", _library_params(library))
+        return tuple(parse_adapter(node) for node in told.children("adapters"))
 
     async def adapter(self, name: str, library: str | None = None) -> dict[str, Any]:
         """Return an adapter's card, without centroids."""
-        return (await self._get(f"/v1/adapters/{quote(name, safe='')}", _named(library))).values()
+        return (
+            await self._get_json(f"/v1/adapters/{quote(name, safe='')}", _library_params(library))
+        ).to_dict()
 
     async def library(self, library: str | None = None) -> LibraryInfo:
         """Return the state of a library, the default one if none is named."""
-        return parse_library(await self._get("/v1/library", _named(library)))
+        return parse_library(await self._get_json("/v1/library", _library_params(library)))
 
     async def refresh(self, library: str | None = None) -> LibraryInfo:
         """Let the endpoint look for a newer generation now. Needs the role ``admin``."""
         path = "/v1/library/refresh"
-        answer = await self.ask(Question(method="POST", path=path, params=_named(library)))
-        return parse_library(Node(parse_json(answer.body)))
+        answer = await self.request(
+            Request(method="POST", path=path, params=_library_params(library))
+        )
+        return parse_library(JsonObject(parse_json(answer.body)))
 
     async def base(self) -> dict[str, Any]:
         """Return what is frozen: base model, encoder and default settings."""
-        return (await self._get("/v1/base", {})).values()
+        return (await self._get_json("/v1/base", {})).to_dict()
 
     async def is_ready(self) -> bool:
         """Tell whether the endpoint can segment now; False too if it cannot be reached."""
         try:
-            await self._once(Question(method="GET", path="/readyz"), self._timeout_s)
+            await self._send_once(Request(method="GET", path="/readyz"), self._timeout_s)
         except ServiceError as error:
-            logger.debug("%s is not ready: %s", self.address.url, error)
+            logger.debug("%s is not ready: %s", self.endpoint.url, error)
             return False
         return True
 
-    async def ask(self, question: Question, timeout_s: float | None = None) -> Answer:
+    async def request(self, request: Request, timeout_s: float | None = None) -> Response:
         """Send any request until it succeeds, is refused for good, or time is over.
 
         Raises:
             ServiceError: As for :meth:`segment`.
         """
-        patience = Patience(self._timeout_s if timeout_s is None else timeout_s)
+        patience = Deadline(self._timeout_s if timeout_s is None else timeout_s)
         attempt = 0
         while True:
             try:
-                return await self._once(question.within(patience.left_s), patience.left_s)
+                return await self._send_once(
+                    request.with_timeout(patience.remaining_s), patience.remaining_s
+                )
             except ServiceError as error:
-                if not await self._has_waited(attempt, error, patience):
+                if not await self._wait_to_retry(attempt, error, patience):
                     raise
             attempt += 1
 
-    async def _get(self, path: str, params: Mapping[str, str]) -> Node:
-        answer = await self.ask(Question(method="GET", path=path, params=params))
-        return Node(parse_json(answer.body))
+    async def _get_json(self, path: str, params: Mapping[str, str]) -> JsonObject:
+        answer = await self.request(Request(method="GET", path=path, params=params))
+        return JsonObject(parse_json(answer.body))
 
-    async def _once(self, question: Question, left_s: float) -> Answer:
-        return await exchange(self._http, self.address, question, left_s)
+    async def _send_once(self, request: Request, timeout_s: float) -> Response:
+        return await send(self._http, self.endpoint, request, timeout_s)
 
-    async def _finish(
-        self, batch: Batch, timeout_s: float | None
-    ) -> AsyncGenerator[tuple[int, Reply | ServiceError], None]:
-        patience = Patience(self._timeout_s if timeout_s is None else timeout_s)
+    async def _stream_batch(
+        self, batch: PendingBatch, timeout_s: float | None
+    ) -> AsyncGenerator[tuple[int, SegmentResponse | ServiceError], None]:
+        patience = Deadline(self._timeout_s if timeout_s is None else timeout_s)
         attempt = 0
         while batch.pending:
-            question = batch.question().within(patience.left_s)
-            lines = exchange_lines(self._http, self.address, question, patience)
+            question = batch.next_request().with_timeout(patience.remaining_s)
+            lines = stream_lines(self._http, self.endpoint, question, patience)
             is_whole = False
             try:
                 async with aclosing(lines):
                     async for line in lines:
-                        settled = await asyncio.to_thread(batch.read, line)
+                        settled = await asyncio.to_thread(batch.parse_line, line)
                         if settled is not None:
                             yield settled
                             attempt = 0
-                            patience.renew()
-                if (refusal := batch.close()) is None:
+                            patience.reset()
+                if (refusal := batch.retry_reason()) is None:
                     return
                 is_whole = True
                 raise refusal
             except ServiceError as error:
-                if not await self._has_waited(attempt, error, patience):
+                if not await self._wait_to_retry(attempt, error, patience):
                     if is_whole:
                         break
                     raise
             attempt += 1
-        for settled in batch.give_up():
+        for settled in batch.remaining_errors():
             yield settled
 
-    async def _has_waited(self, attempt: int, error: ServiceError, patience: Patience) -> bool:
+    async def _wait_to_retry(self, attempt: int, error: ServiceError, deadline: Deadline) -> bool:
         """Wait before another attempt; False at once if there should be none."""
         jitter = float(seeding.numpy_generator(time.time_ns(), "client", attempt).uniform())
-        pause = pause_s(
-            attempt, error, retries=self._retries, left_s=patience.left_s, jitter=jitter
+        pause = retry_delay_s(
+            attempt, error, retries=self._retries, remaining_s=deadline.remaining_s, jitter=jitter
         )
         if pause is None:
             return False
-        logger.info("%s: %s; again in %.2f s", self.address.url, error, pause)
+        logger.info("%s: %s; again in %.2f s", self.endpoint.url, error, pause)
         await asyncio.sleep(pause)
         return True
 
 
-def _named(library: str | None) -> dict[str, str]:
+def _library_params(library: str | None) -> dict[str, str]:
     return {} if library is None else {"library": library}

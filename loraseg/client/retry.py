@@ -7,37 +7,37 @@ import httpx2
 
 from loraseg.errors import ServiceError
 
-__all__ = ["PassingError", "Patience", "connection_error", "pause_s", "retry_after_s"]
+__all__ = ["Deadline", "RetryableError", "connection_error", "parse_retry_after", "retry_delay_s"]
 
-_FIRST_PAUSE_S = 0.25
-_LONGEST_PAUSE_S = 8.0
+_FIRST_DELAY_S = 0.25
+_MAX_DELAY_S = 8.0
 # Beyond it, waiting out a Retry-After is no longer a retry but a schedule.
-_LONGEST_RETRY_AFTER_S = 3600.0
+_MAX_RETRY_AFTER_S = 3600.0
 
 
-class PassingError(ServiceError):
+class RetryableError(ServiceError):
     """A refusal or broken connection that may pass by itself: worth another attempt."""
 
 
-class Patience:
+class Deadline:
     """A number of seconds that run down, until they are renewed."""
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self.renew()
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self.reset()
 
     @property
-    def left_s(self) -> float:
+    def remaining_s(self) -> float:
         """Return what is left, at least 0."""
-        return max(0.0, self._until - time.monotonic())
+        return max(0.0, self._expires_at - time.monotonic())
 
-    def renew(self) -> None:
+    def reset(self) -> None:
         """Begin anew."""
-        self._until = time.monotonic() + self.seconds
+        self._expires_at = time.monotonic() + self.timeout_s
 
 
-def pause_s(
-    attempt: int, error: ServiceError, *, retries: int, left_s: float, jitter: float
+def retry_delay_s(
+    attempt: int, error: ServiceError, *, retries: int, remaining_s: float, jitter: float
 ) -> float | None:
     """Return how long to wait before another attempt; None to give up.
 
@@ -48,24 +48,24 @@ def pause_s(
         attempt: Which one failed, from 0.
         error: How.
         retries: Most attempts after the first.
-        left_s: Seconds until the answer is worthless; a longer pause is not worth its while.
+        remaining_s: Seconds until the answer is worthless; a longer pause is not worth its while.
         jitter: In [0, 1), drawn anew each time.
     """
-    if not isinstance(error, PassingError) or attempt >= retries:
+    if not isinstance(error, RetryableError) or attempt >= retries:
         return None
-    bound = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(attempt, 16))
+    bound = min(_MAX_DELAY_S, _FIRST_DELAY_S * 2 ** min(attempt, 16))
     pause = (error.retry_after_s or 0.0) + jitter * bound
-    return pause if pause < left_s else None
+    return pause if pause < remaining_s else None
 
 
-def retry_after_s(text: str | None) -> float | None:
+def parse_retry_after(text: str | None) -> float | None:
     """Read a Retry-After header of seconds; None for anything else.
 
     The form with a date is not read: it would depend on two clocks agreeing.
     """
     if text is None or not text.isascii() or not text.strip().isdecimal() or len(text) > 9:
         return None
-    return min(float(text), _LONGEST_RETRY_AFTER_S)
+    return min(float(text), _MAX_RETRY_AFTER_S)
 
 
 def connection_error(error: httpx2.TransportError, url: str) -> ServiceError:
@@ -78,4 +78,4 @@ def connection_error(error: httpx2.TransportError, url: str) -> ServiceError:
         if isinstance(cause, ssl.SSLCertVerificationError):  # a wrong certificate stays wrong
             return ServiceError("unreachable", f"{url}: {cause.verify_message}")
         cause = cause.__cause__ or cause.__context__
-    return PassingError("unreachable", f"{url}: {reason}")
+    return RetryableError("unreachable", f"{url}: {reason}")

@@ -6,11 +6,11 @@ from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, TypeVar, Unpack
 
-from loraseg.client.asking import Options, Question
 from loraseg.client.asynchronous import AsyncClient
-from loraseg.client.pictures import ImageInput
-from loraseg.client.reply import AdapterInfo, LibraryInfo, Reply
-from loraseg.client.transfer import Answer
+from loraseg.client.images import ImageInput
+from loraseg.client.requests import Request, SegmentOptions
+from loraseg.client.responses import AdapterInfo, LibraryInfo, SegmentResponse
+from loraseg.client.transport import Response
 from loraseg.errors import LorasegError, ServiceError
 
 __all__ = ["Client"]
@@ -40,7 +40,7 @@ class Client:
         self._client = AsyncClient(
             url, token, timeout_s=timeout_s, retries=retries, allow_insecure=allow_insecure
         )
-        self.address = self._client.address
+        self.endpoint = self._client.endpoint
         self._loop = _LoopThread()
 
     def __repr__(self) -> str:
@@ -64,21 +64,24 @@ class Client:
             self._loop.close()
 
     def segment(
-        self, image: ImageInput, classes: Sequence[str], **options: Unpack[Options]
-    ) -> Reply:
+        self, image: ImageInput, classes: Sequence[str], **options: Unpack[SegmentOptions]
+    ) -> SegmentResponse:
         """Segment an image, as :meth:`AsyncClient.segment` does."""
         return self._loop.run(self._client.segment(image, classes, **options))
 
     def segment_batch(
-        self, images: Iterable[ImageInput], classes: Sequence[str], **options: Unpack[Options]
-    ) -> Iterator[tuple[int, Reply | LorasegError]]:
+        self,
+        images: Iterable[ImageInput],
+        classes: Sequence[str],
+        **options: Unpack[SegmentOptions],
+    ) -> Iterator[tuple[int, SegmentResponse | LorasegError]]:
         """Yield index and outcome as images finish, as :meth:`AsyncClient.segment_batch` does.
 
         ``images`` is read in other threads.
         """
         found = self._client.segment_batch(images, classes, **options)
 
-        async def step() -> tuple[int, Reply | LorasegError] | None:
+        async def step() -> tuple[int, SegmentResponse | LorasegError] | None:
             return await anext(found, None)
 
         try:
@@ -112,9 +115,9 @@ class Client:
         """Tell whether the endpoint can segment now; False too if it cannot be reached."""
         return self._loop.run(self._client.is_ready())
 
-    def ask(self, question: Question, timeout_s: float | None = None) -> Answer:
+    def request(self, request: Request, timeout_s: float | None = None) -> Response:
         """Send any request, as :meth:`AsyncClient.ask` does."""
-        return self._loop.run(self._client.ask(question, timeout_s))
+        return self._loop.run(self._client.request(request, timeout_s))
 
 
 class _LoopThread:
@@ -128,11 +131,11 @@ class _LoopThread:
         self._thread.start()
         self.is_closed = False
 
-    def run(self, work: Coroutine[Any, Any, ResultT]) -> ResultT:
+    def run(self, coroutine: Coroutine[Any, Any, ResultT]) -> ResultT:
         if self.is_closed:
-            work.close()
+            coroutine.close()
             raise ServiceError("unreachable", "the client has been closed")
-        running = asyncio.run_coroutine_threadsafe(work, self._loop)
+        running = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return running.result()
         except BaseException:

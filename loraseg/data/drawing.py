@@ -10,9 +10,9 @@ from loraseg.data.labels import IGNORE, LabelSpace
 from loraseg.data.palette import IGNORE_COLOR
 from loraseg.tensor_types import UInt8, ndarray
 
-__all__ = ["class_areas", "colorize", "encode_png", "legend", "same_width"]
+__all__ = ["colorize", "draw_legend", "encode_png", "legend_entries", "pad_to_same_width"]
 
-_BAR = 22  # height of a line of the legend, pixels
+_LINE_HEIGHT = 22  # height of a line of the legend, pixels
 _SWATCH = 12
 
 
@@ -35,7 +35,7 @@ def colorize(labels: UInt8[ndarray, "h w"], label_space: LabelSpace) -> UInt8[nd
     return table[labels]
 
 
-def class_areas(labels: UInt8[ndarray, "h w"], label_space: LabelSpace) -> list[tuple[str, int]]:
+def legend_entries(labels: UInt8[ndarray, "h w"], label_space: LabelSpace) -> list[tuple[str, int]]:
     """Return what a legend says of a label map: (name and share, class id), largest area first."""
     areas = np.bincount(labels.reshape(-1), minlength=256)
     present = sorted(np.flatnonzero(areas[:IGNORE]), key=lambda index: (-areas[index], index))
@@ -46,7 +46,7 @@ def class_areas(labels: UInt8[ndarray, "h w"], label_space: LabelSpace) -> list[
     ]
 
 
-def legend(
+def draw_legend(
     entries: Sequence[tuple[str, int]], label_space: LabelSpace, width: int
 ) -> UInt8[ndarray, "h w2 3"]:
     """Draw a legend, (text, class id) after (text, class id), in as many lines as it takes.
@@ -60,10 +60,10 @@ def legend(
     x = y = 0
     for length in lengths:
         if x and x + length > width:
-            x, y = 0, y + _BAR
+            x, y = 0, y + _LINE_HEIGHT
         places.append((x, y))
         x += length
-    canvas = Image.new("RGB", (width, y + _BAR if entries else 0), (255, 255, 255))
+    canvas = Image.new("RGB", (width, y + _LINE_HEIGHT if entries else 0), (255, 255, 255))
     draw = ImageDraw.Draw(canvas)
     for (text, index), (left, top) in zip(entries, places, strict=True):
         box = (left + 4, top + 5, left + 4 + _SWATCH, top + 5 + _SWATCH)
@@ -73,7 +73,7 @@ def legend(
     return np.asarray(canvas, dtype=np.uint8).reshape(canvas.height, width, 3)
 
 
-def same_width(*parts: UInt8[ndarray, "_ _ 3"]) -> list[UInt8[ndarray, "_ _ 3"]]:
+def pad_to_same_width(*parts: UInt8[ndarray, "_ _ 3"]) -> list[UInt8[ndarray, "_ _ 3"]]:
     """Pad pictures with white on the right to the width of the widest."""
     width = max(part.shape[1] for part in parts)
     return [

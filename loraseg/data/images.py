@@ -7,13 +7,13 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from loraseg.errors import DatasetError
-from loraseg.pictures import DECODE_ERRORS, MAX_PIXELS
+from loraseg.image_limits import DECODE_ERRORS, MAX_PIXELS
 from loraseg.tensor_types import UInt8, ndarray
 
-__all__ = ["open_checked", "open_stream", "read_image", "to_rgb"]
+__all__ = ["open_image", "open_image_stream", "read_image", "to_rgb"]
 
 
-def open_checked(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Open and fully decode a PNG or JPEG; of an animated PNG, its first frame.
 
     Raises:
@@ -22,14 +22,14 @@ def open_checked(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Ima
     """
     try:
         with Path(path).open("rb") as file:
-            return open_stream(file, str(path), max_pixels=max_pixels)
+            return open_image_stream(file, str(path), max_pixels=max_pixels)
     except FileNotFoundError as error:
         raise DatasetError(f"{path}: no such file") from error
     except OSError as error:
         raise DatasetError(f"{path}: cannot be read: {error}") from error
 
 
-def open_stream(
+def open_image_stream(
     file: io.BufferedReader | io.BytesIO, where: str, *, max_pixels: int = MAX_PIXELS
 ) -> Image.Image:
     """Do the same for an open file; ``where`` is what errors call it."""
@@ -60,7 +60,7 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> UInt8[ndarr
     Raises:
         DatasetError: As in :func:`open_checked`.
     """
-    image = open_checked(path, max_pixels=max_pixels)
+    image = open_image(path, max_pixels=max_pixels)
     try:
         return to_rgb(image)
     except DECODE_ERRORS as error:

@@ -113,8 +113,8 @@ def parse_classes(data: bytes, where: str) -> LabelSpace:
         DatasetError: As for :func:`read_classes`.
     """
     try:
-        content: Any = json.loads(data, object_pairs_hook=_refuse_double_keys)
-        return LabelSpace(_names(content))
+        content: Any = json.loads(data, object_pairs_hook=_reject_duplicate_keys)
+        return LabelSpace(_parse_names(content))
     except UnicodeDecodeError as error:
         raise DatasetError(f"{where}: expected UTF-8 text: {error}") from error
     except (json.JSONDecodeError, RecursionError) as error:
@@ -139,7 +139,7 @@ def _match_key(name: str) -> str:
     return unicodedata.normalize("NFC", " ".join(name.split())).casefold()
 
 
-def _refuse_double_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def _reject_duplicate_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
         keys = [key for key, _ in pairs]
@@ -148,7 +148,7 @@ def _refuse_double_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _names(content: Any) -> tuple[str, ...]:
+def _parse_names(content: Any) -> tuple[str, ...]:
     if isinstance(content, Mapping) and "classes" in content:
         mapping = cast(Mapping[str, Any], content)
         ignore = mapping.get("ignore_index", IGNORE)
@@ -156,7 +156,7 @@ def _names(content: Any) -> tuple[str, ...]:
             raise DatasetError(f"ignore_index {ignore!r}: masks must mark ignored pixels by 255")
         content = mapping["classes"]
     by_id: dict[int, str] = {}
-    for index, name in _pairs(content):
+    for index, name in _id_name_pairs(content):
         if not isinstance(name, str) or isinstance(index, bool) or not isinstance(index, int):
             raise DatasetError(f"class {name!r} with id {index!r}: expected text and an integer")
         if index in by_id:
@@ -167,7 +167,7 @@ def _names(content: Any) -> tuple[str, ...]:
     return tuple(by_id[index] for index in range(len(by_id)))
 
 
-def _pairs(content: Any) -> list[tuple[Any, Any]]:
+def _id_name_pairs(content: Any) -> list[tuple[Any, Any]]:
     """Return (id, name) pairs of any of the accepted forms, not yet checked."""
     if isinstance(content, Mapping):
         items = list(cast(Mapping[str, Any], content).items())

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from loraseg.data.images import open_checked, open_stream
+from loraseg.data.images import open_image, open_image_stream
 from loraseg.data.labels import IGNORE, LabelSpace
 from loraseg.data.palette import IGNORE_COLOR
 from loraseg.errors import DatasetError
@@ -15,7 +15,7 @@ from loraseg.tensor_types import UInt8, ndarray
 __all__ = ["decode_mask", "encode_mask", "read_mask", "write_mask"]
 
 _GREY_STEPS = {2: 85, 4: 17}
-_HEAD_BYTES = 25
+_PNG_HEADER_BYTES = 25
 
 
 def read_mask(path: str | Path, *, classes: int | None = None) -> UInt8[ndarray, "h w"]:
@@ -30,10 +30,10 @@ def read_mask(path: str | Path, *, classes: int | None = None) -> UInt8[ndarray,
     Raises:
         DatasetError: The file cannot be decoded, has several channels, or holds other ids.
     """
-    image = open_checked(path)
+    image = open_image(path)
     with Path(path).open("rb") as file:
-        head = file.read(_HEAD_BYTES)
-    return _ids(image, head, classes, str(path))
+        head = file.read(_PNG_HEADER_BYTES)
+    return _to_ids(image, head, classes, str(path))
 
 
 def decode_mask(data: bytes, *, where: str, classes: int | None = None) -> UInt8[ndarray, "h w"]:
@@ -47,8 +47,8 @@ def decode_mask(data: bytes, *, where: str, classes: int | None = None) -> UInt8
     Raises:
         DatasetError: As for :func:`read_mask`.
     """
-    image = open_stream(io.BytesIO(data), where)
-    return _ids(image, data[:_HEAD_BYTES], classes, where)
+    image = open_image_stream(io.BytesIO(data), where)
+    return _to_ids(image, data[:_PNG_HEADER_BYTES], classes, where)
 
 
 def encode_mask(mask: UInt8[ndarray, "h w"], label_space: LabelSpace | None = None) -> bytes:
@@ -89,7 +89,9 @@ def _check_ids(mask: UInt8[ndarray, "h w"], classes: int, where: str | Path) -> 
         )
 
 
-def _ids(image: Image.Image, head: bytes, classes: int | None, where: str) -> UInt8[ndarray, "h w"]:
+def _to_ids(
+    image: Image.Image, header: bytes, classes: int | None, where: str
+) -> UInt8[ndarray, "h w"]:
     if image.format != "PNG":
         raise DatasetError(f"{where}: a {image.format} mask has no exact ids; expected a PNG")
     if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
@@ -99,7 +101,7 @@ def _ids(image: Image.Image, head: bytes, classes: int | None, where: str) -> UI
         )
     ids = np.asarray(image)
     # Byte 8 of the IHDR chunk, which is always the first, is the bits a sample.
-    if image.mode == "L" and (step := _GREY_STEPS.get(head[24])):
+    if image.mode == "L" and (step := _GREY_STEPS.get(header[24])):
         ids = ids // step  # Pillow stretches 2 and 4 bit grey levels to 0..255
     if ids.dtype != np.uint8 and ids.size and (ids.min() < 0 or ids.max() > IGNORE):
         raise DatasetError(f"{where}: ids from {ids.min()} to {ids.max()}; expected 0 to {IGNORE}")

@@ -13,7 +13,7 @@ __all__ = ["IGNORE_COLOR", "class_colors"]
 IGNORE_COLOR = (245, 245, 245)
 
 # Readers of driving papers know the Cityscapes colours; classes of other worlds join below.
-_KNOWN = {
+_FIXED_COLORS = {
     "road": (128, 64, 128),
     "sidewalk": (244, 35, 232),
     "pavement": (244, 35, 232),
@@ -60,7 +60,7 @@ def class_colors(names: Sequence[str]) -> UInt8[ndarray, "n 3"]:
     taken: set[tuple[int, int, int]] = {IGNORE_COLOR}
     colors: list[tuple[int, int, int]] = []
     for name in names:
-        color = _KNOWN.get(name.casefold())
+        color = _FIXED_COLORS.get(name.casefold())
         attempt = 0
         while color is None or color in taken:
             color = _hashed_color(name.casefold(), attempt)

@@ -9,13 +9,13 @@ from loraseg.errors import DatasetError
 from loraseg.segment.metrics import ConfusionMatrix
 from loraseg.tensor_types import UInt8, ndarray
 
-__all__ = ["Agreement", "agreement"]
+__all__ = ["MaskAgreement", "measure_agreement"]
 
-Judge = Callable[[UInt8[ndarray, "n h w 3"]], UInt8[ndarray, "n h w"]]
+LabelPredictor = Callable[[UInt8[ndarray, "n h w 3"]], UInt8[ndarray, "n h w"]]
 
 
 @dataclass(frozen=True, slots=True)
-class Agreement:
+class MaskAgreement:
     """How far a judge finds the masks in the images.
 
     Attributes:
@@ -29,16 +29,16 @@ class Agreement:
     classes: dict[str, float]
 
 
-def agreement(
-    judge: Judge,
+def measure_agreement(
+    predict: LabelPredictor,
     images: UInt8[ndarray, "n h w 3"],
     masks: UInt8[ndarray, "n h w"],
     names: Sequence[str],
-) -> Agreement:
+) -> MaskAgreement:
     """Measure the agreement of images with their masks.
 
     Args:
-        judge: Labels images with the ids of the masks.
+        predict: Labels images with the ids of the masks.
         images: RGB, one a mask.
         masks: Class ids, 255 = ignore; at least two, so that there is a wrong one.
         names: Class names by id.
@@ -50,10 +50,10 @@ def agreement(
         raise DatasetError(
             f"images {images.shape}, masks {masks.shape}: expected at least two of equal size"
         )
-    found = judge(images)
+    found = predict(images)
     right, wrong = ConfusionMatrix(len(names)), ConfusionMatrix(len(names))
     right.add(masks, found)
     wrong.add(np.roll(masks, 1, axis=0), found)
     iou = right.iou()
     classes = {name: float(value) for name, value in zip(names, iou, strict=True)}
-    return Agreement(float(right.miou()), float(wrong.miou()), classes)
+    return MaskAgreement(float(right.miou()), float(wrong.miou()), classes)

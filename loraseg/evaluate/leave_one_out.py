@@ -14,23 +14,23 @@ import numpy as np
 from loraseg.adapters.packed import PackedAdapter
 from loraseg.data.readers.folder import Sample
 from loraseg.errors import ConfigError, DatasetError
-from loraseg.evaluate.tuning import Setting, weights_matrix
-from loraseg.fuse.late import LateSum
+from loraseg.evaluate.tuning import Hyperparameters, mixing_weight_matrix
+from loraseg.fuse.late import LateFusion
 from loraseg.fuse.mix import Mix, fuse
-from loraseg.segment.adaptive import label_map
-from loraseg.segment.base import SegmentationBase
+from loraseg.inference.adapter_cache import AdapterEntry
+from loraseg.inference.pipeline import label_map
 from loraseg.segment.metrics import ConfusionMatrix
-from loraseg.segment.pool import EntryLike
-from loraseg.segment.predictor import Predictor
+from loraseg.segment.open_vocabulary.base import SegmentationBase
+from loraseg.segment.open_vocabulary.predictor import Predictor
 from loraseg.tensor_types import Float, Tensor, ndarray
 
 __all__ = [
     "METHODS",
-    "Bench",
-    "Example",
+    "EvaluationContext",
     "MethodScore",
-    "Scoring",
-    "Target",
+    "ScoredExample",
+    "ScoringConfig",
+    "TargetDomain",
     "TargetScorer",
     "TargetScores",
 ]
@@ -47,7 +47,7 @@ METHODS: tuple[Method, ...] = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Scoring:
+class ScoringConfig:
     """How images are scored; the same for every method.
 
     Attributes:
@@ -73,26 +73,27 @@ class Scoring:
 
 
 @dataclass(frozen=True, slots=True)
-class Bench:
+class EvaluationContext:
     """What all domains are scored with.
 
     Attributes:
         base: The frozen segmenter.
-        entries: The library's adapters that fit it; the columns of ``measure``.
-        load: Gives the weights of an entry.
-        measure: Euclidean distances (images, entries) of uint8 images to the entries' domains.
+        entries: The library's adapters that fit it; the columns of ``measure_distances``.
+        load_adapter: Gives the weights of an entry.
+        measure_distances: Euclidean distances (images, entries) of uint8 images to the entries'
+            domains.
         candidates: Names that may be mixed for other domains; None for all.
     """
 
     base: SegmentationBase
-    entries: Sequence[EntryLike]
-    load: Callable[[Any], PackedAdapter]
-    measure: Callable[[Sequence[ndarray]], ndarray]
+    entries: Sequence[AdapterEntry]
+    load_adapter: Callable[[Any], PackedAdapter]
+    measure_distances: Callable[[Sequence[ndarray]], ndarray]
     candidates: frozenset[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class TargetDomain:
     """A domain to score on; its own adapter is the entry of the same name."""
 
     name: str
@@ -112,7 +113,7 @@ class MethodScore:
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
+class ScoredExample:
     """One image with its mask and the label map of every method.
 
     ``retrieved`` are the adapters that SemLA fused, (name, weight, distance), heaviest first.
@@ -134,46 +135,50 @@ class TargetScores:
     classes: tuple[str, ...]
     images: int
     data_digest: str
-    setting: Setting
+    setting: Hyperparameters
     methods: dict[Method, MethodScore]
     weights: dict[str, float]
     distances: dict[str, float]
-    examples: tuple[Example, ...] = field(default=(), repr=False)
+    examples: tuple[ScoredExample, ...] = field(default=(), repr=False)
 
 
 class TargetScorer:
     """Scores one domain. The base is not changed; nothing is kept between domains."""
 
-    def __init__(self, bench: Bench, target: Target, scoring: Scoring) -> None:
-        self._bench, self._target, self._scoring = bench, target, scoring
-        allowed = bench.candidates
+    def __init__(
+        self, context: EvaluationContext, target: TargetDomain, scoring: ScoringConfig
+    ) -> None:
+        self._context, self._target, self._scoring = context, target, scoring
+        allowed = context.candidates
         self._columns = [
             column
-            for column, entry in enumerate(bench.entries)
+            for column, entry in enumerate(context.entries)
             if entry.name != target.name and (allowed is None or entry.name in allowed)
         ]
         if not self._columns:
             raise ConfigError(
                 f"domain {target.name!r}: no other adapter is left to mix; "
-                f"the library has {', '.join(e.name for e in bench.entries) or 'none'}"
+                f"the library has {', '.join(e.name for e in context.entries) or 'none'}"
             )
-        self._others = [bench.entries[column] for column in self._columns]
-        self._own = next((e for e in bench.entries if e.name == target.name), None)
-        self._steady = Predictor(bench.base, mode=scoring.predict)
+        self._other_entries = [context.entries[column] for column in self._columns]
+        self._own_entry = next((e for e in context.entries if e.name == target.name), None)
+        self._cached_predictor = Predictor(context.base, mode=scoring.predict)
 
-    def grid(self, settings: Sequence[Setting], images: int | None = None) -> list[float]:
+    def score_grid(
+        self, combinations: Sequence[Hyperparameters], images: int | None = None
+    ) -> list[float]:
         """Return SemLA's mIoU in [0, 1] for every setting, on the first ``images`` images.
 
         An image is embedded once, and settings that give it equal weights share a forward pass.
         """
-        counts = [ConfusionMatrix(len(self._target.classes)) for _ in settings]
-        predictors = {setting: self._per_image_predictor() for setting in settings}
+        counts = [ConfusionMatrix(len(self._target.classes)) for _ in combinations]
+        predictors = {setting: self._per_image_predictor() for setting in combinations}
         shared = self._scoring.text_cache == "per_adapter"
         for pictures, masks, _ in self._batches(self._target.samples[:images]):
             distances = self._distances(pictures)
-            rows = [weights_matrix(distances, setting) for setting in settings]
+            rows = [mixing_weight_matrix(distances, setting) for setting in combinations]
             seen: dict[tuple[int, bytes], ndarray] = {}
-            for setting, weights, count in zip(settings, rows, counts, strict=True):
+            for setting, weights, count in zip(combinations, rows, counts, strict=True):
                 if not shared:
                     # With the first image's text, equal weights on this image do not make equal
                     # predictions: the text stems from another image, weighed by the setting.
@@ -183,14 +188,14 @@ class TargetScorer:
                 scores = predictors[setting].predict(
                     [pictures[index] for index in new],
                     self._target.classes,
-                    [self._mix(weights[index]) for index in new],
+                    [self._fuse_weighted(weights[index]) for index in new],
                 )
                 seen |= {keys[i]: label_map(one) for i, one in zip(new, scores, strict=True)}
                 for mask, key in zip(masks, keys, strict=True):
                     count.add(mask, seen[key])
         return [count.miou() for count in counts]
 
-    def score(self, setting: Setting) -> TargetScores:
+    def score_methods(self, setting: Hyperparameters) -> TargetScores:
         """Score every method with K and tau of ``setting``."""
         target = self._target
         counts: dict[Method, ConfusionMatrix] = {
@@ -199,17 +204,17 @@ class TargetScorer:
         per_image = self._per_image_predictor()
         all_weights: list[ndarray] = []
         all_distances: list[ndarray] = []
-        examples: list[Example] = []
+        examples: list[ScoredExample] = []
         for pictures, masks, names in self._batches(target.samples):
             distances = self._distances(pictures)
-            weights = weights_matrix(distances, setting)
+            weights = mixing_weight_matrix(distances, setting)
             predictions = self._predict(pictures, weights, per_image)
             for method, maps in predictions.items():
                 for mask, predicted in zip(masks, maps, strict=True):
                     counts[method].add(mask, predicted)
             for index in range(min(len(pictures), self._scoring.examples - len(examples))):
                 examples.append(
-                    Example(
+                    ScoredExample(
                         names[index],
                         pictures[index],
                         masks[index],
@@ -226,7 +231,7 @@ class TargetScorer:
             images=len(target.samples),
             data_digest=target.digest,
             setting=setting,
-            methods={method: _score(count) for method, count in counts.items()},
+            methods={method: _method_score(count) for method, count in counts.items()},
             weights=self._by_name(np.concatenate(all_weights).mean(axis=0)),
             distances=self._by_name(np.concatenate(all_distances).mean(axis=0)),
             examples=tuple(examples),
@@ -236,7 +241,7 @@ class TargetScorer:
         left_out: set[Method] = set()
         if not self._scoring.late:
             left_out |= {"late_uniform", "late_semla"}
-        if self._own is None:
+        if self._own_entry is None:
             left_out.add("oracle")
         return [method for method in METHODS if method not in left_out]
 
@@ -247,60 +252,68 @@ class TargetScorer:
         per_image: Predictor,
     ) -> dict[Method, list[ndarray]]:
         """Return the label maps of every method for a batch of images."""
-        classes, count = self._target.classes, len(self._others)
+        classes, count = self._target.classes, len(self._other_entries)
         maps: dict[Method, list[Tensor]] = {
-            "zero_shot": self._steady.predict(pictures, classes, None),
-            "uniform": self._steady.predict(
-                pictures, classes, self._mix(np.full(count, 1.0 / count))
+            "zero_shot": self._cached_predictor.predict(pictures, classes, None),
+            "uniform": self._cached_predictor.predict(
+                pictures, classes, self._fuse_weighted(np.full(count, 1.0 / count))
             ),
-            "semla": per_image.predict(pictures, classes, [self._mix(row) for row in weights]),
+            "semla": per_image.predict(
+                pictures, classes, [self._fuse_weighted(row) for row in weights]
+            ),
         }
-        if self._own is not None:
-            own = fuse([self._bench.load(self._own)], [1.0])
-            maps["oracle"] = self._steady.predict(pictures, classes, own)
+        if self._own_entry is not None:
+            own = fuse([self._context.load_adapter(self._own_entry)], [1.0])
+            maps["oracle"] = self._cached_predictor.predict(pictures, classes, own)
         if self._scoring.late:
-            maps["late_uniform"], maps["late_semla"] = self._late(pictures, weights)
+            maps["late_uniform"], maps["late_semla"] = self._late_fusion(pictures, weights)
         return {
             method: [label_map(scores) for scores in maps[method]] for method in self._methods()
         }
 
-    def _late(
+    def _late_fusion(
         self, pictures: list[ndarray], weights: Float[ndarray, "images others"]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Return the uniform and the weighted sum of the adapters' own sigmoid maps.
 
         Both sums grow while the adapters pass by, so memory does not depend on their number.
         """
-        uniform = [LateSum() for _ in pictures]
-        weighted = [LateSum() for _ in pictures]
-        for column, entry in enumerate(self._others):
-            alone = fuse([self._bench.load(entry)], [1.0])
-            maps = self._steady.predict(pictures, self._target.classes, alone)
+        uniform = [LateFusion() for _ in pictures]
+        weighted = [LateFusion() for _ in pictures]
+        for column, entry in enumerate(self._other_entries):
+            alone = fuse([self._context.load_adapter(entry)], [1.0])
+            maps = self._cached_predictor.predict(pictures, self._target.classes, alone)
             for index, scores in enumerate(maps):
-                uniform[index].add(scores, 1.0 / len(self._others))
+                uniform[index].add(scores, 1.0 / len(self._other_entries))
                 weighted[index].add(scores, float(weights[index, column]))
         return [late.total for late in uniform], [late.total for late in weighted]
 
-    def _mix(self, weights: Float[ndarray, " others"]) -> Mix:
+    def _fuse_weighted(self, weights: Float[ndarray, " others"]) -> Mix:
         used = np.flatnonzero(weights)
-        return fuse([self._bench.load(self._others[column]) for column in used], weights[used])
+        return fuse(
+            [self._context.load_adapter(self._other_entries[column]) for column in used],
+            weights[used],
+        )
 
     def _distances(self, pictures: Sequence[ndarray]) -> Float[ndarray, "images others"]:
-        return self._bench.measure(pictures)[:, self._columns]
+        return self._context.measure_distances(pictures)[:, self._columns]
 
     def _per_image_predictor(self) -> Predictor:
         # A fresh one per domain: with the first image's text it must not know another domain.
-        return self._steady.with_own_texts(self._scoring.text_cache)
+        return self._cached_predictor.with_text_cache(self._scoring.text_cache)
 
     def _by_name(self, values: Float[ndarray, " others"]) -> dict[str, float]:
-        return {entry.name: float(value) for entry, value in zip(self._others, values, strict=True)}
+        return {
+            entry.name: float(value)
+            for entry, value in zip(self._other_entries, values, strict=True)
+        }
 
     def _retrieved(
         self, weights: Float[ndarray, " others"], distances: Float[ndarray, " others"]
     ) -> tuple[tuple[str, float, float], ...]:
         order = [column for column in np.argsort(-weights, kind="stable") if weights[column] > 0]
         return tuple(
-            (self._others[column].name, float(weights[column]), float(distances[column]))
+            (self._other_entries[column].name, float(weights[column]), float(distances[column]))
             for column in order
         )
 
@@ -326,6 +339,6 @@ class TargetScorer:
         return image, mask
 
 
-def _score(count: ConfusionMatrix) -> MethodScore:
+def _method_score(count: ConfusionMatrix) -> MethodScore:
     iou = tuple(None if np.isnan(value) else float(value) for value in count.iou())
     return MethodScore(miou=float(count.miou()), iou=iou)

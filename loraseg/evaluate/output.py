@@ -1,14 +1,14 @@
 """Write what an evaluation found into a folder."""
 
-from loraseg.evaluate.page import report_of
+from loraseg.evaluate.page import build_report
 from loraseg.evaluate.report import render_report
-from loraseg.evaluate.results import Results, table
-from loraseg.storage import absolute, open_store
+from loraseg.evaluate.results import EvaluationResults, results_table
+from loraseg.storage import absolute_uri, open_store
 
 __all__ = ["write_results"]
 
 
-def write_results(results: Results, output: str) -> str:
+def write_results(results: EvaluationResults, output: str) -> str:
     """Write results.json, table.txt and report.html; return where the report is.
 
     Each file appears whole or not at all, results.json last.
@@ -21,9 +21,9 @@ def write_results(results: Results, output: str) -> str:
     Raises:
         StoreError: It cannot be written to.
     """
-    place = absolute(output)
+    place = absolute_uri(output)
     store = open_store(place)
-    store.put("report.html", render_report(report_of(results)).encode())
-    store.put("table.txt", table(results).encode())
+    store.put("report.html", render_report(build_report(results)).encode())
+    store.put("table.txt", results_table(results).encode())
     store.put("results.json", results.to_json().encode())
     return f"{place.rstrip('/')}/report.html"

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from loraseg.data.labels import LabelSpace
 from loraseg.evaluate import leave_one_out, report_data
 from loraseg.evaluate.leave_one_out import METHODS, Method, TargetScores
-from loraseg.evaluate.results import LABELS, PAPER, Results, hmeans
+from loraseg.evaluate.results import METHOD_LABELS, PAPER_HMEANS, EvaluationResults, hmeans
 from loraseg.segment.metrics import ConfusionMatrix
 from loraseg.tensor_types import ndarray
 
-__all__ = ["report_of"]
+__all__ = ["build_report"]
 
-_NOTES: dict[Method, str] = {
+_METHOD_NOTES: dict[Method, str] = {
     "zero_shot": "the base alone",
     "uniform": "all other adapters, equal weights, one pass",
     "semla": "the nearest adapters of each image, fused by weight, one pass",
@@ -19,38 +19,38 @@ _NOTES: dict[Method, str] = {
     "late_semla": "SemLA's weights on score maps, one pass per adapter",
     "oracle": "the domain's own adapter",
 }
-_HEAT: tuple[Method, ...] = ("zero_shot", "semla")
+_HEATMAP_METHODS: tuple[Method, ...] = ("zero_shot", "semla")
 
 
-def report_of(results: Results) -> report_data.Report:
+def build_report(results: EvaluationResults) -> report_data.HtmlReport:
     """Return what the HTML report shows of an evaluation."""
     targets = results.targets
     summary = results.summary()
     means, gap = summary["hmean"], summary["gap_closed"]
     share = "undefined" if gap is None else f"{100 * gap:.0f} %"
-    return report_data.Report(
+    return report_data.HtmlReport(
         title="Leave-one-out evaluation",
         summary=(
             f"{len(targets)} domains, each scored without its own adapter. h-mean of mIoU: "
-            + ", ".join(f"{LABELS[method]} {100 * means[method]:.1f}" for method in means)
+            + ", ".join(f"{METHOD_LABELS[method]} {100 * means[method]:.1f}" for method in means)
             + f". SemLA is ahead of uniform in {summary['semla_ahead_of_uniform']} of "
             f"{len(targets)} domains."
         ),
         scores=_scores("mIoU by domain", targets),
         tiles=(
             *(
-                report_data.Tile(
-                    label=f"{LABELS[method]}, h-mean",
+                report_data.StatTile(
+                    label=f"{METHOD_LABELS[method]}, h-mean",
                     value=f"{100 * means[method]:.1f}",
-                    note=f"paper {100 * PAPER[method]:.1f}",
+                    note=f"paper {100 * PAPER_HMEANS[method]:.1f}",
                 )
                 for method in ("zero_shot", "uniform", "semla")
             ),
-            report_data.Tile(label="gap to the oracle closed", value=share, note="paper 68 %"),
+            report_data.StatTile(label="gap to the oracle closed", value=share, note="paper 68 %"),
         ),
-        more_scores=_without_lonely(results),
+        more_scores=_scores_without_isolated(results),
         weights=_weights(targets),
-        heat_tables=_heat_tables(targets),
+        heat_tables=_heatmap_tables(targets),
         examples=tuple(
             _example(target, example) for target in targets for example in target.examples
         ),
@@ -75,27 +75,27 @@ def _scores(title: str, targets: Sequence[TargetScores]) -> report_data.ScoreTab
         domains=tuple(target.name for target in targets),
         rows=tuple(
             report_data.MethodRow(
-                name=LABELS[method],
+                name=METHOD_LABELS[method],
                 scores=tuple(
                     target.methods[method].miou if method in target.methods else None
                     for target in targets
                 ),
                 hmean=means[method],
-                note=_NOTES[method],
+                note=_METHOD_NOTES[method],
                 is_bound=method == "oracle",
             )
             for method in METHODS
             if method in means
         ),
-        baseline=LABELS["zero_shot"],
+        baseline=METHOD_LABELS["zero_shot"],
     )
 
 
-def _without_lonely(results: Results) -> tuple[report_data.ScoreTable, ...]:
-    kept = [target for target in results.targets if target.name not in results.lonely]
-    if not results.lonely or not kept:
+def _scores_without_isolated(results: EvaluationResults) -> tuple[report_data.ScoreTable, ...]:
+    kept = [target for target in results.targets if target.name not in results.isolated]
+    if not results.isolated or not kept:
         return ()
-    return (_scores(f"Without {', '.join(results.lonely)}", kept),)
+    return (_scores(f"Without {', '.join(results.isolated)}", kept),)
 
 
 def _weights(targets: Sequence[TargetScores]) -> report_data.WeightMatrix:
@@ -110,7 +110,7 @@ def _weights(targets: Sequence[TargetScores]) -> report_data.WeightMatrix:
     )
 
 
-def _heat_tables(targets: Sequence[TargetScores]) -> tuple[report_data.HeatTable, ...]:
+def _heatmap_tables(targets: Sequence[TargetScores]) -> tuple[report_data.HeatmapTable, ...]:
     classes = tuple(dict.fromkeys(name for target in targets for name in target.classes))
 
     def values(method: Method) -> tuple[tuple[float | None, ...], ...]:
@@ -121,13 +121,13 @@ def _heat_tables(targets: Sequence[TargetScores]) -> tuple[report_data.HeatTable
 
     rows = tuple(target.name for target in targets)
     tables = [
-        report_data.HeatTable(
-            title=f"IoU by class, {LABELS[method]}",
+        report_data.HeatmapTable(
+            title=f"IoU by class, {METHOD_LABELS[method]}",
             rows=rows,
             columns=classes,
             values=values(method),
         )
-        for method in _HEAT
+        for method in _HEATMAP_METHODS
     ]
     base, ours = values("zero_shot"), values("semla")
     gains = tuple(
@@ -136,29 +136,33 @@ def _heat_tables(targets: Sequence[TargetScores]) -> tuple[report_data.HeatTable
     )
     title = "IoU by class, SemLA minus zero-shot"
     tables.append(
-        report_data.HeatTable(title=title, rows=rows, columns=classes, values=gains, signed=True)
+        report_data.HeatmapTable(title=title, rows=rows, columns=classes, values=gains, signed=True)
     )
     return tuple(tables)
 
 
-def _example(target: TargetScores, example: leave_one_out.Example) -> report_data.Example:
+def _example(
+    target: TargetScores, example: leave_one_out.ScoredExample
+) -> report_data.ReportExample:
     predictions = [report_data.Prediction(title="truth", labels=example.label)]
     for method, labels in example.predictions.items():
-        score = _miou(example.label, labels, len(target.classes))
-        predictions.append(report_data.Prediction(title=LABELS[method], labels=labels, score=score))
-    return report_data.Example(
+        score = _image_miou(example.label, labels, len(target.classes))
+        predictions.append(
+            report_data.Prediction(title=METHOD_LABELS[method], labels=labels, score=score)
+        )
+    return report_data.ReportExample(
         title=f"{target.name}, image {example.sample}",
         image=example.image,
         label_space=LabelSpace(target.classes),
         predictions=tuple(predictions),
         retrieved=tuple(
-            report_data.Retrieval(adapter=name, weight=weight, distance=distance)
+            report_data.MixEntry(adapter=name, weight=weight, distance=distance)
             for name, weight, distance in example.retrieved
         ),
     )
 
 
-def _miou(label: ndarray, predicted: ndarray, classes: int) -> float | None:
+def _image_miou(label: ndarray, predicted: ndarray, classes: int) -> float | None:
     if (label == 255).all():
         return None
     count = ConfusionMatrix(classes)
@@ -166,7 +170,7 @@ def _miou(label: ndarray, predicted: ndarray, classes: int) -> float | None:
     return count.miou()
 
 
-def _provenance(results: Results) -> dict[str, str]:
+def _provenance(results: EvaluationResults) -> dict[str, str]:
     known = results.provenance
     lines = {
         "code": str(known.get("code_revision", "")),

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any, TypeGuard, cast
 
 from loraseg.evaluate.report_data import (
-    Example,
-    HeatTable,
+    HeatmapTable,
+    HtmlReport,
     MethodRow,
-    Report,
+    ReportExample,
     ScoreTable,
     WeightMatrix,
 )
-from loraseg.evaluate.report_pictures import ExampleView, view_example
-from loraseg.html_template import html_template
+from loraseg.evaluate.report_pictures import RenderedExample, render_example
+from loraseg.reports.templates import html_template
 
 __all__ = ["render_report"]
 
@@ -28,10 +28,10 @@ _ABSENT = "\N{EN DASH}"
 _MINUS = "\N{MINUS SIGN}"
 # Above this shade the ink for full shades has the better contrast; with the style sheet's colours
 # no figure then falls below 4.5 : 1, on light and dark pages (a test computes it).
-_ON_HEAT = 0.76
+_HEAT_INK_THRESHOLD = 0.76
 
 
-def render_report(report: Report) -> str:
+def render_report(report: HtmlReport) -> str:
     """Return the page as HTML text; the same report gives the same bytes.
 
     Args:
@@ -44,16 +44,16 @@ def render_report(report: Report) -> str:
     tables = (report.scores, *report.more_scores)
     return html_template(_TEMPLATES, "report.html.j2").render(
         report=report,
-        tables=[_view_table(table) for table in tables],
-        matrix=report.weights and _view_matrix(report.weights),
-        heat_tables=[_view_heat(table) for table in report.heat_tables],
-        examples=_view_examples(report.examples),
+        tables=[_format_table(table) for table in tables],
+        matrix=report.weights and _layout_matrix(report.weights),
+        heat_tables=[_format_heatmap(table) for table in report.heat_tables],
+        examples=_render_examples(report.examples),
         settings=_flatten(report.settings),
     )
 
 
 @dataclass(frozen=True, slots=True)
-class _Score:
+class _ScoreCell:
     """A printed score: percent, spread, difference to the baseline and its sign."""
 
     text: str
@@ -66,8 +66,8 @@ class _Score:
 @dataclass(frozen=True, slots=True)
 class _Row:
     method: MethodRow
-    hmean: _Score
-    scores: tuple[_Score, ...]
+    hmean: _ScoreCell
+    scores: tuple[_ScoreCell, ...]
     bar: float
 
 
@@ -80,7 +80,7 @@ class _Table:
 
 
 @dataclass(frozen=True, slots=True)
-class _Heat:
+class _HeatCell:
     """A shaded cell: text, share of the full shade in [0, 1], which colour, and which ink."""
 
     text: str
@@ -89,15 +89,17 @@ class _Heat:
     on_heat: bool
 
 
-def _view_table(table: ScoreTable) -> _Table:
+def _format_table(table: ScoreTable) -> _Table:
     """Print every column, the h-mean's first, and find its best methods."""
     columns = [
-        _view_column(table, [row.hmean for row in table.rows], [r.hmean_spread for r in table.rows])
+        _format_column(
+            table, [row.hmean for row in table.rows], [r.hmean_spread for r in table.rows]
+        )
     ]
     for place in range(len(table.domains)):
         scores = [row.scores[place] for row in table.rows]
         spreads = [row.spreads[place] if row.spreads else None for row in table.rows]
-        columns.append(_view_column(table, scores, spreads))
+        columns.append(_format_column(table, scores, spreads))
     longest = max((row.hmean for row in table.rows if _defined(row.hmean)), default=0.0)
     rows = tuple(
         _Row(
@@ -116,9 +118,9 @@ def _view_table(table: ScoreTable) -> _Table:
     )
 
 
-def _view_column(
+def _format_column(
     table: ScoreTable, values: Sequence[float | None], spreads: Sequence[float | None]
-) -> list[_Score]:
+) -> list[_ScoreCell]:
     texts = [_percent(value) for value in values]
     # Compared as printed: what reads the same is equally good.
     competing = [
@@ -128,18 +130,18 @@ def _view_column(
     ]
     names = [row.name for row in table.rows]
     base = values[names.index(table.baseline)] if table.baseline else None
-    view: list[_Score] = []
+    view: list[_ScoreCell] = []
     for row, value, spread, text in zip(table.rows, values, spreads, texts, strict=True):
         is_base = row.name == table.baseline
         delta, sign = ("", "") if is_base else _difference(value, base)
         is_best = text != _ABSENT and not row.is_bound and float(text) == max(competing)
         view.append(
-            _Score(text, _percent(spread) if _defined(spread) else "", delta, sign, is_best)
+            _ScoreCell(text, _percent(spread) if _defined(spread) else "", delta, sign, is_best)
         )
     return view
 
 
-def _view_matrix(matrix: WeightMatrix) -> dict[str, Any]:
+def _layout_matrix(matrix: WeightMatrix) -> dict[str, Any]:
     """Place the heat map: sizes in SVG units, which are pixels at full size."""
     heaviest = max((w for row in matrix.weights for w in row if _defined(w)), default=1.0) or 1.0
     longest_target = max((len(name) for name in matrix.targets), default=0)
@@ -153,11 +155,11 @@ def _view_matrix(matrix: WeightMatrix) -> dict[str, Any]:
         "cell": 34,
         "cells": [
             [
-                _Heat(
+                _HeatCell(
                     text=f"{weight:.2f}".removeprefix("0") if _defined(weight) else _ABSENT,
                     share=_share(weight, heaviest),
                     is_negative=False,
-                    on_heat=_share(weight, heaviest) > _ON_HEAT,
+                    on_heat=_share(weight, heaviest) > _HEAT_INK_THRESHOLD,
                 )
                 for weight in row
             ]
@@ -166,24 +168,24 @@ def _view_matrix(matrix: WeightMatrix) -> dict[str, Any]:
     }
 
 
-def _view_heat(table: HeatTable) -> dict[str, Any]:
+def _format_heatmap(table: HeatmapTable) -> dict[str, Any]:
     sizes = [abs(value) for row in table.values for value in row if _defined(value)]
     # Differences are shaded against the largest one, shares against the whole.
     full = (max(sizes, default=1.0) or 1.0) if table.signed else 1.0
-    cells: list[list[_Heat]] = []
+    cells: list[list[_HeatCell]] = []
     for row in table.values:
-        line: list[_Heat] = []
+        line: list[_HeatCell] = []
         for value in row:
             share = _share(abs(value) if _defined(value) else None, full)
             text = _difference(value, 0.0)[0] if table.signed else _percent(value)
             negative = _defined(value) and value < 0
-            line.append(_Heat(text or _ABSENT, share, negative, share > _ON_HEAT))
+            line.append(_HeatCell(text or _ABSENT, share, negative, share > _HEAT_INK_THRESHOLD))
         cells.append(line)
     return {"table": table, "cells": cells}
 
 
-def _view_examples(examples: Sequence[Example]) -> list[ExampleView]:
-    return [view_example(example) for example in examples]
+def _render_examples(examples: Sequence[ReportExample]) -> list[RenderedExample]:
+    return [render_example(example) for example in examples]
 
 
 def _defined(value: float | None) -> TypeGuard[float]:

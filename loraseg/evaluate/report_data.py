@@ -9,20 +9,20 @@ from loraseg.errors import ConfigError
 from loraseg.tensor_types import ndarray
 
 __all__ = [
-    "Example",
-    "HeatTable",
+    "HeatmapTable",
+    "HtmlReport",
     "MethodRow",
+    "MixEntry",
     "Prediction",
-    "Report",
-    "Retrieval",
+    "ReportExample",
     "ScoreTable",
-    "Tile",
+    "StatTile",
     "WeightMatrix",
 ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tile:
+class StatTile:
     """One figure at the top of the page.
 
     Attributes:
@@ -117,7 +117,7 @@ class WeightMatrix:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HeatTable:
+class HeatmapTable:
     """Shaded figures by row and column, such as the IoU of each class in each domain.
 
     Attributes:
@@ -146,7 +146,7 @@ class HeatTable:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Retrieval:
+class MixEntry:
     """An adapter in a mix.
 
     Attributes:
@@ -176,7 +176,7 @@ class Prediction:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Example:
+class ReportExample:
     """An image with its label maps side by side.
 
     Attributes:
@@ -192,12 +192,12 @@ class Example:
     image: ndarray
     label_space: LabelSpace
     predictions: tuple[Prediction, ...]
-    retrieved: tuple[Retrieval, ...] = ()
+    retrieved: tuple[MixEntry, ...] = ()
     note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Report:
+class HtmlReport:
     """A whole page.
 
     Attributes:
@@ -217,11 +217,11 @@ class Report:
     title: str
     summary: str
     scores: ScoreTable
-    tiles: tuple[Tile, ...] = ()
+    tiles: tuple[StatTile, ...] = ()
     more_scores: tuple[ScoreTable, ...] = ()
     weights: WeightMatrix | None = None
-    heat_tables: tuple[HeatTable, ...] = ()
-    examples: tuple[Example, ...] = ()
+    heat_tables: tuple[HeatmapTable, ...] = ()
+    examples: tuple[ReportExample, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

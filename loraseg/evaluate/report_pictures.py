@@ -10,19 +10,19 @@ from PIL import Image
 from loraseg.data.labels import IGNORE
 from loraseg.data.palette import IGNORE_COLOR
 from loraseg.errors import DatasetError
-from loraseg.evaluate.report_data import Example, Retrieval
+from loraseg.evaluate.report_data import MixEntry, ReportExample
 from loraseg.segment.render import encode_png, palette_png
 from loraseg.tensor_types import UInt8, ndarray
 
-__all__ = ["ExampleView", "view_example"]
+__all__ = ["RenderedExample", "render_example"]
 
-_LONGEST_SIDE = 480
+_MAX_SIDE = 480
 # Up to this many pixels a side a picture stays lossless and is enlarged without smoothing.
-_SMALL = 160
+_MAX_LOSSLESS_SIDE = 160
 
 
 @dataclass(frozen=True, slots=True)
-class PictureView:
+class RenderedPicture:
     """A picture: caption, data URI, size in pixels and whether to enlarge it unsmoothed."""
 
     title: str
@@ -35,17 +35,17 @@ class PictureView:
 
 
 @dataclass(frozen=True, slots=True)
-class ExampleView:
+class RenderedExample:
     """An example as printed."""
 
     title: str
     note: str
-    pictures: tuple[PictureView, ...]
+    pictures: tuple[RenderedPicture, ...]
     legend: tuple[tuple[str, str], ...]
-    retrieved: tuple[Retrieval, ...]
+    retrieved: tuple[MixEntry, ...]
 
 
-def view_example(example: Example) -> ExampleView:
+def render_example(example: ReportExample) -> RenderedExample:
     """Encode the pictures of an example and collect the classes that they show.
 
     Raises:
@@ -59,14 +59,14 @@ def view_example(example: Example) -> ExampleView:
                 f"{prediction.labels.shape} for an image of {example.image.shape[:2]}"
             )
     image = _shrink(example.image, Image.Resampling.BOX)
-    pictures = [_picture("image", "", f"{example.title}: the image", _photo(image), image)]
+    pictures = [_picture("image", "", f"{example.title}: the image", _photo_uri(image), image)]
     for prediction in example.predictions:
         labels = _shrink(prediction.labels, Image.Resampling.NEAREST)
         uri = _data_uri("image/png", palette_png(labels, example.label_space))
         score = "" if prediction.score is None else f"{100 * prediction.score:.1f}"
         alt = f"{example.title}: label map of {prediction.title}"
         pictures.append(_picture(prediction.title, score, alt, uri, labels))
-    return ExampleView(
+    return RenderedExample(
         title=example.title,
         note=example.note,
         pictures=tuple(pictures),
@@ -75,21 +75,23 @@ def view_example(example: Example) -> ExampleView:
     )
 
 
-def _picture(title: str, score: str, alt: str, uri: str, pixels: ndarray) -> PictureView:
+def _picture(title: str, score: str, alt: str, uri: str, pixels: ndarray) -> RenderedPicture:
     height, width = pixels.shape[:2]
-    return PictureView(title, score, alt, uri, width, height, max(height, width) <= _SMALL)
+    return RenderedPicture(
+        title, score, alt, uri, width, height, max(height, width) <= _MAX_LOSSLESS_SIDE
+    )
 
 
 def _shrink(pixels: ndarray, how: Image.Resampling) -> ndarray:
-    factor = _LONGEST_SIDE / max(pixels.shape[:2])
+    factor = _MAX_SIDE / max(pixels.shape[:2])
     if factor >= 1:
         return pixels
     height, width = (max(1, round(length * factor)) for length in pixels.shape[:2])
     return np.array(Image.fromarray(pixels).resize((width, height), how))
 
 
-def _photo(image: UInt8[ndarray, "h w 3"]) -> str:
-    if max(image.shape[:2]) <= _SMALL:
+def _photo_uri(image: UInt8[ndarray, "h w 3"]) -> str:
+    if max(image.shape[:2]) <= _MAX_LOSSLESS_SIDE:
         return _data_uri("image/png", encode_png(image))
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(image)).save(buffer, format="JPEG", quality=85)
@@ -100,7 +102,7 @@ def _data_uri(kind: str, data: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _legend(example: Example) -> tuple[tuple[str, str], ...]:
+def _legend(example: ReportExample) -> tuple[tuple[str, str], ...]:
     """Return name and colour of the classes that any of the maps shows, in order of their ids."""
     present = {int(i) for one in example.predictions for i in np.unique(one.labels)}
     entries = [

@@ -8,9 +8,16 @@ from typing import Any
 from loraseg.evaluate.leave_one_out import METHODS, Method, TargetScores
 from loraseg.segment.metrics import hmean
 
-__all__ = ["LABELS", "PAPER", "Results", "gap_closed", "hmeans", "table"]
+__all__ = [
+    "METHOD_LABELS",
+    "PAPER_HMEANS",
+    "EvaluationResults",
+    "gap_closed",
+    "hmeans",
+    "results_table",
+]
 
-LABELS: Mapping[Method, str] = {
+METHOD_LABELS: Mapping[Method, str] = {
     "zero_shot": "zero-shot",
     "uniform": "uniform",
     "semla": "SemLA",
@@ -20,7 +27,7 @@ LABELS: Mapping[Method, str] = {
 }
 
 # SemLA, h-mean of mIoU over its 20 domains (methods B.8); per-domain rows are in the same place.
-PAPER: Mapping[Method, float] = {
+PAPER_HMEANS: Mapping[Method, float] = {
     "zero_shot": 0.394,
     "uniform": 0.519,
     "semla": 0.542,
@@ -31,24 +38,24 @@ PAPER: Mapping[Method, float] = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Results:
+class EvaluationResults:
     """Everything that goes into ``results.json``; equal inputs give equal bytes.
 
     Attributes:
         provenance: Resolved config, code revision, seed, digests of base, encoder and adapters.
         tuning: How K and tau were chosen: folds, grid and its scores; empty when they were given.
         targets: One entry a domain, in the order of the config.
-        lonely: Domains without relatives, left out of the second h-mean.
+        isolated: Domains without relatives, left out of the second h-mean.
     """
 
     provenance: dict[str, Any]
     tuning: dict[str, Any]
     targets: tuple[TargetScores, ...]
-    lonely: tuple[str, ...] = ()
+    isolated: tuple[str, ...] = ()
 
     def summary(self) -> dict[str, Any]:
         """Return h-means with and without the lonely domains and the share of the gap closed."""
-        kept = [target for target in self.targets if target.name not in self.lonely]
+        kept = [target for target in self.targets if target.name not in self.isolated]
         return {
             "hmean": hmeans(self.targets),
             "hmean_without_lonely": hmeans(kept),
@@ -58,7 +65,7 @@ class Results:
                 target.methods["semla"].miou > target.methods["uniform"].miou
                 for target in self.targets
             ),
-            "paper_hmean": dict(PAPER),
+            "paper_hmean": dict(PAPER_HMEANS),
         }
 
     def to_json(self) -> str:
@@ -66,9 +73,9 @@ class Results:
         content = {
             **self.provenance,
             "tuning": self.tuning,
-            "lonely": list(self.lonely),
+            "lonely": list(self.isolated),
             "summary": self.summary(),
-            "targets": [_target(target) for target in self.targets],
+            "targets": [_target_json(target) for target in self.targets],
         }
         return json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
@@ -95,21 +102,23 @@ def gap_closed(targets: Iterable[TargetScores]) -> float | None:
     return (means["semla"] - means["zero_shot"]) / (means["oracle"] - means["zero_shot"])
 
 
-def table(results: Results) -> str:
+def results_table(results: EvaluationResults) -> str:
     """Return the leave-one-out table as aligned text, mIoU in per cent, the paper's row beneath."""
     methods: list[Method] = [
         m for m in METHODS if any(m in target.methods for target in results.targets)
     ]
-    head = ["domain", *(LABELS[method] for method in methods), "K", "tau", "nearest"]
+    head = ["domain", *(METHOD_LABELS[method] for method in methods), "K", "tau", "nearest"]
     rows = [_row(target, methods) for target in results.targets]
     summary = results.summary()
     rows.append(["h-mean", *(_percent(summary["hmean"].get(m)) for m in methods), "", "", ""])
-    if results.lonely:
+    if results.isolated:
         means = summary["hmean_without_lonely"]
-        name = f"h-mean without {', '.join(results.lonely)}"
+        name = f"h-mean without {', '.join(results.isolated)}"
         rows.append([name, *(_percent(means.get(m)) for m in methods), "", "", ""])
-    rows.append(["paper, 20 domains", *(_percent(PAPER[m]) for m in methods), "5", "0.05", ""])
-    lines = align([head, *rows])
+    rows.append(
+        ["paper, 20 domains", *(_percent(PAPER_HMEANS[m]) for m in methods), "5", "0.05", ""]
+    )
+    lines = align_columns([head, *rows])
     # A rule under the head and one above the means.
     rule = "-" * max(len(line) for line in lines)
     lines[1 + len(results.targets) : 1 + len(results.targets)] = [rule]
@@ -120,7 +129,7 @@ def table(results: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
-def align(rows: Sequence[Sequence[str]]) -> list[str]:
+def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return the rows as lines: first and last column flush left, numbers flush right."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     last = len(widths) - 1
@@ -149,7 +158,7 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def _target(target: TargetScores) -> dict[str, Any]:
+def _target_json(target: TargetScores) -> dict[str, Any]:
     return {
         "name": target.name,
         "family": target.family,

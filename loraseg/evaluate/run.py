@@ -8,27 +8,51 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from loraseg import config as configuration
-from loraseg.backbones.source import absolute_spec
+from loraseg.backbones.weights import absolute_spec
 from loraseg.data.readers.folder import DatasetFolder
-from loraseg.engine.assemble import AttentionLora, Equipment, Precision, Wanted, equip
 from loraseg.errors import AdapterNotFoundError, ConfigError
-from loraseg.evaluate.leave_one_out import Bench, Scoring, Target, TargetScorer
-from loraseg.evaluate.results import Results
-from loraseg.evaluate.tuning import Grid, Setting, choose, folds_by_family
+from loraseg.evaluate.leave_one_out import (
+    EvaluationContext,
+    ScoringConfig,
+    TargetDomain,
+    TargetScorer,
+)
+from loraseg.evaluate.results import EvaluationResults
+from loraseg.evaluate.tuning import (
+    HyperparameterGrid,
+    Hyperparameters,
+    folds_by_family,
+    select_hyperparameters,
+)
+from loraseg.inference.loading import (
+    AttentionLoraSetting,
+    LoadedSegmenter,
+    Precision,
+    SegmenterConfig,
+    load_segmenter,
+)
 from loraseg.revision import code_revision
 from loraseg.segment.metrics import hmean
-from loraseg.storage import absolute
+from loraseg.storage import absolute_uri
 
-__all__ = ["Domain", "EvaluationConfig", "Work", "evaluate", "run_work"]
+__all__ = [
+    "EvaluationConfig",
+    "EvaluationDomain",
+    "EvaluationTask",
+    "evaluate",
+    "run_evaluation_task",
+]
 
 logger = logging.getLogger(__name__)
 
 # Applies a function to every piece of work, in order: a plain loop, or Ray.
-Spread = Callable[[Callable[["Work"], Any], Sequence["Work"]], Iterable[Any]]
+OrderedMap = Callable[
+    [Callable[["EvaluationTask"], Any], Sequence["EvaluationTask"]], Iterable[Any]
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Domain:
+class EvaluationDomain:
     """One dataset folder; its own adapter in the library has the same name.
 
     Attributes:
@@ -72,21 +96,21 @@ class EvaluationConfig:
 
     library: str
     output: str
-    domains: tuple[Domain, ...]
+    domains: tuple[EvaluationDomain, ...]
     base: str = "miniature"
     encoder: str = "miniature"
-    clip_attention_lora: AttentionLora = "as_trained"
+    clip_attention_lora: AttentionLoraSetting = "as_trained"
     precision: Precision = "fp32"
     candidates: tuple[str, ...] = ()
     lonely: tuple[str, ...] = ()
     k: int | None = None
     temperature: float | None = None
-    grid: Grid = field(default_factory=Grid)
+    grid: HyperparameterGrid = field(default_factory=HyperparameterGrid)
     folds: int | None = None
     tuning_images: int | None = 8
     images: int | None = None
     skip_bad: bool = False
-    scoring: Scoring = field(default_factory=Scoring)
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -100,7 +124,7 @@ class EvaluationConfig:
         if (self.k is None) != (self.temperature is None):
             raise ConfigError("k and temperature: give both, or none to choose them on the grid")
 
-    def plain(self) -> "EvaluationConfig":
+    def without_subclass_fields(self) -> "EvaluationConfig":
         """Return a config of this very class, without what a subclass added.
 
         Workers of a cluster can import it, whereas a job's own class lives in ``__main__``.
@@ -112,90 +136,90 @@ class EvaluationConfig:
         """Return the config with addresses that hold in any process, whatever its folder."""
         return replace(
             self,
-            library=absolute(self.library),
+            library=absolute_uri(self.library),
             base=absolute_spec(self.base),
             encoder=absolute_spec(self.encoder),
-            domains=tuple(replace(item, data=absolute(item.data)) for item in self.domains),
+            domains=tuple(replace(item, data=absolute_uri(item.data)) for item in self.domains),
         )
 
-    def fixed(self) -> Setting | None:
+    def fixed_hyperparameters(self) -> Hyperparameters | None:
         """Return the given K and tau, None if they are to be chosen."""
         if self.k is None or self.temperature is None:
             return None
-        return Setting(k=self.k, temperature=self.temperature)
+        return Hyperparameters(k=self.k, temperature=self.temperature)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Work:
+class EvaluationTask:
     """One domain's share: a score for every setting of the grid, or all methods at one setting.
 
     Self-contained and safe to run twice, so that any process of a cluster may take it.
     """
 
     config: EvaluationConfig
-    domain: Domain
+    domain: EvaluationDomain
     generation: int
-    setting: Setting | None = None
+    setting: Hyperparameters | None = None
 
 
-def evaluate(config: EvaluationConfig, spread: Spread = map) -> Results:
+def evaluate(config: EvaluationConfig, ordered_map: OrderedMap = map) -> EvaluationResults:
     """Score all domains leave-one-out.
 
     Args:
         config: What is evaluated.
-        spread: Applies a function to every piece of work, in order; places it on a cluster.
+        ordered_map: Applies a function to every piece of work, in order; places it on a cluster.
 
     Raises:
         ConfigError: Too few families for the folds, or a domain has no other adapter to mix.
         AdapterNotFoundError: A candidate is not in the library.
         LorasegError: As raised by the store, the data, the base or the adapters.
     """
-    equipment = equip(_wanted(config))
+    equipment = load_segmenter(_segmenter_config(config))
     _check_candidates(config, equipment)
     resolved = config.resolved()
     works = [
-        Work(config=resolved, domain=domain, generation=equipment.generation)
+        EvaluationTask(config=resolved, domain=domain, generation=equipment.generation)
         for domain in resolved.domains
     ]
-    settings, tuning = _settings(config, works, spread)
+    settings, tuning = _select_hyperparameters(config, works, ordered_map)
     scored = [replace(work, setting=settings[work.domain.name]) for work in works]
-    return Results(
+    return EvaluationResults(
         provenance=_provenance(config, equipment),
         tuning=tuning,
-        targets=tuple(spread(run_work, scored)),
-        lonely=config.lonely,
+        targets=tuple(ordered_map(run_evaluation_task, scored)),
+        isolated=config.lonely,
     )
 
 
-def run_work(work: Work) -> Any:
+def run_evaluation_task(task: EvaluationTask) -> Any:
     """Score one domain: a list of the grid's mIoU without a setting, else its `TargetScores`."""
     started = time.perf_counter()
-    config = work.config
+    config = task.config
     # The library is pinned to a generation: all domains see the same adapters, whoever publishes.
-    equipment = _equip_once(_wanted(config, work.generation))
-    bench = Bench(
+    equipment = _load_segmenter_once(_segmenter_config(config, task.generation))
+    bench = EvaluationContext(
         base=equipment.base,
         entries=equipment.pool.entries,
-        load=equipment.pool.load,
-        measure=equipment.measure,
+        load_adapter=equipment.pool.load,
+        measure_distances=equipment.distances,
         candidates=frozenset(config.candidates) or None,
     )
-    scorer = TargetScorer(bench, _target(config, work.domain), config.scoring)
-    if work.setting is None:
-        result: Any = scorer.grid(config.grid.settings(), config.tuning_images)
+    scorer = TargetScorer(bench, _target_domain(config, task.domain), config.scoring)
+    if task.setting is None:
+        result: Any = scorer.score_grid(config.grid.combinations(), config.tuning_images)
     else:
-        result = scorer.score(work.setting)
-    what = "grid" if work.setting is None else "all methods"
-    logger.info("%s: scored %s in %.1f s", work.domain.name, what, time.perf_counter() - started)
+        result = scorer.score_methods(task.setting)
+    what = "grid" if task.setting is None else "all methods"
+    logger.info("%s: scored %s in %.1f s", task.domain.name, what, time.perf_counter() - started)
     return result
 
 
 # A process that scores several domains, or one domain twice, reads the models once.
-_equip_once = functools.lru_cache(maxsize=1)(equip)
+_load_segmenter_once = functools.lru_cache(maxsize=1)(load_segmenter)
 
 
-def _wanted(config: EvaluationConfig, generation: int | None = None) -> Wanted:
-    return Wanted(
+def _segmenter_config(config: EvaluationConfig, generation: int | None = None) -> SegmenterConfig:
+    return SegmenterConfig(
         library=config.library,
         base=config.base,
         encoder=config.encoder,
@@ -205,10 +229,10 @@ def _wanted(config: EvaluationConfig, generation: int | None = None) -> Wanted:
     )
 
 
-def _target(config: EvaluationConfig, domain: Domain) -> Target:
+def _target_domain(config: EvaluationConfig, domain: EvaluationDomain) -> TargetDomain:
     folder = DatasetFolder.open(domain.data, skip_bad=config.skip_bad)
     samples = folder.samples(domain.split)[: config.images]
-    return Target(
+    return TargetDomain(
         name=domain.name,
         family=domain.family or domain.name,
         classes=folder.label_space.names,
@@ -218,46 +242,47 @@ def _target(config: EvaluationConfig, domain: Domain) -> Target:
     )
 
 
-def _settings(
-    config: EvaluationConfig, works: Sequence[Work], spread: Spread
-) -> tuple[dict[str, Setting], dict[str, Any]]:
+def _select_hyperparameters(
+    config: EvaluationConfig, tasks: Sequence[EvaluationTask], ordered_map: OrderedMap
+) -> tuple[dict[str, Hyperparameters], dict[str, Any]]:
     """Return K and tau of every domain, and how they were found."""
-    names = [work.domain.name for work in works]
-    if (fixed := config.fixed()) is not None:
+    names = [work.domain.name for work in tasks]
+    if (fixed := config.fixed_hyperparameters()) is not None:
         return dict.fromkeys(names, fixed), {}
     families = {domain.name: domain.family or domain.name for domain in config.domains}
     folds = folds_by_family(families, count=config.folds, seed=config.seed)
-    scores = dict(zip(names, spread(run_work, works), strict=True))
-    grid = config.grid.settings()
+    scores = dict(zip(names, ordered_map(run_evaluation_task, tasks), strict=True))
+    grid = config.grid.combinations()
     tuning = {
         "grid": [asdict(setting) for setting in grid],
         "folds": folds,
         "miou": scores,
         "hmean": [hmean([row[index] for row in scores.values()]) for index in range(len(grid))],
     }
-    return choose(scores, folds, grid), tuning
+    return select_hyperparameters(scores, folds, grid), tuning
 
 
-def _check_candidates(config: EvaluationConfig, equipment: Equipment) -> None:
-    known = {entry.name for entry in equipment.pool.entries}
+def _check_candidates(config: EvaluationConfig, segmenter: LoadedSegmenter) -> None:
+    known = {entry.name for entry in segmenter.pool.entries}
     if missing := sorted(set(config.candidates) - known):
         raise AdapterNotFoundError(
             f"candidates {', '.join(missing)}: not among the adapters of {config.library} for "
-            f"base {equipment.base.digest} ({', '.join(sorted(known)) or equipment.pool.vacancy})"
+            f"base {segmenter.base.digest} "
+            f"({', '.join(sorted(known)) or segmenter.pool.empty_reason})"
         )
 
 
-def _provenance(config: EvaluationConfig, equipment: Equipment) -> dict[str, Any]:
+def _provenance(config: EvaluationConfig, segmenter: LoadedSegmenter) -> dict[str, Any]:
     return {
         "config": configuration.to_dict(config),
         "code_revision": code_revision(),
         "seed": config.seed,
-        "base": {"name": equipment.base.name, "digest": equipment.base.digest},
-        "encoder": equipment.encoder.encoder_id,
-        "clip_attention_lora": equipment.base.model.config.clip_attention_lora,
-        "library_generation": equipment.generation,
+        "base": {"name": segmenter.base.name, "digest": segmenter.base.digest},
+        "encoder": segmenter.encoder.encoder_id,
+        "clip_attention_lora": segmenter.base.model.config.clip_attention_lora,
+        "library_generation": segmenter.generation,
         "adapters": {
             entry.name: {"version": entry.version, "digest": entry.digest}
-            for entry in equipment.pool.entries
+            for entry in segmenter.pool.entries
         },
     }

@@ -11,11 +11,17 @@ from loraseg.fuse.weights import mixing_weights
 from loraseg.segment.metrics import hmean
 from loraseg.tensor_types import Float, ndarray
 
-__all__ = ["Grid", "Setting", "choose", "folds_by_family", "weights_matrix"]
+__all__ = [
+    "HyperparameterGrid",
+    "Hyperparameters",
+    "folds_by_family",
+    "mixing_weight_matrix",
+    "select_hyperparameters",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Setting:
+class Hyperparameters:
     """One point of the grid: K nearest adapters, temperature tau (methods B.4)."""
 
     k: int
@@ -23,7 +29,7 @@ class Setting:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Grid:
+class HyperparameterGrid:
     """All combinations of K and tau that are tried."""
 
     k: tuple[int, ...] = (1, 2, 3, 5)
@@ -35,13 +41,15 @@ class Grid:
         if not self.temperature or min(self.temperature) <= 0:
             raise ConfigError(f"grid.temperature: got {self.temperature}, expected numbers above 0")
 
-    def settings(self) -> tuple[Setting, ...]:
+    def combinations(self) -> tuple[Hyperparameters, ...]:
         """Return the points in the order in which ties between them are settled."""
-        return tuple(Setting(k=k, temperature=tau) for k in self.k for tau in self.temperature)
+        return tuple(
+            Hyperparameters(k=k, temperature=tau) for k in self.k for tau in self.temperature
+        )
 
 
-def weights_matrix(
-    distances: Float[ndarray, "images adapters"], setting: Setting
+def mixing_weight_matrix(
+    distances: Float[ndarray, "images adapters"], setting: Hyperparameters
 ) -> Float[ndarray, "images adapters"]:
     """Return every image's weights over all adapters, zero for those not retrieved.
 
@@ -97,9 +105,11 @@ def folds_by_family(
     return {domain: folds[domain] for domain in families}
 
 
-def choose(
-    scores: Mapping[str, Sequence[float]], folds: Mapping[str, int], settings: Sequence[Setting]
-) -> dict[str, Setting]:
+def select_hyperparameters(
+    scores: Mapping[str, Sequence[float]],
+    folds: Mapping[str, int],
+    settings: Sequence[Hyperparameters],
+) -> dict[str, Hyperparameters]:
     """Choose for every domain the setting with the best h-mean over the OTHER folds.
 
     Args:
@@ -107,7 +117,7 @@ def choose(
         folds: Fold of every domain; at least two folds.
         settings: What the scores belong to; the first of equal ones wins.
     """
-    chosen: dict[int, Setting] = {}
+    chosen: dict[int, Hyperparameters] = {}
     for fold in set(folds.values()):
         others = [scores[domain] for domain in sorted(scores) if folds[domain] != fold]
         means = [hmean([row[index] for row in others]) for index in range(len(settings))]

@@ -2,7 +2,7 @@
 
 __all__ = [
     "AdapterBank",
-    "LateSum",
+    "LateFusion",
     "Mix",
     "concat_lora",
     "fuse",
@@ -13,7 +13,7 @@ __all__ = [
 
 from loraseg.fuse.bank import AdapterBank
 from loraseg.fuse.concat import concat_lora
-from loraseg.fuse.late import LateSum, late_fusion
+from loraseg.fuse.late import LateFusion, late_fusion
 from loraseg.fuse.merged import merged
 from loraseg.fuse.mix import Mix, fuse
 from loraseg.fuse.weights import mixing_weights

@@ -20,18 +20,18 @@ from math import gcd
 import torch
 from torch import nn
 
-from loraseg.adapters.packed import PackedAdapter, Shape
+from loraseg.adapters.packed import PackedAdapter, WeightShape
 from loraseg.errors import AdapterMismatchError, StageError
+from loraseg.fuse.buffers import AdapterBuffers
 from loraseg.fuse.merging import MergeTable, load_table
 from loraseg.fuse.mix import Mix
-from loraseg.fuse.mixed_layer import MixedLayer, Plan, Segment
-from loraseg.fuse.slots import Slots
+from loraseg.fuse.mixed_layer import BatchPlan, MixedLayer, MixSegment
 from loraseg.tensor_types import Tensor
 
 __all__ = ["AdapterBank", "check_fits"]
 
 # Mixes of other sizes than the usual one, such as that of all adapters, get buffers of their own.
-_KEPT_SLOTS = 2
+_MAX_BUFFERS = 2
 _RANK_STEP = 8
 
 
@@ -55,10 +55,10 @@ class AdapterBank:
         self._batched = batched
         self._given_table = table
         self._tables: dict[tuple[torch.device, torch.dtype], MergeTable] = {}
-        self._sites: dict[str, MixedLayer] = {}
-        self._fitting: set[str] = set()
-        self._slots: list[Slots] = []
-        self._scratch: dict[Shape, Tensor] = {}
+        self._layers: dict[str, MixedLayer] = {}
+        self._checked_digests: set[str] = set()
+        self._buffers: list[AdapterBuffers] = []
+        self._scratch: dict[WeightShape, Tensor] = {}
         self._in_use = False
 
     @contextmanager
@@ -79,99 +79,99 @@ class AdapterBank:
         self._in_use = True
         try:
             if any(mix is not None for mix in mixes):
-                opened = self._open(mixes)
+                opened = self._attach(mixes)
             with torch.no_grad():
                 yield
         finally:
             for site in opened:
-                site.close()
+                site.detach()
             self._in_use = False
 
-    def _open(self, mixes: Sequence[Mix | None]) -> list[MixedLayer]:
+    def _attach(self, mixes: Sequence[Mix | None]) -> list[MixedLayer]:
         plan, order = self._plan(mixes)
-        slots = self._slots_for([mix for mix in order if mix is not None], len(order))
+        slots = self._buffers_for([mix for mix in order if mix is not None], len(order))
         for index, mix in enumerate(order):
             slots.fill(index, mix)
         opened: list[MixedLayer] = []
         try:
-            for shape, names in slots.sites.items():
+            for shape, names in slots.layers.items():
                 for name in names:
-                    site = self._sites[name]
-                    site.open(plan, *slots.view(name), self._scratch_of(shape))
+                    site = self._layers[name]
+                    site.attach(plan, *slots.view(name), self._scratch_for(shape))
                     opened.append(site)
         except BaseException:
             for site in opened:
-                site.close()
+                site.detach()
             raise
         return opened
 
-    def _plan(self, mixes: Sequence[Mix | None]) -> tuple[Plan, list[Mix | None]]:
+    def _plan(self, mixes: Sequence[Mix | None]) -> tuple[BatchPlan, list[Mix | None]]:
         """Return the plan and what each slot has to hold."""
-        device, table = self._place[0], self._table()
+        device, table = self._device_and_dtype[0], self._merge_table()
         runs = [list(run) for _, run in groupby(mixes, lambda mix: mix.digest if mix else None)]
         if self._batched or (self._batched is None and device.type == "cuda"):
             # Images of several windows each, or several with one mix: as few parts as are equal.
             order = list(mixes[:: gcd(*map(len, runs))])
-            return Plan(len(order), _digests(order), (), True, table), order
+            return BatchPlan(len(order), _mix_digests(order), (), True, table), order
         order: list[Mix | None] = [run[0] for run in runs if run[0] is not None]
-        segments: list[Segment] = []
+        segments: list[MixSegment] = []
         start = slot = 0
         for run in runs:
             bare = run[0] is None
-            segments.append(Segment(start, start + len(run), None if bare else slot))
+            segments.append(MixSegment(start, start + len(run), None if bare else slot))
             start, slot = start + len(run), slot + (not bare)
-        return Plan(len(mixes), _digests(order), tuple(segments), False, table), order
+        return BatchPlan(len(mixes), _mix_digests(order), tuple(segments), False, table), order
 
-    def _slots_for(self, mixes: Sequence[Mix], count: int) -> Slots:
+    def _buffers_for(self, mixes: Sequence[Mix], count: int) -> AdapterBuffers:
         """Return buffers with room for these mixes, the most recently used ones first."""
         for adapter in {id(a): a for mix in mixes for a, _ in mix.parts}.values():
-            self._admit(adapter)
-        device, dtype = self._place
+            self._register(adapter)
+        device, dtype = self._device_and_dtype
         rank = max(max(mix.rank for mix in mixes), 1)
-        for index, slots in enumerate(self._slots):
+        for index, slots in enumerate(self._buffers):
             roomy = slots.count >= count and rank <= slots.rank <= 2 * rank
             same = (slots.device, slots.dtype) == (device, dtype)
-            if roomy and same and sum(map(len, slots.sites.values())) == len(self._sites):
-                self._slots.insert(0, self._slots.pop(index))
+            if roomy and same and sum(map(len, slots.layers.values())) == len(self._layers):
+                self._buffers.insert(0, self._buffers.pop(index))
                 return slots
-        wanted: dict[Shape, list[str]] = {}
-        for name in sorted(self._sites):
-            wanted.setdefault(self._sites[name].shape, []).append(name)
+        wanted: dict[WeightShape, list[str]] = {}
+        for name in sorted(self._layers):
+            wanted.setdefault(self._layers[name].shape, []).append(name)
         rank = -(-rank // _RANK_STEP) * _RANK_STEP
-        self._slots = [slots for slots in self._slots if not rank <= slots.rank <= 2 * rank]
-        made = Slots(wanted, count=count, rank=rank, device=device, dtype=dtype)
-        self._slots = [made, *self._slots][:_KEPT_SLOTS]
+        self._buffers = [slots for slots in self._buffers if not rank <= slots.rank <= 2 * rank]
+        made = AdapterBuffers(wanted, count=count, rank=rank, device=device, dtype=dtype)
+        self._buffers = [made, *self._buffers][:_MAX_BUFFERS]
         return made
 
-    def _admit(self, adapter: PackedAdapter) -> None:
+    def _register(self, adapter: PackedAdapter) -> None:
         """Check that an adapter fits the model, and note its layers."""
-        if adapter.digest in self._fitting:
+        if adapter.digest in self._checked_digests:
             return
         check_fits(adapter, self._linears)
-        for name in _names(adapter):
-            if name not in self._sites:
-                self._sites[name] = MixedLayer(name, self._linears[name])
-        self._fitting.add(adapter.digest)
+        for name in _layer_names(adapter):
+            if name not in self._layers:
+                self._layers[name] = MixedLayer(name, self._linears[name])
+        self._checked_digests.add(adapter.digest)
 
-    def _scratch_of(self, shape: Shape) -> Tensor:
-        device, dtype = self._place
+    def _scratch_for(self, shape: WeightShape) -> Tensor:
+        device, dtype = self._device_and_dtype
         known = self._scratch.get(shape)
         if known is None or (known.device, known.dtype) != (device, dtype):
             known = self._scratch[shape] = torch.empty(shape, device=device, dtype=dtype)
         return known
 
     @property
-    def _place(self) -> tuple[torch.device, torch.dtype]:
+    def _device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         """Where the model is now, and its type."""
         weight = next(iter(self._linears.values())).weight
         return weight.device, weight.dtype
 
-    def _table(self) -> MergeTable:
+    def _merge_table(self) -> MergeTable:
         if self._given_table is not None:
             return self._given_table
-        if self._place not in self._tables:
-            self._tables[self._place] = load_table(*self._place)
-        return self._tables[self._place]
+        if self._device_and_dtype not in self._tables:
+            self._tables[self._device_and_dtype] = load_table(*self._device_and_dtype)
+        return self._tables[self._device_and_dtype]
 
 
 def check_fits(adapter: PackedAdapter, linears: Mapping[str, nn.Linear]) -> None:
@@ -185,7 +185,7 @@ def check_fits(adapter: PackedAdapter, linears: Mapping[str, nn.Linear]) -> None
         AdapterMismatchError: A layer is unknown or has another size.
     """
     for shape, block in adapter.blocks.items():
-        for name in block.sites:
+        for name in block.layers:
             linear = linears.get(name)
             if linear is None:
                 raise AdapterMismatchError(
@@ -199,9 +199,9 @@ def check_fits(adapter: PackedAdapter, linears: Mapping[str, nn.Linear]) -> None
                 )
 
 
-def _digests(mixes: Sequence[Mix | None]) -> tuple[str | None, ...]:
+def _mix_digests(mixes: Sequence[Mix | None]) -> tuple[str | None, ...]:
     return tuple(mix.digest if mix else None for mix in mixes)
 
 
-def _names(adapter: PackedAdapter) -> Iterable[str]:
-    return (name for block in adapter.blocks.values() for name in block.sites)
+def _layer_names(adapter: PackedAdapter) -> Iterable[str]:
+    return (name for block in adapter.blocks.values() for name in block.layers)

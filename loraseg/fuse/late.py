@@ -8,10 +8,10 @@ from loraseg.errors import AdapterMismatchError
 from loraseg.fuse.mix import check_weights
 from loraseg.tensor_types import Float, Tensor, ndarray
 
-__all__ = ["LateSum", "late_fusion"]
+__all__ = ["LateFusion", "late_fusion"]
 
 
-class LateSum:
+class LateFusion:
     """The weighted sum of score maps that arrive one after the other.
 
     Memory does not depend on how many there are.
@@ -61,7 +61,7 @@ def late_fusion(
         AdapterMismatchError: Counts or shapes differ, or a weight is not finite.
     """
     check_weights(weights, len(score_maps))
-    late = LateSum()
+    late = LateFusion()
     for scores, weight in zip(score_maps, weights, strict=True):
         late.add(scores, float(weight))
     return late.total

@@ -13,7 +13,7 @@ from torch import nn
 
 from loraseg.fuse.bank import check_fits
 from loraseg.fuse.mix import Mix
-from loraseg.fuse.mixed_layer import MERGED, check_free
+from loraseg.fuse.mixed_layer import MERGED_ATTRIBUTE, require_unmodified
 
 __all__ = ["merged"]
 
@@ -42,23 +42,23 @@ def merged(model: nn.Module, mix: Mix | None) -> Generator[None, None, None]:
         check_fits(adapter, linears)
     pairs = mix.pairs()
     for name in pairs:
-        check_free(name, linears[name])
+        require_unmodified(name, linears[name])
     kept: list[tuple[nn.Linear, nn.Parameter]] = []
     try:
         for name, (down, up) in pairs.items():
             linear = linears[name]
             weight = cast(nn.Parameter, linear.weight)  # torch calls it a Tensor
             kept.append((linear, weight))
-            vars(linear)[MERGED] = mix.digest
-            linear.weight = _sum(weight, down, up)
+            vars(linear)[MERGED_ATTRIBUTE] = mix.digest
+            linear.weight = _merged_weight(weight, down, up)
         yield
     finally:
         for linear, weight in kept:
             linear.weight = weight
-            vars(linear).pop(MERGED, None)
+            vars(linear).pop(MERGED_ATTRIBUTE, None)
 
 
-def _sum(weight: nn.Parameter, down: torch.Tensor, up: torch.Tensor) -> nn.Parameter:
+def _merged_weight(weight: nn.Parameter, down: torch.Tensor, up: torch.Tensor) -> nn.Parameter:
     wide = torch.promote_types(weight.dtype, torch.float32)
     with torch.no_grad():
         base, down, up = (t.detach().to(weight.device, wide) for t in (weight, down, up))

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from loraseg.adapters.packed import Shape
-from loraseg.cache_folder import cache_folder
+from loraseg.adapters.packed import WeightShape
+from loraseg.cache_dir import cache_dir
 from loraseg.errors import IntegrityError
 from loraseg.tensor_types import Tensor
 
@@ -44,12 +44,12 @@ class MergeTable:
     """
 
     factor: float = 1.0
-    measured: Mapping[Shape, float] = field(default_factory=dict)
+    measured: Mapping[WeightShape, float] = field(default_factory=dict)
 
-    def merges(self, shape: Shape, tokens: int) -> bool:
+    def should_merge(self, shape: WeightShape, tokens: int) -> bool:
         """Tell whether ``tokens`` of one mix are enough to merge it into a weight (d_out, d_in)."""
         known = self.measured.get(shape)
-        return tokens > (self.factor * _equal_work(shape) if known is None else known)
+        return tokens > (self.factor * _crossover_tokens(shape) if known is None else known)
 
 
 def load_table(device: torch.device, dtype: torch.dtype) -> MergeTable:
@@ -84,11 +84,11 @@ def table_file(device: torch.device, dtype: torch.dtype) -> Path:
     else:
         name = f"{device.type}-{torch.backends.cpu.get_cpu_capability()}-{torch.get_num_threads()}"
     plain = re.sub(r"[^A-Za-z0-9]+", "-", f"{name}-{dtype}".removeprefix("torch."))
-    return cache_folder("merging") / f"{plain}.json"
+    return cache_dir("merging") / f"{plain}.json"
 
 
 def measure_table(
-    shapes: Sequence[Shape], device: torch.device, dtype: torch.dtype, *, rank: int = 40
+    shapes: Sequence[WeightShape], device: torch.device, dtype: torch.dtype, *, rank: int = 40
 ) -> MergeTable:
     """Find by bisection of the tokens where merging becomes the faster form, for each shape.
 
@@ -99,30 +99,36 @@ def measure_table(
         rank: Rows of the mix, K r.
     """
     factor = _FACTORS.get((device.type, dtype), 1.0)
-    measured = {shape: _crossing(shape, device, dtype, rank) for shape in sorted(set(shapes))}
+    measured = {
+        shape: _measure_crossover(shape, device, dtype, rank) for shape in sorted(set(shapes))
+    }
     for shape, tokens in measured.items():
-        logger.info("%s: merged from %.0f tokens on (T* %.0f)", shape, tokens, _equal_work(shape))
+        logger.info(
+            "%s: merged from %.0f tokens on (T* %.0f)", shape, tokens, _crossover_tokens(shape)
+        )
     return MergeTable(factor, measured)
 
 
-def _equal_work(shape: Shape) -> float:
+def _crossover_tokens(shape: WeightShape) -> float:
     """T*: the tokens at which both forms take equally many products."""
     return shape[0] * shape[1] / (shape[0] + shape[1])
 
 
-def _crossing(shape: Shape, device: torch.device, dtype: torch.dtype, rank: int) -> float:
-    low, high = _equal_work(shape) / 8, _equal_work(shape) * 32
+def _measure_crossover(
+    shape: WeightShape, device: torch.device, dtype: torch.dtype, rank: int
+) -> float:
+    low, high = _crossover_tokens(shape) / 8, _crossover_tokens(shape) * 32
     for _ in range(6):
         middle = (low * high) ** 0.5
-        if _merging_wins(shape, int(middle) + 1, device, dtype, rank):
+        if _merging_is_faster(shape, int(middle) + 1, device, dtype, rank):
             high = middle
         else:
             low = middle
     return round((low * high) ** 0.5, 1)
 
 
-def _merging_wins(
-    shape: Shape, tokens: int, device: torch.device, dtype: torch.dtype, rank: int
+def _merging_is_faster(
+    shape: WeightShape, tokens: int, device: torch.device, dtype: torch.dtype, rank: int
 ) -> bool:
     d_out, d_in = shape
 
@@ -141,10 +147,10 @@ def _merging_wins(
         out.addmm_(x @ down.t(), up)
 
     with torch.no_grad():
-        return _seconds(merged, device) < _seconds(beside, device)
+        return _median_seconds(merged, device) < _median_seconds(beside, device)
 
 
-def _seconds(action: Callable[[], None], device: torch.device) -> float:
+def _median_seconds(action: Callable[[], None], device: torch.device) -> float:
     times: list[float] = []
     for _ in range(_ROUNDS + 1):
         if device.type == "cuda":

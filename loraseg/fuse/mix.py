@@ -51,7 +51,7 @@ class Mix:
         found: dict[str, list[tuple[Tensor, Tensor, float]]] = {}
         for adapter, weight in self.parts:
             for block in adapter.blocks.values():
-                for site, down, up in zip(block.sites, block.down, block.up, strict=True):
+                for site, down, up in zip(block.layers, block.down, block.up, strict=True):
                     found.setdefault(site, []).append((down, up.T, weight))
         try:
             return {

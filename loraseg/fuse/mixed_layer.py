@@ -6,22 +6,22 @@ from itertools import groupby
 import torch
 from torch import nn
 
-from loraseg.adapters.packed import Shape
+from loraseg.adapters.packed import WeightShape
 from loraseg.errors import StageError
 from loraseg.fuse.merging import MergeTable
 from loraseg.tensor_types import Float, Tensor
 
-__all__ = ["MERGED", "MixedLayer", "Plan", "Segment", "check_free"]
+__all__ = ["MERGED_ATTRIBUTE", "BatchPlan", "MixSegment", "MixedLayer", "require_unmodified"]
 
 # What :func:`loraseg.fuse.merged.merged` leaves on a layer instance while a mix is in its weight.
-MERGED = "merged_mix"
+MERGED_ATTRIBUTE = "merged_mix"
 
 # Values of a merged weight that is worth keeping: those of the aggregator, not of large towers.
-_KEPT_SIZE = 2**17
+_MAX_CACHED_WEIGHT_SIZE = 2**17
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class MixSegment:
     """Neighbouring parts ``start`` to ``stop`` with one mix; ``slot`` None is the bare base."""
 
     start: int
@@ -30,7 +30,7 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class BatchPlan:
     """How the leading axis of every layer's input is shared out.
 
     Attributes:
@@ -43,7 +43,7 @@ class Plan:
 
     parts: int
     digests: tuple[str | None, ...]
-    segments: tuple[Segment, ...]
+    segments: tuple[MixSegment, ...]
     batched: bool
     table: MergeTable
 
@@ -53,18 +53,18 @@ class MixedLayer:
 
     def __init__(self, name: str, linear: nn.Linear) -> None:
         self.name, self.linear = name, linear
-        self._plan: Plan | None = None
+        self._plan: BatchPlan | None = None
         self._down = self._up = self._scratch = linear.weight
-        self._kept: dict[str | None, Tensor] = {}
+        self._cached_weights: dict[str | None, Tensor] = {}
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> WeightShape:
         """(d_out, d_in) of the weight."""
         return self.linear.out_features, self.linear.in_features
 
-    def open(
+    def attach(
         self,
-        plan: Plan,
+        plan: BatchPlan,
         down: Float[Tensor, "slots r d_in"],
         up: Float[Tensor, "slots r d_out"],
         scratch: Float[Tensor, "d_out d_in"],
@@ -74,16 +74,16 @@ class MixedLayer:
         Raises:
             StageError: Something else stands in its place already.
         """
-        check_free(self.name, self.linear)
+        require_unmodified(self.name, self.linear)
         self._plan, self._down, self._up, self._scratch = plan, down, up, scratch
-        kept, weight = self._kept, self.linear.weight
-        self._kept = {key: kept[key] for key in plan.digests if key in kept}
+        kept, weight = self._cached_weights, self.linear.weight
+        self._cached_weights = {key: kept[key] for key in plan.digests if key in kept}
         if any((m.device, m.dtype) != (weight.device, weight.dtype) for m in kept.values()):
-            self._kept = {}  # the model has moved
+            self._cached_weights = {}  # the model has moved
         # On the instance, as hooks cannot keep a layer from computing what is not wanted.
         self.linear.forward = self.forward  # pyright: ignore[reportAttributeAccessIssue]
 
-    def close(self) -> None:
+    def detach(self) -> None:
         """Give the layer its own ``forward`` back."""
         self.linear.__dict__.pop("forward", None)
         self._plan = None
@@ -107,38 +107,38 @@ class MixedLayer:
         else:
             sides = guide.reshape(len(x), -1, guide.shape[-1])
             rows = x.reshape(len(x), x.shape[1], sides.shape[1], x.shape[-1])
-        run = self._batched if plan.batched else self._in_turn
+        run = self._run_batched if plan.batched else self._run_segments
         return run(plan, rows, sides).view(*x.shape[:-1], self.shape[0])
 
-    def _in_turn(self, plan: Plan, rows: Tensor, sides: Tensor | None) -> Tensor:
+    def _run_segments(self, plan: BatchPlan, rows: Tensor, sides: Tensor | None) -> Tensor:
         """Work off one segment after the other, each result straight into its place."""
         out = rows.new_empty(*rows.shape[:-1], self.shape[0])
         each = len(rows) // plan.parts
         tokens = rows.shape[:-1].numel() // plan.parts
 
-        def part(start: int, stop: int) -> _Part:
+        def part(start: int, stop: int) -> _LayerSlice:
             here = slice(start * each, stop * each)
             return rows[here], None if sides is None else sides[here], out[here]
 
-        def is_merged(segment: Segment) -> bool:
+        def is_merged(segment: MixSegment) -> bool:
             count = tokens * (segment.stop - segment.start)
-            return segment.slot is not None and plan.table.merges(self.shape, count)
+            return segment.slot is not None and plan.table.should_merge(self.shape, count)
 
         # What passes through the weight itself does so in one large product.
         for merged, run in groupby(plan.segments, is_merged):
             segments = list(run)
             if merged:
                 for segment in segments:
-                    weight = self._weight_of(segment)
-                    _product(part(segment.start, segment.stop), weight, self.linear.bias)
+                    weight = self._merged_weight(segment)
+                    _linear_into(part(segment.start, segment.stop), weight, self.linear.bias)
                 continue
             whole = part(segments[0].start, segments[-1].stop)
-            _product(whole, self.linear.weight, self.linear.bias)
+            _linear_into(whole, self.linear.weight, self.linear.bias)
             for segment in segments:
-                self._beside(segment, part(segment.start, segment.stop))
+                self._add_low_rank(segment, part(segment.start, segment.stop))
         return out
 
-    def _weight_of(self, segment: Segment) -> Tensor:
+    def _merged_weight(self, segment: MixSegment) -> Tensor:
         """Return ``W + up^T down``; what is small is kept while its mix is in use.
 
         The aggregator calls its layers once for every few classes.
@@ -147,50 +147,50 @@ class MixedLayer:
         if plan is None or slot is None:
             return weight
         down, up = self._down[slot], self._up[slot]
-        if weight.numel() > _KEPT_SIZE:
+        if weight.numel() > _MAX_CACHED_WEIGHT_SIZE:
             return torch.addmm(weight, up.t(), down, out=self._scratch)
         digest = plan.digests[slot]
-        if digest not in self._kept:
-            self._kept[digest] = torch.addmm(weight, up.t(), down)
-        return self._kept[digest]
+        if digest not in self._cached_weights:
+            self._cached_weights[digest] = torch.addmm(weight, up.t(), down)
+        return self._cached_weights[digest]
 
-    def _beside(self, segment: Segment, part: "_Part") -> None:
+    def _add_low_rank(self, segment: MixSegment, part: "_LayerSlice") -> None:
         if segment.slot is None:
             return
         down, up = self._down[segment.slot], self._up[segment.slot]
         rows, sides, out = part
         low = out.new_empty(*out.shape[:-1], down.shape[0])
-        _product((rows, sides, low), down, None)
+        _linear_into((rows, sides, low), down, None)
         out.view(-1, out.shape[-1]).addmm_(low.view(-1, low.shape[-1]), up)
 
-    def _batched(self, plan: Plan, rows: Tensor, sides: Tensor | None) -> Tensor:
+    def _run_batched(self, plan: BatchPlan, rows: Tensor, sides: Tensor | None) -> Tensor:
         """Work on all parts at once; part i has slot i."""
         parts = plan.parts
         down, up = self._down[:parts], self._up[:parts]
-        if plan.table.merges(self.shape, rows.shape[:-1].numel() // parts):
+        if plan.table.should_merge(self.shape, rows.shape[:-1].numel() // parts):
             weights = torch.baddbmm(self.linear.weight, up.transpose(1, 2), down)
-            return _products(rows, sides, weights, self.linear.bias)
+            return _batched_linear(rows, sides, weights, self.linear.bias)
         inputs = (rows,) if sides is None else (rows, sides)
         out = type(self.linear).forward(self.linear, *inputs)
-        low = _products(rows, sides, down, None).reshape(parts, -1, down.shape[1])
+        low = _batched_linear(rows, sides, down, None).reshape(parts, -1, down.shape[1])
         return torch.baddbmm(out.reshape(parts, -1, out.shape[-1]), low, up)
 
 
-def check_free(name: str, linear: nn.Linear) -> None:
+def require_unmodified(name: str, linear: nn.Linear) -> None:
     """Check that no adapters act on a layer, in its weight or in place of its ``forward``.
 
     Raises:
         StageError: Some do.
     """
-    if vars(linear).keys() & {"forward", MERGED}:
+    if vars(linear).keys() & {"forward", MERGED_ATTRIBUTE}:
         raise StageError(f"layer {name}: other adapters are in use on it; leave them first")
 
 
 # Rows, what goes with them on the second input, and where their results go.
-_Part = tuple[Tensor, Tensor | None, Tensor]
+_LayerSlice = tuple[Tensor, Tensor | None, Tensor]
 
 
-def _product(part: _Part, weight: Tensor, bias: Tensor | None) -> None:
+def _linear_into(part: _LayerSlice, weight: Tensor, bias: Tensor | None) -> None:
     """Write ``[rows, side] weight^T + bias`` into the results, a contiguous block."""
     x, side, out = part
     width, flat = x.shape[-1], out.view(-1, out.shape[-1])
@@ -202,7 +202,7 @@ def _product(part: _Part, weight: Tensor, bias: Tensor | None) -> None:
         out.add_(nn.functional.linear(side, weight[:, width:], bias)[:, None])
 
 
-def _products(x: Tensor, side: Tensor | None, weights: Tensor, bias: Tensor | None) -> Tensor:
+def _batched_linear(x: Tensor, side: Tensor | None, weights: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``[x, side] weights_i^T + bias`` for each of n equal parts, shaped like ``x``."""
     parts, width = len(weights), x.shape[-1]
     shape = (*x.shape[:-1], weights.shape[1])

@@ -33,7 +33,7 @@ def mixing_weights(
     """
     if not (math.isfinite(temperature) and temperature > 0):
         raise ConfigError(f"temperature: got {temperature}, expected a finite number above 0")
-    values = _checked(distances)
+    values = _validated(distances)
     if values.size == 0:
         return values
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
@@ -45,7 +45,7 @@ def mixing_weights(
     return weights / weights.sum()
 
 
-def _checked(distances: Sequence[float] | ndarray) -> Float[ndarray, " k"]:
+def _validated(distances: Sequence[float] | ndarray) -> Float[ndarray, " k"]:
     values = np.asarray(distances, dtype=np.float64)
     if values.ndim != 1:
         raise StageError(f"distances: got shape {values.shape}, expected one vector (k,)")

@@ -7,23 +7,23 @@ writers that built upon the same generation exactly one gets the next number, a 
 leaves nothing behind, and a writer that dies in between is finished by whoever comes next.
 """
 
-from loraseg.library.audit import Report
-from loraseg.library.card import BaseModel, Card, TrainingSet
+from loraseg.library.audit import AuditReport
+from loraseg.library.card import AdapterCard, BaseModelInfo, TrainingSet
 from loraseg.library.catalog import Library
 from loraseg.library.centroid import Centroid
-from loraseg.library.retrieve import Retrieved, Retriever
+from loraseg.library.retrieve import AdapterRetriever, RetrievedEntry
 from loraseg.library.semla_format import export_loradb, import_loradb
-from loraseg.library.snapshot import Entry
+from loraseg.library.snapshot import CatalogEntry
 
 __all__ = [
-    "BaseModel",
-    "Card",
+    "AdapterCard",
+    "AdapterRetriever",
+    "AuditReport",
+    "BaseModelInfo",
+    "CatalogEntry",
     "Centroid",
-    "Entry",
     "Library",
-    "Report",
-    "Retrieved",
-    "Retriever",
+    "RetrievedEntry",
     "TrainingSet",
     "export_loradb",
     "import_loradb",

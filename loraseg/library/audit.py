@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 from loraseg.errors import IntegrityError
 from loraseg.library import records
-from loraseg.library.snapshot import Entry
+from loraseg.library.snapshot import CatalogEntry
 from loraseg.storage import ObjectStore
 
-__all__ = ["Report", "audit"]
+__all__ = ["AuditReport", "audit"]
 
-_SNAPSHOT = re.compile(r"catalog/(\d{8,})\.parquet")
+_SNAPSHOT_KEY = re.compile(r"catalog/(\d{8,})\.parquet")
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class AuditReport:
     """The outcome of a check.
 
     Attributes:
@@ -38,15 +38,18 @@ class Report:
 
 
 def audit(
-    store: ObjectStore, entries: Iterable[Entry], generation: int, present: Collection[str]
-) -> Report:
+    store: ObjectStore,
+    entries: Iterable[CatalogEntry],
+    generation: int,
+    existing_keys: Collection[str],
+) -> AuditReport:
     """Read every object that ``entries`` refer to; one is in memory at a time.
 
     Args:
         store: The library's.
         entries: Of one generation.
         generation: Its number.
-        present: All keys, listed before the generation was read.
+        existing_keys: All keys, listed before the generation was read.
     """
     records_of = {records.record_key(e.name, e.version): e for e in entries}
     missing: set[str] = set()
@@ -66,11 +69,11 @@ def audit(
         except IntegrityError:
             (corrupt if store.exists(key) else missing).add(key)
     referred = set(records_of) | {records.blob_key(digest) for digest in blobs}
-    return Report(
+    return AuditReport(
         missing=tuple(sorted(missing)),
         corrupt=tuple(sorted(corrupt)),
         garbage=tuple(
-            sorted(key for key in set(present) - referred if _is_garbage(key, generation))
+            sorted(key for key in set(existing_keys) - referred if _is_garbage(key, generation))
         ),
         checked=len(records_of) + len(blobs),
     )
@@ -79,7 +82,7 @@ def audit(
 def _is_garbage(key: str, generation: int) -> bool:
     if key.startswith(("blobs/", "adapters/")):
         return True
-    match = _SNAPSHOT.fullmatch(key)
+    match = _SNAPSHOT_KEY.fullmatch(key)
     # The next generation may be committed and not yet pointed to.
     if match:
         return not 1 <= int(match.group(1)) <= generation + 1

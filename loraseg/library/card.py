@@ -10,11 +10,11 @@ from typing import Any, Literal, cast, get_args
 from loraseg.errors import IntegrityError
 from loraseg.library.centroid import Centroid
 
-__all__ = ["MAX_CARD_BYTES", "BaseModel", "Card", "Role", "TrainingSet", "check_name"]
+__all__ = ["MAX_CARD_BYTES", "AdapterCard", "BaseModelInfo", "Role", "TrainingSet", "check_name"]
 
 Role = Literal["segmenter", "generator"]
 
-SCHEMA = 1
+SCHEMA_VERSION = 1
 MAX_CARD_BYTES = 4 * 2**20
 _MAX_CLASSES = 65_536
 _MAX_CENTROIDS = 1024
@@ -23,7 +23,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
-class BaseModel:
+class BaseModelInfo:
     """The frozen model that the adapter was trained on: its name and sha256 (hex)."""
 
     name: str
@@ -49,7 +49,7 @@ class TrainingSet:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Card:
+class AdapterCard:
     """An adapter's card. Equal cards give equal bytes; there is no time of day in it.
 
     Cards may grow: a reader ignores fields that it does not know, since those of schema 1 keep
@@ -70,7 +70,7 @@ class Card:
 
     name: str
     role: Role
-    base: BaseModel
+    base: BaseModelInfo
     label_space: tuple[str, ...] = ()
     centroids: tuple[Centroid, ...] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -103,7 +103,7 @@ class Card:
         """Return plain JSON values."""
         training = self.training
         return {
-            "schema": SCHEMA,
+            "schema": SCHEMA_VERSION,
             "name": self.name,
             "role": self.role,
             "base": {"name": self.base.name, "digest": self.base.digest},
@@ -128,7 +128,7 @@ class Card:
         return data
 
     @classmethod
-    def from_json(cls, values: Any, centroids: tuple[Centroid, ...] | None = None) -> "Card":
+    def from_json(cls, values: Any, centroids: tuple[Centroid, ...] | None = None) -> "AdapterCard":
         """Build a card from plain JSON values.
 
         Args:
@@ -140,8 +140,10 @@ class Card:
         """
         card = _mapping(values, "card")
         schema = card.get("schema")
-        if schema != SCHEMA:
-            raise IntegrityError(f"card: schema {schema!r}; this version of loraseg reads {SCHEMA}")
+        if schema != SCHEMA_VERSION:
+            raise IntegrityError(
+                f"card: schema {schema!r}; this version of loraseg reads {SCHEMA_VERSION}"
+            )
         base = _mapping(card.get("base"), "card: base")
         training = card.get("training")
         if centroids is None:
@@ -152,7 +154,7 @@ class Card:
         return cls(
             name=_text(card, "name"),
             role=_check_role(_text(card, "role")),
-            base=BaseModel(_text(base, "name"), _text(base, "digest")),
+            base=BaseModelInfo(_text(base, "name"), _text(base, "digest")),
             label_space=_texts(card, "label_space"),
             centroids=centroids,
             recipe=_mapping(card.get("recipe", {}), "card: recipe"),
@@ -163,7 +165,7 @@ class Card:
         )
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> "Card":
+    def from_bytes(cls, data: bytes) -> "AdapterCard":
         """Read ``card.json``.
 
         Raises:
@@ -213,12 +215,12 @@ def parse_json(data: bytes, what: str, limit_bytes: int) -> Any:
     if len(data) > limit_bytes:
         raise IntegrityError(f"{what}: {len(data)} bytes, at most {limit_bytes}")
     try:
-        return json.loads(data.decode(), parse_constant=_refuse_constant)
+        return json.loads(data.decode(), parse_constant=_reject_constant)
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise IntegrityError(f"{what}: not valid JSON ({error})") from error
 
 
-def _refuse_constant(text: str) -> Any:
+def _reject_constant(text: str) -> Any:
     raise ValueError(f"{text} is not a JSON number")
 
 

@@ -18,34 +18,34 @@ from collections.abc import Callable, Mapping, Sequence
 from loraseg.adapters.peft_io import files_digest
 from loraseg.errors import AdapterNotFoundError, IntegrityError, StoreError
 from loraseg.library import records
-from loraseg.library.audit import Report, audit
-from loraseg.library.card import Card, check_name
-from loraseg.library.records import Head, Publication, Record
-from loraseg.library.snapshot import Entry, decode_snapshot, encode_snapshot
-from loraseg.library.turns import Turns
+from loraseg.library.audit import AuditReport, audit
+from loraseg.library.card import AdapterCard, check_name
+from loraseg.library.contention import ContentionBackoff
+from loraseg.library.records import AdapterRecord, CatalogHead, PublishedAdapter
+from loraseg.library.snapshot import CatalogEntry, decode_snapshot, encode_snapshot
 from loraseg.storage import ObjectNotFoundError, ObjectStore, probe_conditional_writes
 
-__all__ = ["Item", "Library"]
+__all__ = ["Library", "PublishItem"]
 
 logger = logging.getLogger(__name__)
 
-Item = tuple[str, Mapping[str, bytes], Card]
+PublishItem = tuple[str, Mapping[str, bytes], AdapterCard]
 
 _COMMIT_TIMEOUT_S = 300.0
 # A writer moves HEAD milliseconds after its snapshot; who takes so much longer is taken for dead.
-_GRACE_S = 0.5
+_STALLED_WRITER_S = 0.5
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _State:
+class _CatalogState:
     """The catalog at one moment; ``etag`` is that of HEAD, None while there is none."""
 
-    head: Head
+    head: CatalogHead
     etag: str | None
-    entries: tuple[Entry, ...]
+    entries: tuple[CatalogEntry, ...]
 
 
-Change = Callable[[tuple[Entry, ...]], tuple[Entry, ...]]
+CatalogChange = Callable[[tuple[CatalogEntry, ...]], tuple[CatalogEntry, ...]]
 
 
 class Library:
@@ -59,9 +59,12 @@ class Library:
         """Use ``store``; nothing is contacted yet."""
         self._store = store
         self._lock = threading.Lock()
-        self._known: tuple[Head, tuple[Entry, ...]] = (Head.empty(), ())
+        self._cached_snapshot: tuple[CatalogHead, tuple[CatalogEntry, ...]] = (
+            CatalogHead.empty(),
+            (),
+        )
         self._probed = False
-        self._turns = Turns()
+        self._backoff = ContentionBackoff()
 
     @property
     def uri(self) -> str:
@@ -72,11 +75,11 @@ class Library:
         """Return the number of the newest generation; 0 for an empty library."""
         return self._read_head()[0].generation
 
-    def head(self) -> Head:
+    def head(self) -> CatalogHead:
         """Return which generation is the newest, and its sha256; a hundred bytes to read."""
         return self._read_head()[0]
 
-    def entries_at(self, head: Head) -> tuple[Entry, ...]:
+    def entries_at(self, head: CatalogHead) -> tuple[CatalogEntry, ...]:
         """Return the current version of every adapter in the generation of a :meth:`head`.
 
         Raises:
@@ -84,7 +87,7 @@ class Library:
         """
         return tuple(entry for entry in self._read_snapshot(head) if entry.current)
 
-    def entries(self, generation: int | None = None) -> tuple[Entry, ...]:
+    def entries(self, generation: int | None = None) -> tuple[CatalogEntry, ...]:
         """Return the current version of every adapter, ordered by name.
 
         Args:
@@ -96,11 +99,11 @@ class Library:
         """
         return tuple(entry for entry in self._all_entries(generation) if entry.current)
 
-    def versions(self, name: str) -> tuple[Entry, ...]:
+    def versions(self, name: str) -> tuple[CatalogEntry, ...]:
         """Return all versions of an adapter, ascending; empty if there is none."""
         return tuple(entry for entry in self._all_entries(None) if entry.name == name)
 
-    def entry(self, name: str, version: int | None = None) -> Entry:
+    def entry(self, name: str, version: int | None = None) -> CatalogEntry:
         """Return one version of an adapter.
 
         Args:
@@ -110,9 +113,9 @@ class Library:
         Raises:
             AdapterNotFoundError: There is no such adapter or version.
         """
-        return _find(self._all_entries(None), name, version, self.uri)
+        return _find_entry(self._all_entries(None), name, version, self.uri)
 
-    def load(self, name: str, version: int | None = None) -> tuple[dict[str, bytes], Card]:
+    def load(self, name: str, version: int | None = None) -> tuple[dict[str, bytes], AdapterCard]:
         """Return an adapter's files, every byte of them verified, and its card.
 
         Raises:
@@ -121,7 +124,7 @@ class Library:
         """
         return self.load_entry(self.entry(name, version))
 
-    def load_entry(self, entry: Publication) -> tuple[dict[str, bytes], Card]:
+    def load_entry(self, entry: PublishedAdapter) -> tuple[dict[str, bytes], AdapterCard]:
         """Return the files and card of a publication, which may be of an older generation.
 
         Raises:
@@ -135,7 +138,7 @@ class Library:
             raise IntegrityError(f"{entry.name} version {entry.version}: wrong adapter digest")
         return files, record.card
 
-    def publish(self, name: str, files: Mapping[str, bytes], card: Card) -> Entry:
+    def publish(self, name: str, files: Mapping[str, bytes], card: AdapterCard) -> CatalogEntry:
         """Publish one adapter; it becomes the version that its name points to.
 
         An adapter that is in the catalog already, with the same files, base, task and index
@@ -155,7 +158,7 @@ class Library:
         """
         return self.publish_all([(name, files, card)])[0]
 
-    def publish_all(self, items: Sequence[Item]) -> tuple[Entry, ...]:
+    def publish_all(self, items: Sequence[PublishItem]) -> tuple[CatalogEntry, ...]:
         """Publish several adapters, of different names, in one generation.
 
         Raises:
@@ -166,27 +169,29 @@ class Library:
         names = [name for name, _, _ in items]
         if len(set(names)) != len(names):
             raise IntegrityError("cannot publish two adapters of one name in one generation")
-        prepared = [Record.of(name, files, card) for name, files, card in items]
-        self._probe()
+        prepared = [AdapterRecord.from_files(name, files, card) for name, files, card in items]
+        self._probe_store()
         for _, files, _ in items:
             records.write_blobs(self._store, files)
-        new = tuple(entry for record in prepared if (entry := self._reserve(record)) is not None)
+        new = tuple(
+            entry for record in prepared if (entry := self._reserve_version(record)) is not None
+        )
         entries = self._commit(lambda known: _with_published(known, new))
-        wanted = {_identity(record) for record in prepared}
-        found = {entry.name: entry for entry in entries if _identity(entry) in wanted}
+        wanted = {_publication_key(record) for record in prepared}
+        found = {entry.name: entry for entry in entries if _publication_key(entry) in wanted}
         seconds = time.perf_counter() - started
         logger.info("published %d of %d adapters in %.2f s", len(new), len(items), seconds)
         return tuple(found[name] for name in names)
 
-    def rollback(self, name: str, version: int) -> Entry:
+    def rollback(self, name: str, version: int) -> CatalogEntry:
         """Let a name point to another of its versions; published as a new generation.
 
         Raises:
             AdapterNotFoundError: There is no such adapter or version.
         """
-        self._probe()
-        entries = self._commit(lambda known: _with_pointer(known, name, version, self.uri))
-        return _find(entries, name, version, self.uri)
+        self._probe_store()
+        entries = self._commit(lambda known: _with_current_version(known, name, version, self.uri))
+        return _find_entry(entries, name, version, self.uri)
 
     def retire(self, name: str) -> None:
         """Let a name point to no version, so that it is neither listed nor retrieved any more.
@@ -197,22 +202,22 @@ class Library:
         Raises:
             AdapterNotFoundError: There is no such adapter.
         """
-        self._probe()
-        self._commit(lambda known: _with_pointer(known, name, None, self.uri))
+        self._probe_store()
+        self._commit(lambda known: _with_current_version(known, name, None, self.uri))
 
-    def verify(self) -> Report:
+    def verify(self) -> AuditReport:
         """Read every object that the newest generation refers to and check its digest."""
         # Listed first: what is published while the check runs must not look like garbage.
         present = set(self._store.list())
         head, _ = self._read_head()
         return audit(self._store, self._read_snapshot(head), head.generation, present)
 
-    def _probe(self) -> None:
+    def _probe_store(self) -> None:
         if not self._probed:
             probe_conditional_writes(self._store)
             self._probed = True
 
-    def _all_entries(self, generation: int | None) -> tuple[Entry, ...]:
+    def _all_entries(self, generation: int | None) -> tuple[CatalogEntry, ...]:
         head, _ = self._read_head()
         if generation is None or generation == head.generation:
             return self._read_snapshot(head)
@@ -220,47 +225,47 @@ class Library:
             raise AdapterNotFoundError(
                 f"{self.uri}: no generation {generation}; the newest is {head.generation}"
             )
-        return self._read_snapshot(Head(generation, None))
+        return self._read_snapshot(CatalogHead(generation, None))
 
-    def _read_head(self) -> tuple[Head, str | None]:
+    def _read_head(self) -> tuple[CatalogHead, str | None]:
         try:
             data, etag = self._store.get_with_etag(records.HEAD_KEY)
         except ObjectNotFoundError:
-            return Head.empty(), None
-        return Head.from_bytes(data), etag
+            return CatalogHead.empty(), None
+        return CatalogHead.from_bytes(data), etag
 
-    def _read_snapshot(self, head: Head) -> tuple[Entry, ...]:
+    def _read_snapshot(self, head: CatalogHead) -> tuple[CatalogEntry, ...]:
         if head.generation == 0:
             return ()
         with self._lock:
-            known, entries = self._known
+            known, entries = self._cached_snapshot
         if known == head:
             return entries
         data = records.read_snapshot(self._store, head)
         where = f"{self.uri}/{records.snapshot_key(head.generation)}"
         entries = decode_snapshot(data, where, entries)
-        self._remember(Head.of(head.generation, data), entries)
+        self._cache_snapshot(CatalogHead.from_snapshot(head.generation, data), entries)
         return entries
 
-    def _remember(self, head: Head, entries: tuple[Entry, ...]) -> None:
+    def _cache_snapshot(self, head: CatalogHead, entries: tuple[CatalogEntry, ...]) -> None:
         with self._lock:
-            if head.generation >= self._known[0].generation:
-                self._known = (head, entries)
+            if head.generation >= self._cached_snapshot[0].generation:
+                self._cached_snapshot = (head, entries)
 
-    def _reserve(self, record: Record) -> Entry | None:
+    def _reserve_version(self, record: AdapterRecord) -> CatalogEntry | None:
         """Take a version number for the record; None if name and digest are published already.
 
         A record that a publisher left behind when it died is taken over if it has the same bytes.
         """
         versions = self.versions(record.card.name)
-        if any(_identity(entry) == _identity(record) for entry in versions):
+        if any(_publication_key(entry) == _publication_key(record) for entry in versions):
             return None
         version = max((entry.version for entry in versions), default=0) + 1
         while not records.write_record(self._store, record, version):
             version += 1
-        return record.entry(version)
+        return record.to_entry(version)
 
-    def _commit(self, change: Change) -> tuple[Entry, ...]:
+    def _commit(self, change: CatalogChange) -> tuple[CatalogEntry, ...]:
         """Apply an idempotent change to the newest generation and publish the result.
 
         The change is safe when HEAD was swapped from the generation that it was applied to. In
@@ -268,18 +273,18 @@ class Library:
         landed after all makes no difference.
         """
         started = moved_at = time.monotonic()
-        last: Head | None = None
-        self._turns.wait()
+        last: CatalogHead | None = None
+        self._backoff.wait()
         while True:
             head, etag = self._read_head()
-            state = _State(head, etag, self._read_snapshot(head))
+            state = _CatalogState(head, etag, self._read_snapshot(head))
             entries = change(state.entries)
             if entries == state.entries:
                 return entries
             if head != last:
                 last, moved_at = head, time.monotonic()
-            if self._advance(state, entries):
-                self._turns.won()
+            if self._try_commit(state, entries):
+                self._backoff.succeeded()
                 return entries
             now = time.monotonic()
             if now - started > _COMMIT_TIMEOUT_S:
@@ -287,12 +292,12 @@ class Library:
                     f"{self.uri}: could not publish within {_COMMIT_TIMEOUT_S:.0f} s because of "
                     "other writers; try again"
                 )
-            if now - moved_at > _GRACE_S:
-                self._finish_for_others(state)
-            self._turns.lost()
-            self._turns.wait()
+            if now - moved_at > _STALLED_WRITER_S:
+                self._complete_stalled_commit(state)
+            self._backoff.failed()
+            self._backoff.wait()
 
-    def _advance(self, state: _State, entries: tuple[Entry, ...]) -> bool:
+    def _try_commit(self, state: _CatalogState, entries: tuple[CatalogEntry, ...]) -> bool:
         """Commit ``entries`` as the next generation; False if another writer was faster."""
         key = records.snapshot_key(state.head.generation + 1)
         if self._store.exists(key):
@@ -300,16 +305,16 @@ class Library:
         data = encode_snapshot(entries)
         if not self._store.put_if_absent(key, data):
             return False
-        head = Head.of(state.head.generation + 1, data)
+        head = CatalogHead.from_snapshot(state.head.generation + 1, data)
         # The generation is ours and HEAD goes nowhere else from here. If it has gone already,
         # another writer has finished for us; if it has not, nothing is won.
         swapped = self._swap_head(head, state.etag)
         if not swapped and self._read_head()[0].generation < head.generation:
             return False
-        self._remember(head, entries)
+        self._cache_snapshot(head, entries)
         return True
 
-    def _finish_for_others(self, state: _State) -> None:
+    def _complete_stalled_commit(self, state: _CatalogState) -> None:
         """Swap HEAD for a writer that committed the next generation and then went away."""
         generation = state.head.generation + 1
         key = records.snapshot_key(generation)
@@ -318,15 +323,15 @@ class Library:
         except ObjectNotFoundError:
             return
         decode_snapshot(data, f"{self.uri}/{key}")
-        self._swap_head(Head.of(generation, data), state.etag)
+        self._swap_head(CatalogHead.from_snapshot(generation, data), state.etag)
 
-    def _swap_head(self, head: Head, etag: str | None) -> bool:
+    def _swap_head(self, head: CatalogHead, etag: str | None) -> bool:
         if etag is None:
             return self._store.put_if_absent(records.HEAD_KEY, head.to_bytes())
         return self._store.put_if_match(records.HEAD_KEY, head.to_bytes(), etag)
 
 
-def _identity(item: Entry | Record) -> tuple[str, ...]:
+def _publication_key(item: CatalogEntry | AdapterRecord) -> tuple[str, ...]:
     """Tell whether publishing is a repetition: same name, files, base, task and index encoders.
 
     Not the whole card, whose metrics and code revision may differ without being news.
@@ -336,32 +341,36 @@ def _identity(item: Entry | Record) -> tuple[str, ...]:
     return item.card.name, item.digest, item.card.base.digest, task, *encoders
 
 
-def _with_published(known: tuple[Entry, ...], new: Sequence[Entry]) -> tuple[Entry, ...]:
-    present = {_identity(entry) for entry in known}
-    added = [entry for entry in new if _identity(entry) not in present]
+def _with_published(
+    entries: tuple[CatalogEntry, ...], new: Sequence[CatalogEntry]
+) -> tuple[CatalogEntry, ...]:
+    present = {_publication_key(entry) for entry in entries}
+    added = [entry for entry in new if _publication_key(entry) not in present]
     names = {entry.name for entry in added}
     kept = [
         dataclasses.replace(entry, current=False) if entry.name in names else entry
-        for entry in known
+        for entry in entries
     ]
     return tuple(sorted([*kept, *added], key=lambda entry: (entry.name, entry.version)))
 
 
-def _with_pointer(
-    known: tuple[Entry, ...], name: str, version: int | None, where: str
-) -> tuple[Entry, ...]:
-    _versions(known, name, where)
+def _with_current_version(
+    entries: tuple[CatalogEntry, ...], name: str, version: int | None, where: str
+) -> tuple[CatalogEntry, ...]:
+    _versions_by_number(entries, name, where)
     if version is not None:
-        _find(known, name, version, where)
+        _find_entry(entries, name, version, where)
     return tuple(
         dataclasses.replace(entry, current=entry.version == version)
         if entry.name == name
         else entry
-        for entry in known
+        for entry in entries
     )
 
 
-def _versions(entries: Sequence[Entry], name: str, where: str) -> dict[int, Entry]:
+def _versions_by_number(
+    entries: Sequence[CatalogEntry], name: str, where: str
+) -> dict[int, CatalogEntry]:
     check_name(name)
     versions = {entry.version: entry for entry in entries if entry.name == name}
     if not versions:
@@ -372,8 +381,10 @@ def _versions(entries: Sequence[Entry], name: str, where: str) -> dict[int, Entr
     return versions
 
 
-def _find(entries: Sequence[Entry], name: str, version: int | None, where: str) -> Entry:
-    versions = _versions(entries, name, where)
+def _find_entry(
+    entries: Sequence[CatalogEntry], name: str, version: int | None, where: str
+) -> CatalogEntry:
+    versions = _versions_by_number(entries, name, where)
     known = ", ".join(str(number) for number in sorted(versions))
     if version is None:
         current = [entry for entry in versions.values() if entry.current]

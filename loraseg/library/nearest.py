@@ -12,22 +12,22 @@ __all__ = ["CentroidIndex"]
 
 # The product is fastest with the rows as its rows, in blocks whose scores stay in the cache; for
 # two to fifteen queries with the queries as its rows, in blocks that do so themselves.
-_ROWS_FOR_ONE = 2**14
-_ROWS_FOR_FEW = 512
-_ROWS_FOR_MANY = 2048
-_TALL_FROM = 16
+_BLOCK_ROWS_ONE_QUERY = 2**14
+_BLOCK_ROWS_FEW_QUERIES = 512
+_BLOCK_ROWS_MANY_QUERIES = 2048
+_MANY_QUERIES = 16
 # More queries at once than this no longer make the matrix product cheaper per query.
-_QUERIES = 128
+_QUERY_BATCH = 128
 # Up to so many rows comparing all of them in float64 is as fast as narrowing down.
-_FEW_ROWS = 24
-_WAITING_PAIRS = 2**16
-_EXACT_NUMBERS = 2**16
+_BRUTE_FORCE_ROWS = 24
+_MAX_PENDING_PAIRS = 2**16
+_EXACT_BLOCK_VALUES = 2**16
 
-_UNIT = 2.0**-24  # half the distance from 1 to the next float32
+_UNIT_ROUNDOFF = 2.0**-24  # half the distance from 1 to the next float32
 _TINY = float(np.finfo(np.float32).tiny)
 # With squares up to the first no score, nor a part of its sum, is above the second.
-_LARGEST_SQUARE = 1e36
-_ABOVE_SCORES = 1e37
+_MAX_SQUARE = 1e36
+_SCORE_LIMIT = 1e37
 
 
 class CentroidIndex:
@@ -62,7 +62,7 @@ class CentroidIndex:
             )
         self._rows = np.ascontiguousarray(rows)
         count, size = rows.shape
-        terms = (size + 8) * _UNIT
+        terms = (size + 8) * _UNIT_ROUNDOFF
         self._error = terms / (1 - terms)
         self._squares = np.empty(count, dtype=np.float64)
         # NumPy's memory comes in huge pages where Linux has them, PyTorch's does not.
@@ -71,7 +71,7 @@ class CentroidIndex:
         # What is too large for these formats is found below and then never used.
         with np.errstate(over="ignore", invalid="ignore"):
             self._origin = self._rows.mean(axis=0, dtype=np.float64)
-            for some in _blocks(count, max(1, _EXACT_NUMBERS // size)):
+            for some in _blocks(count, max(1, _EXACT_BLOCK_VALUES // size)):
                 if not np.isfinite(self._rows[some]).all():
                     raise StageError("centroids: a component is not finite")
                 centred = self._rows[some] - self._origin
@@ -79,7 +79,7 @@ class CentroidIndex:
                 self._squares[some] = np.einsum("nd,nd->n", centred, centred)
             bias = self._squares * (1 - 2 * self._error)
             self._bias = torch.from_numpy(bias.astype(np.float32))
-        self._largest = float(self._squares.max())
+        self._max_square = float(self._squares.max())
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -102,7 +102,7 @@ class CentroidIndex:
 
         Returns:
             Rows (int64) and float64 distances, ascending, (found,) or (q, found) each;
-            ``found`` is k or the number of rows left, whichever is smaller.
+            ``k`` is k or the number of rows left, whichever is smaller.
 
         Raises:
             ConfigError: ``k`` is below 1.
@@ -111,14 +111,14 @@ class CentroidIndex:
         """
         if k < 1:
             raise ConfigError(f"k: got {k}, expected at least 1")
-        exact = self._checked(queries)
+        exact = self._to_query_matrix(queries)
         allowed = np.ones(self.shape[0], dtype=bool)
         if excluded is not None:
             allowed[excluded] = False
         found = min(k, int(np.count_nonzero(allowed)))
         rows = np.empty((len(exact), found), dtype=np.int64)
         distances = np.empty((len(exact), found), dtype=np.float64)
-        for some in _blocks(len(exact), _QUERIES) if found else ():
+        for some in _blocks(len(exact), _QUERY_BATCH) if found else ():
             rows[some], distances[some] = self._search(exact[some], found, allowed)
         shape = (*queries.shape[:-1], found)
         return rows.reshape(shape), distances.reshape(shape)
@@ -130,12 +130,12 @@ class CentroidIndex:
             AdapterMismatchError: The query has other dimensions than the rows.
             StageError: The query is not finite.
         """
-        exact = self._checked(query)[0]
-        step = max(1, _EXACT_NUMBERS // exact.size)
+        exact = self._to_query_matrix(query)[0]
+        step = max(1, _EXACT_BLOCK_VALUES // exact.size)
         blocks = _blocks(len(self._rows), step)
         return np.concatenate([_norms(self._rows[some] - exact) for some in blocks])
 
-    def _checked(self, queries: ndarray) -> Float[ndarray, "q d"]:
+    def _to_query_matrix(self, queries: ndarray) -> Float[ndarray, "q d"]:
         if queries.ndim not in (1, 2) or queries.shape[-1] != self.shape[1]:
             raise AdapterMismatchError(
                 f"embedding of shape {queries.shape} against centroids of shape {self.shape}: "
@@ -147,61 +147,61 @@ class CentroidIndex:
         return exact
 
     def _search(
-        self, queries: Float[ndarray, "q d"], found: int, allowed: Bool[ndarray, " n"]
+        self, queries: Float[ndarray, "q d"], k: int, allowed: Bool[ndarray, " n"]
     ) -> tuple[Int[ndarray, "q found"], Float[ndarray, "q found"]]:
         with np.errstate(over="ignore", invalid="ignore"):
             centred = queries - self._origin
             squares = np.einsum("qd,qd->q", centred, centred)
         # Not "greater": the sum may be NaN.
-        too_large = not self._largest + squares.max() <= _LARGEST_SQUARE
-        if too_large or np.count_nonzero(allowed) <= max(found, _FEW_ROWS):
-            return self._compare_all(queries, found, allowed)
+        too_large = not self._max_square + squares.max() <= _MAX_SQUARE
+        if too_large or np.count_nonzero(allowed) <= max(k, _BRUTE_FORCE_ROWS):
+            return self._compare_all(queries, k, allowed)
         bias = self._bias
         if not allowed.all():
             # No sum with infinity is below any limit.
             bias = bias.masked_fill(torch.from_numpy(~allowed), torch.inf)
-        nearest = _Nearest(self._rows, queries, found)
-        limits = _Limits(squares, found, self._error, self._slack(squares))
+        nearest = _TopK(self._rows, queries, k)
+        limits = _ScoreBounds(squares, k, self._error, self._underflow_bound(squares))
         doubled = torch.from_numpy((-2 * centred).astype(np.float32))
         due = 0
         for some, scores in self._scores(doubled, bias):
             close = scores <= limits.values
-            if np.count_nonzero(close) > 2 * found * len(squares) + 64:
+            if np.count_nonzero(close) > 2 * k * len(squares) + 64:
                 limits.tighten(scores, self._squares[some])
                 close = scores <= limits.values
-            nearest.offer(close, some.start)
+            nearest.add(close, some.start)
             # Ever rarer, as a new limit helps less and less: k new rows a doubling, on average.
             if some.stop >= due:
-                limits.lower(nearest.settle())
+                limits.lower(nearest.measure_pending())
                 due = 2 * some.stop
         return nearest.result()
 
     def _compare_all(
-        self, queries: Float[ndarray, "q d"], found: int, allowed: Bool[ndarray, " n"]
+        self, queries: Float[ndarray, "q d"], k: int, allowed: Bool[ndarray, " n"]
     ) -> tuple[Int[ndarray, "q found"], Float[ndarray, "q found"]]:
         left = np.flatnonzero(allowed)
-        rows = np.empty((len(queries), found), dtype=np.int64)
-        distances = np.empty((len(queries), found), dtype=np.float64)
+        rows = np.empty((len(queries), k), dtype=np.int64)
+        distances = np.empty((len(queries), k), dtype=np.float64)
         for index, query in enumerate(queries):
             every = self.distances(query)[left]
-            order = np.argsort(every, kind="stable")[:found]
+            order = np.argsort(every, kind="stable")[:k]
             rows[index], distances[index] = left[order], every[order]
         return rows, distances
 
-    def _slack(self, squares: Float[ndarray, " q"]) -> Float[ndarray, " q"]:
+    def _underflow_bound(self, squares: Float[ndarray, " q"]) -> Float[ndarray, " q"]:
         """Bound what flushing products and components near float32's smallest to zero changes."""
-        return 8 * self.shape[1] * _TINY * (1 + np.sqrt(self._largest) + np.sqrt(squares))
+        return 8 * self.shape[1] * _TINY * (1 + np.sqrt(self._max_square) + np.sqrt(squares))
 
     def _scores(self, doubled: Tensor, bias: Tensor) -> Iterator[tuple[slice, ndarray]]:
         """Yield rows and their (rows, q) float32 scores."""
         count = len(doubled)
         # For one vector NumPy is the faster; for many PyTorch, if it is to compute in float32.
         use_torch = count > 1 and _torch_is_precise()
-        few = _ROWS_FOR_FEW if count < _TALL_FROM else _ROWS_FOR_MANY
-        step = _ROWS_FOR_ONE if count == 1 else few
+        few = _BLOCK_ROWS_FEW_QUERIES if count < _MANY_QUERIES else _BLOCK_ROWS_MANY_QUERIES
+        step = _BLOCK_ROWS_ONE_QUERY if count == 1 else few
         for some in _blocks(len(bias), step):
             block = self._scan[some]
-            if use_torch and count < _TALL_FROM:
+            if use_torch and count < _MANY_QUERIES:
                 scores = torch.addmm(bias[some], doubled, block.T).numpy().T
             else:
                 scores = (
@@ -213,7 +213,7 @@ class CentroidIndex:
             yield some, scores
 
 
-class _Limits:
+class _ScoreBounds:
     """Scores above which a row is certainly not among the k nearest, one a query.
 
     A row at the true distance D has a computed score of at most ``D^2 - (1 - g) |y|^2``.
@@ -222,15 +222,15 @@ class _Limits:
     def __init__(
         self, squares: Float[ndarray, " q"], k: int, error: float, slack: Float[ndarray, " q"]
     ) -> None:
-        self._squares, self._k, self._error, self._slack = squares, k, error, slack
-        self.values = np.full(len(squares), _ABOVE_SCORES, dtype=np.float32)
+        self._squares, self._k, self._error, self._underflow = squares, k, error, slack
+        self.values = np.full(len(squares), _SCORE_LIMIT, dtype=np.float32)
 
     def lower(self, reach: Float[ndarray, " q"]) -> None:
         """Use that k rows lie within ``reach``; infinite if they are unknown."""
         # The factor (1 + g) covers the rounding of the float64 distances as well.
-        limits = (1 + self._error) * reach**2 - (1 - self._error) * self._squares + self._slack
+        limits = (1 + self._error) * reach**2 - (1 - self._error) * self._squares + self._underflow
         above = np.nextafter(
-            np.minimum(limits, _ABOVE_SCORES).astype(np.float32), np.float32(np.inf)
+            np.minimum(limits, _SCORE_LIMIT).astype(np.float32), np.float32(np.inf)
         )
         np.minimum(self.values, above, out=self.values)
 
@@ -240,70 +240,68 @@ class _Limits:
             return
         upper = scores.T + 4 * self._error * squares
         kth = np.partition(upper, self._k - 1, axis=1)[:, self._k - 1]
-        reach = np.maximum(kth + (1 + self._error) * self._squares + self._slack, 0)
+        reach = np.maximum(kth + (1 + self._error) * self._squares + self._underflow, 0)
         self.lower(np.sqrt(reach))
 
 
-class _Nearest:
+class _TopK:
     """The nearest rows so far of some queries, by distances in float64."""
 
-    def __init__(
-        self, rows: Float[ndarray, "n d"], queries: Float[ndarray, "q d"], found: int
-    ) -> None:
-        self._rows, self._queries, self._found = rows, queries, found
+    def __init__(self, rows: Float[ndarray, "n d"], queries: Float[ndarray, "q d"], k: int) -> None:
+        self._rows, self._queries, self._k = rows, queries, k
         # Pairs of query and row, by query, then distance, then row; up to ``found`` a query.
         self._owners = np.empty(0, dtype=np.int64)
         self._members = np.empty(0, dtype=np.int64)
         self._distances = np.empty(0, dtype=np.float64)
-        self._waiting: list[tuple[ndarray, ndarray]] = []
-        self._count = 0
+        self._pending: list[tuple[ndarray, ndarray]] = []
+        self._pending_count = 0
 
-    def offer(self, close: ndarray, start: int) -> None:
-        """Add the pairs that are true in ``close`` (rows from ``start`` on, q)."""
-        pairs = np.flatnonzero(close)
+    def add(self, mask: ndarray, start: int) -> None:
+        """Add the pairs that are true in ``mask`` (rows from ``start`` on, q)."""
+        pairs = np.flatnonzero(mask)
         if pairs.size == 0:
             return
-        members, owners = np.divmod(pairs, close.shape[1])
-        self._waiting.append((owners, members + start))
-        self._count += pairs.size
-        if self._count > max(_WAITING_PAIRS, self._owners.size):
-            self.settle()
+        members, owners = np.divmod(pairs, mask.shape[1])
+        self._pending.append((owners, members + start))
+        self._pending_count += pairs.size
+        if self._pending_count > max(_MAX_PENDING_PAIRS, self._owners.size):
+            self.measure_pending()
 
-    def settle(self) -> Float[ndarray, " q"]:
+    def measure_pending(self) -> Float[ndarray, " q"]:
         """Measure the pairs that wait; return the distance of the last row kept, of every query.
 
         It is infinite for a query that has not found all its rows yet.
         """
-        if self._waiting:
-            owners, members = (np.concatenate(side) for side in zip(*self._waiting, strict=True))
-            self._waiting, self._count = [], 0
-            self._keep(
+        if self._pending:
+            owners, members = (np.concatenate(side) for side in zip(*self._pending, strict=True))
+            self._pending, self._pending_count = [], 0
+            self._keep_nearest(
                 np.concatenate([self._owners, owners]),
                 np.concatenate([self._members, members]),
-                np.concatenate([self._distances, self._measure(owners, members)]),
+                np.concatenate([self._distances, self._distances_of(owners, members)]),
             )
         ends = np.searchsorted(self._owners, np.arange(len(self._queries)), side="right")
-        full = np.diff(ends, prepend=0) == self._found
+        full = np.diff(ends, prepend=0) == self._k
         reach = np.full(len(full), np.inf)
         reach[full] = self._distances[ends[full] - 1]
         return reach
 
     def result(self) -> tuple[Int[ndarray, "q found"], Float[ndarray, "q found"]]:
         """Return rows and distances, ascending."""
-        self.settle()
-        shape = (len(self._queries), self._found)
+        self.measure_pending()
+        shape = (len(self._queries), self._k)
         return self._members.reshape(shape), self._distances.reshape(shape)
 
-    def _keep(self, owners: ndarray, members: ndarray, distances: ndarray) -> None:
+    def _keep_nearest(self, owners: ndarray, members: ndarray, distances: ndarray) -> None:
         order = np.lexsort((members, distances, owners))
         owners = owners[order]
         firsts = np.searchsorted(owners, np.arange(len(self._queries)))
-        kept = np.arange(owners.size) - firsts[owners] < self._found
+        kept = np.arange(owners.size) - firsts[owners] < self._k
         self._owners = owners[kept]
         self._members, self._distances = members[order[kept]], distances[order[kept]]
 
-    def _measure(self, owners: ndarray, members: ndarray) -> Float[ndarray, " p"]:
-        step = max(1, _EXACT_NUMBERS // self._queries.shape[1])
+    def _distances_of(self, owners: ndarray, members: ndarray) -> Float[ndarray, " p"]:
+        step = max(1, _EXACT_BLOCK_VALUES // self._queries.shape[1])
         blocks = _blocks(owners.size, step)
         return np.concatenate(
             [_norms(self._rows[members[some]] - self._queries[owners[some]]) for some in blocks]

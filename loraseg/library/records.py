@@ -11,21 +11,21 @@ from loraseg.adapters.peft_io import CONFIG_FILE, WEIGHTS_FILE, files_digest
 from loraseg.errors import IntegrityError
 from loraseg.library.card import (
     MAX_CARD_BYTES,
-    Card,
+    AdapterCard,
     canonical_json,
     check_digest,
     check_name,
     parse_json,
 )
-from loraseg.library.snapshot import Entry
+from loraseg.library.snapshot import CatalogEntry
 from loraseg.storage import ObjectNotFoundError, ObjectStore
 
 __all__ = [
     "HEAD_KEY",
-    "Blob",
-    "Head",
-    "Publication",
-    "Record",
+    "AdapterRecord",
+    "BlobInfo",
+    "CatalogHead",
+    "PublishedAdapter",
     "blob_key",
     "read_blob",
     "read_record",
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 HEAD_KEY = "catalog/HEAD"
 MAX_FILES = 64
 MAX_FILE_BYTES = 4 * 2**30
-_SCHEMA = 1
+_SCHEMA_VERSION = 1
 _MAX_HEAD_BYTES = 4096
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _CARD_FILE = "card.json"
@@ -63,7 +63,7 @@ def snapshot_key(generation: int) -> str:
 
 
 @runtime_checkable
-class Publication(Protocol):
+class PublishedAdapter(Protocol):
     """What it takes to find and verify one published adapter; an ``Entry`` has all of it."""
 
     @property
@@ -88,7 +88,7 @@ class Publication(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Blob:
+class BlobInfo:
     """One file of an adapter."""
 
     sha256: str
@@ -96,19 +96,19 @@ class Blob:
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
+class CatalogHead:
     """The pointer to a generation; ``sha256`` of its snapshot is None when not known."""
 
     generation: int
     sha256: str | None
 
     @classmethod
-    def empty(cls) -> "Head":
+    def empty(cls) -> "CatalogHead":
         """Return the head of a library that nothing was published to."""
         return cls(0, None)
 
     @classmethod
-    def of(cls, generation: int, snapshot: bytes) -> "Head":
+    def from_snapshot(cls, generation: int, snapshot: bytes) -> "CatalogHead":
         """Return the head for a snapshot's bytes."""
         return cls(generation, _sha256(snapshot))
 
@@ -116,7 +116,7 @@ class Head:
         """Return the bytes of ``catalog/HEAD``."""
         return canonical_json(
             {
-                "schema": _SCHEMA,
+                "schema": _SCHEMA_VERSION,
                 "generation": self.generation,
                 "snapshot": snapshot_key(self.generation),
                 "sha256": self.sha256,
@@ -124,13 +124,13 @@ class Head:
         )
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> "Head":
+    def from_bytes(cls, data: bytes) -> "CatalogHead":
         """Read ``catalog/HEAD``.
 
         Raises:
             IntegrityError: It is not what :meth:`to_bytes` writes.
         """
-        values = _object(parse_json(data, HEAD_KEY, _MAX_HEAD_BYTES), HEAD_KEY)
+        values = _require_object(parse_json(data, HEAD_KEY, _MAX_HEAD_BYTES), HEAD_KEY)
         generation, digest = values.get("generation"), values.get("sha256")
         if type(generation) is not int or generation < 1 or not isinstance(digest, str):
             raise IntegrityError(f"{HEAD_KEY}: expected a generation from 1 and a sha256")
@@ -138,15 +138,17 @@ class Head:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class AdapterRecord:
     """What ``adapters/<name>/<version>.json`` says; the version is only in the key."""
 
-    card: Card
+    card: AdapterCard
     digest: str
-    files: Mapping[str, Blob]
+    files: Mapping[str, BlobInfo]
 
     @classmethod
-    def of(cls, name: str, files: Mapping[str, bytes], card: Card) -> "Record":
+    def from_files(
+        cls, name: str, files: Mapping[str, bytes], card: AdapterCard
+    ) -> "AdapterRecord":
         """Describe files that are about to be published.
 
         Raises:
@@ -155,7 +157,7 @@ class Record:
         if check_name(name) != card.name:
             raise IntegrityError(f"cannot publish {name!r} with the card of {card.name!r}")
         _check_files(name, files)
-        blobs = {file: Blob(_sha256(data), len(data)) for file, data in sorted(files.items())}
+        blobs = {file: BlobInfo(_sha256(data), len(data)) for file, data in sorted(files.items())}
         record = cls(card, files_digest(files), blobs)
         record.to_bytes()
         return record
@@ -169,7 +171,7 @@ class Record:
         self.card.to_bytes()
         return canonical_json(
             {
-                "schema": _SCHEMA,
+                "schema": _SCHEMA_VERSION,
                 "digest": self.digest,
                 "files": {
                     file: {"sha256": blob.sha256, "size_bytes": blob.size_bytes}
@@ -180,29 +182,33 @@ class Record:
         )
 
     @classmethod
-    def from_bytes(cls, data: bytes, where: str) -> "Record":
+    def from_bytes(cls, data: bytes, where: str) -> "AdapterRecord":
         """Read a record.
 
         Raises:
             IntegrityError: It is not what :meth:`to_bytes` writes.
         """
-        values = _object(parse_json(data, where, 2 * MAX_CARD_BYTES), where)
-        if values.get("schema") != _SCHEMA:
+        values = _require_object(parse_json(data, where, 2 * MAX_CARD_BYTES), where)
+        if values.get("schema") != _SCHEMA_VERSION:
             raise IntegrityError(
-                f"{where}: schema {values.get('schema')!r}; this version of loraseg reads {_SCHEMA}"
+                f"{where}: schema {values.get('schema')!r}; this version of loraseg reads "
+                f"{_SCHEMA_VERSION}"
             )
-        files = _object(values.get("files"), f"{where}: files")
+        files = _require_object(values.get("files"), f"{where}: files")
         if not {CONFIG_FILE, WEIGHTS_FILE} <= files.keys():
             raise IntegrityError(f"{where}: lists {sorted(files)}, not both weight files")
         return cls(
-            Card.from_json(values.get("card")),
+            AdapterCard.from_json(values.get("card")),
             check_digest(str(values.get("digest")), where),
-            {_file_name(name, where): _blob(blob, where) for name, blob in files.items()},
+            {
+                _check_file_name(name, where): _parse_blob(blob, where)
+                for name, blob in files.items()
+            },
         )
 
-    def entry(self, version: int) -> Entry:
+    def to_entry(self, version: int) -> CatalogEntry:
         """Return the catalog's entry for the record under a version."""
-        return Entry(
+        return CatalogEntry(
             version=version,
             digest=self.digest,
             card=self.card,
@@ -222,7 +228,7 @@ def write_blobs(store: ObjectStore, files: Mapping[str, bytes]) -> None:
             store.put(key, data)
 
 
-def write_record(store: ObjectStore, record: Record, version: int) -> bool:
+def write_record(store: ObjectStore, record: AdapterRecord, version: int) -> bool:
     """Store a record; False if the version belongs to another one."""
     key = record_key(record.card.name, version)
     data = record.to_bytes()
@@ -238,20 +244,20 @@ def read_blob(store: ObjectStore, digest: str) -> bytes:
     return _read_verified(store, blob_key(digest), digest)
 
 
-def read_record(store: ObjectStore, entry: Publication) -> Record:
+def read_record(store: ObjectStore, entry: PublishedAdapter) -> AdapterRecord:
     """Return the record of a published adapter.
 
     Raises:
         IntegrityError: It is missing, damaged or of another adapter.
     """
     key = record_key(entry.name, entry.version)
-    record = Record.from_bytes(_read_verified(store, key, entry.record_digest), key)
+    record = AdapterRecord.from_bytes(_read_verified(store, key, entry.record_digest), key)
     if record.card.name != entry.name or record.digest != entry.digest:
         raise IntegrityError(f"{key}: belongs to adapter {record.card.name!r}, {record.digest}")
     return record
 
 
-def read_snapshot(store: ObjectStore, head: Head) -> bytes:
+def read_snapshot(store: ObjectStore, head: CatalogHead) -> bytes:
     """Return the snapshot of a generation, verified if the head knows its digest.
 
     Raises:
@@ -277,28 +283,28 @@ def _check_files(name: str, files: Mapping[str, bytes]) -> None:
     if len(files) > MAX_FILES:
         raise IntegrityError(f"adapter {name!r}: {len(files)} files, at most {MAX_FILES}")
     for file, data in files.items():
-        _file_name(file, f"adapter {name!r}")
+        _check_file_name(file, f"adapter {name!r}")
         if file == _CARD_FILE:
             raise IntegrityError(f"adapter {name!r}: pass the card as card, not as {_CARD_FILE}")
         if len(data) > MAX_FILE_BYTES:
             raise IntegrityError(f"adapter {name!r}: {file}: {len(data)} bytes is too large")
 
 
-def _file_name(name: str, where: str) -> str:
+def _check_file_name(name: str, where: str) -> str:
     if not _FILE_NAME.fullmatch(name):
         raise IntegrityError(f"{where}: file name {name[:140]!r} is not allowed")
     return name
 
 
-def _blob(values: Any, where: str) -> Blob:
-    blob = _object(values, f"{where}: file")
+def _parse_blob(values: Any, where: str) -> BlobInfo:
+    blob = _require_object(values, f"{where}: file")
     size_bytes = blob.get("size_bytes")
     if not isinstance(size_bytes, int) or not 0 <= size_bytes <= MAX_FILE_BYTES:
         raise IntegrityError(f"{where}: file size {size_bytes!r}")
-    return Blob(check_digest(str(blob.get("sha256")), where), size_bytes)
+    return BlobInfo(check_digest(str(blob.get("sha256")), where), size_bytes)
 
 
-def _object(values: Any, where: str) -> dict[str, Any]:
+def _require_object(values: Any, where: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise IntegrityError(f"{where}: expected an object, got {type(values).__name__}")
     return cast(dict[str, Any], values)

@@ -9,28 +9,28 @@ from loraseg.errors import AdapterMismatchError
 from loraseg.fuse.weights import mixing_weights
 from loraseg.library.centroid import Centroid
 from loraseg.library.nearest import CentroidIndex
-from loraseg.library.snapshot import Entry
+from loraseg.library.snapshot import CatalogEntry
 from loraseg.tensor_types import Float, Int, ndarray
 
-__all__ = ["Retrieved", "Retriever"]
+__all__ = ["AdapterRetriever", "RetrievedEntry"]
 
 
 @dataclass(frozen=True, slots=True)
-class Retrieved:
+class RetrievedEntry:
     """One retrieved adapter: Euclidean distance and mixing weight."""
 
-    entry: Entry
+    entry: CatalogEntry
     distance: float
     weight: float
 
 
-class Retriever:
+class AdapterRetriever:
     """Finds the adapters nearest to an image embedding.
 
     An adapter with several centroids counts by the nearest of them.
     """
 
-    def __init__(self, entries: Sequence[Entry], *, encoder_id: str | None = None) -> None:
+    def __init__(self, entries: Sequence[CatalogEntry], *, encoder_id: str | None = None) -> None:
         """Index the centroids of ``entries``.
 
         Args:
@@ -58,9 +58,9 @@ class Retriever:
         self._owners = np.array(owners, dtype=np.int64)
         self._firsts = np.flatnonzero(np.diff(self._owners, prepend=-1))
         self._counts = np.sort(np.bincount(self._owners))[::-1]
-        self._rows_of: dict[str, list[int]] = {}
+        self._rows_by_name: dict[str, list[int]] = {}
         for row, owner in enumerate(owners):
-            self._rows_of.setdefault(self._entries[owner].name, []).append(row)
+            self._rows_by_name.setdefault(self._entries[owner].name, []).append(row)
         vectors = np.array([c.vector for c in centroids], dtype=np.float64)
         self._index = CentroidIndex(vectors) if centroids else None
 
@@ -70,7 +70,7 @@ class Retriever:
         k: int,
         temperature: float,
         exclude: Collection[str] = (),
-    ) -> list[Retrieved]:
+    ) -> list[RetrievedEntry]:
         """Return the ``k`` nearest adapters, nearest first, with weights that sum to one.
 
         Args:
@@ -95,7 +95,7 @@ class Retriever:
         k: int,
         temperature: float,
         exclude: Collection[str] = (),
-    ) -> list[list[Retrieved]]:
+    ) -> list[list[RetrievedEntry]]:
         """Return :meth:`retrieve` of every embedding (q, d), in one pass over the centroids.
 
         Raises:
@@ -105,12 +105,12 @@ class Retriever:
         """
         if self._index is None:
             return [[] for _ in embeddings]
-        excluded = [row for name in exclude for row in self._rows_of.get(name, ())]
+        excluded = [row for name in exclude for row in self._rows_by_name.get(name, ())]
         rows, distances = self._index.search(
-            embeddings, self._rows_for(k), excluded=np.array(excluded, dtype=np.int64)
+            embeddings, self._rows_needed(k), excluded=np.array(excluded, dtype=np.int64)
         )
         pairs = zip(self._owners[rows], distances, strict=True)
-        return [self._weigh(*_by_owner(*pair, k), temperature) for pair in pairs]
+        return [self._with_weights(*_nearest_per_entry(*pair, k), temperature) for pair in pairs]
 
     def distances(self, embeddings: ndarray) -> Float[ndarray, "q entries"]:
         """Return the Euclidean distance of every embedding (q, d) to every adapter, in float64.
@@ -127,22 +127,22 @@ class Retriever:
                 np.minimum.reduceat(self._index.distances(embedding), self._firsts, out=row)
         return distances
 
-    def _rows_for(self, k: int) -> int:
+    def _rows_needed(self, k: int) -> int:
         """Return how many of the nearest rows are surely of ``k`` adapters."""
         # At worst the first rows are all those of the k - 1 adapters that have the most.
         return k if k < 1 else int(self._counts[: k - 1].sum()) + 1
 
-    def _weigh(
+    def _with_weights(
         self, owners: Int[ndarray, " c"], distances: Float[ndarray, " c"], temperature: float
-    ) -> list[Retrieved]:
+    ) -> list[RetrievedEntry]:
         weights = mixing_weights(distances, temperature)
         return [
-            Retrieved(self._entries[owner], float(distance), float(weight))
+            RetrievedEntry(self._entries[owner], float(distance), float(weight))
             for owner, distance, weight in zip(owners, distances, weights, strict=True)
         ]
 
 
-def _by_owner(
+def _nearest_per_entry(
     owners: Int[ndarray, " r"], distances: Float[ndarray, " r"], k: int
 ) -> tuple[Int[ndarray, " c"], Float[ndarray, " c"]]:
     """Keep the nearest row of every owner, in the given ascending order, and k of those."""
@@ -151,7 +151,7 @@ def _by_owner(
 
 
 def _check_comparable(
-    entries: Sequence[Entry], owners: Sequence[int], centroids: Sequence[Centroid]
+    entries: Sequence[CatalogEntry], owners: Sequence[int], centroids: Sequence[Centroid]
 ) -> None:
     kinds: dict[tuple[str, bool, int], str] = {}
     for owner, centroid in zip(owners, centroids, strict=True):

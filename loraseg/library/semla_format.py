@@ -14,10 +14,10 @@ import numpy as np
 
 from loraseg.adapters.peft_io import CONFIG_FILE, WEIGHTS_FILE
 from loraseg.errors import AdapterMismatchError, IntegrityError
-from loraseg.library.card import BaseModel, Card
-from loraseg.library.catalog import Item, Library
+from loraseg.library.card import AdapterCard, BaseModelInfo
+from loraseg.library.catalog import Library, PublishItem
 from loraseg.library.centroid import MAX_DIMENSIONS, Centroid
-from loraseg.library.snapshot import Entry
+from loraseg.library.snapshot import CatalogEntry
 from loraseg.tensor_types import Float, ndarray
 
 __all__ = ["SEMLA_ENCODER_ID", "export_loradb", "import_loradb", "read_domain"]
@@ -33,11 +33,11 @@ _DOMAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 def import_loradb(
     folder: str | Path,
     library: Library,
-    base: BaseModel,
+    base: BaseModelInfo,
     *,
     encoder_id: str = SEMLA_ENCODER_ID,
     label_spaces: Mapping[str, Sequence[str]] | None = None,
-) -> tuple[Entry, ...]:
+) -> tuple[CatalogEntry, ...]:
     """Publish every domain of a ``loradb`` folder, in one generation.
 
     Args:
@@ -54,18 +54,18 @@ def import_loradb(
     known = label_spaces or {}
     items = [
         read_domain(path, base, encoder_id=encoder_id, label_space=tuple(known.get(path.name, ())))
-        for path in _domains(Path(folder))
+        for path in _domain_folders(Path(folder))
     ]
     return library.publish_all(items)
 
 
 def read_domain(
     folder: Path,
-    base: BaseModel,
+    base: BaseModelInfo,
     *,
     encoder_id: str = SEMLA_ENCODER_ID,
     label_space: tuple[str, ...] = (),
-) -> Item:
+) -> PublishItem:
     """Read one domain: (name in lower case, files, card); count and spread are unknown.
 
     Raises:
@@ -74,9 +74,9 @@ def read_domain(
     domain = folder.name
     if not _DOMAIN.fullmatch(domain):
         raise IntegrityError(f"{folder}: the folder's name cannot be an adapter's")
-    files = {name: _read(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
+    files = {name: _read_bytes(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
     vector = _read_embedding(folder / f"{domain}_statistics.npz")
-    card = Card(
+    card = AdapterCard(
         name=domain.lower(),
         role="segmenter",
         base=base,
@@ -104,10 +104,10 @@ def export_loradb(
         IntegrityError: A stored object is missing or damaged.
     """
     entries = library.entries() if names is None else [library.entry(name) for name in names]
-    return tuple(_export(library, entry, Path(folder)) for entry in entries)
+    return tuple(_export_entry(library, entry, Path(folder)) for entry in entries)
 
 
-def _export(library: Library, entry: Entry, folder: Path) -> Path:
+def _export_entry(library: Library, entry: CatalogEntry, folder: Path) -> Path:
     centroids = entry.card.centroids
     if len(centroids) != 1 or centroids[0].normalised:
         raise AdapterMismatchError(
@@ -115,7 +115,7 @@ def _export(library: Library, entry: Entry, folder: Path) -> Path:
             "one, of embeddings that were not normalised"
         )
     files, _ = library.load_entry(entry)
-    domain = _domain_of(entry)
+    domain = _domain_name(entry)
     target = folder / domain
     target.mkdir(parents=True, exist_ok=True)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -125,13 +125,13 @@ def _export(library: Library, entry: Entry, folder: Path) -> Path:
     return target
 
 
-def _domain_of(entry: Entry) -> str:
+def _domain_name(entry: CatalogEntry) -> str:
     """Return the folder's name: the original one where only its case was changed on import."""
     original = entry.card.recipe.get(_RECIPE_KEY)
     return original if isinstance(original, str) and original.lower() == entry.name else entry.name
 
 
-def _domains(folder: Path) -> Iterator[Path]:
+def _domain_folders(folder: Path) -> Iterator[Path]:
     if not folder.is_dir():
         raise IntegrityError(f"{folder}: no such folder")
     found = sorted(path for path in folder.iterdir() if (path / CONFIG_FILE).is_file())
@@ -140,7 +140,7 @@ def _domains(folder: Path) -> Iterator[Path]:
     yield from found
 
 
-def _read(path: Path) -> bytes:
+def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
@@ -148,7 +148,7 @@ def _read(path: Path) -> bytes:
 
 
 def _read_embedding(path: Path) -> Float[ndarray, " d"]:
-    data = _read(path)
+    data = _read_bytes(path)
     try:
         # A zip's entry may unpack to far more than the file's size: look before reading.
         with zipfile.ZipFile(io.BytesIO(data)) as archive:

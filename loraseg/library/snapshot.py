@@ -12,13 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from loraseg.errors import IntegrityError
-from loraseg.library.card import Card, canonical_json, check_digest
+from loraseg.library.card import AdapterCard, canonical_json, check_digest
 from loraseg.library.centroid import Centroid
 
-__all__ = ["SCHEMA", "Entry", "decode_snapshot", "encode_snapshot"]
+__all__ = ["CATALOG_SCHEMA", "CatalogEntry", "decode_snapshot", "encode_snapshot"]
 
 _FORMAT = b"loraseg-catalog-1"
-_CENTROID = pa.struct(
+_CENTROID_TYPE = pa.struct(
     [
         ("encoder_id", pa.string()),
         ("normalised", pa.bool_()),
@@ -27,9 +27,9 @@ _CENTROID = pa.struct(
         ("spread", pa.float64()),
     ]
 )
-_IDENTITY = ["name", "version", "record_digest"]
-_PLAIN = ("encoder_id", "normalised", "count", "spread")
-SCHEMA = pa.schema(
+_KEY_COLUMNS = ["name", "version", "record_digest"]
+_SCALAR_FIELDS = ("encoder_id", "normalised", "count", "spread")
+CATALOG_SCHEMA = pa.schema(
     [
         pa.field("name", pa.string(), nullable=False),
         pa.field("version", pa.int64(), nullable=False),
@@ -42,7 +42,7 @@ SCHEMA = pa.schema(
         pa.field("base_digest", pa.string(), nullable=False),
         pa.field("classes", pa.list_(pa.string()), nullable=False),
         pa.field("count", pa.int64()),  # training images, null if unknown
-        pa.field("centroids", pa.list_(_CENTROID), nullable=False),
+        pa.field("centroids", pa.list_(_CENTROID_TYPE), nullable=False),
         pa.field("card", pa.string(), nullable=False),  # the card's JSON without its centroids
     ],
     metadata={b"format": _FORMAT},
@@ -50,7 +50,7 @@ SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class CatalogEntry:
     """One version of one adapter as the catalog knows it.
 
     Attributes:
@@ -65,7 +65,7 @@ class Entry:
 
     version: int
     digest: str
-    card: Card
+    card: AdapterCard
     current: bool
     record_digest: str
     size_bytes: int
@@ -83,23 +83,25 @@ class Entry:
         return self.card.name
 
 
-def encode_snapshot(entries: Iterable[Entry]) -> bytes:
+def encode_snapshot(entries: Iterable[CatalogEntry]) -> bytes:
     """Return the Parquet file; the same entries give the same bytes."""
     ordered = sorted(entries, key=lambda e: (e.name, e.version))
-    rows = [_row(entry) for entry in ordered]
+    rows = [_to_row(entry) for entry in ordered]
     columns = [
         _centroid_column(ordered)
         if field.name == "centroids"
         else pa.array([row[field.name] for row in rows], field.type)
-        for field in SCHEMA
+        for field in CATALOG_SCHEMA
     ]
     buffer = io.BytesIO()
-    table = pa.Table.from_arrays(columns, schema=SCHEMA)
+    table = pa.Table.from_arrays(columns, schema=CATALOG_SCHEMA)
     pq.write_table(table, buffer, compression="zstd", use_dictionary=False)
     return buffer.getvalue()
 
 
-def decode_snapshot(data: bytes, where: str, known: Iterable[Entry] = ()) -> tuple[Entry, ...]:
+def decode_snapshot(
+    data: bytes, where: str, cached: Iterable[CatalogEntry] = ()
+) -> tuple[CatalogEntry, ...]:
     """Read the Parquet file, ordered by name and version.
 
     Columns that this version does not know are ignored.
@@ -107,7 +109,7 @@ def decode_snapshot(data: bytes, where: str, known: Iterable[Entry] = ()) -> tup
     Args:
         data: The file.
         where: What to call it in errors.
-        known: Entries of another generation; what is in both is not parsed again, so that a
+        cached: Entries of another generation; what is in both is not parsed again, so that a
             generation costs what is new in it.
 
     Raises:
@@ -122,17 +124,19 @@ def decode_snapshot(data: bytes, where: str, known: Iterable[Entry] = ()) -> tup
                 f"{where}: catalog format {metadata.get(b'format')!r}; "
                 f"this version of loraseg reads {_FORMAT!r}"
             )
-        table = table.select(SCHEMA.names).cast(SCHEMA)
+        table = table.select(CATALOG_SCHEMA.names).cast(CATALOG_SCHEMA)
     except (pa.ArrowException, KeyError, OSError) as error:
         raise IntegrityError(f"{where}: not a catalog snapshot ({error})") from error
     # A record's digest stands for everything in its row but the pointer.
-    parsed = {(entry.name, entry.version, entry.record_digest): entry for entry in known}
-    keys = [column.to_pylist() for column in table.select(_IDENTITY).columns]
+    parsed = {(entry.name, entry.version, entry.record_digest): entry for entry in cached}
+    keys = [column.to_pylist() for column in table.select(_KEY_COLUMNS).columns]
     current: list[bool] = table.column("current").to_pylist()
     entries = [parsed.get(key) for key in zip(*keys, strict=True)]
     new = [index for index, entry in enumerate(entries) if entry is None]
     try:
-        for index, entry in zip(new, _parse(table.take(pa.array(new, pa.int64()))), strict=True):
+        for index, entry in zip(
+            new, _parse_rows(table.take(pa.array(new, pa.int64()))), strict=True
+        ):
             entries[index] = entry
     except (ValueError, TypeError) as error:
         raise IntegrityError(f"{where}: {error}") from error
@@ -143,14 +147,14 @@ def decode_snapshot(data: bytes, where: str, known: Iterable[Entry] = ()) -> tup
     )
 
 
-def _parse(table: pa.Table) -> Iterator[Entry]:
+def _parse_rows(table: pa.Table) -> Iterator[CatalogEntry]:
     rows = table.drop_columns(["centroids"]).to_pylist()
     lists = table.column("centroids").combine_chunks()
-    for row, centroids in zip(rows, _centroids(lists), strict=True):
-        yield _entry(row, centroids)
+    for row, centroids in zip(rows, _parse_centroids(lists), strict=True):
+        yield _parse_entry(row, centroids)
 
 
-def _row(entry: Entry) -> dict[str, Any]:
+def _to_row(entry: CatalogEntry) -> dict[str, Any]:
     card = entry.card
     return {
         "name": card.name,
@@ -168,11 +172,11 @@ def _row(entry: Entry) -> dict[str, Any]:
     }
 
 
-def _entry(row: dict[str, Any], centroids: tuple[Centroid, ...]) -> Entry:
-    card = Card.from_json(json.loads(row["card"]), centroids)
+def _parse_entry(row: dict[str, Any], centroids: tuple[Centroid, ...]) -> CatalogEntry:
+    card = AdapterCard.from_json(json.loads(row["card"]), centroids)
     if card.name != row["name"] or row["version"] < 1:
         raise IntegrityError(f"row {row['name']!r}, version {row['version']}, is not valid")
-    return Entry(
+    return CatalogEntry(
         version=row["version"],
         digest=check_digest(row["digest"], card.name),
         card=card,
@@ -183,7 +187,7 @@ def _entry(row: dict[str, Any], centroids: tuple[Centroid, ...]) -> Entry:
     )
 
 
-def _centroid_column(entries: Sequence[Entry]) -> pa.ListArray:
+def _centroid_column(entries: Sequence[CatalogEntry]) -> pa.ListArray:
     """Build the nested column from whole vectors: number by number it would take seconds."""
     centroids = [centroid for entry in entries for centroid in entry.card.centroids]
     sizes = [centroid.vector.size for centroid in centroids]
@@ -197,18 +201,18 @@ def _centroid_column(entries: Sequence[Entry]) -> pa.ListArray:
             pa.array([centroid.count for centroid in centroids], pa.int64()),
             pa.array([centroid.spread for centroid in centroids], pa.float64()),
         ],
-        fields=list(_CENTROID),
+        fields=list(_CENTROID_TYPE),
     )
     return pa.ListArray.from_arrays(_offsets([len(e.card.centroids) for e in entries]), structs)
 
 
-def _centroids(lists: pa.ListArray) -> Iterator[tuple[Centroid, ...]]:
+def _parse_centroids(lists: pa.ListArray) -> Iterator[tuple[Centroid, ...]]:
     structs = lists.flatten()
     vectors = structs.field("vector")
     flat = vectors.flatten().to_numpy(zero_copy_only=False)
     bounds = np.concatenate([[0], np.cumsum(vectors.value_lengths().to_numpy(False))])
     plain = pa.StructArray.from_arrays(
-        [structs.field(name) for name in _PLAIN], names=list(_PLAIN)
+        [structs.field(name) for name in _SCALAR_FIELDS], names=list(_SCALAR_FIELDS)
     ).to_pylist()
     start = 0
     for length in lists.value_lengths().to_pylist():

@@ -21,29 +21,29 @@ import torch
 
 from loraseg.backbones.diffusion import load_diffusion
 from loraseg.config import to_dict
-from loraseg.miniature.canvas import CLASSES
-from loraseg.miniature.captions import PROMPT, tokenizer
-from loraseg.miniature.catseg_gates import catseg_report
-from loraseg.miniature.catseg_training import CatsegTraining, train_catseg
-from loraseg.miniature.clip_gates import clip_report
-from loraseg.miniature.clip_model import CLIP_CONFIG
-from loraseg.miniature.clip_training import ClipTraining, train_clip
-from loraseg.miniature.generator_gates import domain_report, judge_report, word_report
-from loraseg.miniature.generator_model import build_text_encoder, write_pipeline
-from loraseg.miniature.generator_scenes import draw_scenes
-from loraseg.miniature.generator_training import (
-    GeneratorTraining,
+from loraseg.miniature.models.catseg.checks import catseg_report
+from loraseg.miniature.models.catseg.training import CatsegTrainingConfig, train_catseg
+from loraseg.miniature.models.clip.checks import clip_report
+from loraseg.miniature.models.clip.model import CLIP_CONFIG
+from loraseg.miniature.models.clip.training import ClipTrainingConfig, train_clip
+from loraseg.miniature.models.generator.checks import domain_report, judge_report, word_report
+from loraseg.miniature.models.generator.model import build_text_encoder, write_pipeline
+from loraseg.miniature.models.generator.scenes import draw_scenes
+from loraseg.miniature.models.generator.training import (
+    GeneratorTrainingConfig,
     train_codec,
     train_judge,
     train_text_to_image,
 )
-from loraseg.miniature.weights_io import WEIGHTS, read_clip, write_clip
-from loraseg.segment.catseg.checkpoint import load_catseg, save_catseg
-from loraseg.segment.closed_set import load_unet, unet_bytes
+from loraseg.miniature.models.weights_io import WEIGHTS, read_clip, write_clip
+from loraseg.miniature.world.canvas import CLASSES
+from loraseg.miniature.world.captions import PROMPT, tokenizer
+from loraseg.segment.closed_set.unet import encode_unet, load_unet
+from loraseg.segment.open_vocabulary.catseg.checkpoint import load_catseg, save_catseg
 
 __all__ = [
-    "gates",
-    "generator_gates",
+    "check_generator",
+    "check_models",
     "main",
     "make_catseg",
     "make_clip",
@@ -56,13 +56,13 @@ logger = logging.getLogger(__name__)
 _COMMANDS = ("clip", "catseg", "gates", "judge", "generator", "generator-gates")
 
 
-def make_clip(config: ClipTraining, folder: Path) -> None:
+def make_clip(config: ClipTrainingConfig, folder: Path) -> None:
     """Train the CLIP and write ``clip.safetensors``; a copy goes there every 250 steps."""
     path = folder / "clip.safetensors"
     write_clip(train_clip(config, lambda model, step: write_clip(model, path)), path)
 
 
-def make_catseg(config: CatsegTraining, folder: Path) -> None:
+def make_catseg(config: CatsegTrainingConfig, folder: Path) -> None:
     """Train the CAT-Seg around the CLIP in ``folder`` and write ``catseg.safetensors``."""
     model = train_catseg(config, read_clip(folder / "clip.safetensors"))
     header = {
@@ -74,15 +74,15 @@ def make_catseg(config: CatsegTraining, folder: Path) -> None:
     save_catseg(model, folder / "catseg.safetensors", header, dtype=torch.float16)
 
 
-def make_judge(config: GeneratorTraining, folder: Path, *, processes: int = 1) -> None:
+def make_judge(config: GeneratorTrainingConfig, folder: Path, *, processes: int = 1) -> None:
     """Train the judge and write ``judge.safetensors``."""
     scenes = draw_scenes(config.scenes, config.seed, processes=processes)
-    data = unet_bytes(train_judge(config, scenes), CLASSES)
+    data = encode_unet(train_judge(config, scenes), CLASSES)
     (folder / "judge.safetensors").write_bytes(data)
 
 
 def make_generator(
-    config: GeneratorTraining, folder: Path, *, init: Path | None = None, processes: int = 1
+    config: GeneratorTrainingConfig, folder: Path, *, init: Path | None = None, processes: int = 1
 ) -> None:
     """Train the text-to-image model and write ``generator/``; a copy goes there now and then.
 
@@ -110,7 +110,7 @@ def make_generator(
     write(train_text_to_image(config, codec, scenes, write, init=start), config.steps)
 
 
-def gates(folder: Path, seed: int = 0) -> dict[str, Any]:
+def check_models(folder: Path, seed: int = 0) -> dict[str, Any]:
     """Measure the weights as they are shipped and compare them with their gates."""
     clip = clip_report(read_clip(folder / "clip.safetensors"), seed=seed)
     catseg = catseg_report(load_catseg(folder / "catseg.safetensors"), seed=seed)
@@ -125,7 +125,7 @@ def gates(folder: Path, seed: int = 0) -> dict[str, Any]:
     return {"checks": met, "clip": clip, "catseg": catseg}
 
 
-def generator_gates(folder: Path, seed: int = 0) -> dict[str, Any]:
+def check_generator(folder: Path, seed: int = 0) -> dict[str, Any]:
     """Measure generator and judge as they are; what masks do needs training, see the card."""
     base = load_diffusion(str(folder / "generator"))
     judge, _ = load_unet(folder / "judge.safetensors")
@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     torch.set_num_threads(arguments.threads)
-    measures = {"gates": gates, "generator-gates": generator_gates}
+    measures = {"gates": check_models, "generator-gates": check_generator}
     if arguments.command in measures:
         text = json.dumps(measures[arguments.command](arguments.folder, arguments.seed), indent=1)
         name = f"{arguments.command.replace('-', '_')}.json"
@@ -156,28 +156,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.write(text + "\n")
         return
     started = time.perf_counter()
-    config = _make(arguments)
+    config = _train(arguments)
     seconds = time.perf_counter() - started
     logger.info("%s: %.0f s with %s", arguments.command, seconds, to_dict(config))
 
 
-def _make(arguments: argparse.Namespace) -> ClipTraining | CatsegTraining | GeneratorTraining:
+def _train(
+    arguments: argparse.Namespace,
+) -> ClipTrainingConfig | CatsegTrainingConfig | GeneratorTrainingConfig:
     """Make the weights that are asked for and return the settings."""
     folder, seed = arguments.folder, arguments.seed
     steps = {} if arguments.steps is None else {"steps": arguments.steps}
     if arguments.command == "clip":
         going_on = {"init": arguments.init, "first_step": arguments.first_step}
-        clip = ClipTraining(seed=seed, **steps, **going_on)
+        clip = ClipTrainingConfig(seed=seed, **steps, **going_on)
         make_clip(clip, folder)
         return clip
     if arguments.command == "catseg":
-        catseg = CatsegTraining(seed=seed, **steps)
+        catseg = CatsegTrainingConfig(seed=seed, **steps)
         make_catseg(catseg, folder)
         return catseg
     if arguments.command == "judge":
         steps = {f"judge_{name}": value for name, value in steps.items()}
     device = arguments.device
-    config = GeneratorTraining(seed=seed, device=device, compiled=device != "cpu", **steps)
+    config = GeneratorTrainingConfig(seed=seed, device=device, compiled=device != "cpu", **steps)
     if arguments.command == "judge":
         make_judge(config, folder, processes=arguments.threads)
     else:

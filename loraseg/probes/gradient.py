@@ -9,16 +9,16 @@ import torch
 from torch import nn
 
 from loraseg import config as configuration
-from loraseg.adapters.layer_report import LayerReport, LayerScore
-from loraseg.adapters.projections import attention_projections
-from loraseg.adapters.selection import from_report
+from loraseg.adapters.targets.layer_report import LayerReport, LayerScore
+from loraseg.adapters.targets.selection import select_from_report
+from loraseg.adapters.targets.unet import attention_projections
 from loraseg.backbones.diffusion import DiffusionBase
 from loraseg.errors import ConfigError
 from loraseg.tensor_types import Tensor
-from loraseg.train.denoising_data import DenoisingData, DrawConfig
-from loraseg.train.generator import Hooks, finetune_full
-from loraseg.train.generator_recipes import FusionConfig, GeneratorRecipe
-from loraseg.train.loop import AveragingLoopConfig, Watcher
+from loraseg.train.core.loop import AveragingLoopConfig, StepCallback
+from loraseg.train.generator_adapters.recipes import AttentionMixConfig, GeneratorRecipe
+from loraseg.train.generator_adapters.samples import DenoisingData, DrawConfig
+from loraseg.train.generator_adapters.training import Callbacks, finetune_unet
 
 __all__ = ["GradientProbeConfig", "gradient_probe", "relative_changes"]
 
@@ -87,7 +87,7 @@ class GradientProbeConfig:
             batch_size=self.batch_size,
             accumulate=self.accumulate,
             draws=DrawConfig(regions=True),
-            fusion=FusionConfig(mode="off"),
+            fusion=AttentionMixConfig(mode="off"),
             recompute=self.recompute,
             loop=AveragingLoopConfig(
                 steps=self.epochs * self.epoch_steps(views),
@@ -111,7 +111,7 @@ def gradient_probe(
     data: DenoisingData,
     config: GradientProbeConfig = _DEFAULT,
     *,
-    watch: Watcher | None = None,
+    on_step: StepCallback | None = None,
 ) -> LayerReport:
     """Tune the whole UNet and score each layer by how far its weight has moved.
 
@@ -126,7 +126,7 @@ def gradient_probe(
         data: Few labelled images, with regions for rectified attention; their seed decides the
             batches.
         config: How to tune and when to stop.
-        watch: Called after each step with (steps done, loss).
+        on_step: Called after each step with (steps done, loss).
 
     Raises:
         ConfigError: The UNet is not of float32, or ``top`` exceeds its projections.
@@ -139,8 +139,10 @@ def gradient_probe(
             f"gradient probe: the UNet is of {base.dtype}, expected torch.float32 (precision=bf16 "
             f"trains float32 weights under autocast)"
         )
-    ranking = _Ranking(base, config, data)
-    finetune_full(base, data, config.recipe(len(data)), Hooks(watch=watch, stop=ranking.follow))
+    ranking = _LayerRanking(base, config, data)
+    finetune_unet(
+        base, data, config.recipe(len(data)), Callbacks(on_step=on_step, should_stop=ranking.update)
+    )
     return ranking.report()
 
 
@@ -164,7 +166,7 @@ def relative_changes(module: nn.Module, before: Mapping[str, Tensor]) -> dict[st
     return changes
 
 
-class _Ranking:
+class _LayerRanking:
     """The layers' scores in the course of the epochs."""
 
     def __init__(
@@ -181,9 +183,9 @@ class _Ranking:
         self._epoch_steps = config.epoch_steps(len(data))
         self._epochs: list[dict[str, float]] = []
         self._overlaps: list[float] = []
-        self._head: frozenset[str] = frozenset()
+        self._previous_top: frozenset[str] = frozenset()
 
-    def follow(self, done: int, before: Mapping[str, Tensor]) -> bool:
+    def update(self, done: int, before: Mapping[str, Tensor]) -> bool:
         """Score the layers if an epoch is over; return whether their ranking has settled."""
         if done % self._epoch_steps:
             return False
@@ -191,32 +193,32 @@ class _Ranking:
         report = self.report()
         top = self._config.top
         share = self._config.share if top is None else None
-        head = frozenset(from_report(report, top=top, share=share))
+        head = frozenset(select_from_report(report, top=top, share=share))
         if len(self._epochs) > 1:
-            self._overlaps.append(len(head & self._head) / len(head | self._head))
+            self._overlaps.append(len(head & self._previous_top) / len(head | self._previous_top))
             logger.info("epoch %d: overlap %.3f", len(self._epochs), self._overlaps[-1])
-        self._head = head
+        self._previous_top = head
         return bool(self._overlaps) and self._overlaps[-1] >= self._config.stop_overlap
 
     def report(self) -> LayerReport:
         """Return what is known after the last epoch."""
-        scored = [name for name in self._weights() if f"{name}.weight" in self._epochs[-1]]
+        scored = [name for name in self._weight_sizes() if f"{name}.weight" in self._epochs[-1]]
         settings: dict[str, Any] = configuration.to_dict(self._config)
         return LayerReport(
             method="gradient",
             base_name=self._base.name,
             base_digest=self._base.digest,
-            scores=tuple(self._score(name) for name in scored),
+            scores=tuple(self._layer_score(name) for name in scored),
             samples={
                 "views": len(self._data),
                 "epochs": len(self._epochs),
                 "steps": len(self._epochs) * self._epoch_steps,
-                "layers_left_out": len(self._weights()) - len(scored),
+                "layers_left_out": len(self._weight_sizes()) - len(scored),
             },
             settings={**settings, "seed": self._data.seed, "overlaps": list(self._overlaps)},
         )
 
-    def _weights(self) -> dict[str, int]:
+    def _weight_sizes(self) -> dict[str, int]:
         """Return the values of each layer's weight."""
         return {
             name.removesuffix(".weight"): parameter.numel()
@@ -224,11 +226,11 @@ class _Ranking:
             if name.endswith(".weight")
         }
 
-    def _score(self, name: str) -> LayerScore:
+    def _layer_score(self, name: str) -> LayerScore:
         history = tuple(epoch[f"{name}.weight"] for epoch in self._epochs)
         if name in self._projections:
-            return LayerScore.of_projection(self._projections[name], history[-1], history)
-        numel = self._weights()[name]
+            return LayerScore.from_projection(self._projections[name], history[-1], history)
+        numel = self._weight_sizes()[name]
         return LayerScore(name=name, score=history[-1], history=history, numel=numel)
 
 

@@ -5,22 +5,22 @@ import logging
 from typing import Literal
 
 from loraseg import config as configuration
-from loraseg.adapters.layer_report import LayerReport
-from loraseg.adapters.report_places import find_report, split_place, store_of
+from loraseg.adapters.targets.layer_report import LayerReport
+from loraseg.adapters.targets.layer_report_io import find_layer_report, open_parent_store, split_uri
 from loraseg.backbones.device import best_device
 from loraseg.backbones.diffusion import DiffusionBase, load_diffusion
-from loraseg.backbones.source import absolute_spec
+from loraseg.backbones.weights import absolute_spec
 from loraseg.data import DatasetFolder, LabelSpace, few_shot
 from loraseg.errors import ConfigError
 from loraseg.probes.gradient import GradientProbeConfig, gradient_probe
-from loraseg.storage import absolute, open_store
+from loraseg.storage import absolute_uri, open_store
 from loraseg.synth.conditioning import Conditioner, ConditioningConfig
-from loraseg.synth.sizes import side_step
-from loraseg.train.denoising_data import Conditions, DenoisingData, DrawConfig
-from loraseg.train.generator_report import encoders_beside
-from loraseg.train.latents import TensorCache
-from loraseg.train.segmentation import fixed_threads
-from loraseg.train.views import ViewConfig, Views
+from loraseg.synth.sizes import size_multiple
+from loraseg.train.generator_adapters.crops import CroppedImages, ViewConfig
+from loraseg.train.generator_adapters.latents import TensorCache
+from loraseg.train.generator_adapters.report import encoders_on_device
+from loraseg.train.generator_adapters.samples import CropConditions, DenoisingData, DrawConfig
+from loraseg.train.segmenter_adapters.samples import fixed_threads
 
 __all__ = ["ProbeResult", "ProbeTask", "run_probe"]
 
@@ -73,7 +73,7 @@ class ProbeTask:
         if self.images is not None and self.images < 1:
             raise ConfigError(f"images: got {self.images}, expected at least 1, or null for all")
         DrawConfig(flip=self.flip)
-        split_place(self.output)
+        split_uri(self.output)
 
     def resolved(self) -> "ProbeTask":
         """Return a task of this very class, with addresses that hold in any process.
@@ -84,15 +84,15 @@ class ProbeTask:
         return dataclasses.replace(
             ProbeTask(**{name: getattr(self, name) for name in names}),
             base=absolute_spec(self.base),
-            data=absolute(self.data),
-            output=absolute(self.output),
-            cache=self.cache and absolute(self.cache),
+            data=absolute_uri(self.data),
+            output=absolute_uri(self.output),
+            cache=self.cache and absolute_uri(self.cache),
         )
 
     @property
-    def cache_place(self) -> str:
+    def cache_uri(self) -> str:
         """Where latents and encoded prompts are kept."""
-        return self.cache or f"{split_place(self.output)[0]}/_cache"
+        return self.cache or f"{split_uri(self.output)[0]}/_cache"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -120,10 +120,10 @@ def run_probe(task: ProbeTask) -> ProbeResult:
     if task.images is not None:
         samples = few_shot(samples, task.images, task.seed)
     base = load_diffusion(task.base)
-    size = _size(task, base)
+    size = _image_size(task, base)
     data_digest = dataset.digest(samples)
     digest = configuration.digest(
-        _TaskKey(
+        _ProbeTaskKey(
             format=_FORMAT,
             method=task.method,
             base_digest=base.digest,
@@ -135,14 +135,14 @@ def run_probe(task: ProbeTask) -> ProbeResult:
             seed=task.seed,
         )
     )
-    known = find_report(task.output)
+    known = find_layer_report(task.output)
     if known is not None and known.settings.get("task_digest") == digest:
         logger.info("%s: holds this probe already", task.output)
         return ProbeResult(known.to_bytes(), skipped=True)
     if known is not None:
         logger.warning("%s: the report of another probe is replaced", task.output)
-    views = Views(dataset, samples, ViewConfig(size=size), seed=task.seed, keys=("probe",))
-    report = _probe(task, base, views, dataset.label_space)
+    views = CroppedImages(dataset, samples, ViewConfig(size=size), seed=task.seed, keys=("probe",))
+    report = _run_gradient_probe(task, base, views, dataset.label_space)
     found = dataclasses.replace(
         report,
         samples={**report.samples, "images": len(samples)},
@@ -154,13 +154,13 @@ def run_probe(task: ProbeTask) -> ProbeResult:
             "flip": task.flip,
         },
     ).to_bytes()
-    store, key = store_of(task.output)
+    store, key = open_parent_store(task.output)
     store.put(key, found)
     return ProbeResult(found, skipped=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _TaskKey:
+class _ProbeTaskKey:
     """What decides the scores."""
 
     format: int
@@ -174,19 +174,21 @@ class _TaskKey:
     seed: int
 
 
-def _probe(task: ProbeTask, base: DiffusionBase, views: Views, space: LabelSpace) -> LayerReport:
+def _run_gradient_probe(
+    task: ProbeTask, base: DiffusionBase, views: CroppedImages, space: LabelSpace
+) -> LayerReport:
     conditioner = Conditioner(base.tokenizers, space, task.conditioning)
-    conditions = Conditions(views, conditioner)
+    conditions = CropConditions(views, conditioner)
     base.to(best_device())
-    with encoders_beside(base), fixed_threads(task.gradient.threads):
-        cache = TensorCache(open_store(task.cache_place))
+    with encoders_on_device(base), fixed_threads(task.gradient.threads):
+        cache = TensorCache(open_store(task.cache_uri))
         data = DenoisingData.prepare(base, views, conditions, DrawConfig(flip=task.flip), cache)
     return gradient_probe(base, data, task.gradient)
 
 
-def _size(task: ProbeTask, base: DiffusionBase) -> tuple[int, int]:
+def _image_size(task: ProbeTask, base: DiffusionBase) -> tuple[int, int]:
     size = task.size or (base.image_size, base.image_size)
-    step = side_step(base)
+    step = size_multiple(base)
     if any(side < step or side % step for side in size):
         raise ConfigError(f"size: got {size}, expected multiples of {step} for base {base.name!r}")
     return size

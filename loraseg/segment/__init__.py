@@ -10,7 +10,7 @@ __all__ = [
     "save_base",
 ]
 
-from loraseg.segment.base import SegmentationBase, load_base, save_base
-from loraseg.segment.losses import catseg_bce
 from loraseg.segment.metrics import ConfusionMatrix, hmean
-from loraseg.segment.predictor import Predictor
+from loraseg.segment.open_vocabulary.base import SegmentationBase, load_base, save_base
+from loraseg.segment.open_vocabulary.losses import catseg_bce
+from loraseg.segment.open_vocabulary.predictor import Predictor

@@ -91,7 +91,7 @@ class ConfusionMatrix:
         Raises:
             StageError: No labelled pixel has been counted.
         """
-        return float(self.iou()[self._labelled()].mean())
+        return float(self.iou()[self._classes_present()].mean())
 
     def pixel_accuracy(self) -> float:
         """Return the share of labelled pixels that are predicted right.
@@ -99,10 +99,10 @@ class ConfusionMatrix:
         Raises:
             StageError: No labelled pixel has been counted.
         """
-        self._labelled()
+        self._classes_present()
         return float(np.trace(self.counts) / self.counts.sum())
 
-    def _labelled(self) -> Int[ndarray, " k"]:
+    def _classes_present(self) -> Int[ndarray, " k"]:
         """Return the ids of the classes that occur in the labels."""
         present = np.flatnonzero(self.counts.sum(axis=1))
         if not present.size:

@@ -2,7 +2,13 @@
 
 import numpy as np
 
-from loraseg.data.drawing import class_areas, colorize, encode_png, legend, same_width
+from loraseg.data.drawing import (
+    colorize,
+    draw_legend,
+    encode_png,
+    legend_entries,
+    pad_to_same_width,
+)
 from loraseg.data.labels import LabelSpace
 from loraseg.data.masks import encode_mask
 from loraseg.errors import DatasetError
@@ -82,5 +88,5 @@ def overlay_with_legend(
         DatasetError: The sizes differ.
     """
     picture = overlay(image, labels, label_space, opacity=opacity)
-    below = legend(class_areas(labels, label_space), label_space, picture.shape[1])
-    return np.concatenate(same_width(picture, below))
+    below = draw_legend(legend_entries(labels, label_space), label_space, picture.shape[1])
+    return np.concatenate(pad_to_same_width(picture, below))

@@ -4,24 +4,24 @@ from collections.abc import Mapping
 
 from loraseg.backbones.clip import load_clip
 from loraseg.backbones.device import best_device
-from loraseg.backbones.source import resolve
-from loraseg.engine.live import LiveLibrary
-from loraseg.engine.models import Models
-from loraseg.engine.retrieval import RetrievalStage
-from loraseg.engine.segmenting import SegmentStage
-from loraseg.engine.shelf import Taste
-from loraseg.engine.source import AdapterSource
+from loraseg.backbones.weights import resolve_weights
+from loraseg.inference.adapter_cache import AdapterCache
+from loraseg.inference.adapter_loader import AdapterLoader
+from loraseg.inference.model_variants import ModelVariants
+from loraseg.inference.retrieval import RetrievalStage
+from loraseg.inference.segmentation import SegmentationStage
+from loraseg.inference.snapshot import AdapterFilter
+from loraseg.inference.watcher import LibraryWatcher
 from loraseg.library.catalog import Library
-from loraseg.segment.pool import AdapterCache
 from loraseg.serving.config import ServiceConfig
-from loraseg.serving.local import LocalEngine
+from loraseg.serving.local_engine import LocalEngine
 from loraseg.storage import open_store
 
-__all__ = ["build_local", "build_retrieval", "build_segment"]
+__all__ = ["build_local_engine", "build_retrieval", "build_segmentation"]
 
 # Somebody waits for an adapter; for a catalog nobody does, but problems should be seen soon.
-_ADAPTER_PATIENCE_S = 3.0
-_CATALOG_PATIENCE_S = 5.0
+_ADAPTER_RETRY_TIMEOUT_S = 3.0
+_CATALOG_RETRY_TIMEOUT_S = 5.0
 
 
 def build_retrieval(config: ServiceConfig) -> RetrievalStage:
@@ -35,47 +35,47 @@ def build_retrieval(config: ServiceConfig) -> RetrievalStage:
     encoder = load_clip(config.encoder)
     device = best_device()
     encoder.model.to(device)
-    taste = Taste(
-        base_digest=resolve(config.base).digest,
+    taste = AdapterFilter(
+        base_digest=resolve_weights(config.base).digest,
         encoder_id=encoder.encoder_id,
         attention=config.clip_attention_lora,
     )
-    libraries = _libraries(config, _CATALOG_PATIENCE_S)
+    libraries = _open_libraries(config, _CATALOG_RETRY_TIMEOUT_S)
     followed = {
-        name: LiveLibrary(library, name=name, taste=taste, poll_s=config.poll_s).start()
+        name: LibraryWatcher(library, name=name, adapter_filter=taste, poll_s=config.poll_s).start()
         for name, library in libraries.items()
     }
     return RetrievalStage(encoder, followed, embed_together=device.type != "cpu")
 
 
-def build_segment(config: ServiceConfig) -> SegmentStage:
+def build_segmentation(config: ServiceConfig) -> SegmentationStage:
     """Load the base; no store is contacted.
 
     Raises:
         LorasegError: The base cannot be loaded, or a store's URI is wrong.
     """
-    models = Models(
+    models = ModelVariants(
         config.base,
         attention=config.clip_attention_lora,
         precision=config.precision,
         mode="sliding" if config.sliding else "plain",
     )
-    source = AdapterSource(_libraries(config, _ADAPTER_PATIENCE_S), models.base)
+    source = AdapterLoader(_open_libraries(config, _ADAPTER_RETRY_TIMEOUT_S), models.base)
     cache = AdapterCache(source, limit_bytes=config.cache_bytes)
-    return SegmentStage(lambda attention: models.runner(attention, cache), cache)
+    return SegmentationStage(lambda attention: models.get(attention, cache), cache)
 
 
-def build_local(config: ServiceConfig) -> LocalEngine:
+def build_local_engine(config: ServiceConfig) -> LocalEngine:
     """Return an engine in this process; libraries may still be loading.
 
     Raises:
         LorasegError: As :func:`build_retrieval` and :func:`build_segment`.
     """
-    return LocalEngine(config, build_retrieval(config), build_segment(config))
+    return LocalEngine(config, build_retrieval(config), build_segmentation(config))
 
 
-def _libraries(config: ServiceConfig, patience_s: float) -> Mapping[str, Library]:
+def _open_libraries(config: ServiceConfig, retry_timeout_s: float) -> Mapping[str, Library]:
     return {
-        name: Library(open_store(uri).with_patience(patience_s))
+        name: Library(open_store(uri).with_retry_timeout(retry_timeout_s))
         for name, uri in config.libraries.items()
     }

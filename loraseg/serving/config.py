@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, field
 
-from loraseg.engine.assemble import AttentionLora, Precision
 from loraseg.errors import ConfigError
+from loraseg.inference.loading import AttentionLoraSetting, Precision
 
-__all__ = ["Limits", "Replicas", "ServiceConfig"]
+__all__ = ["Limits", "ReplicaConfig", "ServiceConfig"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +44,7 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Replicas:
+class ReplicaConfig:
     """How one kind of deployment is placed and scaled.
 
     Attributes:
@@ -83,7 +83,7 @@ class ServiceConfig:
 
     Attributes:
         libraries: Store URI of each library by the name that clients use; the first is the default.
-        base: As for :func:`loraseg.segment.base.load_base`.
+        base: As for :func:`loraseg.segment.open_vocabulary.base.load_base`.
         encoder: As for :func:`loraseg.backbones.clip.load_clip`.
         clip_attention_lora: Whether adapters of the CLIP attention act; ``as_trained`` follows the
             adapters that are published when the service starts.
@@ -106,7 +106,7 @@ class ServiceConfig:
     libraries: dict[str, str]
     base: str = "miniature"
     encoder: str = "miniature"
-    clip_attention_lora: AttentionLora = "as_trained"
+    clip_attention_lora: AttentionLoraSetting = "as_trained"
     precision: Precision = "fp32"
     sliding: bool = False
     k: int | None = None
@@ -117,9 +117,9 @@ class ServiceConfig:
     cache_bytes: int = 512 * 2**20
     tokens: str | None = None
     limits: Limits = field(default_factory=Limits)
-    gateway: Replicas = field(default_factory=Replicas)
-    retrieval: Replicas = field(default_factory=Replicas)
-    segmenter: Replicas = field(default_factory=Replicas)
+    gateway: ReplicaConfig = field(default_factory=ReplicaConfig)
+    retrieval: ReplicaConfig = field(default_factory=ReplicaConfig)
+    segmenter: ReplicaConfig = field(default_factory=ReplicaConfig)
 
     def __post_init__(self) -> None:
         """Check what the types cannot say."""

@@ -27,18 +27,18 @@ import yaml
 from loraseg.config import build
 from loraseg.errors import ConfigError, LorasegError, ServiceError
 from loraseg.storage import open_store
-from loraseg.storage.store import SHORT_PATIENCE_S
+from loraseg.storage.store import SHORT_RETRY_TIMEOUT_S
 
-__all__ = ["Role", "Token", "TokenBook", "TokenFile", "new_token"]
+__all__ = ["Role", "Token", "TokenFile", "TokenStore", "new_token"]
 
 logger = logging.getLogger(__name__)
 
 Role = Literal["segment", "admin"]
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_MOST_CHARS = 512
+_MAX_TOKEN_CHARS = 512
 # A token that is taken out of the file is refused after this time at the latest.
-_RECHECK_S = 2.0
+_RELOAD_INTERVAL_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,18 +87,18 @@ class TokenFile:
             raise ConfigError("tokens: expected at least one; without a file, the service is open")
 
 
-class TokenBook:
+class TokenStore:
     """The tokens of a file, read again when it changes; thread-safe."""
 
     def __init__(self, read: Callable[[], bytes]) -> None:
         self._read = read
         self._content = read()
         self._tokens = _parse(self._content)
-        self._checked = time.monotonic()
+        self._checked_at = time.monotonic()
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, uri: str) -> "TokenBook":
+    def open(cls, uri: str) -> "TokenStore":
         """Open a file by path or store URI (``s3://bucket/tokens.yaml``).
 
         Raises:
@@ -108,18 +108,18 @@ class TokenBook:
         try:
             if "://" not in uri:
                 return cls(Path(uri).read_bytes)
-            store = open_store(folder).with_patience(SHORT_PATIENCE_S)
+            store = open_store(folder).with_retry_timeout(SHORT_RETRY_TIMEOUT_S)
             return cls(lambda: store.get(name))
         except (OSError, LorasegError) as error:
             raise ConfigError(f"token file {uri}: {error}") from error
 
-    def find(self, presented: str) -> Token:
+    def authenticate(self, presented: str) -> Token:
         """Return the entry of a token.
 
         Raises:
             ServiceError: ``unauthorized``.
         """
-        digest = hashlib.sha256(presented[: _MOST_CHARS + 1].encode()).hexdigest()
+        digest = hashlib.sha256(presented[: _MAX_TOKEN_CHARS + 1].encode()).hexdigest()
         found = None
         for token in self._tokens:
             # All entries, so that the time tells nothing about which one came close.
@@ -130,16 +130,16 @@ class TokenBook:
         return found
 
     @property
-    def is_due(self) -> bool:
+    def needs_reload(self) -> bool:
         """Whether the file should be looked at again."""
-        return time.monotonic() - self._checked > _RECHECK_S
+        return time.monotonic() - self._checked_at > _RELOAD_INTERVAL_S
 
-    def check(self) -> None:
+    def reload(self) -> None:
         """Read the file again; a broken or missing one leaves the tokens as they were."""
         if not self._lock.acquire(blocking=False):
             return
         try:
-            self._checked = time.monotonic()
+            self._checked_at = time.monotonic()
             content = self._read()
             if content != self._content:
                 self._tokens = _parse(content)

@@ -6,36 +6,36 @@ import re
 import time
 from typing import Any
 
-from loraseg.engine.live import LibraryStatus, LiveLibrary
-from loraseg.engine.retrieval import RetrievalStage
-from loraseg.engine.segmenting import SegmentStage
 from loraseg.errors import ServiceError
-from loraseg.library.snapshot import Entry
-from loraseg.segment.choice import AdaptiveSettings, preset
+from loraseg.inference.retrieval import RetrievalStage
+from loraseg.inference.segmentation import SegmentationStage
+from loraseg.inference.selection import AdaptiveSettings, default_adaptive_settings
+from loraseg.inference.watcher import LibraryStatus, LibraryWatcher
+from loraseg.library.snapshot import CatalogEntry
 from loraseg.serving.config import ServiceConfig
-from loraseg.serving.orders import AdapterView, CatalogView
+from loraseg.serving.engine import AdapterView, CatalogView
 
 __all__ = [
     "base_view",
     "card_view",
     "catalog_view",
-    "default_settings",
     "encoder_view",
-    "waiting_for",
+    "not_ready_reason",
+    "service_default_settings",
 ]
 
 _WEIGHT_FILE = re.compile(r".*(://|\.(safetensors|pt|pth|bin)$)", re.DOTALL)
 
 
-def catalog_view(live: LiveLibrary) -> CatalogView:
+def catalog_view(live: LibraryWatcher) -> CatalogView:
     """Return a library's state.
 
     Raises:
         ServiceError: ``not_ready``.
     """
-    shelf = live.shelf()
+    shelf = live.snapshot()
     status = live.status()
-    reasons = {failure.name: failure.reason for failure in live.out_of_service(shelf)}
+    reasons = {failure.name: failure.reason for failure in live.quarantined(shelf)}
     now = time.time()
     return CatalogView(
         library=status.name,
@@ -44,22 +44,22 @@ def catalog_view(live: LiveLibrary) -> CatalogView:
         checked_s=max(0.0, now - (status.checked_at or shelf.loaded_at)),
         problem=status.problem,
         adapters=tuple(_adapter_view(e, reasons.get(e.name)) for e in shelf.entries.values()),
-        misfits=shelf.misfits,
+        incompatible=shelf.incompatible,
     )
 
 
-def card_view(live: LiveLibrary, name: str) -> dict[str, Any]:
+def card_view(live: LibraryWatcher, name: str) -> dict[str, Any]:
     """Return the card of the version in use, without its centroids.
 
     Raises:
         ServiceError: ``not_ready``, ``no_such_adapter``.
     """
-    entry = live.shelf().entries.get(name)
+    entry = live.snapshot().entries.get(name)
     if entry is None:
         raise ServiceError("no_such_adapter", f"library {live.name!r}: no adapter {name!r}")
     card: dict[str, Any] = json.loads(entry.card_json)
     card.pop("centroids", None)
-    card["base"]["name"] = _bare(card["base"]["name"])
+    card["base"]["name"] = _without_location(card["base"]["name"])
     return {
         **card,
         "version": entry.version,
@@ -68,12 +68,12 @@ def card_view(live: LiveLibrary, name: str) -> dict[str, Any]:
     }
 
 
-def base_view(config: ServiceConfig, stage: SegmentStage) -> dict[str, Any]:
+def base_view(config: ServiceConfig, stage: SegmentationStage) -> dict[str, Any]:
     """Return what the segmenter knows of what is frozen; see :func:`encoder_view`."""
     predictor = stage.runner().predictor
-    base, settings = predictor.base, default_settings(config)
+    base, settings = predictor.base, service_default_settings(config)
     return {
-        "name": _bare(base.name),
+        "name": _without_location(base.name),
         "digest": base.digest,
         "prompts": list(base.prompts),
         "image_size": base.model.config.image_size,
@@ -88,24 +88,26 @@ def base_view(config: ServiceConfig, stage: SegmentStage) -> dict[str, Any]:
 def encoder_view(config: ServiceConfig, stage: RetrievalStage) -> dict[str, Any]:
     """Return what the retrieval knows of what is frozen."""
     live = next(iter(stage.libraries.values()))
-    return {"encoder": {"name": _bare(config.encoder), "id": live.taste.encoder_id}}
+    return {
+        "encoder": {"name": _without_location(config.encoder), "id": live.adapter_filter.encoder_id}
+    }
 
 
-def waiting_for(status: LibraryStatus) -> str | None:
+def not_ready_reason(status: LibraryStatus) -> str | None:
     """Say what a library lacks to be served from; None if nothing."""
-    if status.shelf is not None:
+    if status.snapshot is not None:
         return None
     return f"library {status.name!r}: {status.problem or 'being loaded'}"
 
 
-def default_settings(config: ServiceConfig) -> AdaptiveSettings:
+def service_default_settings(config: ServiceConfig) -> AdaptiveSettings:
     """Return the settings of a request that asks for nothing else."""
     named = {"k": config.k, "temperature": config.temperature}
     given = {name: value for name, value in named.items() if value is not None}
-    return dataclasses.replace(preset(config.encoder), **given)
+    return dataclasses.replace(default_adaptive_settings(config.encoder), **given)
 
 
-def _adapter_view(entry: Entry, unavailable: str | None) -> AdapterView:
+def _adapter_view(entry: CatalogEntry, unavailable: str | None) -> AdapterView:
     training = entry.card.training
     return AdapterView(
         name=entry.name,
@@ -118,6 +120,6 @@ def _adapter_view(entry: Entry, unavailable: str | None) -> AdapterView:
     )
 
 
-def _bare(name: str) -> str:
+def _without_location(name: str) -> str:
     """Keep of a path or URI only the file's name: clients need not know where things are."""
     return name.split("#")[0].rpartition("/")[2] if _WEIGHT_FILE.match(name) else name

@@ -2,23 +2,23 @@
 
 from loraseg.storage.backoff import backoff_s
 from loraseg.storage.local import LocalStore
-from loraseg.storage.opening import absolute, open_store, probe_conditional_writes
 from loraseg.storage.store import (
-    PATIENCE_S,
-    SHORT_PATIENCE_S,
-    Listed,
+    RETRY_TIMEOUT_S,
+    SHORT_RETRY_TIMEOUT_S,
+    ObjectInfo,
     ObjectNotFoundError,
     ObjectStore,
 )
+from loraseg.storage.uri import absolute_uri, open_store, probe_conditional_writes
 
 __all__ = [
-    "PATIENCE_S",
-    "SHORT_PATIENCE_S",
-    "Listed",
+    "RETRY_TIMEOUT_S",
+    "SHORT_RETRY_TIMEOUT_S",
     "LocalStore",
+    "ObjectInfo",
     "ObjectNotFoundError",
     "ObjectStore",
-    "absolute",
+    "absolute_uri",
     "backoff_s",
     "open_store",
     "probe_conditional_writes",

@@ -14,7 +14,7 @@ from pathlib import Path
 from loraseg.errors import StoreError
 from loraseg.storage.store import (
     RESERVED_PREFIX,
-    Listed,
+    ObjectInfo,
     ObjectNotFoundError,
     check_key,
     check_prefix,
@@ -25,7 +25,7 @@ __all__ = ["LocalStore"]
 _LOCK_NAME = f"{RESERVED_PREFIX}lock"
 _LOCK_TIMEOUT_S = 30.0
 _LOCK_POLL_S = 0.002
-_NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+_NO_HARD_LINK_ERRNOS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 class LocalStore:
@@ -57,7 +57,7 @@ class LocalStore:
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             raise ObjectNotFoundError(f"no object {key!r} in {self.uri}") from error
         except OSError as error:
-            raise self._refused("read", key, error) from error
+            raise self._store_error("read", key, error) from error
 
     def get_with_etag(self, key: str) -> tuple[bytes, str]:
         """Return the object's bytes and their sha256."""
@@ -67,7 +67,7 @@ class LocalStore:
     def put(self, key: str, data: bytes) -> str:
         """Write the object, replacing what was there, and return its etag."""
         path = self._path(key)
-        with self._written(key, path, data) as temporary, _locked(path.parent):
+        with self._temporary_file(key, path, data) as temporary, _folder_lock(path.parent):
             temporary.replace(path)
         return _etag(data)
 
@@ -76,7 +76,7 @@ class LocalStore:
         path = self._path(key)
         if path.is_file():
             return False
-        with self._written(key, path, data) as temporary:
+        with self._temporary_file(key, path, data) as temporary:
             try:
                 path.hardlink_to(temporary)
             except FileExistsError:
@@ -84,7 +84,7 @@ class LocalStore:
                     raise
                 return False
             except OSError as error:
-                if error.errno not in _NO_HARD_LINKS:
+                if error.errno not in _NO_HARD_LINK_ERRNOS:
                     raise
                 return _rename_if_absent(temporary, path)
         return True
@@ -94,7 +94,7 @@ class LocalStore:
         path = self._path(key)
         if not path.is_file():
             return False
-        with self._written(key, path, data) as temporary, _locked(path.parent):
+        with self._temporary_file(key, path, data) as temporary, _folder_lock(path.parent):
             if not path.is_file() or _etag(path.read_bytes()) != etag:
                 return False
             temporary.replace(path)
@@ -109,7 +109,7 @@ class LocalStore:
         check_prefix(prefix)
         yield from self._walk(prefix.rpartition("/")[0], prefix)
 
-    def scan(self, prefix: str = "") -> Iterator[Listed]:
+    def list_objects(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Yield keys and sizes of regular files: one that waits for a writer is no object."""
         for key in self.list(prefix):
             try:
@@ -117,7 +117,7 @@ class LocalStore:
             except OSError:
                 continue  # a link into nowhere, or gone since
             if stat.S_ISREG(found.st_mode):
-                yield Listed(key, found.st_size, None)
+                yield ObjectInfo(key, found.st_size, None)
 
     def delete(self, key: str) -> None:
         """Remove the object; no error when there is none."""
@@ -125,17 +125,17 @@ class LocalStore:
         if not path.is_file():
             return
         try:
-            with _locked(path.parent):
+            with _folder_lock(path.parent):
                 path.unlink(missing_ok=True)
-                _flush_folder(path.parent)
+                _fsync_folder(path.parent)
         except OSError as error:
-            raise self._refused("delete", key, error) from error
+            raise self._store_error("delete", key, error) from error
 
-    def sub(self, prefix: str) -> "LocalStore":
+    def with_prefix(self, prefix: str) -> "LocalStore":
         """Return the same store seen from below ``prefix``."""
         return LocalStore(self._path(prefix))
 
-    def with_patience(self, patience_s: float) -> "LocalStore":
+    def with_retry_timeout(self, timeout_s: float) -> "LocalStore":
         """Return this store: a folder answers at once or not at all."""
         return self
 
@@ -150,7 +150,7 @@ class LocalStore:
         except (FileNotFoundError, NotADirectoryError):
             return
         except OSError as error:
-            raise self._refused("list", folder, error) from error
+            raise self._store_error("list", folder, error) from error
         for name in names:
             key = f"{folder}/{name}" if folder else name
             if name.startswith(RESERVED_PREFIX):
@@ -162,7 +162,7 @@ class LocalStore:
                 yield from self._walk(key[:-1], prefix)
 
     @contextlib.contextmanager
-    def _written(self, key: str, path: Path, data: bytes) -> Generator[Path]:
+    def _temporary_file(self, key: str, path: Path, data: bytes) -> Generator[Path]:
         """Yield a complete, flushed temporary file beside ``path``; flush the folder at the end."""
         temporary = path.parent / f"{RESERVED_PREFIX}tmp-{uuid.uuid4().hex}"
         try:
@@ -175,7 +175,7 @@ class LocalStore:
                 yield temporary
             finally:
                 temporary.unlink(missing_ok=True)
-            _flush_folder(path.parent)
+            _fsync_folder(path.parent)
         except (FileExistsError, IsADirectoryError, NotADirectoryError) as error:
             raise StoreError(
                 f"cannot write {key!r} to {self.uri}: one of {key!r} and its parents is both a "
@@ -184,9 +184,9 @@ class LocalStore:
         except StoreError:
             raise
         except OSError as error:
-            raise self._refused("write", key, error) from error
+            raise self._store_error("write", key, error) from error
 
-    def _refused(self, action: str, key: str, error: OSError) -> StoreError:
+    def _store_error(self, action: str, key: str, error: OSError) -> StoreError:
         return StoreError(f"cannot {action} {key!r} in {self.uri}: {error.strerror or error}")
 
 
@@ -196,7 +196,7 @@ def _etag(data: bytes) -> str:
 
 def _rename_if_absent(temporary: Path, path: Path) -> bool:
     """Stand in for a hard link where the file system has none."""
-    with _locked(path.parent):
+    with _folder_lock(path.parent):
         if path.exists():
             return False
         temporary.replace(path)
@@ -209,10 +209,10 @@ def _make_folder(folder: Path) -> None:
         return
     _make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
-    _flush_folder(folder.parent)
+    _fsync_folder(folder.parent)
 
 
-def _flush_folder(folder: Path) -> None:
+def _fsync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -221,7 +221,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Generator[None]:
+def _folder_lock(folder: Path) -> Generator[None]:
     """Hold the folder's lock; the kernel frees it when the holder dies."""
     descriptor = os.open(folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
     deadline = time.monotonic() + _LOCK_TIMEOUT_S

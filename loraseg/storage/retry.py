@@ -12,16 +12,16 @@ import urllib3.exceptions
 
 from loraseg.storage.backoff import backoff_s
 
-__all__ = ["FAILURES", "error_code", "persist"]
+__all__ = ["REQUEST_ERRORS", "error_code", "retry_call"]
 
 logger = logging.getLogger(__name__)
 
-_FIRST_PAUSE_S = 0.1
-_LONGEST_PAUSE_S = 5.0
-_SILENT_S = 5.0
+_INITIAL_BACKOFF_S = 0.1
+_MAX_BACKOFF_S = 5.0
+_WARN_AFTER_S = 5.0
 
-_PASSING_STATUS = {409, 429, 500, 502, 503, 504}
-_PASSING_CODES = {
+_TRANSIENT_STATUSES = {409, 429, 500, 502, 503, 504}
+_TRANSIENT_CODES = {
     "BadDigest",  # the body was damaged on its way, as with the next two
     "IncompleteBody",
     "XAmzContentSHA256Mismatch",
@@ -36,7 +36,7 @@ _PASSING_CODES = {
     "ThrottlingException",
     "TooManyRequests",
 }
-_BROKEN_TRANSFER = (
+_TRANSIENT_ERRORS = (
     botocore.exceptions.ConnectionError,  # none could be made
     botocore.exceptions.HTTPClientError,  # closed, timed out, broken
     botocore.exceptions.IncompleteReadError,
@@ -46,7 +46,7 @@ _BROKEN_TRANSFER = (
 )
 
 # All that a request can raise for a reason outside this programme.
-FAILURES = (
+REQUEST_ERRORS = (
     botocore.exceptions.ClientError,
     botocore.exceptions.BotoCoreError,
     botocore.parsers.ResponseParserError,
@@ -57,13 +57,13 @@ FAILURES = (
 ResultT = TypeVar("ResultT")
 
 
-def persist(request: Callable[[], ResultT], patience_s: float, what: str) -> ResultT:
-    """Call ``request`` until it succeeds, fails for good, or ``patience_s`` seconds are over.
+def retry_call(request: Callable[[], ResultT], timeout_s: float, description: str) -> ResultT:
+    """Call ``request`` until it succeeds, fails for good, or ``timeout_s`` seconds are over.
 
     Args:
         request: Safe to repeat even if an earlier call was carried out and its answer lost.
-        patience_s: Counted from the first call; a call that is under way is not broken off.
-        what: What is being done and where, for the log.
+        timeout_s: Counted from the first call; a call that is under way is not broken off.
+        description: What is being done and where, for the log.
 
     Raises:
         Exception: The last one of :data:`FAILURES`.
@@ -73,15 +73,17 @@ def persist(request: Callable[[], ResultT], patience_s: float, what: str) -> Res
     while True:
         try:
             return request()
-        except FAILURES as error:
-            pause = backoff_s(attempt, _FIRST_PAUSE_S, _LONGEST_PAUSE_S)
+        except REQUEST_ERRORS as error:
+            pause = backoff_s(attempt, _INITIAL_BACKOFF_S, _MAX_BACKOFF_S)
             waited = time.monotonic() - started
-            if not _passes(error) or waited + pause > patience_s:
+            if not _is_transient(error) or waited + pause > timeout_s:
                 raise
-            if waited + pause > _SILENT_S and not has_spoken:
+            if waited + pause > _WARN_AFTER_S and not has_spoken:
                 reason = error_code(error) or type(error).__name__
-                left = patience_s - waited
-                logger.warning("%s: no success yet (%s); for %.0f s more", what, reason, left)
+                left = timeout_s - waited
+                logger.warning(
+                    "%s: no success yet (%s); for %.0f s more", description, reason, left
+                )
                 has_spoken = True
         time.sleep(pause)
         attempt += 1
@@ -93,10 +95,10 @@ def error_code(error: Exception) -> str:
     return str(response.get("Error", {}).get("Code", ""))
 
 
-def _passes(error: Exception) -> bool:
+def _is_transient(error: Exception) -> bool:
     if isinstance(error, botocore.exceptions.ClientError):
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        return status in _PASSING_STATUS or error_code(error) in _PASSING_CODES
+        return status in _TRANSIENT_STATUSES or error_code(error) in _TRANSIENT_CODES
     if isinstance(error, botocore.exceptions.SSLError):
         return False  # a wrong certificate stays wrong
-    return isinstance(error, _BROKEN_TRANSFER)
+    return isinstance(error, _TRANSIENT_ERRORS)

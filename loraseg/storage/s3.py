@@ -15,8 +15,14 @@ import botocore.config
 import botocore.exceptions
 
 from loraseg.errors import StoreError
-from loraseg.storage.retry import FAILURES, error_code, persist
-from loraseg.storage.store import PATIENCE_S, Listed, ObjectNotFoundError, check_key, check_prefix
+from loraseg.storage.retry import REQUEST_ERRORS, error_code, retry_call
+from loraseg.storage.store import (
+    RETRY_TIMEOUT_S,
+    ObjectInfo,
+    ObjectNotFoundError,
+    check_key,
+    check_prefix,
+)
 
 __all__ = ["S3Store"]
 
@@ -28,11 +34,11 @@ _CONNECT_TIMEOUT_S = 5
 _READ_TIMEOUT_S = 30  # Ceph holds requests, rather than failing them, while a disk is down
 
 # Object metadata that names one write, so that a writer recognises what it stored.
-_MARK = "loraseg-write"
+_WRITE_ID_METADATA = "loraseg-write"
 
-_GONE = {"NoSuchKey", "404", "NotFound"}
-_FAILED_CONDITION = {"PreconditionFailed", "412"}
-_BAD_CREDENTIALS = {
+_NOT_FOUND_CODES = {"NoSuchKey", "404", "NotFound"}
+_PRECONDITION_FAILED_CODES = {"PreconditionFailed", "412"}
+_CREDENTIAL_ERROR_CODES = {
     "AccessDenied",
     "403",
     "Forbidden",
@@ -64,14 +70,14 @@ class S3Store:
         bucket: str,
         prefix: str = "",
         *,
-        patience_s: float = PATIENCE_S,
-        connections: "_Connections | None" = None,
+        retry_timeout_s: float = RETRY_TIMEOUT_S,
+        connections: "_ProcessLocalClient | None" = None,
     ) -> None:
         """Use ``bucket``; ``prefix`` has no slash at its ends; ``connections`` can be shared."""
         self._bucket = bucket
         self._prefix = f"{check_key(prefix)}/" if prefix else ""
-        self._patience_s = patience_s
-        self._connections = connections or _Connections()
+        self._retry_timeout_s = retry_timeout_s
+        self._connections = connections or _ProcessLocalClient()
         self._bucket_exists = False
 
     @property
@@ -92,7 +98,7 @@ class S3Store:
 
         def request() -> tuple[bytes, str]:
             response = self._client.get_object(**target)
-            return response["Body"].read(), _bare(response["ETag"])
+            return response["Body"].read(), _strip_quotes(response["ETag"])
 
         return self._call("read", key, request)
 
@@ -100,17 +106,17 @@ class S3Store:
         """Write the object, in parts when it is big, and return its etag."""
         target = self._target(key)
         if len(data) > MULTIPART_THRESHOLD_BYTES:
-            return self._put_parts(key, target, data)
-        return self._call("write", key, lambda: self._put_whole(target, data))
+            return self._put_multipart(key, target, data)
+        return self._call("write", key, lambda: self._put_single(target, data))
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Write the object unless the key is taken; of any number of racing writers one wins."""
-        return self._put_on_condition(key, data, {"IfNoneMatch": "*"})
+        return self._put_conditional(key, data, {"IfNoneMatch": "*"})
 
     def put_if_match(self, key: str, data: bytes, etag: str) -> bool:
         """Replace the object if it still has ``etag``; False when it has changed or is gone."""
         # Without quotes: Ceph RGW 16 compares the header's text with the bare etag.
-        return self._put_on_condition(key, data, {"IfMatch": _bare(etag)})
+        return self._put_conditional(key, data, {"IfMatch": _strip_quotes(etag)})
 
     def exists(self, key: str) -> bool:
         """Return whether there is an object under the key."""
@@ -126,16 +132,16 @@ class S3Store:
 
     def list(self, prefix: str = "") -> Iterator[str]:
         """Yield the keys that start with ``prefix`` in code point order, page by page."""
-        return (item.key for item in self.scan(prefix))
+        return (item.key for item in self.list_objects(prefix))
 
-    def scan(self, prefix: str = "") -> Iterator[Listed]:
+    def list_objects(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Yield keys, sizes and etags in code point order, page by page."""
         request = {"Bucket": self._bucket, "Prefix": self._prefix + check_prefix(prefix)}
         while True:
             page = self._call("list", prefix, lambda: self._client.list_objects_v2(**request))
             for item in page.get("Contents", ()):
                 key = item["Key"][len(self._prefix) :]
-                yield Listed(key, item["Size"], _bare(item["ETag"]))
+                yield ObjectInfo(key, item["Size"], _strip_quotes(item["ETag"]))
             if not page.get("IsTruncated"):
                 return
             request["ContinuationToken"] = page["NextContinuationToken"]
@@ -145,36 +151,40 @@ class S3Store:
         target = self._target(key)
         self._call("delete", key, lambda: self._client.delete_object(**target))
 
-    def sub(self, prefix: str) -> "S3Store":
+    def with_prefix(self, prefix: str) -> "S3Store":
         """Return the same store seen from below ``prefix``, over the same connections."""
-        return self._view(self._prefix + check_key(prefix), self._patience_s)
+        return self._copy(self._prefix + check_key(prefix), self._retry_timeout_s)
 
-    def with_patience(self, patience_s: float) -> "S3Store":
+    def with_retry_timeout(self, timeout_s: float) -> "S3Store":
         """Return the same store with calls that try again for so many seconds."""
-        return self._view(self._prefix.rstrip("/"), patience_s)
+        return self._copy(self._prefix.rstrip("/"), timeout_s)
 
     @property
     def _client(self) -> Any:
         return self._connections.client()
 
-    def _view(self, prefix: str, patience_s: float) -> "S3Store":
-        return S3Store(self._bucket, prefix, patience_s=patience_s, connections=self._connections)
+    def _copy(self, prefix: str, retry_timeout_s: float) -> "S3Store":
+        return S3Store(
+            self._bucket, prefix, retry_timeout_s=retry_timeout_s, connections=self._connections
+        )
 
     def _target(self, key: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._prefix + check_key(key)}
 
-    def _put_whole(self, target: dict[str, str], data: bytes, **options: Any) -> str:
+    def _put_single(self, target: dict[str, str], data: bytes, **options: Any) -> str:
         response = self._client.put_object(
             **target, Body=data, ContentMD5=_content_md5(data), **options
         )
-        return _bare(response["ETag"])
+        return _strip_quotes(response["ETag"])
 
-    def _put_parts(self, key: str, target: dict[str, str], data: bytes) -> str:
+    def _put_multipart(self, key: str, target: dict[str, str], data: bytes) -> str:
         mark = uuid.uuid4().hex
         created = self._call(
             "write",
             key,
-            lambda: self._client.create_multipart_upload(**target, Metadata={_MARK: mark}),
+            lambda: self._client.create_multipart_upload(
+                **target, Metadata={_WRITE_ID_METADATA: mark}
+            ),
         )
         upload = {**target, "UploadId": created["UploadId"]}
 
@@ -192,37 +202,39 @@ class S3Store:
         try:
             with concurrent.futures.ThreadPoolExecutor(_PART_THREADS) as pool:
                 parts = list(pool.map(send, range(1, -(-len(data) // PART_BYTES) + 1)))
-            return self._complete(
+            return self._complete_multipart(
                 key, target, {**upload, "MultipartUpload": {"Parts": parts}}, mark
             )
         except BaseException:
             # Parts of an upload that is neither completed nor aborted are billed for ever.
-            self._abort(upload)
+            self._abort_multipart(upload)
             raise
 
-    def _complete(self, key: str, target: dict[str, str], upload: dict[str, Any], mark: str) -> str:
+    def _complete_multipart(
+        self, key: str, target: dict[str, str], upload: dict[str, Any], write_id: str
+    ) -> str:
         """Turn the parts into the object, whose etag Ceph RGW 16 leaves empty in its answer."""
         refusal = None
         try:
-            self._persist("write", key, lambda: self._client.complete_multipart_upload(**upload))
-        except FAILURES as error:
+            self._retry("write", key, lambda: self._client.complete_multipart_upload(**upload))
+        except REQUEST_ERRORS as error:
             if error_code(error) != "NoSuchUpload":
-                raise self._failure("write", key, error) from error
+                raise self._store_error("write", key, error) from error
             refusal = error  # perhaps because an attempt whose answer was lost has completed it
         found = self._call("look up", key, lambda: self._client.head_object(**target))
-        if found["Metadata"].get(_MARK) == mark:
-            return _bare(found["ETag"])
+        if found["Metadata"].get(_WRITE_ID_METADATA) == write_id:
+            return _strip_quotes(found["ETag"])
         if refusal is not None:
-            raise self._failure("write", key, refusal) from refusal
-        return f"replaced-{mark}"
+            raise self._store_error("write", key, refusal) from refusal
+        return f"replaced-{write_id}"
 
-    def _abort(self, upload: dict[str, str]) -> None:
+    def _abort_multipart(self, upload: dict[str, str]) -> None:
         try:
             self._client.abort_multipart_upload(**upload)
-        except FAILURES:
+        except REQUEST_ERRORS:
             return  # the error that led here is the one to report
 
-    def _put_on_condition(self, key: str, data: bytes, condition: dict[str, str]) -> bool:
+    def _put_conditional(self, key: str, data: bytes, condition: dict[str, str]) -> bool:
         if len(data) > _MAX_SINGLE_PUT_BYTES:
             raise StoreError(
                 f"cannot write {key!r} to {self.uri} on a condition: {len(data)} bytes, at most "
@@ -235,20 +247,20 @@ class S3Store:
         def request() -> bool:
             nonlocal attempts
             attempts += 1
-            self._put_whole(target, data, Metadata={_MARK: mark}, **condition)
+            self._put_single(target, data, Metadata={_WRITE_ID_METADATA: mark}, **condition)
             return True
 
         try:
-            return self._persist("write", key, request)
-        except FAILURES as error:
+            return self._retry("write", key, request)
+        except REQUEST_ERRORS as error:
             code = error_code(error)
-            if code in _FAILED_CONDITION:
-                return attempts > 1 and self._landed_before(key, mark)
-            if code in _GONE and "IfMatch" in condition:
+            if code in _PRECONDITION_FAILED_CODES:
+                return attempts > 1 and self._stored_by_earlier_attempt(key, mark)
+            if code in _NOT_FOUND_CODES and "IfMatch" in condition:
                 return False
-            raise self._failure("write", key, error) from error
+            raise self._store_error("write", key, error) from error
 
-    def _landed_before(self, key: str, mark: str) -> bool:
+    def _stored_by_earlier_attempt(self, key: str, write_id: str) -> bool:
         """Tell a lost race from the failure of our own second attempt.
 
         When an attempt was stored but its answer was lost or a server error (Ceph RGW 16 gives 500
@@ -261,30 +273,30 @@ class S3Store:
             found = self._call("look up", key, lambda: self._client.head_object(**target))
         except ObjectNotFoundError:
             return False
-        return found["Metadata"].get(_MARK) == mark
+        return found["Metadata"].get(_WRITE_ID_METADATA) == write_id
 
     def _call(self, action: str, key: str, request: Callable[[], ResultT]) -> ResultT:
         try:
-            return self._persist(action, key, request)
-        except FAILURES as error:
-            raise self._failure(action, key, error) from error
+            return self._retry(action, key, request)
+        except REQUEST_ERRORS as error:
+            raise self._store_error(action, key, error) from error
 
-    def _persist(self, action: str, key: str, request: Callable[[], ResultT]) -> ResultT:
-        result = persist(request, self._patience_s, f"{self.uri}: {action} {key!r}")
+    def _retry(self, action: str, key: str, request: Callable[[], ResultT]) -> ResultT:
+        result = retry_call(request, self._retry_timeout_s, f"{self.uri}: {action} {key!r}")
         self._bucket_exists = True
         return result
 
-    def _failure(self, action: str, key: str, error: Exception) -> StoreError:
+    def _store_error(self, action: str, key: str, error: Exception) -> StoreError:
         """Say what failed, where, and what to do next; never any part of a credential."""
         what = f"cannot {action} {key!r} in {self.uri}" if key else f"cannot {action} {self.uri}"
         endpoint = _without_userinfo(self._client.meta.endpoint_url)
         if isinstance(error, botocore.exceptions.ClientError):
             code = error_code(error)
-            if code in _GONE and key:
+            if code in _NOT_FOUND_CODES and key:
                 return ObjectNotFoundError(f"no object {key!r} in {self.uri}")
-            if code == "NoSuchBucket" or code in _GONE:
+            if code == "NoSuchBucket" or code in _NOT_FOUND_CODES:
                 next_step = "the bucket does not exist; create it, or correct the URI"
-            elif code in _BAD_CREDENTIALS:
+            elif code in _CREDENTIAL_ERROR_CODES:
                 next_step = (
                     f"the server refused the credentials ({code}); check AWS_ACCESS_KEY_ID, "
                     "AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, and what they may do in this bucket"
@@ -306,7 +318,7 @@ class S3Store:
         )
 
 
-class _Connections:
+class _ProcessLocalClient:
     """The boto3 client of this process.
 
     After a fork the parent's sockets are open in the child too: who reads an answer on one of them
@@ -314,16 +326,16 @@ class _Connections:
     """
 
     def __init__(self) -> None:
-        self._made = os.getpid(), _new_client()
+        self._pid_and_client = os.getpid(), _new_client()
 
     def client(self) -> Any:
         """Return the client of the process that asks."""
-        made_by, client = self._made
+        made_by, client = self._pid_and_client
         if made_by != os.getpid():
             # Without a lock, which might be held at the next fork: should two threads come here at
             # once, each has a client that works.
             client = _new_client()
-            self._made = os.getpid(), client
+            self._pid_and_client = os.getpid(), client
         return client
 
 
@@ -355,7 +367,7 @@ def _new_client() -> Any:
         ) from error
 
 
-def _bare(etag: str) -> str:
+def _strip_quotes(etag: str) -> str:
     return etag.strip('"')
 
 

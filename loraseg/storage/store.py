@@ -7,22 +7,22 @@ from typing import Protocol, runtime_checkable
 from loraseg.errors import StoreError
 
 __all__ = [
-    "PATIENCE_S",
     "RESERVED_PREFIX",
-    "SHORT_PATIENCE_S",
-    "Listed",
+    "RETRY_TIMEOUT_S",
+    "SHORT_RETRY_TIMEOUT_S",
+    "ObjectInfo",
     "ObjectNotFoundError",
     "ObjectStore",
     "check_key",
     "check_prefix",
-    "key_fault",
+    "key_error",
 ]
 
 # How long a call to a remote store tries again before it fails: a server that restarts takes
 # seconds, one that moves to another machine a minute.
-PATIENCE_S = 120.0
+RETRY_TIMEOUT_S = 120.0
 # Where a person waits, or where work can go on without the store.
-SHORT_PATIENCE_S = 15.0
+SHORT_RETRY_TIMEOUT_S = 15.0
 
 RESERVED_PREFIX = ".loraseg-"
 # S3 allows 1024 bytes for bucket prefix and key together, file systems 255 for one segment,
@@ -36,7 +36,7 @@ class ObjectNotFoundError(StoreError, LookupError):
 
 
 @dataclass(frozen=True, slots=True)
-class Listed:
+class ObjectInfo:
     """An object as a listing shows it; ``etag`` is None where only reading the object tells."""
 
     key: str
@@ -98,7 +98,7 @@ class ObjectStore(Protocol):
         """Yield the keys that start with ``prefix`` (any string), in code point order."""
         ...
 
-    def scan(self, prefix: str = "") -> Iterator[Listed]:
+    def list_objects(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Yield what :meth:`list` does, with sizes and, where they cost nothing, etags.
 
         Keys come as they are; whether they follow the rules is for the caller to find out.
@@ -109,11 +109,11 @@ class ObjectStore(Protocol):
         """Remove the object; no error when there is none."""
         ...
 
-    def sub(self, prefix: str) -> "ObjectStore":
+    def with_prefix(self, prefix: str) -> "ObjectStore":
         """Return the same store seen from below ``prefix``, a key without trailing slash."""
         ...
 
-    def with_patience(self, patience_s: float) -> "ObjectStore":
+    def with_retry_timeout(self, timeout_s: float) -> "ObjectStore":
         """Return the same store with calls that try again for so many seconds.
 
         By default it is :data:`PATIENCE_S`; only faults that may pass are tried again.
@@ -143,7 +143,7 @@ def check_key(key: str) -> str:
     return key
 
 
-def key_fault(key: str) -> str | None:
+def key_error(key: str) -> str | None:
     """Return why no store takes a key; None if each does.
 
     A listing may name such keys: any program can write into a bucket or a folder.

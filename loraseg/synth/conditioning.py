@@ -9,7 +9,7 @@ import numpy as np
 from loraseg.data.labels import IGNORE, LabelSpace
 from loraseg.errors import ConfigError, DatasetError
 from loraseg.synth.nearest_fill import fill_ignored
-from loraseg.synth.prompts import class_words, prompt_pieces, split_template
+from loraseg.synth.prompts import build_prompt, class_words, split_template
 from loraseg.synth.token_map import TokenMap
 from loraseg.tensor_types import Int, UInt8, ndarray
 
@@ -88,16 +88,17 @@ class Conditioner:
         self._words = class_words(label_space, config.words, config.background_word)
         before, after = (part.strip() for part in split_template(config.template))
         where = f"template {config.template!r}"
-        self._room = self._tokens.room - sum(
-            self._tokens.count(part, where) for part in (before, after)
+        self._max_class_tokens = self._tokens.max_tokens - sum(
+            self._tokens.count_tokens(part, where) for part in (before, after)
         )
-        if self._room < 1:
+        if self._max_class_tokens < 1:
             raise ConfigError(
-                f"{where}: it leaves {self._room} of {self._tokens.room} tokens for class names, "
+                f"{where}: it leaves {self._max_class_tokens} of {self._tokens.max_tokens} "
+                f"tokens for class names, "
                 "expected at least 1"
             )
-        self._lengths = {
-            index: self._length(index, word)
+        self._token_counts = {
+            index: self._token_count(index, word)
             for index, word in enumerate(self._words)
             if word is not None
         }
@@ -118,17 +119,17 @@ class Conditioner:
                 every pixel.
             ConfigError: A word reads differently inside the prompt than alone.
         """
-        areas = self._areas(mask, where)
-        classes, dropped = self._fitting(areas)
+        areas = self._pixel_counts(mask, where)
+        classes, dropped = self._select_classes(areas)
         words = [word for index in classes if (word := self._words[index]) is not None]
-        prompt, pieces = prompt_pieces(self.config.template, words)
+        prompt, pieces = build_prompt(self.config.template, words)
         seen = np.full(256, IGNORE, dtype=np.uint8)
         seen[list(classes)] = classes
         kept = np.arange(256, dtype=np.uint8)
         kept[list(dropped)] = IGNORE
         return Condition(
             prompt=prompt,
-            token_classes=self._tokens.places(prompt, pieces, (-1, *classes, -1)),
+            token_classes=self._tokens.token_classes(prompt, pieces, (-1, *classes, -1)),
             regions=seen[fill_ignored(mask)],
             label=kept[mask],
             classes=classes,
@@ -136,17 +137,18 @@ class Conditioner:
             downsampling=self.config.downsampling,
         )
 
-    def _length(self, index: int, word: str) -> int:
+    def _token_count(self, index: int, word: str) -> int:
         where = f"class {index} ({self.label_space.names[index]!r})"
-        length = self._tokens.count(word, where)
-        if not 1 <= length <= self._room:
+        length = self._tokens.count_tokens(word, where)
+        if not 1 <= length <= self._max_class_tokens:
             raise DatasetError(
-                f"{where}: its word {word!r} makes {length} tokens, expected 1 to {self._room}; "
+                f"{where}: its word {word!r} makes {length} tokens, expected 1 to "
+                f"{self._max_class_tokens}; "
                 "give it another one by words"
             )
         return length
 
-    def _areas(self, mask: ndarray, where: str) -> dict[int, int]:
+    def _pixel_counts(self, mask: ndarray, where: str) -> dict[int, int]:
         """Return the pixels of each class in a mask, by rising id."""
         if mask.dtype != np.uint8 or mask.ndim != 2 or not mask.size:
             raise DatasetError(
@@ -164,16 +166,16 @@ class Conditioner:
             raise DatasetError(f"{where}: every pixel is ignored, expected at least one class")
         return {index: int(counts[index]) for index in present}
 
-    def _fitting(self, areas: dict[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _select_classes(self, areas: dict[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the ids of the classes that the prompt has room for, and of the others."""
-        chosen = [index for index in areas if index in self._lengths]
+        chosen = [index for index in areas if index in self._token_counts]
         dropped: list[int] = []
         by_area = sorted(chosen, key=lambda index: (areas[index], -index))
-        total = sum(self._lengths[index] for index in chosen)
+        total = sum(self._token_counts[index] for index in chosen)
         for index in by_area:
-            if total <= self._room:
+            if total <= self._max_class_tokens:
                 break
-            total -= self._lengths[index]
+            total -= self._token_counts[index]
             dropped.append(index)
         classes = tuple(index for index in chosen if index not in dropped)
         return classes, tuple(sorted(dropped))

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from loraseg.errors import DatasetError
-from loraseg.synth.plurality import ignore_value
+from loraseg.synth.majority_vote import ignore_value
 from loraseg.tensor_types import Float, ndarray
 
 __all__ = ["class_mean_loss"]

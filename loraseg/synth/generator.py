@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from loraseg import config as configs
-from loraseg.adapters.fusion_file import FusionState
+from loraseg.adapters.attention_mix import AttentionMix
 from loraseg.adapters.packed import PackedAdapter
 from loraseg.backbones.diffusion import DiffusionBase
 from loraseg.errors import AdapterMismatchError, ConfigError
@@ -25,11 +25,11 @@ from loraseg.synth.conditioning import Condition, Conditioner
 from loraseg.synth.generator_adapter import (
     GeneratorAdapter,
     check_base,
-    fusion_of,
-    warn_of_strangers,
+    find_attention_mix,
+    warn_untested_combination,
 )
-from loraseg.synth.lineage import Lineage, UsedAdapter, generator_digest, mask_digest, pair_id
-from loraseg.synth.region_attention import RegionControl, alpha_owners
+from loraseg.synth.lineage import Lineage, LineageAdapter, generator_digest, mask_digest, pair_id
+from loraseg.synth.region_attention import RegionControl, alpha_module_names
 from loraseg.synth.regions import Regions
 from loraseg.synth.sampling import (
     DTYPES,
@@ -40,22 +40,22 @@ from loraseg.synth.sampling import (
     denoise,
 )
 from loraseg.synth.schedulers import scheduler_name
-from loraseg.synth.sizes import image_size, mask_at_size, side_step
+from loraseg.synth.sizes import output_size, resize_mask, size_multiple
 from loraseg.tensor_types import Float, Tensor, UInt8, ndarray
 
-__all__ = ["Generated", "Generator"]
+__all__ = ["GeneratedImage", "Generator"]
 
 logger = logging.getLogger(__name__)
 
-_NO_CONFIG = SamplingConfig()
+_DEFAULT_CONFIG = SamplingConfig()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Generated:
+class GeneratedImage:
     """One image and its label.
 
     Attributes:
-        name: What the caller calls the mask.
+        mask_name: What the caller calls the mask.
         image: RGB.
         label: Class ids at the image's size; 255 as in the mask, and where a class was dropped.
         latents: What the image was decoded from, on the CPU.
@@ -63,7 +63,7 @@ class Generated:
         lineage: Where all this comes from; mask id, k, seed and prompt are there.
     """
 
-    name: str
+    mask_name: str
     image: UInt8[ndarray, "h w 3"]
     label: UInt8[ndarray, "h w"]
     latents: Float[Tensor, "c y x"]
@@ -72,10 +72,10 @@ class Generated:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class _Wish:
+class _ImageRequest:
     """One image that is to be made."""
 
-    name: str
+    mask_name: str
     mask_id: str
     k: int
     condition: Condition
@@ -93,7 +93,7 @@ class Generator:
         *,
         adapters: Sequence[GeneratorAdapter] = (),
         heads: Sequence[PackedAdapter] = (),
-        config: SamplingConfig = _NO_CONFIG,
+        config: SamplingConfig = _DEFAULT_CONFIG,
     ) -> None:
         """Check that all fits; nothing in the base changes yet.
 
@@ -116,21 +116,21 @@ class Generator:
             )
         everyone = [*adapters, *(GeneratorAdapter(adapter=head) for head in heads)]
         check_base(everyone, base.name, base.digest)
-        warn_of_strangers(adapters)
+        warn_untested_combination(adapters)
         self.base = base
         self.conditioner = conditioner
         self.config = config
         self._adapters = tuple(adapters)
         self._heads = tuple(heads)
-        self._mix = self._mixed(())
+        self._mix = self._mix_with_heads(())
         self._bank = AdapterBank(base.unet)
         linears = {n: m for n, m in base.unet.named_modules() if isinstance(m, torch.nn.Linear)}
         for one in everyone:
             check_fits(one.adapter, linears)
-        fusion = fusion_of(adapters)
-        self._control = _control(base, fusion)
+        fusion = find_attention_mix(adapters)
+        self._control = _region_control(base, fusion)
         # An adapter's own digest holds its fusion layers only if both came from files.
-        self._fusion = fusion and fusion.digest
+        self._attention_mix_digest = fusion and fusion.digest
         self._prompts = PromptCache(base)
         self._conditioners = {conditioner.config.template: conditioner}
 
@@ -151,7 +151,7 @@ class Generator:
         templates: Sequence[str] | None = None,
         heads: Float[ndarray, "n k heads"] | None = None,
         first: int = 0,
-    ) -> Iterator[Generated]:
+    ) -> Iterator[GeneratedImage]:
         """Make images ``first`` to ``config.images - 1`` of masks, ``config.batch`` at a time.
 
         They come in order. Image k is the same whatever ``first`` is, so that masks that have
@@ -172,8 +172,8 @@ class Generator:
                 as it is, and when its turn comes for one that makes no prompt.
             AdapterMismatchError: At once, if ``heads`` are not the weights of the heads.
         """
-        step = side_step(self.base)
-        sizes = [image_size(m, self.config.size, step, f"mask {name!r}") for name, m in masks]
+        step = size_multiple(self.base)
+        sizes = [output_size(m, self.config.size, step, f"mask {name!r}") for name, m in masks]
         if templates is not None and len(templates) != len(masks):
             raise ConfigError(f"templates: got {len(templates)}, expected one for each mask")
         if not 0 <= first < self.config.images:
@@ -187,35 +187,35 @@ class Generator:
                 f"head weights: got {None if heads is None else heads.shape}, expected "
                 f"{expected if self._heads else None}: masks, images, heads"
             )
-        return self._run(masks, sizes, templates, heads, first)
+        return self._generate(masks, sizes, templates, heads, first)
 
-    def _run(
+    def _generate(
         self,
         masks: Sequence[tuple[str, ndarray]],
         sizes: Sequence[tuple[int, int]],
         templates: Sequence[str] | None,
         heads: ndarray | None,
         first: int,
-    ) -> Iterator[Generated]:
-        def wishes() -> Iterator[_Wish]:
+    ) -> Iterator[GeneratedImage]:
+        def wishes() -> Iterator[_ImageRequest]:
             for index, (name, mask) in enumerate(masks):
-                conditioner = self._conditioner(templates[index] if templates else None)
-                condition = conditioner(mask_at_size(mask, sizes[index]), where=f"mask {name!r}")
+                conditioner = self._conditioner_for(templates[index] if templates else None)
+                condition = conditioner(resize_mask(mask, sizes[index]), where=f"mask {name!r}")
                 for k in range(first, self.config.images):
                     own = () if heads is None else tuple(map(float, heads[index, k - first]))
-                    yield _Wish(name, mask_digest(mask), k, condition, conditioner, own)
+                    yield _ImageRequest(name, mask_digest(mask), k, condition, conditioner, own)
 
-        for group in _grouped(wishes(), self.config.batch):
-            yield from self._make(group)
+        for group in _batches(wishes(), self.config.batch):
+            yield from self._sample_batch(group)
 
-    def _make(self, wishes: Sequence[_Wish]) -> list[Generated]:
+    def _sample_batch(self, requests: Sequence[_ImageRequest]) -> list[GeneratedImage]:
         started = time.perf_counter()
         base, config = self.base, self.config
-        height, width = wishes[0].condition.regions.shape
+        height, width = requests[0].condition.regions.shape
         shape = (base.latent_channels, height // base.latent_factor, width // base.latent_factor)
-        streams = [NoiseStream(config.seed, wish.mask_id, wish.k) for wish in wishes]
-        prompts = list(dict.fromkeys(wish.condition.prompt for wish in wishes))
-        conditions = [wish.condition for wish in wishes]
+        streams = [NoiseStream(config.seed, wish.mask_id, wish.k) for wish in requests]
+        prompts = list(dict.fromkeys(wish.condition.prompt for wish in requests))
+        conditions = [wish.condition for wish in requests]
         batch = SamplingBatch(
             noise=torch.stack([stream.initial(shape) for stream in streams]),
             text=self._prompts.encode(prompts),
@@ -225,38 +225,38 @@ class Generator:
             regions=Regions.stack(conditions, base.device) if config.regions else None,
             shared_text=not self._heads,
         )
-        with self._acting(wishes):
+        with self._adapters_applied(requests):
             latents = denoise(base, self._control, batch, config)
         images = base.decode_latents(latents, slice_size=config.decode_slice).cpu().numpy()
         latents = latents.cpu()
-        logger.info("%d images in %.2f s", len(wishes), time.perf_counter() - started)
+        logger.info("%d images in %.2f s", len(requests), time.perf_counter() - started)
         return [
-            Generated(
-                name=wish.name,
+            GeneratedImage(
+                mask_name=wish.mask_name,
                 image=images[index],
                 label=wish.condition.label,
                 latents=latents[index],
                 condition=wish.condition,
                 lineage=self._lineage(wish, streams[index].seed),
             )
-            for index, wish in enumerate(wishes)
+            for index, wish in enumerate(requests)
         ]
 
-    def _acting(self, wishes: Sequence[_Wish]) -> AbstractContextManager[None]:
+    def _adapters_applied(self, requests: Sequence[_ImageRequest]) -> AbstractContextManager[None]:
         """Let the adapters act: in the weights if all images share one mix, else beside them."""
         if not self._heads:
             return merged(self.base.unet, self._mix)
-        mixes = [self._mixed(wish.heads) for wish in wishes]
+        mixes = [self._mix_with_heads(wish.heads) for wish in requests]
         # The unconditional half comes first and runs with the same adapters.
         return self._bank.use(mixes * (2 if self.config.guidance > 1 else 1))
 
-    def _mixed(self, heads: Sequence[float]) -> Mix | None:
+    def _mix_with_heads(self, heads: Sequence[float]) -> Mix | None:
         """Return the adapters and, with weights of their own, the heads; None for the bare base."""
         parts = [(one.adapter, one.weight) for one in self._adapters]
         parts += [(h, w) for h, w in zip(self._heads, heads, strict=False) if w]
         return fuse(*map(list, zip(*parts, strict=True))) if parts else None
 
-    def _conditioner(self, template: str | None) -> Conditioner:
+    def _conditioner_for(self, template: str | None) -> Conditioner:
         if template is None:
             return self.conditioner
         if template not in self._conditioners:
@@ -275,7 +275,7 @@ class Generator:
                 "base": self.base.digest,
                 "adapters": [[one.adapter.digest, float(one.weight)] for one in self._adapters],
                 "heads": [head.digest for head in self._heads],
-                **({"fusion": self._fusion} if self._fusion else {}),
+                **({"fusion": self._attention_mix_digest} if self._attention_mix_digest else {}),
                 "steps": config.steps,
                 "guidance": float(config.guidance),
                 "scheduler": scheduler_name(config.scheduler),
@@ -287,47 +287,47 @@ class Generator:
             }
         )
 
-    def _lineage(self, wish: _Wish, seed: int) -> Lineage:
-        generator = self._digest_of(wish.conditioner)
-        height, width = wish.condition.label.shape
-        names = wish.conditioner.label_space.names
+    def _lineage(self, request: _ImageRequest, seed: int) -> Lineage:
+        generator = self._digest_of(request.conditioner)
+        height, width = request.condition.label.shape
+        names = request.conditioner.label_space.names
         return Lineage(
-            pair_id=pair_id(wish.mask_id, wish.k, generator, self.config.seed, wish.heads),
-            mask_id=wish.mask_id,
-            k=wish.k,
+            pair_id=pair_id(request.mask_id, request.k, generator, self.config.seed, request.heads),
+            mask_id=request.mask_id,
+            k=request.k,
             seed=seed,
-            prompt=wish.condition.prompt,
-            dropped=tuple(names[index] for index in wish.condition.dropped),
+            prompt=request.condition.prompt,
+            dropped=tuple(names[index] for index in request.condition.dropped),
             size=(height, width),
             base={"name": self.base.name, "digest": self.base.digest},
             generator=generator,
             adapters=tuple(
-                UsedAdapter(one.adapter.name, one.adapter.digest, float(one.weight))
+                LineageAdapter(one.adapter.name, one.adapter.digest, float(one.weight))
                 for one in self._adapters
             ),
             heads=tuple(
-                UsedAdapter(head.name, head.digest, weight)
-                for head, weight in zip(self._heads, wish.heads, strict=True)
+                LineageAdapter(head.name, head.digest, weight)
+                for head, weight in zip(self._heads, request.heads, strict=True)
             ),
             sampling=configs.to_dict(self.config),
-            conditioning=configs.to_dict(wish.conditioner.config),
+            conditioning=configs.to_dict(request.conditioner.config),
             code_revision=code_revision(),
         )
 
 
-def _control(base: DiffusionBase, fusion: FusionState | None) -> RegionControl:
-    if fusion is None:
+def _region_control(base: DiffusionBase, attention_mix: AttentionMix | None) -> RegionControl:
+    if attention_mix is None:
         return RegionControl(base.unet)
-    owners = alpha_owners(fusion.tensors)
-    control = RegionControl(base.unet, alpha_modules=owners, mode=fusion.mode)
-    control.load_alphas(fusion.tensors)
+    owners = alpha_module_names(attention_mix.tensors)
+    control = RegionControl(base.unet, alpha_modules=owners, mode=attention_mix.mode)
+    control.load_alphas(attention_mix.tensors)
     return control
 
 
-def _grouped(wishes: Iterable[_Wish], limit: int) -> Iterator[list[_Wish]]:
+def _batches(requests: Iterable[_ImageRequest], limit: int) -> Iterator[list[_ImageRequest]]:
     """Cut into runs of at most ``limit`` images of one size."""
-    group: list[_Wish] = []
-    for wish in wishes:
+    group: list[_ImageRequest] = []
+    for wish in requests:
         changed = group and wish.condition.label.shape != group[0].condition.label.shape
         if changed or len(group) == limit:
             yield group

@@ -10,11 +10,11 @@ import numpy as np
 
 from loraseg.tensor_types import UInt8, ndarray
 
-__all__ = ["Lineage", "UsedAdapter", "generator_digest", "mask_digest", "pair_id"]
+__all__ = ["Lineage", "LineageAdapter", "generator_digest", "mask_digest", "pair_id"]
 
 
 @dataclass(frozen=True, slots=True)
-class UsedAdapter:
+class LineageAdapter:
     """An adapter that acted: its name, the sha256 of its files and its weight."""
 
     name: str
@@ -52,8 +52,8 @@ class Lineage:
     size: tuple[int, int]
     base: Mapping[str, str]
     generator: str
-    adapters: tuple[UsedAdapter, ...]
-    heads: tuple[UsedAdapter, ...]
+    adapters: tuple[LineageAdapter, ...]
+    heads: tuple[LineageAdapter, ...]
     sampling: Mapping[str, Any]
     conditioning: Mapping[str, Any]
     code_revision: str

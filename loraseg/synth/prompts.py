@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from loraseg.data.labels import LabelSpace
 from loraseg.errors import ConfigError, DatasetError
 
-__all__ = ["class_words", "prompt_pieces", "split_template"]
+__all__ = ["build_prompt", "class_words", "split_template"]
 
-_SLOT = "{classes}"
+_PLACEHOLDER = "{classes}"
 _BACKGROUND = "background"
 
 
@@ -48,15 +48,16 @@ def split_template(template: str) -> tuple[str, str]:
     Raises:
         ConfigError: The template holds ``{classes}`` not exactly once, or other braces.
     """
-    before, slot, after = template.partition(_SLOT)
+    before, slot, after = template.partition(_PLACEHOLDER)
     if not slot or any(brace in before + after for brace in "{}"):
         raise ConfigError(
-            f"template {template!r}: expected text with {_SLOT} exactly once and no other braces"
+            f"template {template!r}: expected text with {_PLACEHOLDER} exactly once and no "
+            f"other braces"
         )
     return before, after
 
 
-def prompt_pieces(template: str, words: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+def build_prompt(template: str, words: Sequence[str]) -> tuple[str, tuple[str, ...]]:
     """Return the prompt, and the pieces it is made of: before, each word, after.
 
     Words are joined by one space; without words the blanks around their place are tidied.

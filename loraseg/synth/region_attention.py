@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from loraseg.adapters.projections import attention_projections
+from loraseg.adapters.targets.unet import attention_projections
 from loraseg.compat import prepare_torchvision
 from loraseg.errors import AdapterMismatchError, ConfigError, StageError
 from loraseg.synth.region_processor import (
-    ConstantText,
-    RegionAttention,
+    RegionAttentionProcessor,
     RegionContext,
     ShareMode,
+    TextKeyValueCache,
 )
 from loraseg.synth.regions import Regions
 from loraseg.tensor_types import Float, Int, Tensor
 
-__all__ = ["RegionAttention", "RegionControl", "Regions", "alpha_owners"]
+__all__ = ["RegionAttentionProcessor", "RegionControl", "Regions", "alpha_module_names"]
 
 _WEIGHT, _BIAS = ".alpha.weight", ".alpha.bias"
 
@@ -64,15 +64,15 @@ class RegionControl:
         """
         if not 0 <= fixed_share <= 1:
             raise ConfigError(f"fixed_share {fixed_share}: expected a value in [0, 1]")
-        self._modules = _cross_attention(unet)
+        self._modules = _cross_attention_modules(unet)
         cross = [one for one in attention_projections(unet) if one.cross]
         self._factors = sorted({one.factor for one in cross})
         self._alphas: dict[str, nn.Linear] = {}
         for name in alpha_modules:
-            self._alphas[name] = _new_alpha(_known(name, self._modules), initial_bias)
+            self._alphas[name] = _new_alpha(_require_module(name, self._modules), initial_bias)
         self._context = RegionContext()
         self._processors = {
-            name: RegionAttention(
+            name: RegionAttentionProcessor(
                 name,
                 self._context,
                 attn.processor,
@@ -122,7 +122,7 @@ class RegionControl:
         self._require_installed()
         context = self._context
         if regions is not None and not torch.is_grad_enabled():
-            self._prepare(regions, latent)
+            self._precompute_biases(regions, latent)
         before = context.regions, context.unconditional, context.latent
         context.regions, context.unconditional, context.latent = regions, unconditional, latent
         try:
@@ -131,7 +131,7 @@ class RegionControl:
             context.regions, context.unconditional, context.latent = before
 
     @contextmanager
-    def constant_text(
+    def cached_text(
         self, hidden: Float[Tensor, "n l d"], index: Int[Tensor, " b"]
     ) -> Generator[None, None, None]:
         """Compute keys and values of each module once, for prompts that do not change.
@@ -161,7 +161,7 @@ class RegionControl:
                 "leave constant_text() for training"
             )
         before = self._context.text
-        self._context.text = ConstantText(hidden, index, self._modules)
+        self._context.text = TextKeyValueCache(hidden, index, self._modules)
         self._context.projections += self._context.text.projections
         try:
             yield
@@ -204,7 +204,7 @@ class RegionControl:
             for key, value in state.items():
                 alphas[key].copy_(value)
 
-    def _prepare(self, regions: Regions, latent: tuple[int, int]) -> None:
+    def _precompute_biases(self, regions: Regions, latent: tuple[int, int]) -> None:
         """Make the masks of all levels ahead, so that a compiled UNet only ever reads them."""
         dtype = next(iter(self._modules.values())).to_q.weight.dtype
         for factor in self._factors:
@@ -221,7 +221,7 @@ class RegionControl:
                 )
 
 
-def alpha_owners(state: Mapping[str, Tensor]) -> tuple[str, ...]:
+def alpha_module_names(state: Mapping[str, Tensor]) -> tuple[str, ...]:
     """Return the attention modules that an alpha state belongs to, in its order.
 
     Raises:
@@ -238,7 +238,7 @@ def alpha_owners(state: Mapping[str, Tensor]) -> tuple[str, ...]:
     return tuple(owners)
 
 
-def _cross_attention(unet: nn.Module) -> dict[str, Any]:
+def _cross_attention_modules(unet: nn.Module) -> dict[str, Any]:
     prepare_torchvision()
     from diffusers.models.attention_processor import Attention
 
@@ -272,7 +272,7 @@ def _require_stock(name: str, attn: Any, error: type[Exception]) -> None:
         raise error(f"{name}: region attention does not know its {', '.join(more) or 'output'}")
 
 
-def _known(name: str, modules: Mapping[str, Any]) -> Any:
+def _require_module(name: str, modules: Mapping[str, Any]) -> Any:
     if name not in modules:
         near = difflib.get_close_matches(name, modules, n=1)
         raise ConfigError(

@@ -13,12 +13,12 @@ from loraseg.errors import StageError
 from loraseg.synth.regions import Regions, token_grid
 from loraseg.tensor_types import Float, Int, Tensor
 
-__all__ = ["ConstantText", "RegionAttention", "RegionContext", "ShareMode"]
+__all__ = ["RegionAttentionProcessor", "RegionContext", "ShareMode", "TextKeyValueCache"]
 
 ShareMode = Literal["token", "pooled"]
 
 
-class ConstantText:
+class TextKeyValueCache:
     """Keys and values of prompts that stay the same during a sampling run.
 
     Each module projects the n distinct prompts once; the b rows of a batch share them by index.
@@ -43,16 +43,16 @@ class ConstantText:
         index = index.to(hidden.device)
         # Where each row has a prompt of its own there is nothing to gather.
         as_is = index.tolist() == list(range(len(hidden)))
-        self._known: dict[str, tuple[Tensor, Tensor]] = {}
+        self._by_module: dict[str, tuple[Tensor, Tensor]] = {}
         for name, attn in modules.items():
             key, value = attn.to_k(hidden), attn.to_v(hidden)
             if not as_is:
                 key, value = key.index_select(0, index), value.index_select(0, index)
-            self._known[name] = key, value
+            self._by_module[name] = key, value
 
-    def of(self, name: str) -> tuple[Float[Tensor, "b l c"], Float[Tensor, "b l c"]]:
+    def get(self, name: str) -> tuple[Float[Tensor, "b l c"], Float[Tensor, "b l c"]]:
         """Return the keys and values of a module."""
-        return self._known[name]
+        return self._by_module[name]
 
 
 @dataclass(slots=True)
@@ -62,11 +62,11 @@ class RegionContext:
     regions: Regions | None = None
     unconditional: int = 0
     latent: tuple[int, int] = (1, 1)
-    text: ConstantText | None = None
+    text: TextKeyValueCache | None = None
     projections: int = 0
 
 
-class RegionAttention:
+class RegionAttentionProcessor:
     """Processor of one cross-attention module.
 
     ``out = share * plain + (1 - share) * rectified`` before the output projection, where a
@@ -99,7 +99,7 @@ class RegionAttention:
         self.alpha = alpha
         self.stock = stock
         self._context = context
-        self._fixed = fixed_share
+        self._fixed_share = fixed_share
         self._mode = mode
 
     def __call__(
@@ -124,12 +124,14 @@ class RegionAttention:
             return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         if attention_mask is not None:
             raise StageError(f"{self.name}: got an attention mask of its own beside regions")
-        query = _split(attn, attn.to_q(hidden_states))
-        key, value = self._text(attn, encoder_hidden_states)
-        seen = self._attend(hidden_states, query, _split(attn, key), _split(attn, value))
+        query = _split_heads(attn, attn.to_q(hidden_states))
+        key, value = self._keys_and_values(attn, encoder_hidden_states)
+        seen = self._attend(
+            hidden_states, query, _split_heads(attn, key), _split_heads(attn, value)
+        )
         return attn.to_out[1](attn.to_out[0](seen))
 
-    def _text(self, attn: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def _keys_and_values(self, attn: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
         context = self._context
         if context.text is None:
             context.projections += len(hidden)
@@ -139,14 +141,14 @@ class RegionAttention:
                 f"{self.name}: the UNet got {len(hidden)} rows, "
                 f"expected {context.text.rows}, one per index of the constant text"
             )
-        return context.text.of(self.name)
+        return context.text.get(self.name)
 
     def _attend(self, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Return the heads' outputs side by side (b, places, c)."""
         regions, free = self._context.regions, self._context.unconditional
         learned = self.alpha is not None
-        if regions is None or (not learned and self._fixed == 1):
-            return _merge(scaled_dot_product_attention(query, key, value))
+        if regions is None or (not learned and self._fixed_share == 1):
+            return _merge_heads(scaled_dot_product_attention(query, key, value))
         if len(query) != free + len(regions):
             raise StageError(
                 f"{self.name}: the UNet got {len(query)} rows, expected {free + len(regions)}, "
@@ -154,16 +156,16 @@ class RegionAttention:
             )
         grid = token_grid(query.shape[2], self._context.latent)
         bias = regions.bias(*grid, query.dtype)
-        rectified = _merge(
+        rectified = _merge_heads(
             scaled_dot_product_attention(query[free:], key[free:], value[free:], attn_mask=bias)
         )
-        if not learned and self._fixed == 0:
+        if not learned and self._fixed_share == 0:
             if free == 0:
                 return rectified
             plain = scaled_dot_product_attention(query[:free], key[:free], value[:free])
-            return torch.cat([_merge(plain), rectified])
-        plain = _merge(scaled_dot_product_attention(query, key, value))
-        share = self._share(hidden[free:]).to(plain.dtype)
+            return torch.cat([_merge_heads(plain), rectified])
+        plain = _merge_heads(scaled_dot_product_attention(query, key, value))
+        share = self._plain_share(hidden[free:]).to(plain.dtype)
         # lerp gives exactly its end at a share of one and its start at zero.
         if torch.is_grad_enabled():
             mixed = torch.lerp(rectified, plain[free:], share)
@@ -171,20 +173,20 @@ class RegionAttention:
         torch.lerp(rectified, plain[free:], share, out=plain[free:])
         return plain
 
-    def _share(self, hidden: Tensor) -> Tensor:
+    def _plain_share(self, hidden: Tensor) -> Tensor:
         """Return the share of plain attention (b, places, 1), or (b, 1, 1) if pooled or fixed."""
         if self.alpha is None:
-            return hidden.new_full((1, 1, 1), self._fixed)
+            return hidden.new_full((1, 1, 1), self._fixed_share)
         inputs = hidden.mean(dim=1, keepdim=True) if self._mode == "pooled" else hidden
         # The share's own weights stay in float32 beside a base in half precision.
         logits = linear(inputs, self.alpha.weight.to(inputs), self.alpha.bias.to(inputs))
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
 
 
-def _split(attn: Any, projected: Tensor) -> Tensor:
+def _split_heads(attn: Any, projected: Tensor) -> Tensor:
     batch, length, width = projected.shape
     return projected.view(batch, length, attn.heads, width // attn.heads).transpose(1, 2)
 
 
-def _merge(heads: Tensor) -> Tensor:
+def _merge_heads(heads: Tensor) -> Tensor:
     return heads.transpose(1, 2).flatten(2)

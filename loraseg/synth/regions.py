@@ -14,7 +14,7 @@ __all__ = ["Regions", "token_grid"]
 
 # A row of the additive mask starts at a multiple of this many values; fused GPU attention would
 # otherwise copy the mask into such a layout at every call.
-_ROW_STEP = 16
+_ROW_ALIGNMENT = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,7 +71,7 @@ class Regions:
             raise DatasetError("regions of a batch: got no conditions, expected at least one")
         first = conditions[0]
         for index, other in enumerate(conditions):
-            got, expected = _form(other), _form(first)
+            got, expected = _signature(other), _signature(first)
             if got != expected:
                 raise DatasetError(
                     f"condition {index} of a batch: got {got}, expected {expected} as in 0"
@@ -87,7 +87,7 @@ class Regions:
         known = self._masks.get((rows, columns))
         if known is None:
             open_tokens = (self.token_classes == -1)[:, None, :]
-            seen = self._nearest if self.downsampling == "nearest" else self._largest
+            seen = self._nearest_mask if self.downsampling == "nearest" else self._any_pixel_mask
             known = (seen(rows, columns) | open_tokens)[:, None]
             self._masks[rows, columns] = known
         return known
@@ -98,18 +98,18 @@ class Regions:
         if known is None:
             mask = self.mask(rows, columns)
             tokens = mask.shape[-1]
-            stored = -(-tokens // _ROW_STEP) * _ROW_STEP
+            stored = -(-tokens // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
             room = mask.new_zeros((*mask.shape[:-1], stored), dtype=dtype)
             known = room[..., :tokens].masked_fill_(~mask, float("-inf"))
             self._biases[rows, columns, dtype] = known
         return known
 
-    def _nearest(self, rows: int, columns: int) -> Bool[Tensor, "b places l"]:
+    def _nearest_mask(self, rows: int, columns: int) -> Bool[Tensor, "b places l"]:
         cells = interpolate(self.labels[:, None].float(), size=(rows, columns), mode="nearest")
         classes = cells.flatten(1).to(self.token_classes.dtype)
         return classes[:, :, None] == self.token_classes[:, None, :]
 
-    def _largest(self, rows: int, columns: int) -> Bool[Tensor, "b places l"]:
+    def _any_pixel_mask(self, rows: int, columns: int) -> Bool[Tensor, "b places l"]:
         places = self.token_classes.new_zeros(
             (len(self), rows * columns, self.token_classes.shape[1]), dtype=torch.bool
         )
@@ -121,7 +121,7 @@ class Regions:
         return places
 
 
-def token_grid(places: int, latent: tuple[int, int]) -> tuple[int, int]:
+def token_grid(tokens: int, latent: tuple[int, int]) -> tuple[int, int]:
     """Return the rows and columns of a layer's query tokens.
 
     A UNet halves both sides of its latents (H, W) from level to level, rounding up. Where they
@@ -131,16 +131,16 @@ def token_grid(places: int, latent: tuple[int, int]) -> tuple[int, int]:
         StageError: No level has that many places.
     """
     rows, columns = latent
-    while rows * columns > places and rows * columns > 1:
+    while rows * columns > tokens and rows * columns > 1:
         rows, columns = -(-rows // 2), -(-columns // 2)
-    if rows * columns != places:
+    if rows * columns != tokens:
         raise StageError(
-            f"a layer has {places} query tokens, which is no level of latents of the size {latent}"
+            f"a layer has {tokens} query tokens, which is no level of latents of the size {latent}"
         )
     return rows, columns
 
 
-def _form(condition: Condition) -> Mapping[str, object]:
+def _signature(condition: Condition) -> Mapping[str, object]:
     return {
         "mask": condition.regions.shape,
         "tokens": condition.token_classes.shape,

@@ -18,7 +18,7 @@ from loraseg.errors import ConfigError, StageError
 from loraseg.seeding import derive
 from loraseg.synth.region_attention import RegionControl
 from loraseg.synth.regions import Regions
-from loraseg.synth.schedulers import Steps, scheduler_name
+from loraseg.synth.schedulers import SchedulerSteps, scheduler_name
 from loraseg.tensor_types import Float, Tensor
 
 __all__ = ["NoiseStream", "PromptCache", "SamplingBatch", "SamplingConfig", "denoise"]
@@ -111,13 +111,13 @@ class PromptCache:
     def __init__(self, base: DiffusionBase, limit: int = 1024) -> None:
         self._base = base
         self._limit = limit
-        self._known: OrderedDict[str, TextEncoding] = OrderedDict()
+        self._encodings: OrderedDict[str, TextEncoding] = OrderedDict()
         self._unconditional: TextEncoding | None = None
 
     def encode(self, prompts: Sequence[str]) -> TextEncoding:
         """Return the encodings of prompts, one row each."""
         # One by one: what a prompt is encoded with must not change it in its last digits.
-        found = [self._one(prompt) for prompt in prompts]
+        found = [self._encode_one(prompt) for prompt in prompts]
         pooled = [one.pooled for one in found if one.pooled is not None]
         return TextEncoding(
             torch.cat([one.hidden for one in found]), torch.cat(pooled) if pooled else None
@@ -130,13 +130,13 @@ class PromptCache:
             self._unconditional = self._base.encode_unconditional()
         return self._unconditional
 
-    def _one(self, prompt: str) -> TextEncoding:
-        if prompt not in self._known:
-            self._known[prompt] = self._base.encode_text([prompt])
-            while len(self._known) > self._limit:
-                self._known.popitem(last=False)
-        self._known.move_to_end(prompt)
-        return self._known[prompt]
+    def _encode_one(self, prompt: str) -> TextEncoding:
+        if prompt not in self._encodings:
+            self._encodings[prompt] = self._base.encode_text([prompt])
+            while len(self._encodings) > self._limit:
+                self._encodings.popitem(last=False)
+        self._encodings.move_to_end(prompt)
+        return self._encodings[prompt]
 
 
 @torch.no_grad()
@@ -156,9 +156,9 @@ def denoise(
         StageError: Other attention processors are in place, or the latents are not finite.
     """
     images, guided = len(batch.noise), batch.unconditional is not None
-    steps = Steps(base.scheduler, config.scheduler, config.steps, base.device)
-    text, index = _rows(batch)
-    rows = text.rows(index.tolist())
+    steps = SchedulerSteps(base.scheduler, config.scheduler, config.steps, base.device)
+    text, index = _text_rows(batch)
+    rows = text.select(index.tolist())
     height, width = batch.noise.shape[2:]
     size = height * base.latent_factor, width * base.latent_factor
     added = base.added_conditions(rows, size)
@@ -167,16 +167,16 @@ def denoise(
     latents = batch.noise.to(base.device, base.dtype) * steps.initial_scale
     with (
         control.installed(),
-        control.constant_text(hidden, where),
+        control.cached_text(hidden, where),
         control.regions(
             batch.regions, unconditional=images if guided else 0, latent=(height, width)
         ),
     ):
         for step in range(len(steps)):
-            scaled = steps.scale(step, latents)
+            scaled = steps.scale_input(step, latents)
             predicted = base.unet(
                 torch.cat([scaled, scaled]) if guided else scaled,
-                steps.time(step),
+                steps.timestep(step),
                 encoder_hidden_states=rows.hidden,
                 added_cond_kwargs=added,
                 return_dict=False,
@@ -184,7 +184,7 @@ def denoise(
             if guided:
                 plain, conditional = predicted.chunk(2)
                 predicted = plain + config.guidance * (conditional - plain)
-            latents = steps.advance(step, predicted, latents, batch.generators)
+            latents = steps.step(step, predicted, latents, batch.generators)
     if not bool(torch.isfinite(latents).all()):
         raise StageError(
             f"sampling gave values that are not finite with {config.scheduler}, {config.steps} "
@@ -194,7 +194,7 @@ def denoise(
     return latents
 
 
-def _rows(batch: SamplingBatch) -> tuple[TextEncoding, Tensor]:
+def _text_rows(batch: SamplingBatch) -> tuple[TextEncoding, Tensor]:
     """Return the distinct rows of text, and which of them each row of the UNet's batch has."""
     index = list(batch.prompts)
     if batch.unconditional is None:

@@ -20,7 +20,7 @@ from loraseg.compat import prepare_torchvision
 from loraseg.errors import ConfigError
 from loraseg.tensor_types import Float, Int, Tensor
 
-__all__ = ["SCHEDULERS", "SCHEDULER_ALIASES", "Steps", "scheduler_name"]
+__all__ = ["SCHEDULERS", "SCHEDULER_ALIASES", "SchedulerSteps", "scheduler_name"]
 
 SCHEDULERS = (
     "PNDMScheduler",
@@ -58,7 +58,7 @@ SCHEDULER_ALIASES: Mapping[str, str] = MappingProxyType(
     }
 )
 # Why a scheduler of diffusers for Stable Diffusion is not among ours.
-_REFUSED: Mapping[str, str] = MappingProxyType(
+_UNSUPPORTED: Mapping[str, str] = MappingProxyType(
     {
         "DPMSolverSDEScheduler": "it draws one noise for a whole batch, so that an image would "
         "depend on the others of its batch; take DPMSolverMultistepScheduler",
@@ -67,14 +67,16 @@ _REFUSED: Mapping[str, str] = MappingProxyType(
 )
 
 
-class Steps:
+class SchedulerSteps:
     """The steps of one batch from noise to latents, on one scheduler of its own."""
 
-    def __init__(self, own: Any, name: str, steps: int, device: torch.device) -> None:
+    def __init__(
+        self, pipeline_scheduler: Any, name: str, steps: int, device: torch.device
+    ) -> None:
         """Make a fresh scheduler.
 
         Args:
-            own: The pipeline's scheduler; it is only read.
+            pipeline_scheduler: The pipeline's scheduler; it is only read.
             name: As :func:`scheduler_name` knows it.
             steps: Steps that are asked for; some schedulers call the UNet more often.
             device: Where the UNet wants its timesteps.
@@ -82,31 +84,33 @@ class Steps:
         Raises:
             ConfigError: The name is unknown, or the scheduler cannot do this.
         """
-        self._scheduler = _make(own, scheduler_name(name), steps)
+        self._scheduler = _build_scheduler(pipeline_scheduler, scheduler_name(name), steps)
         # The scheduler computes with timesteps on the CPU, where its tables are: on a GPU every
         # look-up by a timestep of the device would wait for all the work that is queued.
-        self._times: Int[Tensor, " t"] | Float[Tensor, " t"] = self._scheduler.timesteps
-        self._device_times = self._times.to(device)
+        self._timesteps: Int[Tensor, " t"] | Float[Tensor, " t"] = self._scheduler.timesteps
+        self._device_timesteps = self._timesteps.to(device)
         self._takes_generators = "generator" in inspect.signature(self._scheduler.step).parameters
 
     def __len__(self) -> int:
         """How often the UNet is called."""
-        return len(self._times)
+        return len(self._timesteps)
 
     @property
     def initial_scale(self) -> float | Tensor:
         """What unit noise is multiplied with before the first step."""
         return self._scheduler.init_noise_sigma
 
-    def time(self, index: int) -> Tensor:
+    def timestep(self, index: int) -> Tensor:
         """Return the timestep of a step for the UNet, a scalar on its device."""
-        return self._device_times[index]
+        return self._device_timesteps[index]
 
-    def scale(self, index: int, latents: Float[Tensor, "b c y x"]) -> Float[Tensor, "b c y x"]:
+    def scale_input(
+        self, index: int, latents: Float[Tensor, "b c y x"]
+    ) -> Float[Tensor, "b c y x"]:
         """Return the latents as the UNet wants them."""
-        return self._scheduler.scale_model_input(latents, self._times[index])
+        return self._scheduler.scale_model_input(latents, self._timesteps[index])
 
-    def advance(
+    def step(
         self,
         index: int,
         predicted: Float[Tensor, "b c y x"],
@@ -123,7 +127,7 @@ class Steps:
         """
         more = {"generator": list(generators)} if self._takes_generators else {}
         return self._scheduler.step(
-            predicted, self._times[index], latents, return_dict=False, **more
+            predicted, self._timesteps[index], latents, return_dict=False, **more
         )[0]
 
 
@@ -136,8 +140,8 @@ def scheduler_name(name: str) -> str:
     found = SCHEDULER_ALIASES.get(name.lower(), name)
     if found in SCHEDULERS:
         return found
-    if found in _REFUSED:
-        raise ConfigError(f"scheduler {name!r}: {_REFUSED[found]}")
+    if found in _UNSUPPORTED:
+        raise ConfigError(f"scheduler {name!r}: {_UNSUPPORTED[found]}")
     known = (*SCHEDULER_ALIASES, *SCHEDULERS)
     folded = {one.casefold(): one for one in known}
     close = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.5)
@@ -145,20 +149,20 @@ def scheduler_name(name: str) -> str:
     raise ConfigError(f"scheduler {name!r} is unknown{hint} (known: {', '.join(known)})")
 
 
-def _make(own: Any, name: str, steps: int) -> Any:
+def _build_scheduler(pipeline_scheduler: Any, name: str, steps: int) -> Any:
     prepare_torchvision()
     import diffusers
 
     cls = getattr(diffusers, name, None)
     if cls is None:
         raise ConfigError(f"scheduler {name!r}: diffusers {diffusers.__version__} has none")
-    trained = int(own.config["num_train_timesteps"])
+    trained = int(pipeline_scheduler.config["num_train_timesteps"])
     if steps >= trained:
         raise ConfigError(
             f"scheduler {name} with {steps} steps: expected fewer than the {trained} of training"
         )
-    config, known = dict(own.config), inspect.signature(cls.__init__).parameters
-    if type(own).__name__ != name:
+    config, known = dict(pipeline_scheduler.config), inspect.signature(cls.__init__).parameters
+    if type(pipeline_scheduler).__name__ != name:
         # What the pipeline leaves to its own class is left to the new one, as diffusers does, but
         # for the offset, which stock pipelines set: noise levels are spaced as the class likes.
         unsaid = set(config.get("_use_default_values", ())) - {"steps_offset"}
@@ -178,7 +182,7 @@ def _make(own: Any, name: str, steps: int) -> Any:
     except (ValueError, NotImplementedError, ImportError) as error:
         raise ConfigError(f"scheduler {name} with {steps} steps: {error}") from error
     supported = ("epsilon", "v_prediction")
-    kind = own.config.get("prediction_type", "epsilon")
+    kind = pipeline_scheduler.config.get("prediction_type", "epsilon")
     if name == "PNDMScheduler" and kind not in supported:
         raise ConfigError(
             f"scheduler {name}: the model predicts {kind!r}, expected {' or '.join(supported)}; "

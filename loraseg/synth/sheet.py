@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from loraseg.data.drawing import class_areas, colorize, legend, same_width
+from loraseg.data.drawing import colorize, draw_legend, legend_entries, pad_to_same_width
 from loraseg.data.labels import LabelSpace
 from loraseg.errors import DatasetError
 from loraseg.tensor_types import UInt8, ndarray
@@ -14,10 +14,10 @@ from loraseg.tensor_types import UInt8, ndarray
 __all__ = ["SheetRow", "contact_sheet"]
 
 _GAP = 4
-_CAPTION = 16  # height of a line of text above each picture, pixels
-_FONT = 11
-_SMALLEST = 96  # height that small pictures are enlarged to, pixels
-_LARGEST = 256
+_CAPTION_HEIGHT = 16  # height of a line of text above each picture, pixels
+_FONT_SIZE = 11
+_MIN_HEIGHT = 96  # height that small pictures are enlarged to, pixels
+_MAX_HEIGHT = 256
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,30 +46,30 @@ def contact_sheet(rows: Sequence[SheetRow], label_space: LabelSpace) -> UInt8[nd
     """
     if not rows:
         raise DatasetError("sheet: got no rows, expected at least one")
-    lines = [_line(row, label_space) for row in rows]
+    lines = [_draw_row(row, label_space) for row in rows]
     width = max(line.shape[1] for line in lines)
     seen = np.concatenate([row.mask.reshape(-1) for row in rows])[None]
-    below = legend(class_areas(seen, label_space), label_space, width)
-    return np.concatenate(same_width(*lines, below))
+    below = draw_legend(legend_entries(seen, label_space), label_space, width)
+    return np.concatenate(pad_to_same_width(*lines, below))
 
 
-def _line(row: SheetRow, label_space: LabelSpace) -> UInt8[ndarray, "h w 3"]:
-    height = _height(row.mask.shape[0])
-    colored = _to_height(colorize(row.mask, label_space), height, smooth=False)
-    cells = [_captioned(row.title, colored)]
+def _draw_row(row: SheetRow, label_space: LabelSpace) -> UInt8[ndarray, "h w 3"]:
+    height = _row_height(row.mask.shape[0])
+    colored = _resize_to_height(colorize(row.mask, label_space), height, smooth=False)
+    cells = [_add_caption(row.title, colored)]
     for caption, picture in row.pictures:
         smooth = picture.shape[0] > height
-        cells.append(_captioned(caption, _to_height(picture, height, smooth=smooth)))
+        cells.append(_add_caption(caption, _resize_to_height(picture, height, smooth=smooth)))
     return np.concatenate(cells, axis=1)
 
 
-def _height(own: int) -> int:
-    if own >= _SMALLEST:
-        return min(own, _LARGEST)
-    return own * -(-_SMALLEST // own)
+def _row_height(mask_height: int) -> int:
+    if mask_height >= _MIN_HEIGHT:
+        return min(mask_height, _MAX_HEIGHT)
+    return mask_height * -(-_MIN_HEIGHT // mask_height)
 
 
-def _to_height(
+def _resize_to_height(
     picture: UInt8[ndarray, "_ _ 3"], height: int, *, smooth: bool
 ) -> UInt8[ndarray, "_ _ 3"]:
     if picture.shape[0] == height:
@@ -79,12 +79,12 @@ def _to_height(
     return np.asarray(Image.fromarray(picture).resize((width, height), how))
 
 
-def _captioned(text: str, picture: UInt8[ndarray, "_ _ 3"]) -> UInt8[ndarray, "_ _ 3"]:
+def _add_caption(text: str, picture: UInt8[ndarray, "_ _ 3"]) -> UInt8[ndarray, "_ _ 3"]:
     height, width = picture.shape[:2]
-    font = ImageFont.load_default(size=_FONT)
+    font = ImageFont.load_default(size=_FONT_SIZE)
     while text and font.getlength(text) > width:
         text = text[:-1]
-    canvas = Image.new("RGB", (width + _GAP, height + _CAPTION + _GAP), (255, 255, 255))
+    canvas = Image.new("RGB", (width + _GAP, height + _CAPTION_HEIGHT + _GAP), (255, 255, 255))
     ImageDraw.Draw(canvas).text((1, 1), text, fill=(20, 20, 20), font=font)
-    canvas.paste(Image.fromarray(picture), (0, _CAPTION))
+    canvas.paste(Image.fromarray(picture), (0, _CAPTION_HEIGHT))
     return np.asarray(canvas)

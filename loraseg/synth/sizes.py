@@ -7,23 +7,23 @@ from loraseg.backbones.diffusion import DiffusionBase
 from loraseg.errors import ConfigError, DatasetError
 from loraseg.tensor_types import UInt8, ndarray
 
-__all__ = ["image_size", "mask_at_size", "side_step"]
+__all__ = ["output_size", "resize_mask", "size_multiple"]
 
 
-def side_step(base: DiffusionBase) -> int:
+def size_multiple(base: DiffusionBase) -> int:
     """Return what the sides of images must be multiples of, so that every level halves evenly."""
     return base.latent_factor * 2 ** (len(base.unet.config.block_out_channels) - 1)
 
 
-def image_size(
-    mask: ndarray, wanted: tuple[int, int] | None, step: int, where: str
+def output_size(
+    mask: ndarray, requested: tuple[int, int] | None, multiple: int, where: str
 ) -> tuple[int, int]:
     """Return the height and width of the images of a mask.
 
     Args:
         mask: Class ids.
-        wanted: What the config asks for; None for the size of the mask.
-        step: See :func:`side_step`.
+        requested: What the config asks for; None for the size of the mask.
+        multiple: See :func:`side_step`.
         where: What to call the mask in errors.
 
     Raises:
@@ -34,22 +34,23 @@ def image_size(
         raise DatasetError(
             f"{where}: got {mask.dtype} {mask.shape}, expected uint8 (h, w), not empty"
         )
-    height, width = wanted or (mask.shape[0], mask.shape[1])
-    if height % step == 0 and width % step == 0:
+    height, width = requested or (mask.shape[0], mask.shape[1])
+    if height % multiple == 0 and width % multiple == 0:
         return height, width
-    near = tuple(max(1, round(side / step)) * step for side in (height, width))
+    near = tuple(max(1, round(side / multiple)) * multiple for side in (height, width))
     asked = f"{height} x {width}"
-    if wanted is not None:
+    if requested is not None:
         raise ConfigError(
-            f"size {asked}: expected multiples of {step}, such as {near[0]} x {near[1]}"
+            f"size {asked}: expected multiples of {multiple}, such as {near[0]} x {near[1]}"
         )
     raise DatasetError(
-        f"{where}: {asked} pixels, expected multiples of {step} for this generator; give a size, "
+        f"{where}: {asked} pixels, expected multiples of {multiple} for this generator; give a "
+        f"size, "
         f"such as {near[0]} x {near[1]}, and the mask is resized to it (nearest)"
     )
 
 
-def mask_at_size(mask: UInt8[ndarray, "h w"], size: tuple[int, int]) -> UInt8[ndarray, "h2 w2"]:
+def resize_mask(mask: UInt8[ndarray, "h w"], size: tuple[int, int]) -> UInt8[ndarray, "h2 w2"]:
     """Return the mask at the size of its images, nearest; itself if it has that size."""
     if mask.shape == size:
         return mask

@@ -32,28 +32,28 @@ class TokenMap:
         if len(lengths) != 1:
             raise ConfigError(f"tokenizers take {sorted(lengths)} tokens, expected one length")
         self.length = int(lengths.pop())
-        self._special = len(tokenizers[0]("").input_ids)
+        self._special_tokens = len(tokenizers[0]("").input_ids)
 
     @property
-    def room(self) -> int:
+    def max_tokens(self) -> int:
         """Tokens that are left beside start and end."""
-        return self.length - self._special
+        return self.length - self._special_tokens
 
-    def count(self, text: str, where: str) -> int:
+    def count_tokens(self, text: str, where: str) -> int:
         """Return how many tokens a text makes.
 
         Raises:
             DatasetError: A token stands for the start, the end or what the tokenizer cannot spell.
             ConfigError: The tokenizers disagree.
         """
-        counts = [len(_tokens(tokenizer, text, where)) for tokenizer in self._tokenizers]
+        counts = [len(_token_ids(tokenizer, text, where)) for tokenizer in self._tokenizers]
         if len(set(counts)) != 1:
             raise ConfigError(
                 f"{where}: the tokenizers make {counts} tokens of {text!r}, expected one count"
             )
         return counts[0]
 
-    def places(
+    def token_classes(
         self, prompt: str, pieces: Sequence[str], classes: Sequence[int]
     ) -> Int[ndarray, " l"]:
         """Return the class of each token of a prompt.
@@ -70,7 +70,9 @@ class TokenMap:
             ConfigError: The tokens of the pieces are not those of the prompt, or the tokenizers
                 put them at different places.
         """
-        first, *others = (self._places(one, prompt, pieces, classes) for one in self._tokenizers)
+        first, *others = (
+            self._token_classes(one, prompt, pieces, classes) for one in self._tokenizers
+        )
         for other in others:
             if not np.array_equal(first, other):
                 raise ConfigError(
@@ -78,10 +80,10 @@ class TokenMap:
                 )
         return first
 
-    def _places(
+    def _token_classes(
         self, tokenizer: Any, prompt: str, pieces: Sequence[str], classes: Sequence[int]
     ) -> Int[ndarray, " l"]:
-        parts = [_tokens(tokenizer, piece, f"prompt {prompt!r}") for piece in pieces]
+        parts = [_token_ids(tokenizer, piece, f"prompt {prompt!r}") for piece in pieces]
         joined = [token for part in parts for token in part]
         padded = list(
             tokenizer(
@@ -100,7 +102,7 @@ class TokenMap:
         return places
 
 
-def _tokens(tokenizer: Any, text: str, where: str) -> list[int]:
+def _token_ids(tokenizer: Any, text: str, where: str) -> list[int]:
     """Return the ids of a text without start and end."""
     tokens = list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
     marks = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}

@@ -9,12 +9,25 @@ from typing import Literal
 import numpy as np
 
 from loraseg.errors import ConfigError, DatasetError
-from loraseg.synth.plurality import Ties, ignore_value, mark, plurality, relative_filter
+from loraseg.synth.majority_vote import (
+    TieBreak,
+    ignore_value,
+    majority_vote,
+    relative_filter,
+    write_filtered_labels,
+)
 from loraseg.tensor_types import Bool, Float, Int, UInt, ndarray
 
-__all__ = ["FilterConfig", "Filtered", "Judged", "Method", "apply_filter", "plurality"]
+__all__ = [
+    "FilterConfig",
+    "FilterMethod",
+    "FilteredLabels",
+    "PseudoLabels",
+    "apply_filter",
+    "majority_vote",
+]
 
-Method = Literal["none", "confidence", "freemask", "relative"]
+FilterMethod = Literal["none", "confidence", "freemask", "relative"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,14 +39,14 @@ class FilterConfig:
             the mask; ``confidence`` where its highest probability is at least ``threshold``;
             ``freemask`` where the cross-entropy of the mask's class is at most ``tolerance`` times
             the mean of that class on real images; ``none`` everywhere.
-        ties: Of the vote, see :func:`~loraseg.synth.plurality.plurality`.
+        ties: Of the vote, see :func:`~loraseg.synth.majority_vote.plurality`.
         threshold: Of ``confidence``, 0 to 1.
         tolerance: Of ``freemask``, above 0.
         min_kept: An image that keeps a smaller share of its labels, 0 to 1, is dropped.
     """
 
-    method: Method = "relative"
-    ties: Ties = "mask_first"
+    method: FilterMethod = "relative"
+    ties: TieBreak = "mask_first"
     threshold: float = 0.9
     tolerance: float = 1.25
     min_kept: float = 0.3
@@ -47,7 +60,7 @@ class FilterConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Judged:
+class PseudoLabels:
     """What a segmenter says of the k images of one mask.
 
     Attributes:
@@ -63,7 +76,7 @@ class Judged:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Filtered:
+class FilteredLabels:
     """The labels of the k images of one mask.
 
     Attributes:
@@ -81,17 +94,17 @@ class Filtered:
 
 def apply_filter(
     mask: ndarray,
-    judged: Judged,
+    pseudo_labels: PseudoLabels,
     config: FilterConfig,
     classes: int,
     *,
     class_loss: Float[ndarray, " classes"] | None = None,
-) -> Filtered:
+) -> FilteredLabels:
     """Filter the labels of the images of one mask.
 
     Args:
         mask: (h, w) uint8 or uint16 class ids; pixels of the ignore value stay so.
-        judged: Of images of that mask, in the same type of ids.
+        pseudo_labels: Of images of that mask, in the same type of ids.
         config: Which filter.
         classes: Number of classes, at most 255 for uint8 and 65,535 for uint16.
         class_loss: For ``freemask``, see :func:`~loraseg.synth.freemask.class_mean_loss`; a class
@@ -105,43 +118,45 @@ def apply_filter(
     """
     if class_loss is not None and class_loss.shape != (classes,):
         raise ConfigError(f"class_loss: got {class_loss.shape}, expected ({classes},)")
-    totals = _class_areas(mask, classes)
-    _check_labels(mask, judged.labels, classes)
-    labels = _labels(mask, judged, config, class_loss)
-    areas = np.stack([_areas(one)[:classes] for one in labels])
+    totals = _count_class_pixels(mask, classes)
+    _check_labels(mask, pseudo_labels.labels, classes)
+    labels = _filter_labels(mask, pseudo_labels, config, class_loss)
+    areas = np.stack([_count_pixels(one)[:classes] for one in labels])
     by_class = np.full(areas.shape, np.nan)
     np.divide(areas, totals, out=by_class, where=totals > 0)
     kept = areas.sum(axis=1) / totals.sum()
-    return Filtered(
+    return FilteredLabels(
         labels=labels, kept=kept, kept_by_class=by_class, dropped=kept < config.min_kept
     )
 
 
-def _labels(
-    mask: ndarray, judged: Judged, config: FilterConfig, class_loss: ndarray | None
+def _filter_labels(
+    mask: ndarray, pseudo_labels: PseudoLabels, config: FilterConfig, class_loss: ndarray | None
 ) -> UInt[ndarray, "k h w"]:
-    shape = judged.labels.shape
+    shape = pseudo_labels.labels.shape
     if config.method == "relative":
-        if len(judged.labels) < 2:
+        if len(pseudo_labels.labels) < 2:
             raise ConfigError(
                 "relative filtering: got 1 image of a mask, expected at least 2, as an image "
                 "always agrees with itself; make more or choose another filter"
             )
-        return relative_filter(mask, judged.labels, ties=config.ties)
+        return relative_filter(mask, pseudo_labels.labels, ties=config.ties)
     # Comparisons are turned so that NaN, which compares as false, is never kept.
     if config.method == "confidence":
-        differs = ~(_needed("confidence", judged.confidence, shape) >= config.threshold)
+        differs = ~(
+            _require_values("confidence", pseudo_labels.confidence, shape) >= config.threshold
+        )
     elif config.method == "freemask":
-        limits = _limits(mask, class_loss, config.tolerance)
-        differs = ~(_needed("loss", judged.loss, shape) <= limits)
+        limits = _max_loss(mask, class_loss, config.tolerance)
+        differs = ~(_require_values("loss", pseudo_labels.loss, shape) <= limits)
     else:
         differs = np.zeros(shape, dtype=bool)
     out = np.empty(shape, dtype=mask.dtype)
-    mark(mask, differs, out)
+    write_filtered_labels(mask, differs, out)
     return out
 
 
-def _limits(mask: ndarray, class_loss: ndarray | None, tolerance: float) -> Float[ndarray, "h w"]:
+def _max_loss(mask: ndarray, class_loss: ndarray | None, tolerance: float) -> Float[ndarray, "h w"]:
     """Return the highest loss that each pixel may have."""
     if class_loss is None:
         raise ConfigError("freemask: the mean loss of each class on real images is needed")
@@ -150,7 +165,7 @@ def _limits(mask: ndarray, class_loss: ndarray | None, tolerance: float) -> Floa
     return table[mask]
 
 
-def _needed(name: str, values: ndarray | None, shape: tuple[int, ...]) -> ndarray:
+def _require_values(name: str, values: ndarray | None, shape: tuple[int, ...]) -> ndarray:
     if values is None:
         raise ConfigError(f"filtering: the {name} of each pixel is needed, got none")
     if values.shape != shape:
@@ -158,14 +173,14 @@ def _needed(name: str, values: ndarray | None, shape: tuple[int, ...]) -> ndarra
     return values
 
 
-def _class_areas(mask: ndarray, classes: int) -> Int[ndarray, " classes"]:
+def _count_class_pixels(mask: ndarray, classes: int) -> Int[ndarray, " classes"]:
     """Check a mask; return the pixels of each class."""
     ignore = ignore_value(mask.dtype)
     if not 1 <= classes <= ignore:
         raise DatasetError(f"classes: got {classes}, expected 1 to {ignore} in {mask.dtype} maps")
     if mask.ndim != 2:
         raise DatasetError(f"mask: got {mask.shape}, expected (h, w)")
-    areas = _areas(mask)
+    areas = _count_pixels(mask)
     unknown = np.flatnonzero(areas[classes:ignore]) + classes
     if len(unknown):
         raise DatasetError(
@@ -189,5 +204,5 @@ def _check_labels(mask: ndarray, labels: ndarray, classes: int) -> None:
         )
 
 
-def _areas(ids: UInt[ndarray, "h w"]) -> Int[ndarray, " ids"]:
+def _count_pixels(ids: UInt[ndarray, "h w"]) -> Int[ndarray, " ids"]:
     return np.bincount(ids.reshape(-1), minlength=ignore_value(ids.dtype) + 1)

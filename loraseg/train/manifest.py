@@ -3,20 +3,20 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from loraseg.backbones.source import absolute_spec
+from loraseg.backbones.weights import absolute_spec
 from loraseg.errors import ConfigError
-from loraseg.storage import absolute
-from loraseg.train.generator_recipes import named_generator_recipe
-from loraseg.train.generator_targets import absolute_targets
-from loraseg.train.generator_task import ActiveAdapter
-from loraseg.train.recipes import named_recipe
-from loraseg.train.tasks import AdapterTask, AnyTask, GeneratorTask
+from loraseg.storage import absolute_uri
+from loraseg.train.generator_adapters.recipes import named_generator_recipe
+from loraseg.train.generator_adapters.targets import absolute_targets
+from loraseg.train.generator_adapters.task import ActiveAdapter
+from loraseg.train.segmenter_adapters.recipes import named_recipe
+from loraseg.train.tasks import AnyAdapterTask, GeneratorAdapterTask, SegmenterAdapterTask
 
-__all__ = ["Domain", "Manifest"]
+__all__ = ["TrainingDomain", "TrainingManifest"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Domain:
+class TrainingDomain:
     """One labelled domain.
 
     Attributes:
@@ -37,7 +37,7 @@ class Domain:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Manifest:
+class TrainingManifest:
     """What all domains share.
 
     Attributes:
@@ -49,12 +49,13 @@ class Manifest:
         encoder: The CLIP that places domains of segmenters in the index.
         recipe: Name of the recipe; None is the role's for its miniature.
         overrides: Fields of the recipe that differ from the named one.
-        data_order: See :class:`~loraseg.train.tasks.AdapterTask`; "per_dataset" lets domains with
-            the same data be trained together.
+        data_order: See :class:`~loraseg.train.tasks.SegmenterAdapterTask`; "per_dataset" lets
+            domains with the same data be trained together.
         images: Few-shot: train on so many images of each domain; None for all.
         skip_bad: List and leave out unusable images rather than fail the domain.
         active: Generators' adapters that act, frozen, while others are trained.
-        cache: For generators, see :class:`~loraseg.train.generator_task.GeneratorTask`.
+        cache: For generators, see
+            :class:`~loraseg.train.generator_adapters.task.GeneratorAdapterTask`.
         output: For generators, where reports go.
         domains: One adapter each; names must differ.
     """
@@ -73,7 +74,7 @@ class Manifest:
     active: tuple[ActiveAdapter, ...] = ()
     cache: str | None = None
     output: str | None = None
-    domains: tuple[Domain, ...]
+    domains: tuple[TrainingDomain, ...]
 
     def __post_init__(self) -> None:
         """Check what no single task can see."""
@@ -84,7 +85,7 @@ class Manifest:
         if twice:
             raise ConfigError(f"domains: names must differ, got {', '.join(twice)} more than once")
 
-    def tasks(self) -> tuple[AnyTask, ...]:
+    def tasks(self) -> tuple[AnyAdapterTask, ...]:
         """Return one unit of work for each domain, with addresses that hold on any machine.
 
         Raises:
@@ -92,41 +93,41 @@ class Manifest:
                 other role.
         """
         if self.role == "generator":
-            return tuple(self._generator(domain) for domain in self.domains)
+            return tuple(self._generator_task(domain) for domain in self.domains)
         if self.active or self.cache or self.output:
             raise ConfigError("active, cache and output are for role generator only")
-        return tuple(self._segmenter(domain) for domain in self.domains)
+        return tuple(self._segmenter_task(domain) for domain in self.domains)
 
-    def _segmenter(self, domain: Domain) -> AdapterTask:
+    def _segmenter_task(self, domain: TrainingDomain) -> SegmenterAdapterTask:
         recipe = self.recipe or "miniature"
-        return AdapterTask(
-            **self._shared(domain),
+        return SegmenterAdapterTask(
+            **self._common_fields(domain),
             encoder=absolute_spec(self.encoder),
             recipe=named_recipe(recipe, self.overrides, domain.overrides),
         )
 
-    def _generator(self, domain: Domain) -> GeneratorTask:
+    def _generator_task(self, domain: TrainingDomain) -> GeneratorAdapterTask:
         name = self.recipe or "matchmask-miniature"
         recipe = named_generator_recipe(name, self.overrides, domain.overrides)
-        return GeneratorTask(
-            **self._shared(domain),
+        return GeneratorAdapterTask(
+            **self._common_fields(domain),
             recipe=replace(recipe, targets=absolute_targets(recipe.targets)),
             active=self.active,
-            cache=self.cache and absolute(self.cache),
-            output=self.output and absolute(self.output),
+            cache=self.cache and absolute_uri(self.cache),
+            output=self.output and absolute_uri(self.output),
         )
 
-    def _shared(self, domain: Domain) -> dict[str, Any]:
+    def _common_fields(self, domain: TrainingDomain) -> dict[str, Any]:
         return {
             "name": domain.name,
-            "data": absolute(domain.data),
+            "data": absolute_uri(domain.data),
             "split": domain.split,
             "val_split": domain.val_split,
             "images": self.images if domain.images is None else domain.images,
             "base": absolute_spec(self.base),
             "seed": self.seed,
             "data_order": self.data_order,
-            "library": absolute(self.library),
-            "checkpoints": absolute(self.checkpoints),
+            "library": absolute_uri(self.library),
+            "checkpoints": absolute_uri(self.checkpoints),
             "skip_bad": self.skip_bad,
         }

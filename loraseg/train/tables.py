@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from loraseg.train.tasks import TaskPlan, TaskResult
+from loraseg.train.tasks import TaskResult, TrainingPlan
 
-__all__ = ["format_table", "left_out_lines", "plan_table", "result_table"]
+__all__ = ["format_skipped_files", "format_table", "plan_table", "result_table"]
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -18,7 +18,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def plan_table(plans: Sequence[TaskPlan | tuple[str, str]], resources: str) -> str:
+def plan_table(plans: Sequence[TrainingPlan | tuple[str, str]], resources: str) -> str:
     """Show one row for each adapter.
 
     Args:
@@ -48,13 +48,13 @@ def result_table(results: Sequence[TaskResult | tuple[str, str]]) -> str:
     return format_table(header, [_result_row(result) for result in results])
 
 
-def left_out_lines(results: Sequence[TaskResult | tuple[str, str]]) -> str:
+def format_skipped_files(results: Sequence[TaskResult | tuple[str, str]]) -> str:
     """List every file that was left out as unusable, one a line; empty if none was."""
     return "".join(
         f"left out of {result.name}: {reason}\n"
         for result in results
         if isinstance(result, TaskResult)
-        for reason in result.left_out
+        for reason in result.skipped_files
     )
 
 

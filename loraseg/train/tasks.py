@@ -4,34 +4,39 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from loraseg.errors import ConfigError, LorasegError
-from loraseg.train.generator_task import GeneratorTask
-from loraseg.train.lora import Member, TrainedPairs, count_parameters, train_group
-from loraseg.train.progress import Progress, Report
-from loraseg.train.recipes import CLIP_IS_FROZEN, shared_part
-from loraseg.train.unit import Loaded, TaskPlan, TaskResult
-from loraseg.train.work import AdapterTask, Work
+from loraseg.train.core.progress import Progress, ProgressCallback
+from loraseg.train.core.task import SharedResources, TaskResult, TrainingPlan
+from loraseg.train.generator_adapters.task import GeneratorAdapterTask
+from loraseg.train.segmenter_adapters.job import SegmenterAdapterJob, SegmenterAdapterTask
+from loraseg.train.segmenter_adapters.recipes import RULES_WITHOUT_CLIP, group_signature
+from loraseg.train.segmenter_adapters.training import (
+    GroupMember,
+    TrainedPairs,
+    count_parameters,
+    train_group,
+)
 
 if TYPE_CHECKING:
-    from loraseg.train.generator_work import GeneratorWork
+    from loraseg.train.generator_adapters.job import GeneratorAdapterJob
 
 __all__ = [
-    "AdapterTask",
-    "AnyTask",
-    "GeneratorTask",
+    "AnyAdapterTask",
+    "GeneratorAdapterTask",
     "Progress",
-    "Report",
-    "TaskPlan",
+    "ProgressCallback",
+    "SegmenterAdapterTask",
     "TaskResult",
-    "groups",
-    "plan",
-    "run_task",
-    "run_tasks",
+    "TrainingPlan",
+    "group_tasks",
+    "plan_task",
+    "train_adapter",
+    "train_adapter_group",
 ]
 
-AnyTask = AdapterTask | GeneratorTask
+AnyAdapterTask = SegmenterAdapterTask | GeneratorAdapterTask
 
 
-def plan(task: AnyTask) -> TaskPlan:
+def plan_task(task: AnyAdapterTask) -> TrainingPlan:
     """Look at data, base and library and say what :func:`run_task` would do.
 
     Raises:
@@ -39,15 +44,17 @@ def plan(task: AnyTask) -> TaskPlan:
         IntegrityError: The base's weights are damaged.
         StoreError: The library cannot be read.
     """
-    if isinstance(task, GeneratorTask):
-        return _generator_work(task).plan()
-    loaded = Loaded()
-    work = Work.prepare(task, loaded)
-    work.unit.check_images(loaded)
-    return work.unit.plan(count_parameters(work.base.model, task.recipe))
+    if isinstance(task, GeneratorAdapterTask):
+        return _prepare_generator_job(task).plan()
+    loaded = SharedResources()
+    work = SegmenterAdapterJob.prepare(task, loaded)
+    work.training_run.check_images(loaded)
+    return work.training_run.plan(count_parameters(work.base.model, task.recipe))
 
 
-def run_task(task: AnyTask, report: Report = lambda progress: None) -> TaskResult:
+def train_adapter(
+    task: AnyAdapterTask, on_progress: ProgressCallback = lambda progress: None
+) -> TaskResult:
     """Train, score and publish one adapter, or find that this has been done.
 
     Killed at any point and run again, it goes on from its last checkpoint and publishes the same
@@ -55,7 +62,7 @@ def run_task(task: AnyTask, report: Report = lambda progress: None) -> TaskResul
 
     Args:
         task: The unit of work.
-        report: Called about once a step; should return quickly.
+        on_progress: Called about once a step; should return quickly.
 
     Raises:
         DatasetError: The data cannot be used, or holds no labelled pixel.
@@ -63,13 +70,13 @@ def run_task(task: AnyTask, report: Report = lambda progress: None) -> TaskResul
         StoreError: A store cannot be reached.
         IntegrityError: The base's weights or the library are damaged.
     """
-    (outcome,) = run_tasks((task,), report)
+    (outcome,) = train_adapter_group((task,), on_progress)
     if isinstance(outcome, LorasegError):
         raise outcome
     return outcome
 
 
-def groups(tasks: Sequence[AnyTask], *, most: int) -> list[tuple[int, ...]]:
+def group_tasks(tasks: Sequence[AnyAdapterTask], *, max_size: int) -> list[tuple[int, ...]]:
     """Divide tasks into groups whose adapters share work when they are trained together.
 
     Those are segmenters' adapters of one dataset and seed with "per_dataset" order whose rule
@@ -77,7 +84,7 @@ def groups(tasks: Sequence[AnyTask], *, most: int) -> list[tuple[int, ...]]:
 
     Args:
         tasks: Any.
-        most: Most tasks in a group.
+        max_size: Most tasks in a group.
 
     Returns:
         Positions in ``tasks``, each once; a task that shares nothing is a group of one.
@@ -87,7 +94,7 @@ def groups(tasks: Sequence[AnyTask], *, most: int) -> list[tuple[int, ...]]:
     for index, task in enumerate(tasks):
         key = _group_key(task)
         group = latest.get(key) if key is not None else None
-        if group is None or len(group) >= most:
+        if group is None or len(group) >= max_size:
             group = []
             found.append(group)
             if key is not None:
@@ -96,14 +103,14 @@ def groups(tasks: Sequence[AnyTask], *, most: int) -> list[tuple[int, ...]]:
     return [tuple(group) for group in found]
 
 
-def run_tasks(
-    tasks: Sequence[AnyTask], report: Report = lambda progress: None
+def train_adapter_group(
+    tasks: Sequence[AnyAdapterTask], on_progress: ProgressCallback = lambda progress: None
 ) -> list[TaskResult | LorasegError]:
     """Do :func:`run_task` for each of a group from :func:`groups`, training side by side.
 
     Args:
         tasks: The group.
-        report: Called about once a step of each; should return quickly.
+        on_progress: Called about once a step of each; should return quickly.
 
     Returns:
         For each task its result, or the error that ended it and none of the others.
@@ -111,62 +118,66 @@ def run_tasks(
     Raises:
         ConfigError: Several tasks that are no group.
     """
-    if len(tasks) > 1 and len(groups(tasks, most=len(tasks))) > 1:
+    if len(tasks) > 1 and len(group_tasks(tasks, max_size=len(tasks))) > 1:
         raise ConfigError(
             f"{', '.join(task.name for task in tasks)}: cannot be trained together; expected one "
             f"dataset, seed, base and order of data, and a rule that leaves CLIP as it is"
         )
-    loaded, works = Loaded(), dict[int, tuple[Work, Member]]()
+    loaded, works = SharedResources(), dict[int, tuple[SegmenterAdapterJob, GroupMember]]()
     outcomes: dict[int, TaskResult | LorasegError] = {}
     for index, task in enumerate(tasks):
         try:
-            if isinstance(task, GeneratorTask):
-                outcomes[index] = _generator_work(task).run(report)
+            if isinstance(task, GeneratorAdapterTask):
+                outcomes[index] = _prepare_generator_job(task).run(on_progress)
                 continue
-            work = Work.prepare(task, loaded)
-            done = work.unit.found_done()
+            work = SegmenterAdapterJob.prepare(task, loaded)
+            done = work.training_run.find_published()
             if done is None:
-                work.unit.check_images(loaded)
-                works[index] = work, work.member(report)
+                work.training_run.check_images(loaded)
+                works[index] = work, work.group_member(on_progress)
             else:
                 outcomes[index] = done
         except LorasegError as error:
             outcomes[index] = error
-    trained_pairs = _train(list(works.values()))
+    trained_pairs = _train_jobs(list(works.values()))
     for (index, (work, _)), trained in zip(works.items(), trained_pairs, strict=True):
         try:
-            outcomes[index] = trained if isinstance(trained, LorasegError) else work.finish(trained)
+            outcomes[index] = (
+                trained if isinstance(trained, LorasegError) else work.score_and_publish(trained)
+            )
         except LorasegError as error:
             outcomes[index] = error
     return [outcomes[index] for index in range(len(tasks))]
 
 
-def _generator_work(task: GeneratorTask) -> "GeneratorWork":
+def _prepare_generator_job(task: GeneratorAdapterTask) -> "GeneratorAdapterJob":
     # Here, so that workers that train segmenters do not load what diffusion takes.
-    from loraseg.train.generator_work import GeneratorWork
+    from loraseg.train.generator_adapters.job import GeneratorAdapterJob
 
-    return GeneratorWork.prepare(task)
+    return GeneratorAdapterJob.prepare(task)
 
 
-def _group_key(task: AnyTask) -> object | None:
+def _group_key(task: AnyAdapterTask) -> object | None:
     """Return what members of a group have in common, None if a task shares nothing."""
-    if isinstance(task, GeneratorTask):
+    if isinstance(task, GeneratorAdapterTask):
         return None
-    if task.data_order != "per_dataset" or task.recipe.targets not in CLIP_IS_FROZEN:
+    if task.data_order != "per_dataset" or task.recipe.targets not in RULES_WITHOUT_CLIP:
         return None
     data = (task.data, task.split, task.val_split, task.images, task.seed, task.skip_bad)
-    return *data, task.base, task.encoder, shared_part(task.recipe)
+    return *data, task.base, task.encoder, group_signature(task.recipe)
 
 
-def _train(works: Sequence[tuple[Work, Member]]) -> list[TrainedPairs | LorasegError]:
-    if not works:
+def _train_jobs(
+    jobs: Sequence[tuple[SegmenterAdapterJob, GroupMember]],
+) -> list[TrainedPairs | LorasegError]:
+    if not jobs:
         return []
-    first = works[0][0]
-    for work, _ in works:
-        work.unit.pace.restart()
-    members = [member for _, member in works]
+    first = jobs[0][0]
+    for work, _ in jobs:
+        work.training_run.progress.restart_throughput()
+    members = [member for _, member in jobs]
     try:
-        names = first.unit.dataset.label_space.names
+        names = first.training_run.dataset.label_space.names
         return train_group(first.base, first.training_images(), names, members)
     except LorasegError as error:
-        return [error] * len(works)
+        return [error] * len(jobs)

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from loraseg.seeding import torch_generator
-from loraseg.segment.catseg import CATSegConfig
-from loraseg.segment.catseg.aggregator import Aggregator
+from loraseg.segment.open_vocabulary.catseg import CATSegConfig
+from loraseg.segment.open_vocabulary.catseg.aggregator import Aggregator
 from tests.bench.harness import Times, interleave, ratio, setting, single_thread
 from tests.bench.plain_catseg import plain_aggregator
 

@@ -28,19 +28,19 @@ import psutil
 from PIL import Image
 
 from loraseg.adapters import pack
-from loraseg.engine.assemble import Wanted, equip
-from loraseg.segment.adaptive import AdaptiveSegmenter, preset
-from loraseg.segment.pack_folder import PackFolder
-from loraseg.segment.predictor import Predictor
+from loraseg.inference.disk_cache import AdapterDiskCache
+from loraseg.inference.loading import SegmenterConfig, load_segmenter
+from loraseg.inference.pipeline import AdaptiveSegmenter, default_adaptive_settings
+from loraseg.segment.open_vocabulary.predictor import Predictor
 from tests.bench.harness import Times
 from tests.bench.large_library import (
     entries,
-    keep_packed,
-    known_embeddings,
     publish_catalog,
+    scene_embeddings,
     scenes,
+    write_packed_adapters,
 )
-from tests.bench.measured import Measured
+from tests.bench.partial_result import PartialResult
 from tests.bench.random_adapters import random_adapter
 
 __all__ = ["measure"]
@@ -50,13 +50,13 @@ CLIENTS, LOAD_S = (1, 4, 16), 12.0
 CLASSES = ("road", "sky", "car", "person")
 
 
-def measure(place: Path) -> Measured:
+def measure(root: Path) -> PartialResult:
     """Measure; takes about four minutes and 6 GB of disk."""
     before = os.environ.get("LORASEG_CACHE")
-    os.environ["LORASEG_CACHE"] = str(place / "cache")
+    os.environ["LORASEG_CACHE"] = str(root / "cache")
     try:
-        uris = _libraries(place)
-        with _served(uris) as url, httpx2.Client(base_url=url, timeout=120) as client:
+        uris = _libraries(root)
+        with _run_service(uris) as url, httpx2.Client(base_url=url, timeout=120) as client:
             return _measure(url, client, uris)
     finally:
         if before is None:
@@ -65,8 +65,8 @@ def measure(place: Path) -> Measured:
             os.environ["LORASEG_CACHE"] = before
 
 
-def _measure(url: str, client: httpx2.Client, uris: Mapping[str, str]) -> Measured:
-    bare = _bare(uris["few"])
+def _measure(url: str, client: httpx2.Client, uris: Mapping[str, str]) -> PartialResult:
+    bare = _make_segmenter(uris["few"])
     batches = [scenes(f"round {number}", BATCH) for number in range(ROUNDS + 1)]
     times, masks = _overhead(client, bare, batches)
     times |= _by_size(client, batches)
@@ -75,7 +75,7 @@ def _measure(url: str, client: httpx2.Client, uris: Mapping[str, str]) -> Measur
         load[str(clients)], shares[str(clients)] = _under_load(url, clients)
     equal = _same_pixels(bare, batches[-1], masks)
     quickest = {name: min(seconds) for name, seconds in times.items()}
-    return Measured(
+    return PartialResult(
         ratios={
             "http_overhead_b8": round(quickest["http_batch"] / quickest["bare_batch"], 4),
             "http_overhead_8_clients": round(
@@ -90,29 +90,30 @@ def _measure(url: str, client: httpx2.Client, uris: Mapping[str, str]) -> Measur
         times=times,
         setting={
             "same_pixels_as_offline": equal,
-            "miniature": f"{BATCH} images of 64 x 64, K {preset('miniature').k}, rank {RANK}",
+            "miniature": f"{BATCH} images of 64 x 64, K "
+            "{default_adaptive_settings('miniature').k}, rank {RANK}",
             "load": load,
             "stage_shares": shares,
         },
     )
 
 
-def _libraries(place: Path) -> dict[str, str]:
-    kit = equip(Wanted(library=None))
-    known = known_embeddings(kit.encoder)
+def _libraries(root: Path) -> dict[str, str]:
+    kit = load_segmenter(SegmenterConfig(library=None))
+    known = scene_embeddings(kit.encoder)
     template = pack(random_adapter(kit.base.model, 0, rank=RANK))
-    folder = PackFolder(place / "cache" / "packed")
+    folder = AdapterDiskCache(root / "cache" / "packed")
     uris: dict[str, str] = {}
     for name, count in (("few", FEW), ("many", MANY)):
         digest, encoder = kit.base.digest, kit.encoder.encoder_id
         published = entries(known, count, base_digest=digest, encoder_id=encoder)
-        keep_packed(folder, published, template)
-        uris[name] = publish_catalog(place / name, published)
+        write_packed_adapters(folder, published, template)
+        uris[name] = publish_catalog(root / name, published)
     return uris
 
 
 @contextmanager
-def _served(uris: Mapping[str, str]) -> Generator[str, None, None]:
+def _run_service(uris: Mapping[str, str]) -> Generator[str, None, None]:
     command = [sys.executable, "-m", "jobs.serve", "port=0", f"batch={BATCH}"]
     command += [f"libraries.{name}={uri}" for name, uri in uris.items()]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
@@ -131,9 +132,11 @@ def _served(uris: Mapping[str, str]) -> Generator[str, None, None]:
                 process.kill()
 
 
-def _bare(uri: str) -> AdaptiveSegmenter:
-    kit = equip(Wanted(library=uri))
-    return AdaptiveSegmenter(Predictor(kit.base), kit.encoder, kit.pool, preset("miniature"))
+def _make_segmenter(uri: str) -> AdaptiveSegmenter:
+    kit = load_segmenter(SegmenterConfig(library=uri))
+    return AdaptiveSegmenter(
+        Predictor(kit.base), kit.encoder, kit.pool, default_adaptive_settings("miniature")
+    )
 
 
 def _overhead(
@@ -144,10 +147,10 @@ def _overhead(
     with ThreadPoolExecutor(BATCH) as clients:
 
         def together(images: Sequence[np.ndarray]) -> None:
-            list(clients.map(lambda png: _one(client, png), [_png(i) for i in images]))
+            list(clients.map(lambda png: _post_image(client, png), [_png(i) for i in images]))
 
         def batch(images: Sequence[np.ndarray]) -> None:
-            masks[:] = _batch(client, [_png(image) for image in images])
+            masks[:] = _post_batch(client, [_png(image) for image in images])
 
         rivals: dict[str, Callable[[Any], object]] = {
             "bare_batch": lambda images: bare.segment(images, CLASSES),
@@ -159,7 +162,9 @@ def _overhead(
 
 def _by_size(client: httpx2.Client, batches: Sequence[Sequence[np.ndarray]]) -> Times:
     def over(library: str) -> Callable[[Any], object]:
-        return lambda images: _batch(client, [_png(image) for image in images], library=library)
+        return lambda images: _post_batch(
+            client, [_png(image) for image in images], library=library
+        )
 
     return _rounds({f"http_{FEW}": over("few"), f"http_{MANY}": over("many")}, batches)
 
@@ -190,7 +195,7 @@ def _under_load(url: str, clients: int) -> tuple[dict[str, float], dict[str, flo
             turn = offset
             while time.perf_counter() < until:
                 started = time.perf_counter()
-                timing = _one(client, pngs[turn % len(pngs)])["timing_ms"]
+                timing = _post_image(client, pngs[turn % len(pngs)])["timing_ms"]
                 spent = time.perf_counter() - started
                 with lock:
                     seconds.append(spent)
@@ -211,7 +216,7 @@ def _under_load(url: str, clients: int) -> tuple[dict[str, float], dict[str, flo
     return figures, {**named, "http": round(1 - sum(named.values()), 3)}
 
 
-def _one(client: httpx2.Client, png: bytes, library: str = "few") -> dict[str, Any]:
+def _post_image(client: httpx2.Client, png: bytes, library: str = "few") -> dict[str, Any]:
     reply = client.post(
         "/v1/segment",
         params={"classes": ",".join(CLASSES), "library": library},
@@ -222,7 +227,9 @@ def _one(client: httpx2.Client, png: bytes, library: str = "few") -> dict[str, A
     return reply.json()
 
 
-def _batch(client: httpx2.Client, pngs: Sequence[bytes], library: str = "few") -> list[np.ndarray]:
+def _post_batch(
+    client: httpx2.Client, pngs: Sequence[bytes], library: str = "few"
+) -> list[np.ndarray]:
     files = [("images", (f"{n}.png", png, "image/png")) for n, png in enumerate(pngs)]
     fields = {"classes": ",".join(CLASSES), "library": library}
     reply = client.post("/v1/segment/batch", files=files, data=fields)

@@ -28,28 +28,28 @@ from loraseg.adapters import pack
 from loraseg.backbones.bpe import BpeTokenizer
 from loraseg.backbones.clip import ClipEncoder, Preprocessing
 from loraseg.compat import prepare_torchvision
-from loraseg.engine.live import LiveLibrary
-from loraseg.engine.retrieval import RetrievalStage
-from loraseg.engine.segmenting import SegmentStage
-from loraseg.engine.shelf import Taste
-from loraseg.engine.source import AdapterSource
+from loraseg.inference.adapter_cache import AdapterCache
+from loraseg.inference.adapter_loader import AdapterLoader
+from loraseg.inference.disk_cache import AdapterDiskCache
+from loraseg.inference.retrieval import RetrievalStage
+from loraseg.inference.runner import SegmentRunner
+from loraseg.inference.segmentation import SegmentationStage
+from loraseg.inference.snapshot import AdapterFilter
+from loraseg.inference.watcher import LibraryWatcher
 from loraseg.library.catalog import Library
 from loraseg.seeding import numpy_generator
-from loraseg.segment.base import SegmentationBase
-from loraseg.segment.catseg.config import CATSegConfig
-from loraseg.segment.catseg.model import CATSeg
-from loraseg.segment.pack_folder import PackFolder
-from loraseg.segment.pool import AdapterCache
-from loraseg.segment.predictor import Predictor
-from loraseg.segment.runner import Runner
-from loraseg.serving.api import build_api
+from loraseg.segment.open_vocabulary.base import SegmentationBase
+from loraseg.segment.open_vocabulary.catseg.config import CATSegConfig
+from loraseg.segment.open_vocabulary.catseg.model import CATSeg
+from loraseg.segment.open_vocabulary.predictor import Predictor
 from loraseg.serving.config import Limits, ServiceConfig
-from loraseg.serving.local import LocalEngine
+from loraseg.serving.http_api.app import build_api
+from loraseg.serving.local_engine import LocalEngine
 from loraseg.storage import open_store
 from tests.bench.harness import Times, interleave
 from tests.bench.large_library import entries, publish_catalog
-from tests.bench.measured import Measured
 from tests.bench.official_semla import OfficialSemla
+from tests.bench.partial_result import PartialResult
 from tests.bench.random_adapters import random_adapter
 
 __all__ = ["measure"]
@@ -64,19 +64,19 @@ CLASSES = (
 )
 
 
-def measure(place: Path) -> Measured:
+def measure(root: Path) -> PartialResult:
     """Measure both modes; takes about five minutes and 6 GB."""
     encoder, times = _encoder(), Times()
     ratios: dict[str, float] = {}
     agreement: dict[str, float] = {}
     for mode, name in (("compatible", "vs_official"), ("correct", "vs_official_correct")):
-        with _rivals(place / mode, encoder, mode) as (official, engine):
+        with _rivals(root / mode, encoder, mode) as (official, engine):
             found, agreement[mode] = _compare(official, engine, mode)
         times |= found
         ours, theirs = (min(times[f"{rival}_{mode}"]) for rival in ("api", "official"))
         ratios[name] = round((ours / IMAGES) / (theirs / RIVAL_IMAGES), 4)
         gc.collect()
-    return Measured(
+    return PartialResult(
         ratios=ratios,
         checks={"agrees_with_official": min(agreement.values()) >= 0.999},
         times=times,
@@ -110,36 +110,38 @@ def _compare(official: OfficialSemla, engine: LocalEngine, mode: str) -> tuple[T
 
 @contextmanager
 def _rivals(
-    place: Path, encoder: ClipEncoder, mode: str
+    root: Path, encoder: ClipEncoder, mode: str
 ) -> Generator[tuple[OfficialSemla, LocalEngine], None, None]:
     base = _base("inert" if mode == "compatible" else "active")
     adapters = [random_adapter(base.model, number, rank=RANK) for number in range(ADAPTERS)]
     known = np.concatenate([encoder.encode_images([image]) for image in _pictures("known")])
     published = entries(known, ADAPTERS, base_digest=base.digest, encoder_id=encoder.encoder_id)
-    folder = PackFolder(place / "packed")
+    folder = AdapterDiskCache(root / "packed")
     for adapter, entry in zip(adapters, published, strict=True):
         folder.put(replace(pack(adapter), digest=entry.digest))
     centroids = [entry.card.centroids[0].vector for entry in published]
     official = OfficialSemla(base, encoder, adapters, centroids, k=K, temperature=TEMPERATURE)
-    uri = publish_catalog(place / "library", published)
+    uri = publish_catalog(root / "library", published)
     with _engine(base, encoder, uri, folder, stale=mode == "compatible") as engine:
         yield official, engine
 
 
 @contextmanager
 def _engine(
-    base: SegmentationBase, encoder: ClipEncoder, uri: str, folder: PackFolder, *, stale: bool
+    base: SegmentationBase, encoder: ClipEncoder, uri: str, folder: AdapterDiskCache, *, stale: bool
 ) -> Generator[LocalEngine, None, None]:
     library = Library(open_store(uri))
     attention = base.model.config.clip_attention_lora
-    taste = Taste(base_digest=base.digest, encoder_id=encoder.encoder_id, attention=attention)
-    live = LiveLibrary(library, name="main", taste=taste, poll_s=60.0).start()
-    cache = AdapterCache(AdapterSource({"main": library}, base, folder))
+    taste = AdapterFilter(
+        base_digest=base.digest, encoder_id=encoder.encoder_id, attention=attention
+    )
+    live = LibraryWatcher(library, name="main", adapter_filter=taste, poll_s=60.0).start()
+    cache = AdapterCache(AdapterLoader({"main": library}, base, folder))
     predictor = Predictor(base, text_cache="first_image" if stale else "per_adapter")
-    runner = Runner(predictor, cache)
+    runner = SegmentRunner(predictor, cache)
     retrieval = RetrievalStage(encoder, {"main": live})
     config = _config(uri)
-    with LocalEngine(config, retrieval, SegmentStage(lambda _: runner, cache)) as engine:
+    with LocalEngine(config, retrieval, SegmentationStage(lambda _: runner, cache)) as engine:
         assert engine.wait_until_ready(60)
         yield engine
 

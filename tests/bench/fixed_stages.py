@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loraseg.factory.draw import Draft, Drawn, Made
-from loraseg.factory.sources import MaskSource
+from loraseg.batch.synthesize.generate_stage import GeneratedImages, GeneratedMask, GeneratedUnit
+from loraseg.batch.synthesize.mask_sources import MaskSource
 from loraseg.synth.lineage import pair_id
 
 
@@ -30,18 +30,18 @@ class _Stage:
         self._source = MaskSource(config.masks, config.classes, config.split)
 
     def __call__(self, part):
-        return Draft(part, tuple(self._drawn(entry, part) for entry in part.entries))
+        return GeneratedUnit(part, tuple(self._drawn(entry, part) for entry in part.entries))
 
     def _drawn(self, entry, part):
         if entry.reason is not None:
-            return Drawn(entry, entry.reason)
+            return GeneratedMask(entry, entry.reason)
         time.sleep(self._seconds)
         mask = self._source.read(entry.mask, classes=len(self._pinned.classes))
         random = np.random.default_rng(int(entry.mask_id[:15], 16))
         count = part.last - part.first + 1
         images = random.integers(0, 256, (count, *mask.shape, 3), dtype=np.uint8)
         lineages = tuple(self._lineage(entry, part.first + index) for index in range(count))
-        return Drawn(entry, Made(mask, mask, images, lineages))
+        return GeneratedMask(entry, GeneratedImages(mask, mask, images, lineages))
 
     def _lineage(self, entry, k):
         return {

@@ -15,14 +15,14 @@ import peft
 import torch
 from torch import nn
 
-from loraseg.adapters import Adapter, pack, targets
+from loraseg.adapters import Adapter, pack, target_modules
 from loraseg.fuse import AdapterBank, Mix, fuse
 from loraseg.fuse.merging import measure_table
 from loraseg.seeding import numpy_generator, torch_generator
-from loraseg.segment.base import load_base
-from loraseg.segment.catseg.config import CATSegConfig
-from loraseg.segment.catseg.model import CATSeg
-from loraseg.segment.predictor import Predictor
+from loraseg.segment.open_vocabulary.base import load_base
+from loraseg.segment.open_vocabulary.catseg.config import CATSegConfig
+from loraseg.segment.open_vocabulary.catseg.model import CATSeg
+from loraseg.segment.open_vocabulary.predictor import Predictor
 from tests.bench.harness import Times, interleave, ratio, setting, single_thread
 from tests.bench.random_adapters import random_adapter
 
@@ -78,7 +78,7 @@ def run() -> dict[str, object]:
             images=IMAGES,
             k=K,
             rank=RANK,
-            sites=len([n for n in targets(model) if n.startswith(VISION)]),
+            sites=len([n for n in target_modules(model) if n.startswith(VISION)]),
             bookkeeping_ms_per_image={
                 "ours": round(1e3 * booked, 3),
                 **{f"peft_n{n}": round(1e3 * min(loop.booked), 1) for n, loop in loops.items()},

@@ -12,17 +12,17 @@ from pathlib import Path
 import numpy as np
 
 from loraseg.adapters import PackedAdapter
-from loraseg.adapters.packed import SiteBlock
+from loraseg.adapters.packed import LayerBlock
 from loraseg.backbones.clip import ClipEncoder
-from loraseg.library import BaseModel, Card, Centroid, Entry
-from loraseg.library.records import HEAD_KEY, Head, snapshot_key
+from loraseg.inference.disk_cache import AdapterDiskCache
+from loraseg.library import AdapterCard, BaseModelInfo, CatalogEntry, Centroid
+from loraseg.library.records import HEAD_KEY, CatalogHead, snapshot_key
 from loraseg.library.snapshot import encode_snapshot
-from loraseg.miniature.world import DOMAINS, render
+from loraseg.miniature.world.render import DOMAINS, render
 from loraseg.seeding import numpy_generator
-from loraseg.segment.pack_folder import PackFolder
 from loraseg.storage import open_store
 
-__all__ = ["entries", "keep_packed", "known_embeddings", "publish_catalog", "scenes"]
+__all__ = ["entries", "publish_catalog", "scene_embeddings", "scenes", "write_packed_adapters"]
 
 _LARGEST = 10_000
 
@@ -34,35 +34,35 @@ def scenes(key: str, count: int = 8) -> list[np.ndarray]:
     return [render(str(name), 1, 0, "bench", key)[0][0] for name in names]
 
 
-def known_embeddings(encoder: ClipEncoder) -> np.ndarray:
+def scene_embeddings(encoder: ClipEncoder) -> np.ndarray:
     """Return embeddings (200, d) of scenes, for centroids to lie among."""
     return np.concatenate([encoder.encode_images(scenes(f"known {n}")) for n in range(25)])
 
 
 def entries(
-    known: np.ndarray, count: int, *, base_digest: str = "00" * 32, encoder_id: str = "bench"
-) -> list[Entry]:
-    """Return entries whose centroids lie among ``known`` (n, d)."""
+    embeddings: np.ndarray, count: int, *, base_digest: str = "00" * 32, encoder_id: str = "bench"
+) -> list[CatalogEntry]:
+    """Return entries whose centroids lie among ``embeddings`` (n, d)."""
     random = numpy_generator(0, "bench", "centroids", count)
-    spread = 0.5 * known.std(axis=0)
-    rows = known[random.integers(0, len(known), count)]
+    spread = 0.5 * embeddings.std(axis=0)
+    rows = embeddings[random.integers(0, len(embeddings), count)]
     rows = (rows + spread * random.standard_normal(rows.shape)).astype(np.float64)
-    base = BaseModel("bench", base_digest)
+    base = BaseModelInfo("bench", base_digest)
     return [_entry(number, row, base, encoder_id) for number, row in enumerate(rows)]
 
 
-def _entry(number: int, vector: np.ndarray, base: BaseModel, encoder_id: str) -> Entry:
+def _entry(number: int, vector: np.ndarray, base: BaseModelInfo, encoder_id: str) -> CatalogEntry:
     centroid = Centroid(
         encoder_id=encoder_id, normalised=False, vector=vector, count=None, spread=None
     )
-    card = Card(
+    card = AdapterCard(
         name=f"a{number:05d}",
         role="segmenter",
         base=base,
         label_space=("road",),
         centroids=(centroid,),
     )
-    return Entry(
+    return CatalogEntry(
         version=1,
         digest=f"{number:064x}",
         card=card,
@@ -72,20 +72,22 @@ def _entry(number: int, vector: np.ndarray, base: BaseModel, encoder_id: str) ->
     )
 
 
-def keep_packed(folder: PackFolder, published: Sequence[Entry], template: PackedAdapter) -> None:
+def write_packed_adapters(
+    folder: AdapterDiskCache, published: Sequence[CatalogEntry], template: PackedAdapter
+) -> None:
     """Keep an adapter for every entry, each a little different from ``template``."""
     for number, entry in enumerate(published):
         scaled = {
-            shape: SiteBlock(block.sites, block.down, block.up * (1 + number / _LARGEST))
+            shape: LayerBlock(block.layers, block.down, block.up * (1 + number / _LARGEST))
             for shape, block in template.blocks.items()
         }
         folder.put(replace(template, digest=entry.digest, blocks=scaled))
 
 
-def publish_catalog(place: Path, published: Sequence[Entry]) -> str:
+def publish_catalog(folder: Path, published: Sequence[CatalogEntry]) -> str:
     """Write a catalog of the entries, without the adapters' files, and return the library's URI."""
-    uri = place.as_uri()
+    uri = folder.as_uri()
     store, snapshot = open_store(uri), encode_snapshot(published)
     store.put(snapshot_key(1), snapshot)
-    store.put(HEAD_KEY, Head.of(1, snapshot).to_bytes())
+    store.put(HEAD_KEY, CatalogHead.from_snapshot(1, snapshot).to_bytes())
     return uri

@@ -17,33 +17,37 @@ import torch
 from loraseg.adapters import Adapter, PackedAdapter, pack
 from loraseg.backbones.clip import load_clip
 from loraseg.fuse import AdapterBank, fuse
-from loraseg.library import Entry
-from loraseg.library.retrieve import Retriever
-from loraseg.segment.adaptive import AdaptiveSegmenter, AdaptiveSettings, preset
-from loraseg.segment.base import SegmentationBase, load_base
-from loraseg.segment.catseg.config import CATSegConfig
-from loraseg.segment.catseg.model import CATSeg
-from loraseg.segment.pack_folder import PackFolder
-from loraseg.segment.pool import AdapterCache, AdapterPool
-from loraseg.segment.predictor import Predictor
+from loraseg.inference.adapter_cache import AdapterCache, AdapterPool
+from loraseg.inference.disk_cache import AdapterDiskCache
+from loraseg.inference.pipeline import (
+    AdaptiveSegmenter,
+    AdaptiveSettings,
+    default_adaptive_settings,
+)
+from loraseg.library import CatalogEntry
+from loraseg.library.retrieve import AdapterRetriever
+from loraseg.segment.open_vocabulary.base import SegmentationBase, load_base
+from loraseg.segment.open_vocabulary.catseg.config import CATSegConfig
+from loraseg.segment.open_vocabulary.catseg.model import CATSeg
+from loraseg.segment.open_vocabulary.predictor import Predictor
 from tests.bench.harness import Times, interleave, ratio, setting, single_thread
-from tests.bench.large_library import entries, keep_packed, known_embeddings, scenes
+from tests.bench.large_library import entries, scene_embeddings, scenes, write_packed_adapters
 from tests.bench.random_adapters import random_adapter
 
 FEW, MANY, RANK, BATCH, ROUNDS = 20, 10_000, 8, 8, 12
-NEAREST = (preset("miniature").k, 5)
+NEAREST = (default_adaptive_settings("miniature").k, 5)
 
 
 def run() -> dict[str, object]:
     with single_thread(), tempfile.TemporaryDirectory() as place:
         base, encoder = load_base("miniature"), load_clip("miniature")
         batches = [scenes(f"round {number}") for number in range(ROUNDS + 2)]
-        known = known_embeddings(encoder)
-        folder = PackFolder(Path(place) / "packed")
+        known = scene_embeddings(encoder)
+        folder = AdapterDiskCache(Path(place) / "packed")
         template = pack(random_adapter(base.model, 0, rank=RANK))
         libraries = {count: entries(known, count) for count in (FEW, MANY)}
         for published in libraries.values():
-            keep_packed(folder, published, template)
+            write_packed_adapters(folder, published, template)
         times: Times = {}
         loads: dict[str, int] = {}
         for k in NEAREST:
@@ -52,12 +56,12 @@ def run() -> dict[str, object]:
                 for count, published in libraries.items()
             }
             rivals = {
-                name: _over(batches, segmenter.segment)
+                name: _segment_all(batches, segmenter.segment)
                 for name, (segmenter, _) in segmenters.items()
             }
             times |= interleave(rivals, rounds=ROUNDS)
             loads |= {name: loaded["count"] for name, (_, loaded) in segmenters.items()}
-        times |= _adding(Path(place) / "adding", known)
+        times |= _time_adding(Path(place) / "adding", known)
     return {
         "bench": "library_scale",
         "ratios": {
@@ -78,35 +82,41 @@ def run() -> dict[str, object]:
     }
 
 
-def _over(batches: list[list[np.ndarray]], segment: Callable[..., object]) -> Callable[[], object]:
+def _segment_all(
+    batches: list[list[np.ndarray]], segment: Callable[..., object]
+) -> Callable[[], object]:
     source = iter(batches)
     return lambda: segment(next(source), ["road", "sky", "car", "person"])
 
 
 def _segmenter(
-    base: SegmentationBase, encoder: object, published: list[Entry], folder: PackFolder, k: int
+    base: SegmentationBase,
+    encoder: object,
+    published: list[CatalogEntry],
+    folder: AdapterDiskCache,
+    k: int,
 ) -> tuple[AdaptiveSegmenter, dict[str, int]]:
     loaded = {"count": 0}
 
-    def load(entry: Entry) -> PackedAdapter:
+    def load(entry: CatalogEntry) -> PackedAdapter:
         loaded["count"] += 1
         packed = folder.get(entry.digest)
         assert packed is not None
         return replace(packed, base_digest=base.digest)
 
-    pool = AdapterPool(published, AdapterCache(load), Retriever(published))
+    pool = AdapterPool(published, AdapterCache(load), AdapterRetriever(published))
     settings = AdaptiveSettings(k=k, temperature=0.04)
     return AdaptiveSegmenter(Predictor(base), encoder, pool, settings), loaded
 
 
-def _adding(place: Path, known: np.ndarray) -> Times:
+def _time_adding(root: Path, known: np.ndarray) -> Times:
     """Add one adapter of ViT-B/16 to 1 and to 999: lay out, keep, index, use for the first time."""
     torch.manual_seed(0)
     model = CATSeg(CATSegConfig()).eval().requires_grad_(False)
     adapters = [random_adapter(model, number, rank=RANK) for number in range(2)]
     rivals: dict[str, Callable[[], object]] = {}
     for name, there in (("add_2nd", 1), ("add_1000th", 999)):
-        folder, published = PackFolder(place / name), entries(known, there + 1)
+        folder, published = AdapterDiskCache(root / name), entries(known, there + 1)
         tiny = PackedAdapter(name="t", digest="0" * 64, base_digest=None, blocks={})
         for entry in published[:-1]:
             folder.put(replace(tiny, digest=entry.digest))
@@ -115,7 +125,10 @@ def _adding(place: Path, known: np.ndarray) -> Times:
 
 
 def _adder(
-    bank: AdapterBank, folder: PackFolder, published: list[Entry], adapters: list[Adapter]
+    bank: AdapterBank,
+    folder: AdapterDiskCache,
+    published: list[CatalogEntry],
+    adapters: list[Adapter],
 ) -> Callable[[], object]:
     with bank.use([fuse(adapters, [0.5, 0.5])]):  # buffers are there once something was served
         pass
@@ -125,7 +138,7 @@ def _adder(
         turn = next(turns)
         adapter = replace(adapters[turn % 2], digest=f"{10**6 + turn:064x}")
         packed = folder.put(pack(adapter))
-        Retriever(published)
+        AdapterRetriever(published)
         with bank.use([fuse([packed, packed], [0.5, 0.5])]):
             pass
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from loraseg.adapters import Adapter
-from loraseg.segment.base import SegmentationBase
-from loraseg.segment.catseg.model import CATSeg
+from loraseg.segment.open_vocabulary.base import SegmentationBase
+from loraseg.segment.open_vocabulary.catseg.model import CATSeg
 from tests.bench.plain_catseg import plain_aggregator, plain_text
 
 __all__ = ["OfficialSemla"]

@@ -44,7 +44,7 @@ def _concat(x: Tensor, guide: Tensor) -> Tensor:
     return torch.cat([x, guide.unsqueeze(1).expand(*x.shape[:-1], -1)], dim=-1)
 
 
-def _plain(linear: Any, x: Tensor) -> Tensor:
+def _plain_linear(linear: Any, x: Tensor) -> Tensor:
     return linear(x)  # ours takes the concatenated input too, and so does peft's layer around it
 
 
@@ -60,7 +60,11 @@ def _swin_block(block: Any, x: Tensor, guide: Tensor) -> Tensor:
     tokens = windows(block.norm1(x))
     both = _concat(tokens, windows(guide))
     q, k, v = (
-        _plain(linear, y).unflatten(-1, (heads, -1)).transpose(-3, -2).flatten(2, 3).flatten(0, 1)
+        _plain_linear(linear, y)
+        .unflatten(-1, (heads, -1))
+        .transpose(-3, -2)
+        .flatten(2, 3)
+        .flatten(0, 1)
         for linear, y in ((attn.q, both), (attn.k, both), (attn.v, tokens))
     )
     bias = None if block.attn_mask is None else block.attn_mask.repeat_interleave(heads, 0)[None]
@@ -81,8 +85,8 @@ def _class_layer(layer: Any, x: Tensor, words: Tensor) -> Tensor:
     words = torch.cat([words, layer.padding_guidance.expand(len(x), extra, -1)], dim=1)
     tokens, attn, length = layer.norm1(y), layer.attention, y.shape[2]
     both = _concat(tokens, words)
-    q, k = F.elu(_plain(attn.q, both)) + 1, F.elu(_plain(attn.k, both)) + 1
-    v = _plain(attn.v, tokens) / length
+    q, k = F.elu(_plain_linear(attn.q, both)) + 1, F.elu(_plain_linear(attn.k, both)) + 1
+    v = _plain_linear(attn.v, tokens) / length
     q, k, v = (z.unflatten(-1, (attn.heads, -1)) for z in (q, k, v))
     memory = torch.einsum("bnshd,bnshv->bnhdv", k, v)
     scale = length / (torch.einsum("bnthd,bnhd->bnth", q, k.sum(dim=2)) + 1e-6)

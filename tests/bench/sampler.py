@@ -112,19 +112,23 @@ def _models() -> tuple[object, DiffusionBase, str]:
         **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline, DiffusionBase.of(pipeline, name="miniature", digest="0" * 64), source
+    return (
+        pipeline,
+        DiffusionBase.from_pipeline(pipeline, name="miniature", digest="0" * 64),
+        source,
+    )
 
 
 def _random_parts() -> dict[str, object]:
     from diffusers import PNDMScheduler
 
-    from loraseg.miniature.generator_model import (
-        SCHEDULE,
+    from loraseg.miniature.models.generator.model import (
+        NOISE_SCHEDULE,
         build_codec,
         build_text_encoder,
         build_unet,
     )
-    from loraseg.miniature.generator_text import build_tokenizer
+    from loraseg.miniature.models.generator.text import build_tokenizer
 
     torch.manual_seed(0)
     return {
@@ -133,7 +137,7 @@ def _random_parts() -> dict[str, object]:
         "tokenizer": build_tokenizer(),
         "unet": build_unet(),
         "scheduler": PNDMScheduler(
-            **SCHEDULE, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False
+            **NOISE_SCHEDULE, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False
         ),
     }
 
@@ -174,7 +178,7 @@ def _noise(base: DiffusionBase, mask_id: str) -> torch.Tensor:
 def _counts(base: DiffusionBase) -> dict[str, dict[str, int]]:
     """Count what one call for two masks of different prompts computes, and what is needed."""
     own = _generator(base, regions=True)
-    text = base.text_calls
+    text = base.encoded_prompts
     calls: list[int] = []
     handle = base.unet.register_forward_hook(lambda *_: calls.append(1))
     masks = [("a", _mask(0)), ("b", _mask(1))]
@@ -183,7 +187,7 @@ def _counts(base: DiffusionBase) -> dict[str, dict[str, int]]:
     cross = sum(getattr(m, "is_cross_attention", False) for m in base.unet.modules())
     return {
         "got": {
-            "text": base.text_calls - text,
+            "text": base.encoded_prompts - text,
             "unet": len(calls),
             "projections": own.projections_computed,
         },
@@ -198,7 +202,7 @@ def _counts(base: DiffusionBase) -> dict[str, dict[str, int]]:
 def _cached_against_uncached(base: DiffusionBase) -> dict[str, float]:
     """Compare with a run that projects all rows of the text anew in every step."""
     cached, plain = (_generator(base, regions=True) for _ in range(2))
-    plain._control.constant_text = lambda *_: contextlib.nullcontext()
+    plain._control.cached_text = lambda *_: contextlib.nullcontext()
     masks = [("mask", _mask(0))]
     latents = [torch.stack([o.latents for o in g.generate(masks)]) for g in (cached, plain)]
     first, second = (_pixels(base, one) for one in latents)

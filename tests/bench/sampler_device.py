@@ -18,12 +18,12 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from loraseg.backbones.diffusion import DiffusionBase, TextEncoding, schedule_of
+from loraseg.backbones.diffusion import DiffusionBase, TextEncoding, get_alphas_cumprod
 from loraseg.compat import prepare_torchvision
 from loraseg.synth.region_attention import RegionControl
 from loraseg.synth.regions import Regions
 from loraseg.synth.sampling import SamplingBatch, SamplingConfig, denoise
-from loraseg.synth.schedulers import Steps
+from loraseg.synth.schedulers import SchedulerSteps
 
 # Methods' count for one image: 50 steps of two UNet passes, decoding, text (performance.md 7).
 UNET_TFLOP, DECODE_TFLOP = 0.803, 2.52
@@ -58,7 +58,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
 
 
 @dataclasses.dataclass
-class _Figure:
+class _Measurement:
     """One variant: seconds for one batch from noise to pixels."""
 
     name: str
@@ -67,7 +67,7 @@ class _Figure:
     first_s: float
     memory_gb: float
 
-    def told(self, tflop_per_image: float) -> dict[str, object]:
+    def to_json(self, tflop_per_image: float) -> dict[str, object]:
         rate = self.batch / self.seconds
         return {
             "batch": self.batch,
@@ -87,7 +87,7 @@ class _Bench:
         self._dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
         self._base = _base(self._device, self._dtype, tiny=options.tiny)
         self._control = RegionControl(self._base.unet)
-        cross = _cross(self._base.unet)
+        cross = _cross_attention_names(self._base.unet)
         self._shares = RegionControl(self._base.unet, alpha_modules=cross)
         self._pipeline = _stock(self._base)
         self._config = SamplingConfig(
@@ -142,7 +142,7 @@ class _Bench:
             "quality": self._quality,
             "skipped": self._skipped,
             "setting": {
-                "device": _name(self._device),
+                "device": _device_name(self._device),
                 "torch": torch.__version__,
                 "dtype": str(self._dtype),
                 "steps": self._options.steps,
@@ -178,16 +178,16 @@ class _Bench:
             return
         cuda = self._device.type == "cuda"
         memory = torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0
-        figure = _Figure(name, batch, seconds, first, memory)
+        figure = _Measurement(name, batch, seconds, first, memory)
         self._seconds[name] = seconds
-        self._figures[name] = figure.told(self._tflop())
+        self._figures[name] = figure.to_json(self._tflop())
         sys.stderr.write(f"{name}: {json.dumps(self._figures[name])}\n")
 
     def _timed(self, run: Callable[[], object]) -> float:
-        _wait(self._device)
+        _synchronize(self._device)
         started = time.perf_counter()
         run()
-        _wait(self._device)
+        _synchronize(self._device)
         return time.perf_counter() - started
 
     def _inputs(self, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -232,7 +232,7 @@ class _Bench:
     def _stock_images(self, batch: int, steps: int, output: str) -> np.ndarray | torch.Tensor:
         noise, text, empty = self._inputs(batch)
         # A scheduler as we use it, so that what differs is the loop alone.
-        self._pipeline.scheduler = Steps(
+        self._pipeline.scheduler = SchedulerSteps(
             self._base.scheduler, self._options.scheduler, steps, torch.device("cpu")
         )._scheduler
         return self._pipeline(
@@ -313,7 +313,7 @@ def _base(device: torch.device, dtype: torch.dtype, *, tiny: bool) -> DiffusionB
         tokenizers=(),
         text_encoders=(),
         scheduler=scheduler,
-        alphas_cumprod=schedule_of(scheduler),
+        alphas_cumprod=get_alphas_cumprod(scheduler),
         **parts,
     )
     return base.to(device, dtype)
@@ -336,7 +336,7 @@ def _stock(base: DiffusionBase) -> object:
     return pipeline
 
 
-def _cross(unet: torch.nn.Module) -> list[str]:
+def _cross_attention_names(unet: torch.nn.Module) -> list[str]:
     return [n for n, m in unet.named_modules() if getattr(m, "is_cross_attention", False)]
 
 
@@ -345,19 +345,19 @@ def _matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
     one, other = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     for _ in range(3):
         one @ other
-    _wait(device)
+    _synchronize(device)
     started = time.perf_counter()
     for _ in range(10):
         one @ other
-    _wait(device)
+    _synchronize(device)
     return round(10 * 2 * side**3 / (time.perf_counter() - started) / 1e12, 2)
 
 
-def _name(device: torch.device) -> str:
+def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
 

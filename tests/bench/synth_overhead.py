@@ -19,16 +19,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from actors.pools import PoolPlacement
+from actors.actor_pools import ActorPoolConfig
 from actors.resources import connect
-from actors.synthesis import OnRay
+from actors.synthesize import RaySynthesisExecutor
+from loraseg.batch.synthesize.config import SynthesisConfig
+from loraseg.batch.synthesize.filter_stage import FilterStage
+from loraseg.batch.synthesize.run import LocalSynthesisExecutor, synthesize
+from loraseg.batch.synthesize.state import ResolvedSynthesisModels
 from loraseg.data.masks import encode_mask
-from loraseg.data.shard_reader import ShardDataset
-from loraseg.data.shards import rows_digest
-from loraseg.factory.config import SynthesisConfig
-from loraseg.factory.pinned import Facts
-from loraseg.factory.run import Here, synthesize
-from loraseg.factory.work import Vote
+from loraseg.data.shards.reader import ShardDataset
+from loraseg.data.shards.schema import rows_digest
 from loraseg.synth.sampling import SamplingConfig
 from loraseg.synth.vote import FilterConfig
 from tests.bench.fixed_stages import FixedCost
@@ -36,10 +36,10 @@ from tests.bench.fixed_stages import FixedCost
 SIBLINGS = 5
 MASKS, SECONDS = 400, 0.4
 FEW, MANY = 2_000, 20_000
-FACTS = Facts(base="0" * 64, adapters=(), generator="0" * 64)
+FACTS = ResolvedSynthesisModels(base="0" * 64, adapters=(), generator="0" * 64)
 
 
-class Loop(Here):
+class LoopExecutor(LocalSynthesisExecutor):
     """The stages one after another, the first of a fixed cost."""
 
     def __init__(self, seconds):
@@ -50,23 +50,23 @@ class Loop(Here):
         return FACTS
 
     def make(self, pinned, work):
-        draw, vote = self._cost(pinned), Vote(pinned)
+        draw, vote = self._cost(pinned), FilterStage(pinned)
         for part in work:
             yield vote(draw(part))
 
 
-class Stream(OnRay):
+class RayDataExecutor(RaySynthesisExecutor):
     """The same on Ray Data."""
 
     def __init__(self, seconds):
-        one = PoolPlacement(max_parallel=1, cpus=0.5)
-        super().__init__(one, one, draw=FixedCost(seconds))
+        one = ActorPoolConfig(max_parallel=1, cpus=0.5)
+        super().__init__(one, one, make_generate_stage=FixedCost(seconds))
 
     def look(self, config, label_space):
         return FACTS
 
 
-class Timed:
+class TimedExecutor:
     """A crew whose work is timed."""
 
     def __init__(self, crew):
@@ -85,10 +85,10 @@ def run() -> dict[str, object]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         connect(cpus=2)
-        loop, loop_rows = pace(Loop(SECONDS), folder / "loop", MASKS)
-        stream, stream_rows = pace(Stream(SECONDS), folder / "stream", MASKS)
-        few = peak(folder / "few", FEW)
-        many = peak(folder / "many", MANY)
+        loop, loop_rows = pairs_per_second(LoopExecutor(SECONDS), folder / "loop", MASKS)
+        stream, stream_rows = pairs_per_second(RayDataExecutor(SECONDS), folder / "stream", MASKS)
+        few = peak_memory(folder / "few", FEW)
+        many = peak_memory(folder / "many", MANY)
         ray.shutdown()
     return {
         "bench": "synth_overhead",
@@ -108,7 +108,7 @@ def run() -> dict[str, object]:
     }
 
 
-def config_of(folder, count, side=64):
+def make_config(folder, count, side=64):
     """Write masks as Parquet; return the config of a run."""
     masks = folder / "masks"
     masks.mkdir(parents=True)
@@ -128,25 +128,25 @@ def config_of(folder, count, side=64):
     )
 
 
-def pace(crew, folder, count):
+def pairs_per_second(crew, folder, count):
     """Return pairs a second, and a digest of all rows."""
-    timed = Timed(crew)
-    config = config_of(folder, count)
+    timed = TimedExecutor(crew)
+    config = make_config(folder, count)
     summary = synthesize(config, timed)
     rows = ShardDataset.open(config.output).rows()
     return summary.manifest.pairs / timed.seconds, rows_digest(rows)
 
 
-def peak(folder, count):
+def peak_memory(folder, count):
     """Return the most memory in bytes that a run takes, in the driver and in Ray."""
-    watch = Watch()
+    watch = MemorySampler()
     with watch:
-        config = replace(config_of(folder, count, side=16), masks_per_shard=16)
-        synthesize(config, Timed(Stream(0.0)))
+        config = replace(make_config(folder, count, side=16), masks_per_shard=16)
+        synthesize(config, TimedExecutor(RayDataExecutor(0.0)))
     return watch.peak
 
 
-class Watch:
+class MemorySampler:
     """Samples the memory of this process and of all that it started."""
 
     def __init__(self, every_s=0.5):
@@ -154,7 +154,7 @@ class Watch:
         self.peak = 0
 
     def __enter__(self):
-        self._thread = threading.Thread(target=self._watch)
+        self._thread = threading.Thread(target=self._sample_loop)
         self._thread.start()
         return self
 
@@ -162,12 +162,12 @@ class Watch:
         self._stop.set()
         self._thread.join()
 
-    def _watch(self):
+    def _sample_loop(self):
         while not self._stop.wait(self._every_s):
-            self.peak = max(self.peak, self._now())
+            self.peak = max(self.peak, self._read_bytes())
 
     @staticmethod
-    def _now():
+    def _read_bytes():
         own = psutil.Process()
         total = 0
         for process in (own, *own.children(recursive=True)):

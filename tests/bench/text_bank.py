@@ -8,9 +8,9 @@ import peft
 import torch
 from torch import Tensor
 
-from loraseg.adapters import targets
+from loraseg.adapters import target_modules
 from loraseg.seeding import derive, torch_generator
-from loraseg.segment.catseg import CATSeg, CATSegConfig
+from loraseg.segment.open_vocabulary.catseg import CATSeg, CATSegConfig
 from tests.bench.harness import Times, interleave, ratio, setting, single_thread
 from tests.bench.plain_catseg import plain_text, trimmed_text
 
@@ -54,7 +54,7 @@ def run() -> dict[str, object]:
 def _model() -> CATSeg:
     torch.manual_seed(derive(0, "bench", "text_bank"))
     model = CATSeg(CATSegConfig(vision_layers=1)).eval().requires_grad_(requires_grad=False)
-    sites = [name for name in targets(model) if ".clip_model.transformer." in name]
+    sites = [name for name in target_modules(model) if ".clip_model.transformer." in name]
     config = peft.LoraConfig(r=RANK, target_modules=sites, init_lora_weights=False)
     peft.inject_adapter_in_model(config, model)
     return model

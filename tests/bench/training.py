@@ -11,22 +11,22 @@ import peft
 import torch
 from torch import nn
 
-from loraseg.adapters.inject import targets
+from loraseg.adapters.targets.catseg import target_modules
 from loraseg.compat import prepare_torchvision
 from loraseg.data import DatasetFolder
-from loraseg.miniature.dataset import write_world
-from loraseg.segment.base import SegmentationBase, load_base
-from loraseg.segment.catseg.config import CATSegConfig
-from loraseg.segment.catseg.model import CATSeg
-from loraseg.train.lora import Member, train_group
-from loraseg.train.recipes import AdapterRecipe, named_recipe
-from loraseg.train.segmentation import (
+from loraseg.miniature.world.dataset import write_world
+from loraseg.segment.open_vocabulary.base import SegmentationBase, load_base
+from loraseg.segment.open_vocabulary.catseg.config import CATSegConfig
+from loraseg.segment.open_vocabulary.catseg.model import CATSeg
+from loraseg.train.segmenter_adapters.recipes import AdapterRecipe, named_recipe
+from loraseg.train.segmenter_adapters.samples import (
     TrainingImages,
-    encode_side,
+    encode_image_features,
     encode_text,
     segmentation_loss,
 )
-from loraseg.train.tasks import AdapterTask, run_task
+from loraseg.train.segmenter_adapters.training import GroupMember, train_group
+from loraseg.train.tasks import SegmenterAdapterTask, train_adapter
 from tests.bench.harness import interleave, ratio, setting, single_thread
 
 DOMAINS = ("snow", "night", "thermal")
@@ -43,7 +43,9 @@ def run() -> dict[str, object]:
         base = load_base()
         steps = _steps(base, data)
         together, same_group = _groups(base, data, _sweep("miniature", steps=2), rounds=2)
-        large, same_large = _groups(_vit_b(base), data, _sweep("semla-acdc", steps=1), rounds=1)
+        large, same_large = _groups(
+            _vit_b_base(base), data, _sweep("semla-acdc", steps=1), rounds=1
+        )
     each = [processes["each"] / len(DOMAINS), processes["one"] / len(DOMAINS)]
     return {
         "bench": "training",
@@ -71,7 +73,7 @@ def train(folder: str, library: str, *names: str) -> None:
     for name in names:
         recipe = named_recipe("miniature", {"loop": {"steps": STEPS}})
         paths = {"data": f"{folder}/{name}", "library": library, "checkpoints": f"{library}-state"}
-        digest = run_task(AdapterTask(name=name, recipe=recipe, **paths)).digest
+        digest = train_adapter(SegmenterAdapterTask(name=name, recipe=recipe, **paths)).digest
         sys.stdout.write(f"{name} {digest}\n")
 
 
@@ -82,12 +84,14 @@ def _processes(folder: Path) -> tuple[dict[str, float], bool]:
     printed: dict[str, list[str]] = {}
     for kind, groups in calls.items():
         started = _children_s()
-        printed[kind] = [line for names in groups for line in _trained(folder, kind, names)]
+        printed[kind] = [
+            line for names in groups for line in _train_in_process(folder, kind, names)
+        ]
         seconds[kind] = _children_s() - started
     return seconds, printed["one"] == printed["each"]
 
 
-def _trained(folder: Path, kind: str, names: Sequence[str]) -> list[str]:
+def _train_in_process(folder: Path, kind: str, names: Sequence[str]) -> list[str]:
     code = "import sys; from tests.bench.training import train; train(*sys.argv[1:])"
     command = [sys.executable, "-c", code, str(folder), str(folder / f"library-{kind}"), *names]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
@@ -104,7 +108,7 @@ def _steps(base: SegmentationBase, data: DatasetFolder) -> dict[str, list[float]
     for precision in ("bf16", "fp32"):
         recipe = named_recipe("miniature", {"loop": {"steps": 3, "precision": precision}})
         rivals[f"ours_{precision}"] = lambda recipe=recipe: _together(base, data, [recipe])
-        rivals[f"peft_{precision}"] = _by_peft(data, recipe)
+        rivals[f"peft_{precision}"] = _peft_steps(data, recipe)
     return interleave(rivals, rounds=3)
 
 
@@ -113,15 +117,15 @@ def _images(data: DatasetFolder, recipe: AdapterRecipe) -> TrainingImages:
 
 
 def _together(base: SegmentationBase, data: DatasetFolder, recipes: Sequence[AdapterRecipe]):
-    members = [Member(recipe=recipe) for recipe in recipes]
+    members = [GroupMember(recipe=recipe) for recipe in recipes]
     images = _images(data, recipes[0])
     return train_group(base, images, data.label_space.names, members)
 
 
-def _by_peft(data: DatasetFolder, recipe: AdapterRecipe) -> Callable[[], None]:
+def _peft_steps(data: DatasetFolder, recipe: AdapterRecipe) -> Callable[[], None]:
     prepare_torchvision()
     base = load_base()
-    names = list(targets(base.model, recipe.targets))
+    names = list(target_modules(base.model, recipe.targets))
     config = peft.LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules=names)
     peft.LoraModel(base.model, config, "default")
     parameters = [p for p in base.model.parameters() if p.requires_grad]
@@ -132,7 +136,10 @@ def _by_peft(data: DatasetFolder, recipe: AdapterRecipe) -> Callable[[], None]:
     def steps() -> None:
         for step in range(recipe.loop.steps):
             pixels, labels = images.batch(step, recipe.batch_size)
-            side, text = encode_side(base, pixels, precision), encode_text(base, tokens, precision)
+            side, text = (
+                encode_image_features(base, pixels, precision),
+                encode_text(base, tokens, precision),
+            )
             optimizer.zero_grad(set_to_none=True)
             segmentation_loss(base, text, side, labels, precision=precision).backward()
             nn.utils.clip_grad_norm_(parameters, recipe.loop.clip_norm)
@@ -171,7 +178,7 @@ def _groups(
     return times, same
 
 
-def _vit_b(like: SegmentationBase) -> SegmentationBase:
+def _vit_b_base(like: SegmentationBase) -> SegmentationBase:
     """A CAT-Seg B/16 at 384 pixels of random weights, with the other's words."""
     torch.manual_seed(0)
     model = CATSeg(CATSegConfig(vocab_size=512)).eval()

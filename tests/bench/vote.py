@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from loraseg.seeding import numpy_generator
-from loraseg.synth.plurality import relative_filter
-from loraseg.synth.vote import FilterConfig, Judged, apply_filter
+from loraseg.synth.majority_vote import relative_filter
+from loraseg.synth.vote import FilterConfig, PseudoLabels, apply_filter
 from tests.bench.harness import Times, interleave, ratio, setting, single_thread
-from tests.bench.measured import Measured
+from tests.bench.partial_result import PartialResult
 
 SIDE, NOISE, REGION, ROUNDS = 512, 0.25, 32, 25
 IGNORE = np.uint8(255)
@@ -49,7 +49,7 @@ def run() -> dict[str, object]:
         }
 
 
-def _measure(voters: int, classes: int) -> Measured:
+def _measure(voters: int, classes: int) -> PartialResult:
     mask, labels = _maps(voters, classes)
     files = [_png(mask), *map(_png, labels)]
     votes, told = torch.from_numpy(labels), torch.from_numpy(mask)
@@ -66,7 +66,7 @@ def _measure(voters: int, classes: int) -> Measured:
         first, *others = map(_ids, files)
         return list(map(_png, relative_filter(first, np.stack(others))))
 
-    judged, config = Judged(labels=labels), FilterConfig()
+    judged, config = PseudoLabels(labels=labels), FilterConfig()
     times: Times = interleave(
         {
             "paper": lambda: relative_filter(mask, labels, ties="paper"),
@@ -83,7 +83,7 @@ def _measure(voters: int, classes: int) -> Measured:
     ratios = {name: ratio(times, name, "paper") for name in ("scipy", "torch")}
     ratios |= {f"{name}_mask_first": ratio(times, name, "mask_first") for name in tuple(ratios)}
     rates = {name: round(1 / min(seconds), 1) for name, seconds in times.items()}
-    return Measured(
+    return PartialResult(
         ratios,
         {"identical": all(same)},
         times,

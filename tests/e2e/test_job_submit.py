@@ -17,7 +17,7 @@ import pytest
 from loraseg.library import Library
 from loraseg.storage import open_store
 from tests.integration.ray_cluster import end_starter
-from tests.tiny_world import write_domain, write_manifest, write_models
+from tests.tiny_training import write_domain, write_manifest, write_models
 
 pytestmark = pytest.mark.e2e
 

@@ -10,23 +10,23 @@ import pytest
 from PIL import Image
 from playwright.sync_api import expect
 
-from loraseg.miniature.world import render
+from loraseg.miniature.world.render import render
 from tests.e2e.conftest import TOKEN
-from tests.e2e.page_hands import (
+from tests.e2e.page_actions import (
     CLASSES,
     SNOW,
-    ask,
     chart,
-    choose,
-    decoded,
+    choose_file,
+    decode_png,
     frame,
     hover,
     overlay,
     png_bytes,
-    ready,
-    settle,
+    segment_request,
+    select_view,
+    submit_image,
     tab_to,
-    view,
+    wait_answered,
     write_classes,
 )
 from tests.e2e.page_server import DOMAINS
@@ -36,15 +36,15 @@ pytestmark = pytest.mark.e2e
 
 def test_an_upload_is_segmented_and_another_class_changes_the_overlay(visit, endpoint):
     page = visit()
-    ready(page)
-    reply = ask(endpoint)
-    labels, palette = decoded(reply["segmentation_mask"]), np.array(reply["palette"], np.uint8)
+    submit_image(page)
+    reply = segment_request(endpoint)
+    labels, palette = decode_png(reply["segmentation_mask"]), np.array(reply["palette"], np.uint8)
     before = overlay(page)
     np.testing.assert_array_equal(before[..., :3], palette[labels])
     assert (before[..., 3] == 255).all()
 
     page.get_by_label("Add a class", exact=True).fill("terrain, pavement,")
-    settle(page)
+    wait_answered(page)
     assert (overlay(page) != before).any()
     rows = page.locator("#legend li .name").all_inner_texts()
     assert rows == [*CLASSES, "terrain", "pavement"]
@@ -52,8 +52,8 @@ def test_an_upload_is_segmented_and_another_class_changes_the_overlay(visit, end
 
 def test_the_chart_shows_the_retrieved_adapters(visit, endpoint):
     page = visit()
-    ready(page)
-    adapters = ask(endpoint)["adapters"]
+    submit_image(page)
+    adapters = segment_request(endpoint)["adapters"]
     assert list(chart(page)) == [used["name"] for used in adapters]
     assert set(chart(page)) <= set(DOMAINS)
     for used, weight in zip(adapters, chart(page).values(), strict=True):
@@ -69,34 +69,34 @@ def test_the_chart_shows_the_retrieved_adapters(visit, endpoint):
 
 def test_an_adapter_can_be_left_out_and_put_back(visit):
     page = visit()
-    ready(page)
+    submit_image(page)
     first = next(iter(chart(page)))
     page.locator("#chart summary").first.click()
     page.get_by_role("button", name=f"Segment without {first}").click()
-    settle(page)
+    wait_answered(page)
     assert first not in chart(page)
     page.get_by_label(f"Put {first} back").click()
-    settle(page)
+    wait_answered(page)
     assert first in chart(page)
 
 
 def test_base_and_fused_alone_and_side_by_side(visit, endpoint):
     page = visit()
-    ready(page)
+    submit_image(page)
     fused = overlay(page)
-    view(page, "Base")
-    settle(page)
+    select_view(page, "Base")
+    wait_answered(page)
     base = overlay(page, "base")
     expect(page.locator("#adapters-none")).to_contain_text("no adapter was asked for")
     assert chart(page) == {}
-    view(page, "Side by side")
-    settle(page)
+    select_view(page, "Side by side")
+    wait_answered(page)
     np.testing.assert_array_equal(overlay(page, "base"), base)
     np.testing.assert_array_equal(overlay(page, "fused"), fused)
     changed = (fused != base).any(axis=2).mean()
     assert changed > 0
     expect(page.locator("figure[data-mode=fused]")).to_contain_text(f"{100 * changed:.1f} %")
-    labels = decoded(ask(endpoint, mode="base")["segmentation_mask"])
+    labels = decode_png(segment_request(endpoint, mode="base")["segmentation_mask"])
     shares = page.locator("#legend .share").all_inner_texts()
     assert [text.split(" → ")[0] for text in shares] == [
         f"{100 * (labels == index).mean():.1f} %" for index in range(len(CLASSES))
@@ -107,9 +107,9 @@ def test_base_and_fused_alone_and_side_by_side(visit, endpoint):
 
 def test_hovering_tells_class_and_confidence(visit, endpoint):
     page = visit()
-    ready(page)
-    reply = ask(endpoint)
-    labels, confidence = decoded(reply["segmentation_mask"]), decoded(reply["confidence"])
+    submit_image(page)
+    reply = segment_request(endpoint)
+    labels, confidence = decode_png(reply["segmentation_mask"]), decode_png(reply["confidence"])
     for x, y in ((0, 0), (63, 63), (20, 40), (40, 10)):
         hover(page, x, y)
         tip = frame(page).locator(".tip")
@@ -122,15 +122,15 @@ def test_hovering_tells_class_and_confidence(visit, endpoint):
 
 def test_classes_can_be_hidden_and_the_confidence_shown(visit, endpoint):
     page = visit()
-    ready(page)
-    labels = decoded(ask(endpoint)["segmentation_mask"])
+    submit_image(page)
+    labels = decode_png(segment_request(endpoint)["segmentation_mask"])
     page.locator("#legend").get_by_label("road").uncheck()
     np.testing.assert_array_equal(overlay(page)[..., 3] == 0, labels == CLASSES.index("road"))
     page.get_by_role("button", name="Hide all").click()
     assert not overlay(page).any()
     page.get_by_role("button", name="Show all").click()
     before = overlay(page)
-    view(page, "Confidence")
+    select_view(page, "Confidence")
     after = overlay(page)
     assert (before != after).any()
     assert (after[..., 3] == 255).all()
@@ -140,14 +140,14 @@ def test_classes_can_be_hidden_and_the_confidence_shown(visit, endpoint):
 
 def test_downloads(visit, endpoint):
     page = visit()
-    ready(page)
-    reply = ask(endpoint)
+    submit_image(page)
+    reply = segment_request(endpoint)
     with page.expect_download() as download:
         page.get_by_role("button", name="PNG").click()
     assert download.value.suggested_filename == "snow-fused.png"
     picture = Image.open(io.BytesIO(Path(download.value.path()).read_bytes()))
     assert (picture.mode, picture.size) == ("P", (64, 64))
-    np.testing.assert_array_equal(np.array(picture), decoded(reply["segmentation_mask"]))
+    np.testing.assert_array_equal(np.array(picture), decode_png(reply["segmentation_mask"]))
     colors = np.reshape(picture.getpalette(), (-1, 3))[: len(CLASSES)]
     np.testing.assert_array_equal(colors, reply["palette"])
 
@@ -172,19 +172,19 @@ def test_a_whole_run_with_the_keyboard_alone(visit):
     expect(page.locator(".thumb canvas").first).to_be_visible()
     tab_to(page, ".thumb")
     page.keyboard.press("Enter")
-    settle(page)
+    wait_answered(page)
     tab_to(page, "#word")
     page.keyboard.type("lamp")
     page.keyboard.press("Enter")
-    settle(page)
+    wait_answered(page)
     expect(page.locator("#legend")).to_contain_text("lamp")
     page.keyboard.press("ArrowLeft")
     page.keyboard.press("Delete")
-    settle(page)
+    wait_answered(page)
     expect(page.locator("#legend")).not_to_contain_text("lamp")
     tab_to(page, "[name=view]")
     page.keyboard.press("ArrowRight")
-    settle(page)
+    wait_answered(page)
     tab_to(page, ".frame")
     expect(page.locator("#spot")).to_have_text(re.compile(r".+, \d+ %"))
     page.keyboard.press("ArrowRight")
@@ -199,9 +199,9 @@ def test_a_whole_run_with_the_keyboard_alone(visit):
 
 def test_errors_are_told_in_words(visit):
     page = visit()
-    ready(page)
+    submit_image(page)
     alert = page.get_by_role("alert")
-    choose(page, b"Dear diary", "diary.txt")
+    choose_file(page, b"Dear diary", "diary.txt")
     expect(alert).to_contain_text("“diary.txt” is not an image that can be read.")
     page.get_by_role("button", name="Dismiss").click()
     expect(alert).to_be_hidden()
@@ -210,14 +210,14 @@ def test_errors_are_told_in_words(visit):
     expect(alert).to_contain_text("A parameter is wrong. Classes: a name of 101 characters")
     expect(page.get_by_role("button", name="PNG")).to_be_disabled()
     page.get_by_label(f"Remove {'x' * 101}").click()
-    settle(page)
+    wait_answered(page)
     expect(alert).to_be_hidden()
     page.context.set_offline(True)
     page.get_by_role("button", name="Segment", exact=True).click()
     expect(alert).to_contain_text("The server did not answer.")
     page.context.set_offline(False)
     page.get_by_role("button", name="Segment", exact=True).click()
-    settle(page)
+    wait_answered(page)
     expect(alert).to_be_hidden()
 
 
@@ -235,9 +235,9 @@ def test_a_busy_server_is_asked_again(visit):
 
     page.route("**/v1/segment", refuse_once)
     write_classes(page)
-    choose(page)
+    choose_file(page)
     expect(page.locator("#notice")).to_contain_text("Trying again in 2 seconds")
-    settle(page)
+    wait_answered(page)
     expect(page.locator("#notice")).to_be_hidden()
     assert len(refused) == 1
 
@@ -252,10 +252,10 @@ def test_a_token_is_asked_for(visit, locked_endpoint):
     dialog.get_by_label("Token", exact=True).fill(TOKEN)
     dialog.get_by_role("button", name="Use this token").click()
     expect(dialog).to_be_hidden()
-    ready(page)
+    submit_image(page)
     assert chart(page)
     page.reload()
-    ready(page)
+    submit_image(page)
     page.get_by_role("button", name="Token").click()
     dialog.get_by_role("button", name="Forget").click()
     expect(dialog).to_be_visible()
@@ -267,7 +267,7 @@ def test_large_pictures_are_drawn_smaller_and_downloaded_whole(visit):
     large = np.kron(render("night", 1, 5, "page")[0][0], np.ones((36, 32, 1), np.uint8))
     page.locator("#settings summary").click()
     page.get_by_label("Tiles").select_option("never")
-    ready(page, data=png_bytes(large))
+    submit_image(page, data=png_bytes(large))
     height, width = overlay(page).shape[:2]
     assert height * width <= 4.1e6
     assert width / height == pytest.approx(large.shape[1] / large.shape[0], abs=0.01)

@@ -78,13 +78,13 @@ def durable_endpoint():
 @pytest.fixture
 def s3_env(moto_endpoint, monkeypatch):
     """A fresh bucket on moto, with the environment set to reach it."""
-    return _space(moto_endpoint, monkeypatch)
+    return _fresh_space(moto_endpoint, monkeypatch)
 
 
 @pytest.fixture
 def durable_env(durable_endpoint, monkeypatch):
     """A fresh bucket on the durable server, with the environment set to reach it."""
-    return _space(durable_endpoint, monkeypatch)
+    return _fresh_space(durable_endpoint, monkeypatch)
 
 
 @pytest.fixture(params=["file", "moto", pytest.param("durable", marks=pytest.mark.durable)])
@@ -96,7 +96,7 @@ def store_uri(request, tmp_path):
     return f"{space.uri}/a store"
 
 
-def _space(endpoint, monkeypatch):
+def _fresh_space(endpoint, monkeypatch):
     for name in _AWS_SETTINGS:
         monkeypatch.delenv(name, raising=False)
     for name, value in endpoint.environment.items():

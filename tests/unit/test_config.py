@@ -94,6 +94,6 @@ def test_what_a_job_adds_is_left_behind():
         workers: int = 2
 
     inner = Inner(steps=4)
-    found = config.narrowed(Job(name="a", inner=inner, workers=5), Outer)
+    found = config.project(Job(name="a", inner=inner, workers=5), Outer)
     assert type(found) is Outer
     assert found == Outer(name="a", inner=inner)

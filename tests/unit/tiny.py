@@ -11,14 +11,14 @@ from PIL import Image
 
 from loraseg import seeding
 from loraseg.adapters.adapter import LoraPair
-from loraseg.adapters.inject import targets
-from loraseg.adapters.peft_io import adapter_files, load_adapter
+from loraseg.adapters.peft_io import load_adapter, to_peft_files
+from loraseg.adapters.targets.catseg import target_modules
 from loraseg.backbones.tokenizer import WordTokenizer
 from loraseg.compat import prepare_torchvision
-from loraseg.library import BaseModel, Card, Centroid, Library
-from loraseg.segment.base import SegmentationBase
-from loraseg.segment.catseg.checkpoint import save_catseg
-from loraseg.segment.catseg.model import CATSeg
+from loraseg.library import AdapterCard, BaseModelInfo, Centroid, Library
+from loraseg.segment.open_vocabulary.base import SegmentationBase
+from loraseg.segment.open_vocabulary.catseg.checkpoint import save_catseg
+from loraseg.segment.open_vocabulary.catseg.model import CATSeg
 from loraseg.storage import open_store
 from tests.tiny_sizes import tiny_config
 
@@ -80,7 +80,7 @@ class ColorEncoder:
 
 def random_pairs(model, seed, *, rank=2, size=0.4):
     pairs = {}
-    for name in targets(model):
+    for name in target_modules(model):
         weight = model.get_submodule(name).weight
         generator = seeding.torch_generator(seed, name)
         down = torch.randn(rank, weight.shape[1], generator=generator)
@@ -90,7 +90,7 @@ def random_pairs(model, seed, *, rank=2, size=0.4):
 
 
 def random_adapter(base, name, seed, **options):
-    files = adapter_files(random_pairs(base.model, seed, **options), base_digest=base.digest)
+    files = to_peft_files(random_pairs(base.model, seed, **options), base_digest=base.digest)
     return load_adapter(files, name=name)
 
 
@@ -123,7 +123,7 @@ def domain_images(name, count, size=(20, SIDE)):
 def publish(uri, base, encoder, names=tuple(DOMAINS), **card):
     library = Library(open_store(str(uri)))
     for name in names:
-        files = adapter_files(
+        files = to_peft_files(
             random_pairs(base.model, list(DOMAINS).index(name)), base_digest=base.digest
         )
         embeddings = encoder.encode_images(list(domain_images(name, 6)))
@@ -133,10 +133,10 @@ def publish(uri, base, encoder, names=tuple(DOMAINS), **card):
         library.publish(
             name,
             files,
-            Card(
+            AdapterCard(
                 name=name,
                 role="segmenter",
-                base=BaseModel(base.name, base.digest),
+                base=BaseModelInfo(base.name, base.digest),
                 label_space=CLASSES,
                 centroids=(centroid,),
                 **card,

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from loraseg.data.exports.staging import Pair, pairs, staged
-from loraseg.data.rle import encode_rle
-from loraseg.data.shard_pictures import ignore_of
-from loraseg.data.shard_reader import ShardDataset
+from loraseg.data.exports.staging import ExportPair, atomic_directory, iter_pairs
+from loraseg.data.mask_encodings.rle import encode_rle
+from loraseg.data.shards.pictures import ignore_id
+from loraseg.data.shards.reader import ShardDataset
 from loraseg.tensor_types import ndarray
 
 __all__ = ["export_coco"]
@@ -41,7 +41,7 @@ def export_coco(dataset: ShardDataset, folder: str | Path) -> int:
         for index, name in enumerate(dataset.manifest.classes)
     ]
     count = number = 0
-    with staged(folder) as root:
+    with atomic_directory(folder) as root:
         (root / "images").mkdir()
         listing = root / "images.part"
         with (
@@ -51,13 +51,13 @@ def export_coco(dataset: ShardDataset, folder: str | Path) -> int:
             # Annotations go straight to their place and the list of images waits in a file, so
             # that memory does not grow with the number of pairs.
             file.write(f'{{"categories": {json.dumps(categories)},\n"annotations": [')
-            for count, pair in enumerate(pairs(dataset), 1):
+            for count, pair in enumerate(iter_pairs(dataset), 1):
                 name = f"images/{pair.id}.{pair.suffix}"
                 (root / name).write_bytes(pair.image)
-                images.write(_separated(_image(pair, count, name), count))
+                images.write(_json_item(_image_entry(pair, count, name), count))
                 for annotation in _annotations(pair, count, len(categories)):
                     number += 1
-                    file.write(_separated({"id": number, **annotation}, number))
+                    file.write(_json_item({"id": number, **annotation}, number))
             file.write('],\n"images": [')
             images.seek(0)
             shutil.copyfileobj(images, file)
@@ -66,29 +66,29 @@ def export_coco(dataset: ShardDataset, folder: str | Path) -> int:
     return count
 
 
-def _separated(content: Mapping[str, Any], number: int) -> str:
+def _json_item(content: Mapping[str, Any], number: int) -> str:
     return f"{',' if number > 1 else ''}\n{json.dumps(content)}"
 
 
-def _image(pair: Pair, number: int, name: str) -> dict[str, Any]:
-    height, width = pair.ids.shape
+def _image_entry(pair: ExportPair, number: int, name: str) -> dict[str, Any]:
+    height, width = pair.label_ids.shape
     return {"id": number, "file_name": name, "height": height, "width": width}
 
 
-def _annotations(pair: Pair, image: int, classes: int) -> Iterator[dict[str, Any]]:
-    present = np.unique(pair.ids)
-    for rle in encode_rle(pair.ids, present[present != ignore_of(classes)].tolist()):
+def _annotations(pair: ExportPair, image: int, classes: int) -> Iterator[dict[str, Any]]:
+    present = np.unique(pair.label_ids)
+    for rle in encode_rle(pair.label_ids, present[present != ignore_id(classes)].tolist()):
         yield {
             "image_id": image,
             "category_id": rle["class_id"] + 1,
             "segmentation": {"size": rle["size"], "counts": rle["counts"]},
             "area": rle["area"],
-            "bbox": _box(pair.ids == rle["class_id"]),
+            "bbox": _bounding_box(pair.label_ids == rle["class_id"]),
             "iscrowd": 0,
         }
 
 
-def _box(inside: ndarray) -> list[int]:
+def _bounding_box(inside: ndarray) -> list[int]:
     """Return x, y, width and height of what is true."""
     rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
     left, top = int(columns[0]), int(rows[0])

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from loraseg.data.exports.staging import check_name, pairs, staged
+from loraseg.data.exports.staging import atomic_directory, check_file_name, iter_pairs
 from loraseg.data.labels import write_classes
-from loraseg.data.shard_reader import ShardDataset
+from loraseg.data.shards.reader import ShardDataset
 
 __all__ = ["export_folder"]
 
@@ -26,14 +26,14 @@ def export_folder(dataset: ShardDataset, folder: str | Path, *, split: str = "tr
         IntegrityError: A shard is damaged.
         StoreError: The store cannot be read or the folder not be written.
     """
-    check_name(split, "split")
+    check_file_name(split, "split")
     label_space, count = dataset.classes, 0
-    with staged(folder) as root:
+    with atomic_directory(folder) as root:
         images, masks = root / "images" / split, root / "masks" / split
         images.mkdir(parents=True)
         masks.mkdir(parents=True)
         write_classes(root / "classes.json", label_space)
-        for pair in pairs(dataset):
+        for pair in iter_pairs(dataset):
             (images / f"{pair.id}.{pair.suffix}").write_bytes(pair.image)
             (masks / f"{pair.id}.png").write_bytes(pair.label)
             count += 1

@@ -9,15 +9,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from loraseg.data.exports.staging import Pair, check_name, pairs, staged
-from loraseg.data.shard_reader import ShardDataset
+from loraseg.data.exports.staging import ExportPair, atomic_directory, check_file_name, iter_pairs
+from loraseg.data.shards.reader import ShardDataset
 
 __all__ = ["export_hf_parquet"]
 
 # The viewer reads whole row groups; its makers advise about a hundred pictures in one.
 _GROUP_ROWS = 100
 _FILE_ROWS = 2000
-_PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+_IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 _COLUMNS = {
     "pair_id": pa.string(),
     "mask_name": pa.string(),
@@ -36,7 +36,7 @@ _FEATURES: dict[str, dict[str, Any]] = {
     },
 }
 _SCHEMA = pa.schema(
-    [("image", _PICTURE), ("label", _PICTURE), *_COLUMNS.items()],
+    [("image", _IMAGE_TYPE), ("label", _IMAGE_TYPE), *_COLUMNS.items()],
     metadata={"huggingface": json.dumps({"info": {"features": _FEATURES}})},
 )
 
@@ -61,33 +61,33 @@ def export_hf_parquet(dataset: ShardDataset, folder: str | Path, *, split: str =
         IntegrityError: A shard is damaged.
         StoreError: The store cannot be read or the folder not be written.
     """
-    check_name(split, "split")
+    check_file_name(split, "split")
     files = max(1, -(-len(dataset) // _FILE_ROWS))
     count = 0
-    with staged(folder) as root:
+    with atomic_directory(folder) as root:
         (root / "data").mkdir()
         names = json.dumps(list(dataset.manifest.classes), ensure_ascii=False, indent=1)
         (root / "classes.json").write_text(f"{names}\n", encoding="utf-8")
-        stream = pairs(dataset)
+        stream = iter_pairs(dataset)
         for number in range(files):
             path = root / "data" / f"{split}-{number:05d}-of-{files:05d}.parquet"
-            count += _write(path, itertools.islice(stream, _FILE_ROWS))
+            count += _write_file(path, itertools.islice(stream, _FILE_ROWS))
     return count
 
 
-def _write(path: Path, some: Iterator[Pair]) -> int:
+def _write_file(path: Path, file_pairs: Iterator[ExportPair]) -> int:
     count = 0
     with pq.ParquetWriter(path, _SCHEMA, compression="none") as writer:
-        while group := [_row(pair) for pair in itertools.islice(some, _GROUP_ROWS)]:
+        while group := [_to_row(pair) for pair in itertools.islice(file_pairs, _GROUP_ROWS)]:
             writer.write_table(pa.Table.from_pylist(group, schema=_SCHEMA))
             count += len(group)
     return count
 
 
-def _row(pair: Pair) -> dict[str, Any]:
+def _to_row(pair: ExportPair) -> dict[str, Any]:
     return {
         "image": {"bytes": pair.image, "path": f"{pair.id}.{pair.suffix}"},
         "label": {"bytes": pair.label, "path": f"{pair.id}_label.png"},
         "pair_id": pair.id,
-        **pair.facts,
+        **pair.metadata,
     }

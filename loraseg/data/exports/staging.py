@@ -8,12 +8,12 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraseg.data.shard_pictures import decode_pair
-from loraseg.data.shard_reader import ShardDataset
+from loraseg.data.shards.pictures import decode_pair
+from loraseg.data.shards.reader import ShardDataset
 from loraseg.errors import ConfigError, DatasetError, IntegrityError, StoreError
 from loraseg.tensor_types import UInt8, ndarray
 
-__all__ = ["Pair", "check_name", "pairs", "staged"]
+__all__ = ["ExportPair", "atomic_directory", "check_file_name", "iter_pairs"]
 
 # No dot in front and no separator: such a name stays in its folder on every system.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -22,7 +22,7 @@ _COLUMNS = ("image", "label", "height", "width", "mask_id", "k", "seed", "prompt
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Pair:
+class ExportPair:
     """An ``ok`` pair whose pictures are known to be whole.
 
     Attributes:
@@ -31,8 +31,8 @@ class Pair:
         image: The file's bytes.
         label: Bytes of a PNG.
         pixels: The image, RGB.
-        ids: The label (h, w), uint8 or uint16.
-        facts: Whatever else is told of a pair, as JSON values.
+        label_ids: The label (h, w), uint8 or uint16.
+        metadata: Whatever else is told of a pair, as JSON values.
     """
 
     id: str
@@ -40,11 +40,11 @@ class Pair:
     image: bytes
     label: bytes
     pixels: UInt8[ndarray, "h w 3"]
-    ids: ndarray
-    facts: dict[str, str | int | float | None]
+    label_ids: ndarray
+    metadata: dict[str, str | int | float | None]
 
 
-def pairs(dataset: ShardDataset) -> Iterator[Pair]:
+def iter_pairs(dataset: ShardDataset) -> Iterator[ExportPair]:
     """Yield every ``ok`` pair, decoded and so known to be whole.
 
     Raises:
@@ -63,11 +63,11 @@ def pairs(dataset: ShardDataset) -> Iterator[Pair]:
         seen.add(key)
         facts = {name: getattr(row, name) for name in ("mask_name", *_COLUMNS[4:])}
         suffix = "png" if row.image.startswith(_PNG) else "jpg"
-        yield Pair(row.pair_id, suffix, row.image, row.label, pixels, ids, facts)
+        yield ExportPair(row.pair_id, suffix, row.image, row.label, pixels, ids, facts)
 
 
 @contextlib.contextmanager
-def staged(folder: str | Path) -> Generator[Path, None, None]:
+def atomic_directory(folder: str | Path) -> Generator[Path, None, None]:
     """Give a hidden folder beside ``folder``, which gets that name if all goes well.
 
     Raises:
@@ -90,7 +90,7 @@ def staged(folder: str | Path) -> Generator[Path, None, None]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_name(name: str, what: str) -> str:
+def check_file_name(name: str, what: str) -> str:
     """Return a name that files may start with.
 
     Raises:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from loraseg.data.exports.staging import Pair, check_name, pairs, staged
+from loraseg.data.exports.staging import ExportPair, atomic_directory, check_file_name, iter_pairs
 from loraseg.data.masks import encode_mask
-from loraseg.data.shard_reader import ShardDataset
+from loraseg.data.shards.reader import ShardDataset
 from loraseg.errors import ConfigError
 
 __all__ = ["export_webdataset"]
@@ -40,26 +40,26 @@ def export_webdataset(
         IntegrityError: A shard is damaged.
         StoreError: The store cannot be read or the folder not be written.
     """
-    check_name(split, "split")
+    check_file_name(split, "split")
     if pairs_per_tar < 1:
         raise ConfigError(f"pairs_per_tar: got {pairs_per_tar}, expected at least 1")
     count = 0
-    with staged(folder) as root:
+    with atomic_directory(folder) as root:
         names = json.dumps(list(dataset.manifest.classes), ensure_ascii=False, indent=1)
         (root / "classes.json").write_text(f"{names}\n", encoding="utf-8")
-        stream = pairs(dataset)
+        stream = iter_pairs(dataset)
         for number, first in enumerate(stream):
             some = itertools.chain([first], itertools.islice(stream, pairs_per_tar - 1))
             with tarfile.open(root / f"{split}-{number:06d}.tar", "w") as tar:
                 for pair in some:
-                    _add(tar, pair)
+                    _add_sample(tar, pair)
                     count += 1
     return count
 
 
-def _add(tar: tarfile.TarFile, pair: Pair) -> None:
-    facts = json.dumps(pair.facts, sort_keys=True, ensure_ascii=False).encode()
-    label = encode_mask(pair.ids) if pair.ids.dtype == np.uint8 else pair.label
+def _add_sample(tar: tarfile.TarFile, pair: ExportPair) -> None:
+    facts = json.dumps(pair.metadata, sort_keys=True, ensure_ascii=False).encode()
+    label = encode_mask(pair.label_ids) if pair.label_ids.dtype == np.uint8 else pair.label
     parts = {pair.suffix: pair.image, "seg.png": label, "json": facts}
     for extension, data in parts.items():
         member = tarfile.TarInfo(f"{pair.id}.{extension}")  # of no owner and no time

@@ -18,8 +18,8 @@ from urllib.parse import unquote, urlsplit
 from loraseg.data.images import read_image
 from loraseg.data.labels import LabelSpace, read_classes
 from loraseg.data.masks import read_mask
-from loraseg.data.readers.remote import mirror
-from loraseg.data.readers.stems import image_stem, is_plain
+from loraseg.data.readers.names import image_stem, is_safe_stem
+from loraseg.data.readers.remote import download_to_cache
 from loraseg.errors import DatasetError
 from loraseg.tensor_types import UInt8, ndarray
 
@@ -92,7 +92,7 @@ class DatasetFolder:
                 double or unsafe stems, an image has no mask or two images share a stem.
         """
         if split not in self._samples:
-            self._samples[split] = self._usable(split)
+            self._samples[split] = self._usable_samples(split)
         return self._samples[split]
 
     def load(self, sample: Sample) -> tuple[UInt8[ndarray, "h w 3"], UInt8[ndarray, "h w"] | None]:
@@ -135,9 +135,9 @@ class DatasetFolder:
         text = json.dumps([self.label_space.names, rows], separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _usable(self, split: str) -> tuple[Sample, ...]:
+    def _usable_samples(self, split: str) -> tuple[Sample, ...]:
         usable: list[Sample] = []
-        for path, found in self._listed(split):
+        for path, found in self._list_split(split):
             try:
                 if isinstance(found, DatasetError):
                     raise found
@@ -154,22 +154,22 @@ class DatasetFolder:
             raise DatasetError(f"{self.path}: split {split!r} has no usable image")
         return tuple(usable)
 
-    def _listed(self, split: str) -> list[tuple[Path, Sample | DatasetError]]:
+    def _list_split(self, split: str) -> list[tuple[Path, Sample | DatasetError]]:
         """List a split's images, sorted by id, each with its sample or why it has none."""
         _check_stem(split, self.path)
         folder, list_file = self.path / "images" / split, self.path / f"{split}.txt"
         if folder.is_dir():
-            images, masks = _images(folder), self.path / "masks" / split
+            images, masks = _images_by_stem(folder), self.path / "masks" / split
             stems = sorted(images)
         elif list_file.is_file():
-            images, masks = _images(folder.parent), self.path / "masks"
+            images, masks = _images_by_stem(folder.parent), self.path / "masks"
             stems = _read_stems(list_file)
         else:
             raise DatasetError(
                 f"{self.path}: no split {split!r}: neither images/{split}/ nor {split}.txt "
                 f"(splits: {', '.join(self.splits) or 'none'})"
             )
-        return [_pair(stem, images, masks, list_file) for stem in stems]
+        return [_find_sample(stem, images, masks, list_file) for stem in stems]
 
 
 def _local_folder(path: str | Path) -> Path:
@@ -178,11 +178,11 @@ def _local_folder(path: str | Path) -> Path:
     if scheme == "s3":
         from loraseg.storage import open_store  # brings boto3, which local folders do without
 
-        return mirror(open_store(text))
+        return download_to_cache(open_store(text))
     return Path(unquote(urlsplit(text).path)) if scheme == "file" else Path(text)
 
 
-def _images(folder: Path) -> dict[str, Path]:
+def _images_by_stem(folder: Path) -> dict[str, Path]:
     images: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if (stem := image_stem(path.name)) is None:
@@ -205,7 +205,7 @@ def _read_stems(path: Path) -> list[str]:
     return stems
 
 
-def _pair(
+def _find_sample(
     stem: str, images: dict[str, Path], masks: Path, list_file: Path
 ) -> tuple[Path, Sample | DatasetError]:
     try:
@@ -224,7 +224,7 @@ def _pair(
 
 def _check_stem(stem: str, where: Path) -> None:
     """Refuse what would leave the folder or cannot be written down as UTF-8."""
-    if not is_plain(stem):
+    if not is_safe_stem(stem):
         raise DatasetError(f"{where}: {stem!r} is not a plain file name")
 
 

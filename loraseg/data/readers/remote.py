@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Protocol, runtime_checkable
 
-from loraseg.cache_folder import cache_folder, rename_once
+from loraseg.cache_dir import cache_dir, publish_directory
 from loraseg.errors import DatasetError
 
-__all__ = ["ReadableStore", "mirror"]
+__all__ = ["ReadableStore", "download_to_cache"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class ReadableStore(Protocol):
         ...
 
 
-def mirror(store: ReadableStore, cache: Path | None = None) -> Path:
+def download_to_cache(store: ReadableStore, cache: Path | None = None) -> Path:
     """Copy the dataset folder at the root of ``store`` into the cache and return the copy.
 
     The copy is named by the keys and content of what was read and renamed into place when whole, so
@@ -51,16 +51,16 @@ def mirror(store: ReadableStore, cache: Path | None = None) -> Path:
         DatasetError: Nothing of a dataset folder is there, or a key is not a plain path.
         StoreError: The store cannot be read.
     """
-    keys = [key for key in store.list() if _belongs(key)]
+    keys = [key for key in store.list() if _is_dataset_key(key)]
     if not keys:
         raise DatasetError(f"{store.uri}: no images/, masks/ or classes.json; not a dataset folder")
-    cache = cache or cache_folder("datasets")
+    cache = cache or cache_dir("datasets")
     cache.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache))
     try:
         target = cache / _download(store, keys, partial)
         if not target.is_dir():
-            rename_once(partial, target)
+            publish_directory(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     logger.info("copied %d files of %s to %s", len(keys), store.uri, target)
@@ -82,7 +82,7 @@ def _download(store: ReadableStore, keys: list[str], folder: Path) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def _belongs(key: str) -> bool:
+def _is_dataset_key(key: str) -> bool:
     if key.endswith("/"):  # the marker that some tools leave for an empty folder
         return False
     top, _, rest = key.partition("/")

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 import jobs.evaluate as job
-from actors.evaluation import on_ray
-from actors.resources import Placement
+from actors.evaluate import ordered_map
+from actors.resources import ResourceConfig
 from loraseg import config as configuration
 from loraseg.backbones.clip import load_clip
 from loraseg.errors import DatasetError
-from loraseg.segment.base import load_base
-from loraseg.train.segmentation import fixed_threads
+from loraseg.segment.open_vocabulary.base import load_base
+from loraseg.train.segmenter_adapters.samples import fixed_threads
 from tests.unit.tiny import DOMAINS, publish, write_domain, write_models
 
 pytestmark = pytest.mark.ray
@@ -54,17 +54,17 @@ def test_the_job_writes_what_a_plain_loop_would(config, ray_cluster, capsys):
 
 
 def test_a_lost_worker_is_made_up_for(ray_cluster, tmp_path):
-    spread = on_ray(Placement(max_parallel=1))
-    assert list(spread(_die_once, [_Errand(tmp_path, n) for n in range(3)])) == [0, 1, 2]
+    spread = ordered_map(ResourceConfig(max_parallel=1))
+    assert list(spread(_die_once, [_FakeWork(tmp_path, n) for n in range(3)])) == [0, 1, 2]
     assert (tmp_path / "1.died").exists()
 
 
 def test_an_error_of_the_work_comes_out_as_it_was(ray_cluster, tmp_path):
     with pytest.raises(DatasetError, match="no masks here"):
-        list(on_ray(Placement())(_fail, [_Errand(tmp_path, n) for n in range(2)]))
+        list(ordered_map(ResourceConfig())(_fail, [_FakeWork(tmp_path, n) for n in range(2)]))
 
 
-class _Errand:
+class _FakeWork:
     def __init__(self, folder, number):
         self.folder, self.number = folder, number
 

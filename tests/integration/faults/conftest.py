@@ -4,10 +4,10 @@ import time
 
 import pytest
 
-from loraseg.train.tasks import run_task
-from tests.integration.faults.publishing import Workplace
-from tests.integration.faults.scale import FULL, SEED
-from tests.integration.faults.training import Workshop, contents
+from loraseg.train.tasks import train_adapter
+from tests.integration.faults.publishing import PublisherEnvironment
+from tests.integration.faults.suite_size import FULL, SEED
+from tests.integration.faults.training_inputs import TrainingInputs, published_digests
 
 _CHRONICLES = []
 
@@ -35,7 +35,7 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory):
-    return Workshop(tmp_path_factory.mktemp("faults") / "workshop").furnish()
+    return TrainingInputs(tmp_path_factory.mktemp("faults") / "workshop").write()
 
 
 @pytest.fixture(scope="session")
@@ -44,11 +44,13 @@ def undisturbed(workshop, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
     _, config = workshop.manifest(folder / "manifest.yaml", folder.as_uri())
     for task in config.tasks():
-        run_task(task)
-    return contents(config.library)
+        train_adapter(task)
+    return published_digests(config.library)
 
 
 @pytest.fixture
 def workplace(durable_env, tmp_path):
     """A library on the durable server for many processes."""
-    return Workplace(f"{durable_env.uri}/library", durable_env.environment, tmp_path, SEED)
+    return PublisherEnvironment(
+        f"{durable_env.uri}/library", durable_env.environment, tmp_path, SEED
+    )

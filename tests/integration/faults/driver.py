@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jobs.train_adapters as job
 from actors.resources import connect
-from actors.training import train_adapters
+from actors.train_adapters import train_adapters
 from loraseg import config as configuration
 
 if __name__ == "__main__":
@@ -18,5 +18,5 @@ if __name__ == "__main__":
     ambush = pickle.loads(Path(sys.argv[2]).read_bytes())
     connect()
     ambush.driver_file.write_text(str(os.getpid()))
-    outcomes = list(train_adapters(config.tasks(), config.resources, run=ambush))
+    outcomes = list(train_adapters(config.tasks(), config.resources, runner=ambush))
     sys.exit(any(outcome.result is None for outcome in outcomes))

@@ -71,12 +71,12 @@ class FlakyProxy(FaultyServer):
         spoilt, which = self._random.random(), int(self._random.integers(len(FAULTS)))
         return FAULTS[which] if spoilt < self._share else None
 
-    def _work(self, request, body):
+    def _handle(self, request, body):
         headers = {k: v for k, v in request.headers.items() if k.lower() not in _NOT_PASSED_ON}
         if body or request.command in ("PUT", "POST"):
             headers["Content-Length"] = str(len(body))
         try:
-            status, answer, found = self._ask(request, body, headers)
+            status, answer, found = self._forward(request, body, headers)
         except (OSError, http.client.HTTPException):
             with self._lock:
                 self.counts["no answer"] += 1
@@ -84,7 +84,7 @@ class FlakyProxy(FaultyServer):
         passed_on = {k: v for k, v in found if k.lower() not in _NOT_PASSED_ON}
         return status, answer, passed_on
 
-    def _ask(self, request, body, headers):
+    def _forward(self, request, body, headers):
         with contextlib.ExitStack() as cleanup:
             try:
                 connection = self._idle.pop()

@@ -24,7 +24,7 @@ _READS = ("get", "get_with_etag", "exists", "list")
 
 
 @dataclasses.dataclass(frozen=True)
-class Workplace:
+class PublisherEnvironment:
     """Where all of a test's processes work: a library, its server, and a folder for reports."""
 
     uri: str
@@ -38,7 +38,7 @@ class Workplace:
         process.start()
         return process
 
-    def through(self, url):
+    def via_proxy(self, url):
         """Return the same place for processes that reach its server at another address."""
         environment = {**self.environment, "AWS_ENDPOINT_URL": url}
         return dataclasses.replace(self, environment=environment)
@@ -59,7 +59,7 @@ class Workplace:
         return self.folder / "finished"
 
 
-class WatchedStore:
+class CrashingStore:
     """Counts what is asked of a store; dies by SIGKILL before or after write number ``dies_at``."""
 
     def __init__(self, store, dies_at=None, before=False):
@@ -72,22 +72,22 @@ class WatchedStore:
         method = getattr(self._store, name)
         if name not in (*_WRITES, *_READS):
             return method
-        return lambda *arguments: self._watch(name, method, *arguments)
+        return lambda *arguments: self._wrap(name, method, *arguments)
 
-    def _watch(self, name, method, *arguments):
+    def _wrap(self, name, method, *arguments):
         if name in _WRITES:
             self._writes += 1
-            self._maybe_die(before=True)
+            self._maybe_crash(before=True)
         result = method(*arguments)
         if name in _WRITES:
-            self._maybe_die(before=False)
+            self._maybe_crash(before=False)
         key = arguments[0] if arguments else ""
         kind = "HEAD" if key.endswith("HEAD") else key.partition("/")[0]
         refused = " refused" if result is False and name in _WRITES else ""
         self.counts[f"{name} {kind}{refused}"] += 1
         return result
 
-    def _maybe_die(self, *, before):
+    def _maybe_crash(self, *, before):
         if self._writes == self._dies_at and self._before is before:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -95,33 +95,33 @@ class WatchedStore:
         self.counts["requests"] += 1
 
 
-def publish_many(place, name, count, dies_at=None, before=False):
+def publish_many(environment, name, count, dies_at=None, before=False):
     """Publish ``count`` adapters one by one; what is published already stays as it is."""
-    store = WatchedStore(open_store(place.uri), dies_at, before)
+    store = CrashingStore(open_store(environment.uri), dies_at, before)
     library = Library(store)
     seconds = []
     for number in range(count):
         started = time.perf_counter()
         publish(library, adapter_name(name, number), number)
         seconds.append(time.perf_counter() - started)
-    place.report(name, seconds=seconds, cpu_s=time.process_time(), counts=store.counts)
+    environment.report(name, seconds=seconds, cpu_s=time.process_time(), counts=store.counts)
 
 
 def adapter_name(publisher, number):
     return f"{publisher}-{number:02d}"
 
 
-def read_all_the_time(place, name):
+def read_until_finished(environment, name):
     """List and load until all is published; every generation must be whole, none older than the
     one before.
 
     What was verified once is not read again in every later generation, but one of them is.
     """
-    library = Library(open_store(place.uri))
-    random = numpy_generator(place.seed, name)
+    library = Library(open_store(environment.uri))
+    random = numpy_generator(environment.seed, name)
     last, known, generations, loaded = -1, {}, 0, 0
     while True:
-        finished = place.finished.exists()
+        finished = environment.finished.exists()
         generation = library.generation()
         assert generation >= last, f"generation {generation} after {last}"
         if generation > last:
@@ -137,10 +137,10 @@ def read_all_the_time(place, name):
             break
         else:
             time.sleep(0.05)
-    place.report(name, generations=generations, loaded=loaded, last=last, entries=len(known))
+    environment.report(name, generations=generations, loaded=loaded, last=last, entries=len(known))
 
 
-def _run(work, place, name, *arguments):
-    os.environ.update(place.environment)
+def _run(work, environment, name, *arguments):
+    os.environ.update(environment.environment)
     with contextlib.suppress(KeyboardInterrupt):
-        work(place, name, *arguments)
+        work(environment, name, *arguments)

@@ -7,10 +7,10 @@ import pytest
 from loraseg.library.records import blob_key, read_record
 from loraseg.seeding import numpy_generator
 from loraseg.storage import open_store
-from tests.integration.faults.crowd import CLIENTS, Crowd, judge
+from tests.integration.faults.endpoint_process import EndpointProcess, SampleLibrary
 from tests.integration.faults.flaky_proxy import FlakyProxy
-from tests.integration.faults.scale import CHANGES, FULL, LOAD_S, OUTAGE_S, SEED
-from tests.integration.faults.served import Endpoint, Stock
+from tests.integration.faults.load_generator import CLIENTS, LoadGenerator, check_responses
+from tests.integration.faults.suite_size import CHANGES, FULL, LOAD_S, OUTAGE_S, SEED
 
 pytestmark = [
     pytest.mark.durable,
@@ -19,27 +19,27 @@ pytestmark = [
     pytest.mark.timeout(1500),
 ]
 
-whole = pytest.mark.skipif(not FULL, reason="minutes under load: `make faults`")
+full_suite_only = pytest.mark.skipif(not FULL, reason="minutes under load: `make faults`")
 _ADAPTERS = range(24)
-_SEEN_S = 20
-_RECOVERED_S = 60
+_REFRESH_TIMEOUT_S = 20
+_RECOVERY_TIMEOUT_S = 60
 
 
 @pytest.fixture
 def stock(durable_env, tmp_path):
     folder = tmp_path / "models"
     folder.mkdir()
-    stock = Stock(folder, f"{durable_env.uri}/library")
+    stock = SampleLibrary(folder, f"{durable_env.uri}/library")
     stock.publish(_ADAPTERS)
     return stock
 
 
-def pause(crowd, share):
+def wait_for_share(crowd, share):
     """Wait until a share of the time under load is over."""
     time.sleep(max(0.0, share * LOAD_S - crowd.seconds))
 
 
-def note(chronicle, crowd, words):
+def append_note(chronicle, crowd, words):
     chronicle.append(f"{crowd.seconds:5.1f} s: {words}")
 
 
@@ -47,7 +47,7 @@ def wait_for_generation(crowd, stock):
     """Wait until an answer names the newest generation; return how long that took."""
     started, newest = time.monotonic(), stock.library.generation()
     while crowd.newest_generation() < newest:
-        assert time.monotonic() - started < _SEEN_S, f"generation {newest} is not seen"
+        assert time.monotonic() - started < _REFRESH_TIMEOUT_S, f"generation {newest} is not seen"
         time.sleep(0.1)
     return time.monotonic() - started
 
@@ -56,52 +56,54 @@ def test_replicas_are_killed(stock, durable_env, chronicle, tmp_path):
     random = numpy_generator(SEED, "replicas")
     environment = durable_env.endpoint.environment
     with (
-        Endpoint(stock, tmp_path / "served", environment) as endpoint,
-        Crowd(endpoint, stock) as crowd,
+        EndpointProcess(stock, tmp_path / "served", environment) as endpoint,
+        LoadGenerator(endpoint, stock) as crowd,
     ):
         for share, kind in ((0.15, "Segmenter"), (0.4, "Retrieval"), (0.65, "Gateway")):
-            pause(crowd, share)
+            wait_for_share(crowd, share)
             victims = endpoint.replicas(kind)
             victim = victims[int(random.integers(len(victims)))]
             victim.kill()
-            note(chronicle, crowd, f"killed 1 of {len(victims)} {kind}, pid {victim.pid}")
-        pause(crowd, 1.0)
-        while {told.status for told in crowd.told[-2 * CLIENTS :]} != {200}:
-            assert crowd.seconds < LOAD_S + _RECOVERED_S, "it recovers"
+            append_note(chronicle, crowd, f"killed 1 of {len(victims)} {kind}, pid {victim.pid}")
+        wait_for_share(crowd, 1.0)
+        while {told.status for told in crowd.responses[-2 * CLIENTS :]} != {200}:
+            assert crowd.elapsed_s < LOAD_S + _RECOVERY_TIMEOUT_S, "it recovers"
             time.sleep(0.1)
-    judge(crowd, stock, chronicle)
+    check_responses(crowd, stock, chronicle)
 
 
-@whole
+@full_suite_only
 def test_the_store_is_down_for_a_while(stock, durable_env, chronicle, tmp_path):
     with FlakyProxy(durable_env.endpoint.url).running() as proxy:
         environment = {**durable_env.endpoint.environment, "AWS_ENDPOINT_URL": proxy.url}
         with (
-            Endpoint(stock, tmp_path / "served", environment) as endpoint,
-            Crowd(endpoint, stock) as crowd,
+            EndpointProcess(stock, tmp_path / "served", environment) as endpoint,
+            LoadGenerator(endpoint, stock) as crowd,
         ):
-            pause(crowd, 0.2)
-            note(chronicle, crowd, f"nothing is reached for {OUTAGE_S} s")
+            wait_for_share(crowd, 0.2)
+            append_note(chronicle, crowd, f"nothing is reached for {OUTAGE_S} s")
             with proxy.outage():
                 time.sleep(OUTAGE_S)
-                during = crowd.told[-CLIENTS:]
-            note(chronicle, crowd, "back")
+                during = crowd.responses[-CLIENTS:]
+            append_note(chronicle, crowd, "back")
             stock.publish(range(100, 104))
-            note(chronicle, crowd, f"news seen after {wait_for_generation(crowd, stock):.1f} s")
-            pause(crowd, 1.0)
-    judge(crowd, stock, chronicle)
+            append_note(
+                chronicle, crowd, f"news seen after {wait_for_generation(crowd, stock):.1f} s"
+            )
+            wait_for_share(crowd, 1.0)
+    check_responses(crowd, stock, chronicle)
     assert any(told.status == 200 for told in during), "what is on the machine is served on"
 
 
-@whole
+@full_suite_only
 def test_adapters_come_and_go(stock, durable_env, chronicle, tmp_path):
     published, retired, rolled = CHANGES
     few = 4 * stock.adapter_bytes
     stock.publish(range(8), seed=1)
     environment = durable_env.endpoint.environment
     with (
-        Endpoint(stock, tmp_path / "served", environment, cache_bytes=few) as endpoint,
-        Crowd(endpoint, stock) as crowd,
+        EndpointProcess(stock, tmp_path / "served", environment, cache_bytes=few) as endpoint,
+        LoadGenerator(endpoint, stock) as crowd,
     ):
         names = [f"a{number:03d}" for number in _ADAPTERS]
         changes = [
@@ -111,14 +113,14 @@ def test_adapters_come_and_go(stock, durable_env, chronicle, tmp_path):
         ]
         order = numpy_generator(SEED, "changes").permutation(len(changes))
         for done, index in enumerate(order):
-            pause(crowd, 0.1 + 0.7 * done / len(changes))
+            wait_for_share(crowd, 0.1 + 0.7 * done / len(changes))
             change, arguments = changes[index]
             change(*arguments)
-        note(chronicle, crowd, f"{len(changes)} changes, last seen after "
+        append_note(chronicle, crowd, f"{len(changes)} changes, last seen after "
              f"{wait_for_generation(crowd, stock):.1f} s")  # fmt: skip
-        pause(crowd, 1.0)
-    judge(crowd, stock, chronicle)
-    generations = {told.body["generation"] for told in crowd.told if told.status == 200}
+        wait_for_share(crowd, 1.0)
+    check_responses(crowd, stock, chronicle)
+    generations = {told.body["generation"] for told in crowd.responses if told.status == 200}
     chronicle.append(f"{len(generations)} generations seen, memory for 4 adapters of many")
     assert len(generations) > 3
 
@@ -130,10 +132,10 @@ def test_blobs_rot(stock, durable_env, chronicle, tmp_path):
     for name in rotten:
         stock.library.rollback(name, 1)
     with (
-        Endpoint(stock, tmp_path / "served", durable_env.endpoint.environment) as endpoint,
-        Crowd(endpoint, stock) as crowd,
+        EndpointProcess(stock, tmp_path / "served", durable_env.endpoint.environment) as endpoint,
+        LoadGenerator(endpoint, stock) as crowd,
     ):
-        pause(crowd, 0.2)
+        wait_for_share(crowd, 0.2)
         # Version 2 of these was never fetched, so it has to be now.
         sound = {}
         for name, rot in zip(rotten, (_cut, _same_size), strict=True):
@@ -141,18 +143,18 @@ def test_blobs_rot(stock, durable_env, chronicle, tmp_path):
             sound[key] = store.get(key)
             store.put(key, rot(sound[key]))
             stock.library.rollback(name, 2)
-            note(
+            append_note(
                 chronicle,
                 crowd,
                 f"{name} points to a version whose weights are spoilt ({rot.__name__})",
             )
-        pause(crowd, 0.5)
+        wait_for_share(crowd, 0.5)
         for key, data in sound.items():
             store.put(key, data)
-        note(chronicle, crowd, "both are restored")
-        pause(crowd, 1.0)
-    judge(crowd, stock, chronicle)
-    answered = [told for told in crowd.told if told.status == 200]
+        append_note(chronicle, crowd, "both are restored")
+        wait_for_share(crowd, 1.0)
+    check_responses(crowd, stock, chronicle)
+    answered = [told for told in crowd.responses if told.status == 200]
     skipped = {(s["name"], s["reason"]) for told in answered for s in told.body["skipped"]}
     chronicle.append(f"reported: {sorted(skipped)}")
     assert {name for name, _ in skipped} == set(rotten)
@@ -173,20 +175,20 @@ def _same_size(data):
     return data[:-8] + bytes(byte ^ 1 for byte in data[-8:])
 
 
-@whole
+@full_suite_only
 def test_memory_stays_where_it_was(stock, durable_env, chronicle, tmp_path):
     """Mixes rotate from request to request; what is kept of them must not pile up."""
     first, last = 500, 10_000
     with (
-        Endpoint(stock, tmp_path / "served", durable_env.endpoint.environment) as endpoint,
-        Crowd(endpoint, stock) as crowd,
+        EndpointProcess(stock, tmp_path / "served", durable_env.endpoint.environment) as endpoint,
+        LoadGenerator(endpoint, stock) as crowd,
     ):
         sizes = []
         for count in (first, last):
-            while len(crowd.told) < count:
+            while len(crowd.responses) < count:
                 time.sleep(0.05)
             sizes.append(endpoint.memory_bytes())
-    judge(crowd, stock, chronicle)
+    check_responses(crowd, stock, chronicle)
     growth = sizes[1] / sizes[0] - 1
     chronicle.append(f"{sizes[0] / 1e6:.0f} MB after {first}, {100 * growth:+.1f} % after {last}")
     assert growth < 0.05

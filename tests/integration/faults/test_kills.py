@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from actors.resources import Placement
-from actors.training import train_adapters
-from tests.integration.faults.scale import FULL, RUNS, SEED, STRIKES
-from tests.integration.faults.strikes import Ambush, plan_strikes
-from tests.integration.faults.training import ADAPTERS, STEPS, check_library
+from actors.resources import ResourceConfig
+from actors.train_adapters import train_adapters
+from tests.integration.faults.kill_schedule import KillSchedule, plan_kills
+from tests.integration.faults.suite_size import FULL, KILLS, RUNS, SEED
+from tests.integration.faults.training_inputs import ADAPTERS, STEPS, check_library
 from tests.integration.ray_cluster import SpotNodes
 
 pytestmark = [pytest.mark.ray, pytest.mark.durable, pytest.mark.faults]
@@ -23,11 +23,11 @@ def ambush(request, chronicle, tmp_path):
     laid = []
 
     def lay(victim, run):
-        strikes = plan_strikes(victim, ADAPTERS, STEPS, STRIKES, SEED, run)
+        strikes = plan_kills(victim, ADAPTERS, STEPS, KILLS, SEED, run)
         chronicle.extend(f"planned: {strike}" for strike in strikes)
         folder = tmp_path / "ambush"
         folder.mkdir()
-        laid.append(Ambush(strikes, folder))
+        laid.append(KillSchedule(strikes, folder))
         return laid[0]
 
     yield lay
@@ -45,7 +45,7 @@ def training(workshop, durable_env, tmp_path):
 def test_workers(ray_cluster, training, undisturbed, ambush, chronicle, run):
     _, config = training
     trap = ambush("worker", run)
-    outcomes = list(train_adapters(config.tasks(), config.resources, run=trap))
+    outcomes = list(train_adapters(config.tasks(), config.resources, runner=trap))
     assert trap.killed()
     assert [outcome.error for outcome in outcomes] == [None] * len(ADAPTERS)
     chronicle.append(f"resumed from steps {[o.result.resumed_from_step for o in outcomes]}")
@@ -64,7 +64,7 @@ def test_drivers(ray_cluster, durable_env, training, undisturbed, ambush, chroni
     while (status := subprocess.run(command, env=environment, check=False).returncode) != 0:
         assert status == -signal.SIGKILL
         deaths += 1
-        assert deaths <= STRIKES
+        assert deaths <= KILLS
     assert deaths
     chronicle.append(f"the driver was started {deaths + 1} times")
     check_library(config.library, undisturbed)
@@ -80,8 +80,8 @@ def test_nodes(ray_cluster, training, undisturbed, ambush, chronicle, run):
     _, config = training
     trap = ambush("node", run)
     with SpotNodes(ray_cluster, 2, resource="spot") as nodes:
-        placement = Placement(node="spot", retries=10)
-        outcomes = list(train_adapters(config.tasks(), placement, run=trap))
+        placement = ResourceConfig(node="spot", retries=10)
+        outcomes = list(train_adapters(config.tasks(), placement, runner=trap))
         chronicle.append(f"{nodes.replaced} nodes were replaced while the training ran")
     assert trap.killed()
     assert [outcome.error for outcome in outcomes] == [None] * len(ADAPTERS)
@@ -97,8 +97,8 @@ def test_the_number_of_workers_changes_no_byte(
     ray_cluster, training, undisturbed, ambush, chronicle, workers, strikes
 ):
     _, config = training
-    trap = ambush("worker", f"{workers} at once") if strikes else Ambush((), None)
-    placement = Placement(max_parallel=workers, retries=10)
-    outcomes = list(train_adapters(config.tasks(), placement, run=trap))
+    trap = ambush("worker", f"{workers} at once") if strikes else KillSchedule((), None)
+    placement = ResourceConfig(max_parallel=workers, retries=10)
+    outcomes = list(train_adapters(config.tasks(), placement, runner=trap))
     assert [outcome.error for outcome in outcomes] == [None] * len(ADAPTERS)
     check_library(config.library, undisturbed)

@@ -14,8 +14,8 @@ from loraseg.library import Library
 from loraseg.library.records import blob_key
 from loraseg.seeding import numpy_generator
 from loraseg.storage import open_store
-from tests.integration.faults.publishing import adapter_name, publish_many, read_all_the_time
-from tests.integration.faults.scale import ADAPTERS, PUBLISHERS, READERS, SEED
+from tests.integration.faults.publishing import adapter_name, publish_many, read_until_finished
+from tests.integration.faults.suite_size import ADAPTERS, PUBLISHERS, READERS, SEED
 from tests.integration.library.publishers import files_of
 
 pytestmark = [pytest.mark.durable, pytest.mark.faults, pytest.mark.timeout(1500)]
@@ -30,10 +30,10 @@ def test_publishers_and_readers(workplace, chronicle):
     readers = start_readers(workplace)
     started = time.perf_counter()
     publishers = [workplace.start(publish_many, name, ADAPTERS) for name in names()]
-    end_well(publishers)
+    check_exit_codes(publishers)
     seconds = time.perf_counter() - started
     finish(workplace, readers)
-    tell(chronicle, workplace, seconds)
+    log_summary(chronicle, workplace, seconds)
     expected = {adapter_name(name, number) for name in names() for number in range(ADAPTERS)}
     check_library(workplace.uri, expected)
     assert verify(workplace)[-1].endswith("objects checked, ok")
@@ -58,7 +58,7 @@ def test_dying_publishers_and_readers(workplace, chronicle):
         assert process.exitcode in (0, -9)
         if number % 2:
             back.append(workplace.start(publish_many, process.name, ADAPTERS))
-    end_well(back)
+    check_exit_codes(back)
     finish(workplace, readers)
     chronicle.append(f"killed: {sum(process.exitcode == -9 for process in publishers)}")
     whole = {adapter_name(p.name, number) for p in back for number in range(ADAPTERS)}
@@ -78,10 +78,10 @@ def names():
 
 
 def start_readers(place):
-    return [place.start(read_all_the_time, f"reader{number}") for number in range(READERS)]
+    return [place.start(read_until_finished, f"reader{number}") for number in range(READERS)]
 
 
-def end_well(processes):
+def check_exit_codes(processes):
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0] * len(processes)
@@ -90,7 +90,7 @@ def end_well(processes):
 def finish(place, readers):
     """Tell the readers that all is published; each must have seen it all, and nothing half."""
     place.finished.touch()
-    end_well(readers)
+    check_exit_codes(readers)
     count = len(Library(open_store(place.uri)).entries())
     assert {report["entries"] for report in place.reports("reader")} == {count}
 
@@ -118,7 +118,7 @@ def orphan_of(publisher):
     return blob_key(hashlib.sha256(weights).hexdigest())
 
 
-def tell(chronicle, place, seconds):
+def log_summary(chronicle, place, seconds):
     reports = place.reports("p")
     each = np.concatenate([report["seconds"] for report in reports])
     counts = sum((Counter(report["counts"]) for report in reports), Counter())

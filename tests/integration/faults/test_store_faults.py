@@ -6,22 +6,22 @@ import time
 
 import pytest
 
-from actors.resources import Placement
-from actors.training import train_adapters
+from actors.resources import ResourceConfig
+from actors.train_adapters import train_adapters
 from loraseg.library import Library
 from loraseg.storage import open_store
 from tests.integration.faults import test_publishing as publishing
 from tests.integration.faults.flaky_proxy import FlakyProxy
 from tests.integration.faults.publishing import adapter_name, publish_many
-from tests.integration.faults.scale import (
+from tests.integration.faults.suite_size import (
     ADAPTERS as PUBLICATIONS,
 )
-from tests.integration.faults.scale import (
+from tests.integration.faults.suite_size import (
+    FAULT_SHARE,
     OUTAGE_S,
     SEED,
-    SPOILT_SHARE,
 )
-from tests.integration.faults.training import ADAPTERS, STEPS, check_library
+from tests.integration.faults.training_inputs import ADAPTERS, STEPS, check_library
 
 pytestmark = [pytest.mark.durable, pytest.mark.faults, pytest.mark.timeout(1500)]
 
@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.durable, pytest.mark.faults, pytest.mark.timeout(1500)
 @pytest.fixture
 def proxy(durable_env, chronicle):
     """The durable server behind a proxy that spoils a share of all requests."""
-    with FlakyProxy(durable_env.endpoint.url, share=SPOILT_SHARE, seed=SEED).running() as proxy:
+    with FlakyProxy(durable_env.endpoint.url, share=FAULT_SHARE, seed=SEED).running() as proxy:
         yield proxy
     counts = dict(sorted(proxy.counts.items()))
     chronicle.append(f"the proxy: {counts}")
@@ -52,7 +52,7 @@ def restart(durable_env, chronicle):
     return restart
 
 
-class Disasters:
+class ScheduledFaults:
     """Runs each action once when ``progress`` has reached its share, beside what is tested."""
 
     def __init__(self, progress, actions):
@@ -112,14 +112,14 @@ def test_publishing_outlives_faults_and_restarts(workplace, proxy, restart, chro
     expected = {
         adapter_name(name, number) for name in publishing.names() for number in range(PUBLICATIONS)
     }
-    with Disasters(
+    with ScheduledFaults(
         lambda: direct.generation() / len(expected), {0.2: restart, 0.6: restart}
     ) as disasters:
-        publishing.end_well(publishers)
+        publishing.check_exit_codes(publishers)
     seconds = time.perf_counter() - started
     assert len(disasters.done) == 2
     publishing.finish(spoilt, readers)
-    publishing.tell(chronicle, workplace, seconds)
+    publishing.log_summary(chronicle, workplace, seconds)
     publishing.check_library(workplace.uri, expected)
     (line,) = publishing.verify(workplace)
     assert line.endswith("objects checked, ok")
@@ -131,14 +131,14 @@ def train_through(proxy, config, actions):
     outcomes = []
     with (
         pytest.MonkeyPatch.context() as patch,
-        Disasters(lambda: sum(seen.values()) / (STEPS * len(ADAPTERS)), actions) as disasters,
+        ScheduledFaults(lambda: sum(seen.values()) / (STEPS * len(ADAPTERS)), actions) as disasters,
     ):
         patch.setenv("AWS_ENDPOINT_URL", proxy.url)
         outcomes += train_adapters(
             config.tasks(),
-            Placement(max_parallel=2),
-            watch=lambda now: seen.update({k: v.progress.step for k, v in now.items()}),
-            read_every_s=0.2,
+            ResourceConfig(max_parallel=2),
+            on_progress=lambda now: seen.update({k: v.progress.step for k, v in now.items()}),
+            poll_interval_s=0.2,
         )
     assert [outcome.error for outcome in outcomes] == [None] * len(ADAPTERS)
     assert len(disasters.done) == len(actions)

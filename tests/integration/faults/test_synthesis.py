@@ -11,21 +11,21 @@ import pytest
 import yaml
 
 import jobs.synthesize as job
-from actors.pools import PoolPlacement
-from actors.synthesis import OnRay
+from actors.actor_pools import ActorPoolConfig
+from actors.synthesize import RaySynthesisExecutor
 from loraseg import config as configuration
-from loraseg.data.shard_reader import ShardDataset
+from loraseg.batch.synthesize.run import LocalSynthesisExecutor, synthesize
+from loraseg.data.shards.reader import ShardDataset
 from loraseg.errors import DatasetError, LorasegError, StoreError
-from loraseg.factory.run import Here, synthesize
 from loraseg.seeding import numpy_generator
 from loraseg.storage import open_store
-from loraseg.train.segmentation import fixed_threads
+from loraseg.train.segmenter_adapters.samples import fixed_threads
 from tests.integration.faults.flaky_proxy import FlakyProxy
-from tests.integration.faults.scale import FULL, SEED, SPOILT_SHARE
-from tests.integration.faults.test_store_faults import Disasters, restart
+from tests.integration.faults.suite_size import FAULT_SHARE, FULL, SEED
+from tests.integration.faults.test_store_faults import ScheduledFaults, restart
 from tests.integration.ray_cluster import SpotNodes
-from tests.integration.synthesis.accidents import Accident
-from tests.tiny_factory import digest, furnish, settings
+from tests.integration.synthesis.fault_injection import KillDuringStage
+from tests.tiny_synthesis import digest, settings, write_inputs
 
 __all__ = ["restart"]
 
@@ -41,20 +41,20 @@ MASKS = 16
 PARTS = MASKS // 2
 RUNS = range(2 if FULL else 1)
 POOLS = {
-    "generators": PoolPlacement(max_parallel=2, cpus=0.5, retries=10),
-    "voters": PoolPlacement(cpus=0.5, retries=10),
+    "generators": ActorPoolConfig(max_parallel=2, cpus=0.5, retries=10),
+    "voters": ActorPoolConfig(cpus=0.5, retries=10),
 }
 
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory):
-    return furnish(tmp_path_factory.mktemp("shop"), masks=MASKS)
+    return write_inputs(tmp_path_factory.mktemp("shop"), masks=MASKS)
 
 
 @pytest.fixture(scope="module")
 def expected(shop):
     with fixed_threads(1):
-        synthesize(settings(shop, shop / "undisturbed"), Here())
+        synthesize(settings(shop, shop / "undisturbed"), LocalSynthesisExecutor())
     return digest(shop / "undisturbed")
 
 
@@ -68,13 +68,13 @@ def check(config, expected):
     assert digest(config.output) == expected
     dataset = ShardDataset.open(config.output)
     assert len(dataset) == 3 * MASKS
-    calm = synthesize(config, OnRay(**POOLS))
+    calm = synthesize(config, RaySynthesisExecutor(**POOLS))
     assert calm.new_rows == 0
 
 
 def plan(victim, run, stage, folder, *, times=1):
     random = numpy_generator(SEED, "strikes", "synthesis", victim, run, stage)
-    return Accident(
+    return KillDuringStage(
         stage,
         victim,
         calls=int(random.integers(1, PARTS // 2)),
@@ -88,8 +88,8 @@ def plan(victim, run, stage, folder, *, times=1):
 @pytest.mark.parametrize("stage", ["draw", "vote"])
 def test_workers(ray_cluster, config, expected, chronicle, tmp_path, stage, run):
     accident = plan("worker", run, stage, tmp_path, times=2)
-    synthesize(config, OnRay(**POOLS, **{stage: accident}))
-    chronicle.extend(accident.happened())
+    synthesize(config, RaySynthesisExecutor(**POOLS, **{stage: accident}))
+    chronicle.extend(accident.log_lines())
     check(config, expected)
 
 
@@ -111,7 +111,7 @@ def test_drivers(ray_cluster, durable_env, config, expected, chronicle, tmp_path
         with contextlib.suppress(DatasetError):
             # Killed just after its commit, or before anything is to be seen.
             assert digest(config.output) == expected
-    chronicle.extend([*accident.happened(), f"the driver died {deaths} times"])
+    chronicle.extend([*accident.log_lines(), f"the driver died {deaths} times"])
     check(config, expected)
 
 
@@ -120,8 +120,8 @@ def test_nodes(ray_cluster, config, expected, chronicle, tmp_path, run):
     accident = plan("node", run, "draw", tmp_path)
     pools = {**POOLS, "generators": replace(POOLS["generators"], node="spot")}
     with SpotNodes(ray_cluster, 2, resource="spot") as nodes:
-        synthesize(config, OnRay(**pools, draw=accident))
-        chronicle.extend([*accident.happened(), f"{nodes.replaced} nodes were replaced"])
+        synthesize(config, RaySynthesisExecutor(**pools, make_generate_stage=accident))
+        chronicle.extend([*accident.log_lines(), f"{nodes.replaced} nodes were replaced"])
     check(config, expected)
 
 
@@ -135,24 +135,24 @@ def test_the_server(ray_cluster, config, expected, restart, chronicle, run):
             return sum(1 for _ in output.list("parts/")) / PARTS
         return 0.0
 
-    with Disasters(progress, {share: restart}) as disasters:
+    with ScheduledFaults(progress, {share: restart}) as disasters:
         try:
-            synthesize(config, OnRay(**POOLS))
+            synthesize(config, RaySynthesisExecutor(**POOLS))
         except StoreError as error:
             # Ceph may hold requests longer than the patience of a run; what is made is kept.
             chronicle.append(f"the first run ended: {error}")
-            synthesize(config, OnRay(**POOLS))
+            synthesize(config, RaySynthesisExecutor(**POOLS))
     chronicle.append(f"the server was killed at {share:.2f} of the parts: {bool(disasters.done)}")
     check(config, expected)
 
 
 def test_a_store_that_spoils_requests(ray_cluster, durable_env, config, expected, chronicle):
     with (
-        FlakyProxy(durable_env.endpoint.url, share=SPOILT_SHARE, seed=SEED).running() as proxy,
+        FlakyProxy(durable_env.endpoint.url, share=FAULT_SHARE, seed=SEED).running() as proxy,
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        synthesize(config, OnRay(**POOLS))
+        synthesize(config, RaySynthesisExecutor(**POOLS))
         counts = dict(sorted(proxy.counts.items()))
     chronicle.append(f"the proxy: {counts}")
     assert sum(counts.values()) > counts.get("passed", 0)

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from loraseg.library import BaseModel, Card, Centroid, Library
+from loraseg.library import AdapterCard, BaseModelInfo, Centroid, Library
 from loraseg.storage import open_store
 
 
@@ -19,10 +19,10 @@ def files_of(name):
 
 def publish(library, name, number):
     vector = np.random.default_rng(number).normal(size=64)
-    card = Card(
+    card = AdapterCard(
         name=name,
         role="segmenter",
-        base=BaseModel("miniature", "b" * 64),
+        base=BaseModelInfo("miniature", "b" * 64),
         label_space=("road", "car"),
         centroids=(Centroid("clip", False, vector, 3, 0.5),),
     )

@@ -4,8 +4,8 @@ import pytest
 
 import jobs.probe as job
 from loraseg import config as configuration
-from loraseg.adapters.report_places import read_report
-from tests.tiny_world import write_domain
+from loraseg.adapters.targets.layer_report_io import read_layer_report
+from tests.tiny_training import write_domain
 from tests.unit.train.tiny_generator import write_pipeline
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -31,7 +31,7 @@ def test_job(tmp_path, capsys):
     assert run_job(*settings) == 0
     printed = capsys.readouterr().out
     assert printed.endswith(f"{output}: written\n")
-    report = read_report(str(output))
+    report = read_layer_report(str(output))
     assert report.top(1)[0] in printed
     assert report.samples["images"] == 2
     written = output.read_bytes()

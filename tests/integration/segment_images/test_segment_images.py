@@ -12,23 +12,23 @@ import pytest
 import yaml
 
 import jobs.segment_images as job
-from actors.batch_segment import OnRay
-from actors.pools import PoolPlacement
+from actors.actor_pools import ActorPoolConfig
+from actors.segment_images import RaySegmentationExecutor
 from loraseg import config as configuration
-from loraseg.bulk import segment_images
-from loraseg.bulk.run import Here
+from loraseg.batch.segment_images import segment_images
+from loraseg.batch.segment_images.run import LocalSegmentationExecutor
 from loraseg.errors import StageError
 from loraseg.storage import open_store
-from loraseg.train.segmentation import fixed_threads
-from tests.bulk_world import bad_images, everything, good_images, put_all, world
-from tests.integration.segment_images.accidents import Accident
+from loraseg.train.segmenter_adapters.samples import fixed_threads
+from tests.integration.segment_images.fault_injection import KillBeforeWrite
+from tests.tiny_image_batch import bad_images, good_images, put_all, read_all, write_inputs
 
 pytestmark = [
     pytest.mark.ray,
     # Ray Data warns of its own defaults when it makes its context.
     pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.data\..*"),
 ]
-CREW = PoolPlacement(max_parallel=2)
+CREW = ActorPoolConfig(max_parallel=2)
 
 
 def on(*kinds):
@@ -42,15 +42,15 @@ def on(*kinds):
 def config(tmp_path, store_uri):
     images = {**good_images(count=6), **bad_images()}
     put_all(f"{store_uri}/images", images)
-    return world(tmp_path / "models", f"{store_uri}/images", f"{store_uri}/out")
+    return write_inputs(tmp_path / "models", f"{store_uri}/images", f"{store_uri}/out")
 
 
 def alone(config):
     """What one process without accidents writes."""
     calm = replace(config, output=f"{config.output} alone")
     with fixed_threads(1):
-        segment_images(calm, Here())
-    return everything(calm.output)
+        segment_images(calm, LocalSegmentationExecutor())
+    return read_all(calm.output)
 
 
 def run_job(tmp_path, config, *overrides):
@@ -65,34 +65,36 @@ def run_job(tmp_path, config, *overrides):
 def test_a_cluster_writes_what_one_process_would(config, tmp_path, ray_cluster, capsys):
     assert run_job(tmp_path, config, "resources.max_parallel=2") == 0
     assert "28 images (4 bad_image, 24 ok), 28 of them new" in capsys.readouterr().out
-    before = everything(config.output)
+    before = read_all(config.output)
     assert before == alone(config)
 
     assert run_job(tmp_path, config, "resources.max_parallel=2") == 0
     assert "28 images (4 bad_image, 24 ok), 0 of them new" in capsys.readouterr().out
-    assert everything(config.output) == before
+    assert read_all(config.output) == before
 
     assert run_job(tmp_path, config, "k=1") == 2
     assert "k was 2 and is 1" in capsys.readouterr().err
-    assert everything(config.output) == before
+    assert read_all(config.output) == before
 
 
 @on("durable")
 def test_killed_workers_cost_only_time(config, tmp_path, ray_cluster):
-    accident = Accident(before_write=6, times=2, folder=tmp_path)
-    segment_images(config, OnRay(CREW, make=accident))
+    accident = KillBeforeWrite(before_write=6, times=2, folder=tmp_path)
+    segment_images(config, RaySegmentationExecutor(CREW, make_stage=accident))
     assert len(list(tmp_path.glob("death*"))) == 2
-    assert everything(config.output) == alone(config)
+    assert read_all(config.output) == alone(config)
 
 
 @on("durable")
 def test_workers_lost_too_often_end_the_run(config, tmp_path, ray_cluster):
-    accident = Accident(before_write=1, times=1000, folder=tmp_path)
+    accident = KillBeforeWrite(before_write=1, times=1000, folder=tmp_path)
     with pytest.raises(StageError, match=r"to .* have lost 2 workers"):
-        segment_images(config, OnRay(replace(CREW, retries=1), make=accident))
+        segment_images(
+            config, RaySegmentationExecutor(replace(CREW, retries=1), make_stage=accident)
+        )
     assert not open_store(config.output).exists("manifest.json")
-    segment_images(config, OnRay(CREW))
-    assert everything(config.output) == alone(config)
+    segment_images(config, RaySegmentationExecutor(CREW))
+    assert read_all(config.output) == alone(config)
 
 
 @on("durable")
@@ -111,9 +113,9 @@ def test_a_killed_driver_loses_and_doubles_nothing(config, tmp_path, ray_cluster
     assert done
     assert not store.exists("manifest.json")
 
-    summary = segment_images(config, OnRay(CREW))
-    assert summary.new < 28
-    assert everything(config.output) == alone(config)
+    summary = segment_images(config, RaySegmentationExecutor(CREW))
+    assert summary.new_images < 28
+    assert read_all(config.output) == alone(config)
     assert json.loads(store.get("manifest.json"))["images"] == 28
 
 
@@ -126,7 +128,7 @@ def test_hostile_keys_of_a_bucket_get_their_rows(config, tmp_path, s3_env, ray_c
     for key in keys:
         client.put_object(Bucket=s3_env.bucket, Key=f"hostile/{key}", Body=image)
     hostile = replace(config, images=f"{s3_env.uri}/hostile", output=f"{s3_env.uri}/found")
-    summary = segment_images(hostile, OnRay(CREW))
+    summary = segment_images(hostile, RaySegmentationExecutor(CREW))
     assert summary.statuses == {"bad_key": 4, "ok": 5}
-    assert segment_images(hostile, OnRay(CREW)).new == 0
-    assert len([key for key in everything(hostile.output) if key.startswith("masks/")]) == 5
+    assert segment_images(hostile, RaySegmentationExecutor(CREW)).new_images == 0
+    assert len([key for key in read_all(hostile.output) if key.startswith("masks/")]) == 5

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 import jobs.train_segmenter as job
-from actors.resources import Placement
-from actors.segmenter_training import Workers, on_ray_train
+from actors.resources import ResourceConfig
+from actors.train_segmenter import WorkerGroupConfig, ray_train_runner
 from loraseg.errors import StageError
-from loraseg.segment.closed_checkpoint import load_segmenter
+from loraseg.segment.closed_set.checkpoint import load_closed_set_segmenter
 from loraseg.storage import open_store
-from loraseg.train.closed_set import train_segmenter
-from loraseg.train.closed_work import SegmenterConfig, run_here, train_segmenters
-from tests.integration.segmenters.accidents import Accident
-from tests.unit.train.closed_world import TINY_RECIPE, write_world
+from loraseg.train.closed_set.job import SegmenterTrainingConfig, run_locally, train_segmenters
+from loraseg.train.closed_set.loop import train_segmenter
+from tests.integration.segmenters.fault_injection import KillAfterCheckpoint
+from tests.unit.train.closed_set.tiny_datasets import TINY_RECIPE, write_datasets
 
 pytestmark = [
     pytest.mark.ray,
@@ -24,10 +24,10 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world"))
+    return write_datasets(tmp_path_factory.mktemp("world"))
 
 
-def _config(world, output, cls=SegmenterConfig, **changes):
+def _config(world, output, cls=SegmenterTrainingConfig, **changes):
     plain = {"real": str(world / "real"), "overrides": TINY_RECIPE, "output": output}
     return cls(**{**plain, **changes})
 
@@ -35,11 +35,13 @@ def _config(world, output, cls=SegmenterConfig, **changes):
 def test_two_workers_survive_the_loss_of_one(ray_cluster, world, tmp_path, s3_env):
     """Two workers on S3: one dies after a checkpoint, and the result is as without that."""
     del ray_cluster
-    workers = Workers(count=2, resources=Placement(retries=2))
+    workers = WorkerGroupConfig(count=2, resources=ResourceConfig(retries=2))
     uri = f"{s3_env.uri}/killed run"
-    accident = Accident(rank=1, step=2, folder=tmp_path)
+    accident = KillAfterCheckpoint(rank=1, step=2, folder=tmp_path)
     config = _config(world, uri, synthetic=(str(world / "synthetic"),))
-    arm, alone = (_segmenter_arm(config, run) for run in (on_ray_train(workers, accident), None))
+    arm, alone = (
+        _segmenter_arm(config, run) for run in (ray_train_runner(workers, accident), None)
+    )
     assert (tmp_path / "died").exists()
     assert (tmp_path / "world-2-cpu").exists()
     # pyarrow keeps an empty object for the folder itself.
@@ -59,13 +61,15 @@ def _segmenter_arm(config, run):
         if done:
             raise StageError("the control is left out")
         done.append(task.name)
-        (run or run_here)(task)
+        (run or run_locally)(task)
 
     with pytest.raises(StageError, match="left out"):
         train_segmenters(config, once)
     store = open_store(config.output)
     arm = json.loads(store.get("arms/segmenter.json"))
-    assert load_segmenter(f"{config.output}/segmenter.safetensors").digest == arm["sha256"]
+    assert (
+        load_closed_set_segmenter(f"{config.output}/segmenter.safetensors").digest == arm["sha256"]
+    )
     store.delete("arms/segmenter.json")
     return arm
 
@@ -86,9 +90,9 @@ def test_job_trains_once(ray_cluster, world, tmp_path, capsys):
 def test_an_error_of_a_worker_is_told_as_it_is(ray_cluster, world, tmp_path):
     del ray_cluster
     overrides = {**TINY_RECIPE, "learning_rate": 1e30, "clip_norm": None, "warmup_steps": 0}
-    workers = Workers(resources=Placement(retries=0))
+    workers = WorkerGroupConfig(resources=ResourceConfig(retries=0))
     with pytest.raises(StageError, match="the loss is"):
         train_segmenters(
             _config(world, str(tmp_path), overrides=overrides),
-            on_ray_train(workers, train_segmenter),
+            ray_train_runner(workers, train_segmenter),
         )

@@ -12,18 +12,18 @@ import psutil
 import pytest
 from ray import serve
 
-from actors.proxying import CALLBACK
-from actors.service import build_app
+from actors.serve.app import build_app
+from actors.serve.proxy_errors import CALLBACK
 from loraseg.backbones.clip import load_clip
-from loraseg.segment.base import load_base
-from loraseg.serving.config import Limits, Replicas, ServiceConfig
+from loraseg.segment.open_vocabulary.base import load_base
+from loraseg.serving.config import Limits, ReplicaConfig, ServiceConfig
 from tests.unit.tiny import DOMAINS, domain_images, publish, write_models
 
 # Ray is started once for all tests; its proxies read this at their start.
 os.environ.update(CALLBACK)
 
-_START_S = 120
-_NONE_SET_ASIDE = Replicas(cpus=0.0)
+_START_TIMEOUT_S = 120
+_NO_CPUS = ReplicaConfig(cpus=0.0)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Service:
             if (process.info["cmdline"] or [""])[0].startswith(title)
         ]
 
-    def wait_ready(self, deadline_s=_START_S):
+    def wait_ready(self, deadline_s=_START_TIMEOUT_S):
         deadline = time.monotonic() + deadline_s
         with self.client() as client:
             while (state := client.get("/readyz")).status_code != 200:
@@ -101,9 +101,9 @@ def start(serve_port, models):
                 "poll_s": 0.2,
                 "temperature": 3.0,
                 "k": 2,
-                "gateway": _NONE_SET_ASIDE,
-                "retrieval": _NONE_SET_ASIDE,
-                "segmenter": _NONE_SET_ASIDE,
+                "gateway": _NO_CPUS,
+                "retrieval": _NO_CPUS,
+                "segmenter": _NO_CPUS,
                 **options,
             },
         )

@@ -8,9 +8,15 @@ import pytest
 from ray import serve
 
 from loraseg.backbones.clip import load_clip
-from loraseg.segment.base import load_base
+from loraseg.segment.open_vocabulary.base import load_base
 from loraseg.serving.config import Limits
-from tests.integration.serving.asking import PNG, SEGMENT, eventually, png, together
+from tests.integration.serving.endpoint_requests import (
+    PNG,
+    SEGMENT,
+    png,
+    post_concurrently,
+    wait_until,
+)
 from tests.unit.tiny import DOMAINS, publish
 
 pytestmark = pytest.mark.ray
@@ -30,13 +36,13 @@ def test_what_is_published_and_rolled_back_is_served_within_seconds(
 
         assert versions() == {names[0]: 1, names[1]: 1}
         library = publish(folder, base, encoder, names[2:])
-        eventually(lambda: versions() == dict.fromkeys(names, 1))
+        wait_until(lambda: versions() == dict.fromkeys(names, 1))
         files, card = library.load(names[1])
         library.publish(names[0], files, replace(card, name=names[0]))
-        eventually(lambda: versions()[names[0]] == 2)
+        wait_until(lambda: versions()[names[0]] == 2)
         library.rollback(names[0], 1)
-        eventually(lambda: versions()[names[0]] == 1)
-        for response in together(service, images):
+        wait_until(lambda: versions()[names[0]] == 1)
+        for response in post_concurrently(service, images):
             for used in response.json()["adapters"]:
                 entry = library.entry(used["name"])
                 assert (used["version"], used["digest"]) == (entry.version, entry.digest)
@@ -44,7 +50,7 @@ def test_what_is_published_and_rolled_back_is_served_within_seconds(
 
 def test_beyond_its_queue_the_service_says_when_to_come_back(start, library, images):
     with start({"main": library}, batch=1, limits=Limits(queued=1)) as service:
-        responses = together(service, images * 4)
+        responses = post_concurrently(service, images * 4)
     assert {response.status_code for response in responses} == {200, 503}
     for response in responses:
         if response.status_code == 503:

@@ -9,56 +9,56 @@ import numpy as np
 import pytest
 import ray
 
-from loraseg.segment.base import load_base
-from loraseg.serving.build import build_local
-from tests.integration.serving.asking import (
+from loraseg.segment.open_vocabulary.base import load_base
+from loraseg.serving.build import build_local_engine
+from tests.integration.serving.endpoint_requests import (
     CLASSES,
     PNG,
     SEGMENT,
-    eventually,
     label_map,
     png,
-    together,
+    post_concurrently,
+    wait_until,
 )
 from tests.unit.tiny import DOMAINS, domain_images
 
 pytestmark = pytest.mark.ray
 
 
-def told_alike(one, other):
+def same_explanation(one, other):
     """Compare what was used and why, whatever the order of arrival."""
     keys = ("mode", "base", "generation", "fallback", "adapters", "mix")
     return all(one[key] == other[key] for key in keys)
 
 
 def test_answers_are_those_of_one_process_alone_and_in_a_mixed_crowd(service, images):
-    alone = [together(service, [image])[0].json() for image in images]
-    crowd = [response.json() for response in together(service, images)]
-    with build_local(service.config) as engine:
+    alone = [post_concurrently(service, [image])[0].json() for image in images]
+    crowd = [response.json() for response in post_concurrently(service, images)]
+    with build_local_engine(service.config) as engine:
         assert engine.wait_until_ready(30.0)
         local = asyncio.run(_locally(engine, service.config, images))
     assert len({reply["mix"] for reply in alone}) > 1
     for one, many, outcome in zip(alone, crowd, local, strict=True):
-        assert told_alike(one, many)
+        assert same_explanation(one, many)
         assert one["mix"] == outcome.result.explanation.mix
         np.testing.assert_array_equal(label_map(one), outcome.result.label_map)
         np.testing.assert_array_equal(label_map(many), outcome.result.label_map)
 
 
 async def _locally(engine, config, images):
-    from loraseg.segment.choice import Wish
-    from loraseg.serving.orders import Order
-    from loraseg.serving.views import default_settings
+    from loraseg.inference.selection import AdapterQuery
+    from loraseg.serving.engine import SegmentRequest
+    from loraseg.serving.views import service_default_settings
 
-    wish = Wish(settings=default_settings(config))
+    wish = AdapterQuery(settings=service_default_settings(config))
     return [
         await engine.segment(
-            Order(
+            SegmentRequest(
                 request_id="local",
                 image=image,
                 classes=CLASSES,
                 library="main",
-                wish=wish,
+                query=wish,
                 deadline=time.time() + 30,
             )
         )
@@ -67,14 +67,14 @@ async def _locally(engine, config, images):
 
 
 def test_a_crowd_goes_through_the_model_together(service, images):
-    replies = [response.json() for response in together(service, images)]
+    replies = [response.json() for response in post_concurrently(service, images)]
     assert max(reply["batch"] for reply in replies) > 1
 
 
 def test_large_images_travel_through_the_object_store(service):
     image = np.tile(domain_images(next(iter(DOMAINS)), 1)[0], (12, 12, 1))
-    [whole] = together(service, [image], f"{SEGMENT}&tiling=never")
-    [tiled] = together(service, [image], f"{SEGMENT}&tiling=always")
+    [whole] = post_concurrently(service, [image], f"{SEGMENT}&tiling=never")
+    [tiled] = post_concurrently(service, [image], f"{SEGMENT}&tiling=always")
     assert whole.status_code == tiled.status_code == 200, (whole.text, tiled.text)
     assert label_map(whole.json()).shape == label_map(tiled.json()).shape == image.shape[:2]
     assert tiled.json()["tiles"] > 1
@@ -90,7 +90,7 @@ def test_the_request_id_is_the_clients_or_a_plain_one(service):
 
 
 def test_a_deadline_that_cannot_be_kept_is_told(service, images):
-    [response] = together(service, images[:1], f"{SEGMENT}&timeout_s=0.001")
+    [response] = post_concurrently(service, images[:1], f"{SEGMENT}&timeout_s=0.001")
     assert (response.status_code, response.json()["code"]) == (504, "deadline")
 
 
@@ -125,7 +125,7 @@ def test_a_killed_segmenter_costs_no_request(service, images):
                 process.kill()
             return await asyncio.gather(*posts)
 
-    expected = [label_map(r.json()) for r in together(service, images)]
+    expected = [label_map(r.json()) for r in post_concurrently(service, images)]
     for n, response in enumerate(asyncio.run(wave())):
         assert response.status_code == 200, response.text
         np.testing.assert_array_equal(label_map(response.json()), expected[n % len(images)])
@@ -149,7 +149,7 @@ def test_a_killed_gateway_tells_its_clients_to_ask_again(service, images):
     assert (response.status_code, response.json()["code"]) == (503, "replica_lost")
     assert int(response.headers["retry-after"]) >= 1
     service.wait_ready()
-    assert together(service, images[:1])[0].status_code == 200
+    assert post_concurrently(service, images[:1])[0].status_code == 200
 
 
 def test_metrics_are_exported_and_logs_are_json_with_the_request_id(service, images):
@@ -172,7 +172,7 @@ def test_metrics_are_exported_and_logs_are_json_with_the_request_id(service, ima
         "ray_loraseg_batch_images_bucket",
         "ray_loraseg_images_total",
     )
-    eventually(lambda: all(name in httpx.get(url).text for name in wanted), deadline_s=60)
+    wait_until(lambda: all(name in httpx.get(url).text for name in wanted), deadline_s=60)
     session = Path(ray._private.worker._global_node.get_session_dir_path())
     files = list((session / "logs" / "serve").glob(f"replica_{service.name}_Gateway_*.log"))
     lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]

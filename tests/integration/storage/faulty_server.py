@@ -64,7 +64,7 @@ class FaultyServer:
         if isinstance(fault, int):
             status, answer, headers = fault, _error(_CODES.get(fault, "SlowDown")), {}
         else:
-            status, answer, headers = self._work(request, body)
+            status, answer, headers = self._handle(request, body)
         if fault == "lose":
             request.close_connection = True
             return
@@ -85,7 +85,7 @@ class FaultyServer:
         self.seen.append(request)
         return self.faults.pop(0) if self.faults else None
 
-    def _work(self, request, body):
+    def _handle(self, request, body):
         data, metadata = self.objects.get(request.path, (None, {}))
         if request.command == "PUT":
             return self._put(request, body, data)

@@ -13,7 +13,7 @@ import pytest
 
 from loraseg.errors import StoreError
 from loraseg.seeding import numpy_generator
-from loraseg.storage import PATIENCE_S, open_store
+from loraseg.storage import RETRY_TIMEOUT_S, open_store
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def _write_until(stop, uri, writer, acknowledged):
 def _wait_for_more(written):
     """Wait until every writer has had two more writes acknowledged: one in each way."""
     goals = [len(acknowledged) + 2 for acknowledged in written]
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + RETRY_TIMEOUT_S
     while any(len(one) < goal for one, goal in zip(written, goals, strict=True)):
         assert time.monotonic() < deadline, f"writes stand still at {list(map(len, written))}"
         time.sleep(0.02)

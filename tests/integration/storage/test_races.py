@@ -15,7 +15,7 @@ WORKERS = 8
 def processes():
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(
-        WORKERS, context, initializer=workers.join, initargs=(context.Barrier(WORKERS),)
+        WORKERS, context, initializer=workers.set_barrier, initargs=(context.Barrier(WORKERS),)
     ) as pool:
         yield pool
 

@@ -81,7 +81,7 @@ def test_lasting_failure_says_where(faulty, store, caplog):
 
 
 def test_a_long_wait_is_told_once(faulty, store, caplog, monkeypatch):
-    monkeypatch.setattr("loraseg.storage.retry._SILENT_S", 0.1)
+    monkeypatch.setattr("loraseg.storage.retry._WARN_AFTER_S", 0.1)
     faulty.faults = ["drop"] * 30
     store.put("key", b"data")
     (line,) = caplog.messages
@@ -107,7 +107,7 @@ def test_unreachable_endpoint(faulty, monkeypatch):
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://user:{SECRET}@127.0.0.1:{port}")
-    store = open_store("s3://bucket").with_patience(0.2)
+    store = open_store("s3://bucket").with_retry_timeout(0.2)
     with pytest.raises(StoreError, match=f"at http://127.0.0.1:{port}: no usable answer") as info:
         store.get("key")
     assert SECRET not in str(info.value)
@@ -133,11 +133,11 @@ def test_probe_names_what_a_store_ignores(faulty, store, ignored, message):
 def test_a_forked_child_has_connections_of_its_own(faulty, store):
     """On a shared one, parent and child would read each other's answers."""
     store.put("key", b"data")
-    below = open_store("s3://bucket").sub("prefix")
+    below = open_store("s3://bucket").with_prefix("prefix")
     assert (store.get("key"), below.get("key")) == (b"data", b"data")
     parents = {request.client_address for request in faulty.seen}
     assert len(parents) == 2  # the server keeps connections alive, and each store has one
-    for opened in (store, below, below.with_patience(1.0)):
+    for opened in (store, below, below.with_retry_timeout(1.0)):
         faulty.seen.clear()
         child = multiprocessing.get_context("fork").Process(target=opened.get, args=("key",))
         child.start()

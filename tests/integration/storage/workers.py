@@ -5,7 +5,7 @@ from loraseg.storage import open_store
 _barrier = None
 
 
-def join(barrier):
+def set_barrier(barrier):
     global _barrier
     _barrier = barrier
 

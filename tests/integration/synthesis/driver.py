@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 
 import jobs.synthesize as job
-from actors.synthesis import OnRay
+from actors.synthesize import RaySynthesisExecutor
 from loraseg import config as configuration
-from loraseg.factory.run import synthesize
+from loraseg.batch.synthesize.run import synthesize
 
 if __name__ == "__main__":
     config = configuration.load(job.Config, Path(sys.argv[1]))
     accident = pickle.loads(Path(sys.argv[2]).read_bytes())
     accident.driver_file.write_text(str(os.getpid()))
-    synthesize(config, OnRay(config.generators, config.voters, **{accident.stage: accident}))
+    synthesize(
+        config, RaySynthesisExecutor(config.generators, config.voters, **{accident.stage: accident})
+    )

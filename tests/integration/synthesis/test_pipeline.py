@@ -9,11 +9,11 @@ from PIL import Image
 
 import jobs.pipeline as job
 from loraseg import config as configuration
+from loraseg.batch.matchmask_pp.pipeline import STAGE_LOG_KEY
 from loraseg.data import write_mask
-from loraseg.data.shard_reader import ShardDataset
-from loraseg.factory.pipeline import LEDGER
-from loraseg.segment.closed_checkpoint import load_segmenter
-from tests.tiny_factory import CLASSES, furnish, mask, write_masks
+from loraseg.data.shards.reader import ShardDataset
+from loraseg.segment.closed_set.checkpoint import load_closed_set_segmenter
+from tests.tiny_synthesis import CLASSES, mask, write_inputs, write_masks
 
 pytestmark = [
     pytest.mark.ray,
@@ -32,7 +32,7 @@ def write_images(folder, count, split):
 
 @pytest.fixture
 def settings(tmp_path):
-    furnish(tmp_path, masks=1)
+    write_inputs(tmp_path, masks=1)
     real = write_masks(tmp_path / "real", 3)
     (real / "masks" / "val").mkdir()
     for number in range(2):
@@ -75,24 +75,26 @@ def test_all_stages_run_once(ray_cluster, settings, tmp_path, capsys):
     assert [line.split(":")[0] for line in lines] == [
         *("segmenter-0", "pairs-0", "segmenter-1", "masks-1", "pairs-1", "segmenter-2")
     ]
-    stages = json.loads((tmp_path / "out" / LEDGER).read_text())["stages"]
+    stages = json.loads((tmp_path / "out" / STAGE_LOG_KEY).read_text())["stages"]
     first, second = (stages[f"pairs-{n}"]["result"] for n in range(2))
     assert (first["pairs"], second["pairs"]) == (6, 9)
     assert len(ShardDataset.open(str(tmp_path / "out" / second["dataset"]))) == 9
     last = stages["segmenter-2"]["result"]
-    assert load_segmenter(tmp_path / "out" / last["segmenter"]).label_space.names == CLASSES
+    assert (
+        load_closed_set_segmenter(tmp_path / "out" / last["segmenter"]).label_space.names == CLASSES
+    )
     assert last["control_miou"] == stages["segmenter-1"]["result"]["control_miou"]
-    before = (tmp_path / "out" / LEDGER).read_bytes()
+    before = (tmp_path / "out" / STAGE_LOG_KEY).read_bytes()
     assert run(tmp_path, settings) == 0
     assert _stages(capsys) == lines
-    assert (tmp_path / "out" / LEDGER).read_bytes() == before
+    assert (tmp_path / "out" / STAGE_LOG_KEY).read_bytes() == before
     # Moved, it goes on with what it holds; new unlabelled images do anew what depends on them.
     (tmp_path / "out").rename(tmp_path / "moved")
     (tmp_path / "unlabelled" / "images" / "train" / "002.png").unlink()
     assert run(tmp_path, {**settings, "output": str(tmp_path / "moved")}) == 0
     assert _stages(capsys)[:3] == lines[:3]
     assert not (tmp_path / "out").exists()
-    after = json.loads((tmp_path / "moved" / LEDGER).read_text())["stages"]
+    after = json.loads((tmp_path / "moved" / STAGE_LOG_KEY).read_text())["stages"]
     assert [name for name in sorted(after) if after[name] != stages[name]] == [
         *("masks-1", "pairs-1", "segmenter-2")
     ]

@@ -6,15 +6,15 @@ import pytest
 import yaml
 
 import jobs.synthesize as job
-from actors.pools import PoolPlacement
-from actors.synthesis import OnRay
+from actors.actor_pools import ActorPoolConfig
+from actors.synthesize import RaySynthesisExecutor
 from loraseg import config as configuration
-from loraseg.data.shard_reader import ShardDataset
+from loraseg.batch.synthesize.run import LocalSynthesisExecutor, synthesize
+from loraseg.data.shards.reader import ShardDataset
 from loraseg.errors import DatasetError, StageError
-from loraseg.factory.run import Here, synthesize
-from loraseg.train.segmentation import fixed_threads
-from tests.integration.synthesis.accidents import Accident
-from tests.tiny_factory import all_rows, digest, furnish, settings
+from loraseg.train.segmenter_adapters.samples import fixed_threads
+from tests.integration.synthesis.fault_injection import KillDuringStage
+from tests.tiny_synthesis import all_rows, digest, settings, write_inputs
 
 pytestmark = [
     pytest.mark.ray,
@@ -22,20 +22,20 @@ pytestmark = [
     pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.data\..*"),
 ]
 POOLS = {
-    "generators": PoolPlacement(min_parallel=2, max_parallel=2, cpus=0.5),
-    "voters": PoolPlacement(cpus=0.5),
+    "generators": ActorPoolConfig(min_parallel=2, max_parallel=2, cpus=0.5),
+    "voters": ActorPoolConfig(cpus=0.5),
 }
 
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory):
-    return furnish(tmp_path_factory.mktemp("shop"), masks=7)
+    return write_inputs(tmp_path_factory.mktemp("shop"), masks=7)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(shop):
     with fixed_threads(1):
-        synthesize(settings(shop, shop / "undisturbed"), Here())
+        synthesize(settings(shop, shop / "undisturbed"), LocalSynthesisExecutor())
     return digest(shop / "undisturbed")
 
 
@@ -74,23 +74,23 @@ def test_killed_workers_cost_only_time(shop, undisturbed, tmp_path, ray_cluster)
     accidents = {}
     for stage in ("draw", "vote"):
         (tmp_path / stage).mkdir()
-        accidents[stage] = Accident(
+        accidents[stage] = KillDuringStage(
             stage, "worker", calls=2, delay_s=0.01, folder=tmp_path / stage, times=2
         )
     config = settings(shop, tmp_path / "out")
-    synthesize(config, OnRay(**POOLS, **accidents))
+    synthesize(config, RaySynthesisExecutor(**POOLS, **accidents))
     assert all(accident.happened() for accident in accidents.values())
     assert digest(config.output) == undisturbed
 
 
 @pytest.mark.durable
 def test_workers_lost_too_often_end_the_run(shop, undisturbed, tmp_path, ray_cluster):
-    accident = Accident("draw", "worker", calls=1, delay_s=0.0, folder=tmp_path, times=1000)
-    pools = {**POOLS, "generators": PoolPlacement(max_parallel=1, retries=1)}
+    accident = KillDuringStage("draw", "worker", calls=1, delay_s=0.0, folder=tmp_path, times=1000)
+    pools = {**POOLS, "generators": ActorPoolConfig(max_parallel=1, retries=1)}
     config = settings(shop, tmp_path / "out")
     with pytest.raises(StageError, match="have lost 2 workers"):
-        synthesize(config, OnRay(**pools, draw=accident))
+        synthesize(config, RaySynthesisExecutor(**pools, make_generate_stage=accident))
     with pytest.raises(DatasetError, match="no synthetic data is committed"):
         ShardDataset.open(config.output)
-    synthesize(config, OnRay(**POOLS))
+    synthesize(config, RaySynthesisExecutor(**POOLS))
     assert digest(config.output) == undisturbed

@@ -6,7 +6,7 @@ import pytest
 
 import jobs.train_adapters as job
 from loraseg import config as configuration
-from tests.tiny_world import write_domain, write_manifest, write_models
+from tests.tiny_training import write_domain, write_manifest, write_models
 
 
 @pytest.fixture(scope="session")

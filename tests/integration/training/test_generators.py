@@ -4,13 +4,13 @@ import pytest
 import yaml
 
 import jobs.train_adapters as job
-from actors.resources import Placement
-from actors.training import train_adapters
+from actors.resources import ResourceConfig
+from actors.train_adapters import train_adapters
 from loraseg import config as configuration
 from loraseg.library import Library
 from loraseg.storage import open_store
-from loraseg.train.tasks import run_task
-from tests.integration.training.accidents import Accident
+from loraseg.train.tasks import train_adapter
+from tests.integration.training.fault_injection import KillAtStep
 from tests.unit.train.tiny_generator import RECIPE, write_pipeline
 
 pytestmark = pytest.mark.ray
@@ -84,13 +84,13 @@ def test_a_killed_worker_costs_nothing_but_the_steps_since_its_checkpoint(
     ray_cluster, make, tmp_path
 ):
     _, config = make("killed", "fog")
-    accident = Accident(step=15, marker=tmp_path / "struck")
-    (outcome,) = train_adapters(config.tasks(), Placement(), run=accident)
+    accident = KillAtStep(step=15, marker=tmp_path / "struck")
+    (outcome,) = train_adapters(config.tasks(), ResourceConfig(), runner=accident)
     assert (tmp_path / "struck").exists()
     assert outcome.error is None
     assert outcome.result.resumed_from_step == 10
     _, undisturbed = make("undisturbed", "fog")
-    assert run_task(undisturbed.tasks()[0]).digest == outcome.result.digest
+    assert train_adapter(undisturbed.tasks()[0]).digest == outcome.result.digest
     report = Library(open_store(config.library)).verify()
     assert not report.missing
     assert not report.corrupt

@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
-from actors.resources import Placement
-from actors.training import train_adapters
-from loraseg.train.recipes import named_recipe
-from loraseg.train.tasks import run_task
+from actors.resources import ResourceConfig
+from actors.train_adapters import train_adapters
+from loraseg.train.segmenter_adapters.recipes import named_recipe
+from loraseg.train.tasks import train_adapter
 
 pytestmark = pytest.mark.ray
 
@@ -39,11 +39,11 @@ def test_one_worker_trains_them_together_and_a_bad_one_fails_alone(
 ):
     _, config = make_manifest("fog")
     tasks = sweep(config)
-    outcomes = {o.name: o for o in train_adapters(tasks, Placement(max_parallel=1))}
+    outcomes = {o.name: o for o in train_adapters(tasks, ResourceConfig(max_parallel=1))}
     assert set(outcomes) == {"one", "two", "wild"}
     assert outcomes["wild"].error.startswith("StageError: step ")
     apart = sweep(config, library=str(tmp_path / "apart"))
     for task in apart[:2]:
-        assert run_task(task).digest == outcomes[task.name].result.digest
-    again = {o.name: o for o in train_adapters(tasks[:2], Placement(max_parallel=1))}
+        assert train_adapter(task).digest == outcomes[task.name].result.digest
+    again = {o.name: o for o in train_adapters(tasks[:2], ResourceConfig(max_parallel=1))}
     assert all(outcome.result.skipped for outcome in again.values())

@@ -10,15 +10,15 @@ import pytest
 import ray
 
 import jobs.train_adapters as job
-from actors.resources import Placement, require_room, require_room_together
-from actors.training import train_adapters
+from actors.resources import ResourceConfig, check_capacity, check_total_capacity
+from actors.train_adapters import train_adapters
 from loraseg import config as configuration
 from loraseg.errors import ConfigError
 from loraseg.library import Library
 from loraseg.storage import open_store
-from loraseg.train.tasks import run_task
+from loraseg.train.tasks import train_adapter
 from tests.integration.ray_cluster import SpotNodes
-from tests.integration.training.accidents import Accident, tell_environment
+from tests.integration.training.fault_injection import KillAtStep, fail_with_environment
 
 pytestmark = pytest.mark.ray
 
@@ -63,7 +63,7 @@ def test_a_killed_worker_costs_nothing_but_the_steps_since_its_checkpoint(
 ):
     _, config = make_manifest("fog", "night")
     outcomes = train_adapters(
-        config.tasks(), Placement(), run=Accident(step=15, marker=tmp_path / "struck")
+        config.tasks(), ResourceConfig(), runner=KillAtStep(step=15, marker=tmp_path / "struck")
     )
     results = {outcome.name: outcome.result for outcome in outcomes}
     assert (tmp_path / "struck").exists()
@@ -71,7 +71,7 @@ def test_a_killed_worker_costs_nothing_but_the_steps_since_its_checkpoint(
 
     _, undisturbed = make_manifest("fog", "night")
     for task in undisturbed.tasks():
-        run_task(task)
+        train_adapter(task)
     assert digests(undisturbed) == digests(config)
 
 
@@ -81,8 +81,8 @@ def digests(config):
 
 def test_a_worker_lost_too_often_fails_alone(ray_cluster, make_manifest, tmp_path):
     _, config = make_manifest("fog", "night")
-    accident = Accident(step=1, marker=tmp_path / "struck", only="fog")
-    outcomes = train_adapters(config.tasks(), Placement(retries=0), run=accident)
+    accident = KillAtStep(step=1, marker=tmp_path / "struck", only="fog")
+    outcomes = train_adapters(config.tasks(), ResourceConfig(retries=0), runner=accident)
     found = {outcome.name: outcome for outcome in outcomes}
     assert found["fog"].result is None
     assert "WorkerCrashedError" in found["fog"].error
@@ -94,8 +94,8 @@ def test_a_lost_node_hands_its_adapter_to_another(ray_cluster, make_manifest, tm
     with SpotNodes(ray_cluster, 2, resource="spot"):
         (outcome,) = train_adapters(
             config.tasks(),
-            Placement(node="spot"),
-            run=Accident(step=15, marker=tmp_path / "struck", node=True),
+            ResourceConfig(node="spot"),
+            runner=KillAtStep(step=15, marker=tmp_path / "struck", node=True),
         )
     assert (tmp_path / "struck").exists()
     assert outcome.error is None
@@ -124,7 +124,7 @@ def test_a_killed_driver_loses_and_doubles_nothing(ray_cluster, make_manifest):
 def test_secrets_reach_the_workers_but_no_log_of_ray(ray_cluster, make_manifest, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "unlikely-7f3a9")
     _, config = make_manifest("fog")
-    (outcome,) = train_adapters(config.tasks(), Placement(), run=tell_environment)
+    (outcome,) = train_adapters(config.tasks(), ResourceConfig(), runner=fail_with_environment)
     assert outcome.error == "RuntimeError: fog sees 9a3f7-ylekilnu"
     session = ray._private.worker._global_node.get_session_dir_path()
     found = subprocess.run(
@@ -137,7 +137,10 @@ def test_progress_is_told_while_it_runs(ray_cluster, make_manifest):
     _, config = make_manifest("fog")
     seen = []
     (outcome,) = train_adapters(
-        config.tasks(), Placement(), watch=lambda now: seen.append(now), read_every_s=0.1
+        config.tasks(),
+        ResourceConfig(),
+        on_progress=lambda now: seen.append(now),
+        poll_interval_s=0.1,
     )
     assert outcome.error is None
     reports = [standings["fog"].progress for standings in seen if "fog" in standings]
@@ -161,14 +164,14 @@ def test_the_plan_is_printed_without_a_cluster(make_manifest, capsys, monkeypatc
 
 def test_an_adapter_too_large_for_every_node_is_refused(ray_cluster):
     with pytest.raises(ConfigError, match="no node has 64 CPU for one adapter"):
-        require_room(Placement(cpus=64), may_grow=False)
+        check_capacity(ResourceConfig(cpus=64), may_grow=False)
 
 
 def test_stages_that_cannot_run_at_the_same_time_are_refused(ray_cluster):
-    first, second = Placement(cpus=1.5), Placement(cpus=0.5)
-    require_room_together([(first, 1), (second, 1)], may_grow=False)
+    first, second = ResourceConfig(cpus=1.5), ResourceConfig(cpus=0.5)
+    check_total_capacity([(first, 1), (second, 1)], may_grow=False)
     with pytest.raises(ConfigError, match=r"takes 2\.5 CPU and 0 GPU; .* has 2 and 0"):
-        require_room_together([(first, 1), (second, 2)], may_grow=False)
+        check_total_capacity([(first, 1), (second, 2)], may_grow=False)
 
 
 @pytest.mark.parametrize(
@@ -179,14 +182,16 @@ def test_a_bucket_serves_as_well_as_a_folder(
 ):
     bucket = request.getfixturevalue(server)
     manifest, config = make_manifest("fog", "broken", uri=bucket.uri)
-    accident = Accident(step=15, marker=tmp_path / "struck")
-    outcomes = {o.name: o for o in train_adapters(config.tasks(), Placement(), run=accident)}
+    accident = KillAtStep(step=15, marker=tmp_path / "struck")
+    outcomes = {
+        o.name: o for o in train_adapters(config.tasks(), ResourceConfig(), runner=accident)
+    }
     assert outcomes["fog"].result.resumed_from_step == 10
     assert outcomes["broken"].error.startswith("DatasetError")
     assert not list(open_store(config.checkpoints).list())
 
     _, in_a_folder = make_manifest("fog")
-    run_task(in_a_folder.tasks()[0])
+    train_adapter(in_a_folder.tasks()[0])
     assert digests(config) == digests(in_a_folder)
 
     capsys.readouterr()

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from actors.pools import PoolPlacement
-from actors.resources import Placement, StoreAccess
+from actors.actor_pools import ActorPoolConfig
+from actors.resources import ResourceConfig, StorageCredentials
 from loraseg.errors import ConfigError
 
 
@@ -20,7 +20,7 @@ from loraseg.errors import ConfigError
 )
 def test_ranges(values, message):
     with pytest.raises(ConfigError, match=message):
-        Placement(**values)
+        ResourceConfig(**values)
 
 
 @pytest.mark.parametrize(
@@ -33,26 +33,26 @@ def test_ranges(values, message):
 )
 def test_ranges_of_pools(values, message):
     with pytest.raises(ConfigError, match=message):
-        PoolPlacement(**values)
+        ActorPoolConfig(**values)
 
 
 @pytest.mark.parametrize(("cpus", "threads"), [(0.5, 1), (1, 1), (2.9, 2), (8, 8)])
 def test_threads_never_exceed_the_cpus_paid_for_but_are_never_none(cpus, threads):
-    assert Placement(cpus=cpus).threads == threads
+    assert ResourceConfig(cpus=cpus).threads == threads
 
 
 def test_in_words():
-    assert str(Placement(cpus=2, gpus=0.5, node="trainer")) == "2 CPU, 0.5 GPU on trainer"
+    assert str(ResourceConfig(cpus=2, gpus=0.5, node="trainer")) == "2 CPU, 0.5 GPU on trainer"
 
 
 def test_store_settings_reach_another_environment_and_nothing_else_does(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://localhost:9")
     monkeypatch.setenv("AWS_PROFILE", "laptop-only")
-    access = StoreAccess.of_driver()
+    access = StorageCredentials.from_environment()
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_PROFILE"):
         monkeypatch.delenv(name)
-    access.apply()
+    access.export()
     assert os.environ["AWS_SECRET_ACCESS_KEY"] == "hidden"
     assert os.environ["AWS_ENDPOINT_URL"] == "http://localhost:9"
     assert "AWS_PROFILE" not in os.environ
@@ -60,4 +60,4 @@ def test_store_settings_reach_another_environment_and_nothing_else_does(monkeypa
 
 def test_secrets_do_not_show(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
-    assert "hidden" not in repr(StoreAccess.of_driver())
+    assert "hidden" not in repr(StorageCredentials.from_environment())

@@ -12,18 +12,18 @@ from loraseg.adapters.adapter import LoraPair
 from loraseg.adapters.exchange import (
     DIFFUSERS_FILE,
     KOHYA_FILE,
-    diffusers_files,
-    kohya_file,
     read_diffusers,
     read_kohya,
+    to_diffusers_files,
+    to_kohya_file,
 )
-from loraseg.adapters.projections import attention_projections, select_projections
+from loraseg.adapters.targets.unet import attention_projections, select_projections
 from loraseg.errors import AdapterMismatchError, IntegrityError
 from tests.unit.tiny_diffusion import full_unet, tiny_sd, tiny_sdxl
 
 FORMS = {
-    DIFFUSERS_FILE: (lambda pairs: diffusers_files(pairs)[DIFFUSERS_FILE], read_diffusers),
-    KOHYA_FILE: (kohya_file, read_kohya),
+    DIFFUSERS_FILE: (lambda pairs: to_diffusers_files(pairs)[DIFFUSERS_FILE], read_diffusers),
+    KOHYA_FILE: (to_kohya_file, read_kohya),
 }
 MODULE = "mid_block.attentions.0.transformer_blocks.0.attn2.to_q"
 
@@ -134,7 +134,7 @@ def test_kohya_names_of_the_public_unets_come_back(model):
         if isinstance(module, torch.nn.Linear) and name not in set(names)
     ]
     pair = LoraPair(torch.zeros(1, 1), torch.zeros(1, 1), 1.0)
-    assert set(read_kohya(kohya_file(dict.fromkeys(names, pair)))) == set(names)
+    assert set(read_kohya(to_kohya_file(dict.fromkeys(names, pair)))) == set(names)
 
 
 @pytest.mark.parametrize("with_metadata", [True, False])
@@ -167,11 +167,11 @@ def tensors_of(data):
 
 
 def kohya_tensors():
-    return tensors_of(kohya_file({MODULE: random_pair(2, 4, 4, 1.0, 0)}))
+    return tensors_of(to_kohya_file({MODULE: random_pair(2, 4, 4, 1.0, 0)}))
 
 
 def diffusers_tensors():
-    return tensors_of(diffusers_files({MODULE: random_pair(2, 4, 4, 1.0, 0)})[DIFFUSERS_FILE])
+    return tensors_of(to_diffusers_files({MODULE: random_pair(2, 4, 4, 1.0, 0)})[DIFFUSERS_FILE])
 
 
 def test_kohya_alpha_is_divided_by_the_rank():
@@ -183,7 +183,7 @@ def test_kohya_alpha_is_divided_by_the_rank():
     assert read_kohya(safetensors.torch.save(tensors))[MODULE].scale == 1.0
 
 
-STRANGE = {
+MALFORMED = {
     "an unknown tensor": lambda tensors: {**tensors, "unet.alpha.weight": torch.zeros(1)},
     "a text encoder's": lambda tensors: {
         **tensors,
@@ -215,7 +215,7 @@ def without(tensors, ends):
     return {key: value for key, value in tensors.items() if not key.endswith(ends)}
 
 
-@pytest.mark.parametrize("what", STRANGE)
+@pytest.mark.parametrize("what", MALFORMED)
 @pytest.mark.parametrize(
     ("make", "read", "where"),
     [(diffusers_tensors, read_diffusers, DIFFUSERS_FILE), (kohya_tensors, read_kohya, KOHYA_FILE)],
@@ -223,7 +223,7 @@ def without(tensors, ends):
 )
 def test_strange_tensors_are_refused(make, read, where, what):
     with pytest.raises(IntegrityError, match=where):
-        read(safetensors.torch.save(STRANGE[what](make())))
+        read(safetensors.torch.save(MALFORMED[what](make())))
 
 
 @pytest.mark.parametrize("read", [read_diffusers, read_kohya])
@@ -285,4 +285,4 @@ def test_what_cannot_be_written():
         with pytest.raises(AdapterMismatchError, match="at least one LoRA pair"):
             write({})
     with pytest.raises(AdapterMismatchError, match=r"'sem_seg_head\.q' has no kohya form"):
-        kohya_file({"sem_seg_head.q": pair})
+        to_kohya_file({"sem_seg_head.q": pair})

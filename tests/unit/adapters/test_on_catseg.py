@@ -2,11 +2,11 @@ import peft
 import pytest
 import torch
 
-from loraseg.adapters import Adapter, LoraPair, adapter_files, load_adapter, targets
+from loraseg.adapters import Adapter, LoraPair, load_adapter, target_modules, to_peft_files
 from loraseg.adapters.peft_io import save_adapter
 from loraseg.fuse import AdapterBank, fuse
-from loraseg.segment.catseg.config import CATSegConfig
-from loraseg.segment.catseg.model import CATSeg
+from loraseg.segment.open_vocabulary.catseg.config import CATSegConfig
+from loraseg.segment.open_vocabulary.catseg.model import CATSeg
 
 TINY = {
     "image_size": 16,
@@ -53,12 +53,12 @@ def tiny(**changes):
 def random_adapter(model, rank=3, seed=0, scale=0.5):
     generator = torch.Generator().manual_seed(seed)
     pairs = {}
-    for name in targets(model):
+    for name in target_modules(model):
         weight = model.get_submodule(name).weight
         down = torch.randn(rank, weight.shape[1], generator=generator) * 0.3
         up = torch.randn(weight.shape[0], rank, generator=generator) * 0.3
         pairs[name] = LoraPair(down, up, scale)
-    return load_adapter(adapter_files(pairs, base_name="tiny"), name=f"a{seed}")
+    return load_adapter(to_peft_files(pairs, base_name="tiny"), name=f"a{seed}")
 
 
 @pytest.fixture
@@ -78,15 +78,15 @@ def run(model, inputs):
 def test_vit_l_has_214_targets_and_4444160_parameters_at_rank_8():
     with torch.device("meta"):
         model = CATSeg(CATSegConfig(**VIT_L))
-    names = targets(model)
+    names = target_modules(model)
     assert len(names) == 214
     assert sum(8 * sum(model.get_submodule(name).weight.shape) for name in names) == 4_444_160
 
 
 def test_depth_decides_how_many_targets_there_are():
     # 5 a CLIP block, 2 x 6 Swin and 5 class attention layers an aggregator layer.
-    assert len(targets(tiny())) == 5 * 4 + 17
-    assert len(targets(tiny(vision_layers=3, text_layers=1, layers=2))) == 5 * 4 + 2 * 17
+    assert len(target_modules(tiny())) == 5 * 4 + 17
+    assert len(target_modules(tiny(vision_layers=3, text_layers=1, layers=2))) == 5 * 4 + 2 * 17
 
 
 def test_stock_peft_gives_the_same_logits_as_the_bank(tmp_path, inputs):

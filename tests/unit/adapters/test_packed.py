@@ -33,10 +33,10 @@ def make(**flags):
 def test_blocks_hold_the_scaled_products_by_shape():
     adapter, packed = make(), pack(make())
     assert list(packed.blocks) == [(5, 5), (6, 4)]
-    assert packed.blocks[6, 4].sites == ("a", "b")
+    assert packed.blocks[6, 4].layers == ("a", "b")
     assert (packed.rank, packed.blocks[6, 4].rank) == (3, 3)
     for block in packed.blocks.values():
-        for site, down, up in zip(block.sites, block.down, block.up, strict=True):
+        for site, down, up in zip(block.layers, block.down, block.up, strict=True):
             torch.testing.assert_close(up.T @ down, adapter.pairs[site].delta())
     assert packed.nbytes == 4 * (2 * 3 * (4 + 6) + 1 * (5 + 5))
 
@@ -48,7 +48,7 @@ def test_layers_that_change_nothing_are_left_out():
     packed = pack(nothing)
     assert (dict(packed.blocks), packed.rank, packed.nbytes) == ({}, 0, 0)
     assert not any(
-        site.startswith("zero") for b in pack(make()).blocks.values() for site in b.sites
+        site.startswith("zero") for b in pack(make()).blocks.values() for site in b.layers
     )
 
 
@@ -69,7 +69,7 @@ def test_a_file_gives_back_the_same_bits_mapped_not_read(tmp_path, dtype):
     assert (again.name, again.digest, again.base_digest) == ("x", "12" * 32, "34" * 32)
     assert list(again.blocks) == list(packed.blocks)
     for shape, block in packed.blocks.items():
-        assert again.blocks[shape].sites == block.sites
+        assert again.blocks[shape].layers == block.layers
         assert torch.equal(again.blocks[shape].down, block.down)
         assert torch.equal(again.blocks[shape].up, block.up)
     with open("/proc/self/maps") as maps:  # noqa: PTH123 - not a file of ours

@@ -12,11 +12,11 @@ from loraseg.adapters.adapter import Adapter, LoraPair
 from loraseg.adapters.peft_io import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    adapter_files,
+    extract_pairs,
     files_digest,
     load_adapter,
-    pairs_of,
     save_adapter,
+    to_peft_files,
 )
 from loraseg.errors import AdapterMismatchError, IntegrityError
 
@@ -57,7 +57,7 @@ def pairs():
 
 @pytest.fixture
 def files(pairs):
-    return adapter_files(pairs, base_name="toy", base_digest="ab" * 32)
+    return to_peft_files(pairs, base_name="toy", base_digest="ab" * 32)
 
 
 def edited(files, **values):
@@ -106,7 +106,7 @@ def test_reads_what_stock_peft_saves(tmp_path, rslora):
     for name, pair in adapter.pairs.items():
         theirs = wrapped.base_model.model.get_submodule(name).get_delta_weight("default")
         torch.testing.assert_close(pair.delta(), theirs, rtol=1e-6, atol=1e-6)
-    copied = pairs_of(wrapped)
+    copied = extract_pairs(wrapped)
     assert set(copied) == set(adapter.pairs)
     torch.testing.assert_close(copied["head.2"].up, adapter.pairs["head.2"].up, rtol=0, atol=0)
 

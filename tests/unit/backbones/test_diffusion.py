@@ -10,7 +10,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from loraseg.backbones.diffusion import DiffusionBase, TextEncoding, schedule_of
+from loraseg.backbones.diffusion import DiffusionBase, TextEncoding, get_alphas_cumprod
 from loraseg.errors import ConfigError, DatasetError, IntegrityError
 from loraseg.seeding import torch_generator
 from tests.unit.tiny_diffusion import SCHEDULE, tiny_sd, tiny_sdxl
@@ -27,7 +27,7 @@ def pipeline(request):
 
 @pytest.fixture(scope="module")
 def base(pipeline):
-    return DiffusionBase.of(pipeline, name="tiny", digest="ab" * 32)
+    return DiffusionBase.from_pipeline(pipeline, name="tiny", digest="ab" * 32)
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_text_is_encoded_as_by_the_stock_pipeline(base, pipeline):
 def test_sdxl_that_encodes_the_empty_prompt():
     pipeline = tiny_sdxl()
     pipeline.register_to_config(force_zeros_for_empty_prompt=False)
-    base = DiffusionBase.of(pipeline, name="tiny", digest="ab" * 32)
+    base = DiffusionBase.from_pipeline(pipeline, name="tiny", digest="ab" * 32)
     _, empty, _, pooled = pipeline.encode_prompt("car", device="cpu")
     assert torch.equal(base.encode_unconditional().hidden, empty)
     assert torch.equal(base.encode_unconditional().pooled, pooled)
@@ -82,14 +82,14 @@ def test_rows_of_an_encoding(base):
 
 
 def test_encoded_prompts_are_counted():
-    base = DiffusionBase.of(tiny_sd(), name="tiny", digest="ab" * 32)
-    assert base.text_calls == 0
+    base = DiffusionBase.from_pipeline(tiny_sd(), name="tiny", digest="ab" * 32)
+    assert base.encoded_prompts == 0
     base.encode_text(["road", "car"])
     base.encode_unconditional()
-    assert base.text_calls == 3
+    assert base.encoded_prompts == 3
     with pytest.raises(DatasetError, match="got no prompt"):
         base.encode_text([])
-    assert base.text_calls == 3
+    assert base.encoded_prompts == 3
 
 
 def test_images_are_encoded_as_by_the_stock_vae(base, pipeline, images):
@@ -130,7 +130,7 @@ def test_sizes_of_images_are_checked(base, size):
 def test_latents_of_a_vae_with_statistics():
     pipeline = tiny_sdxl()
     mean, deviation = [0.1, -0.2, 0.3, 0.4], [1.5, 0.5, 2.0, 1.0]
-    plain = DiffusionBase.of(pipeline, name="tiny", digest="ab" * 32)
+    plain = DiffusionBase.from_pipeline(pipeline, name="tiny", digest="ab" * 32)
     images = torch.randint(0, 256, (1, 8, 8, 3), dtype=torch.uint8, generator=torch_generator(0))
     raw = plain.encode_images(images) / pipeline.vae.config.scaling_factor
     before = plain.decode_latents(plain.encode_images(images))
@@ -145,7 +145,7 @@ def test_latents_of_a_vae_with_statistics():
 
 def test_size_conditions_are_those_of_the_stock_pipeline():
     pipeline = tiny_sdxl()
-    base = DiffusionBase.of(pipeline, name="tiny", digest="ab" * 32)
+    base = DiffusionBase.from_pipeline(pipeline, name="tiny", digest="ab" * 32)
     text = base.encode_text(["road", "car"])
     ids = pipeline._get_add_time_ids((32, 48), (4, 8), (16, 24), torch.float32, 12)
     added = base.added_conditions(text, (32, 48), (4, 8), (16, 24))
@@ -158,14 +158,14 @@ def test_size_conditions_are_those_of_the_stock_pipeline():
 
 
 def test_a_plain_model_has_no_size_conditions():
-    base = DiffusionBase.of(tiny_sd(), name="tiny", digest="ab" * 32)
+    base = DiffusionBase.from_pipeline(tiny_sd(), name="tiny", digest="ab" * 32)
     assert base.added_conditions(base.encode_text(["road"]), (32, 32)) is None
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("pipeline_of", [tiny_sd, tiny_sdxl])
 def test_noise_and_targets_are_those_of_the_training_scheduler(pipeline_of, prediction):
-    base = DiffusionBase.of(pipeline_of(prediction), name="tiny", digest="ab" * 32)
+    base = DiffusionBase.from_pipeline(pipeline_of(prediction), name="tiny", digest="ab" * 32)
     trainer = DDPMScheduler(
         **{name: value for name, value in SCHEDULE.items() if name != "steps_offset"}
     )
@@ -184,17 +184,17 @@ def test_noise_and_targets_are_those_of_the_training_scheduler(pipeline_of, pred
 
 
 def test_schedule_of_methods_0_2():
-    base = DiffusionBase.of(tiny_sd(), name="tiny", digest="ab" * 32)
+    base = DiffusionBase.from_pipeline(tiny_sd(), name="tiny", digest="ab" * 32)
     signal = base.alphas_cumprod.sqrt()[[1, 81, 201, 481]]
     assert signal.tolist() == pytest.approx([0.9991, 0.9577, 0.8673, 0.5498], abs=6e-5)
     assert (base.alphas_cumprod.shape, base.alphas_cumprod.dtype) == ((1000,), torch.float32)
     with pytest.raises(ConfigError, match="FlowMatchEulerDiscreteScheduler has no alphas_cumprod"):
-        schedule_of(FlowMatchEulerDiscreteScheduler())
+        get_alphas_cumprod(FlowMatchEulerDiscreteScheduler())
 
 
 def test_moving_keeps_the_vae_of_sdxl_in_float32(caplog):
     for make, vae_type in ((tiny_sd, torch.bfloat16), (tiny_sdxl, torch.float32)):
-        base = DiffusionBase.of(make(), name="tiny", digest="ab" * 32)
+        base = DiffusionBase.from_pipeline(make(), name="tiny", digest="ab" * 32)
         assert base.to("cpu", torch.bfloat16) is base
         assert (base.dtype, base.vae.dtype) == (torch.bfloat16, vae_type)
         assert {encoder.dtype for encoder in base.text_encoders} == {torch.bfloat16}
@@ -208,10 +208,10 @@ def test_moving_keeps_the_vae_of_sdxl_in_float32(caplog):
 def test_other_pipelines_are_refused():
     pipeline = tiny_sd()
     with pytest.raises(ConfigError, match="is a SimpleNamespace, expected StableDiffusionPipeline"):
-        DiffusionBase.of(types.SimpleNamespace(), name="x", digest="ab" * 32)
+        DiffusionBase.from_pipeline(types.SimpleNamespace(), name="x", digest="ab" * 32)
     pipeline.scheduler.register_to_config(prediction_type="flow")
     with pytest.raises(ConfigError, match="prediction_type 'flow', expected one of epsilon"):
-        DiffusionBase.of(pipeline, name="x", digest="ab" * 32)
+        DiffusionBase.from_pipeline(pipeline, name="x", digest="ab" * 32)
 
 
 @pytest.mark.parametrize(
@@ -225,10 +225,10 @@ def test_parts_that_do_not_fit(changes, message):
     pipeline = tiny_sd()
     pipeline.unet.register_to_config(**changes)
     with pytest.raises(IntegrityError, match=message):
-        DiffusionBase.of(pipeline, name="x", digest="ab" * 32)
+        DiffusionBase.from_pipeline(pipeline, name="x", digest="ab" * 32)
 
 
 def test_encodings_are_values():
     text = TextEncoding(torch.zeros(2, 3, 4))
     assert text.pooled is None
-    assert text.rows([]).hidden.shape == (0, 3, 4)
+    assert text.select([]).hidden.shape == (0, 3, 4)

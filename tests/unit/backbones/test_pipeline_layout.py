@@ -11,10 +11,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from loraseg.backbones.diffusion import load_diffusion
-from loraseg.backbones.pipeline_fit import check_fit
+from loraseg.backbones.pipeline_fit import check_parts_fit
 from loraseg.backbones.pipeline_layout import pipeline_digest
 from loraseg.errors import ConfigError, IntegrityError
-from loraseg.synth.schedulers import Steps
+from loraseg.synth.schedulers import SchedulerSteps
 from tests.unit.tiny_diffusion import PIPELINE_FILES, tiny_tokenizer
 
 
@@ -232,9 +232,9 @@ def test_text_of_another_width_than_the_unet_reads(wanted):
         "vae": SimpleNamespace(config=SimpleNamespace(scaling_factor=1.0)),
     }
     with pytest.raises(IntegrityError, match=r"here/unet: cross_attention_dim .* expected 32"):
-        check_fit(parts, "here")
+        check_parts_fit(parts, "here")
     parts["unet"].config.cross_attention_dim = [32, 32]
-    check_fit(parts, "here")
+    check_parts_fit(parts, "here")
 
 
 def test_old_configs_get_the_offset_of_the_stock_pipeline(folder):
@@ -247,6 +247,6 @@ def test_old_configs_get_the_offset_of_the_stock_pipeline(folder):
     scheduler = load_diffusion(str(folder)).scheduler
     assert scheduler.config.steps_offset == stock.config.steps_offset == 1
     for name in ("pndm", "ddim"):
-        assert int(Steps(scheduler, name, 10, torch.device("cpu")).time(9)) == 101 - 100 * (
-            name == "ddim"
-        )
+        assert int(
+            SchedulerSteps(scheduler, name, 10, torch.device("cpu")).timestep(9)
+        ) == 101 - 100 * (name == "ddim")

@@ -9,8 +9,8 @@ from loraseg.backbones import pipeline_source
 from loraseg.backbones.diffusion import load_diffusion
 from loraseg.backbones.pipeline_layout import pipeline_digest
 from loraseg.backbones.pipeline_source import resolve_pipeline
-from loraseg.backbones.source import absolute_spec
-from loraseg.cache_folder import cache_folder
+from loraseg.backbones.weights import absolute_spec
+from loraseg.cache_dir import cache_dir
 from loraseg.errors import ConfigError, IntegrityError, StoreError
 from loraseg.storage import LocalStore
 from tests.unit.tiny_diffusion import PIPELINE_FILES, tiny_sd, tiny_sdxl, tiny_tokenizer
@@ -30,7 +30,7 @@ def bucket(saved, tmp_path, monkeypatch):
 
     class Counting:
         def __init__(self, prefix):
-            self.below = store.sub(prefix)
+            self.below = store.with_prefix(prefix)
 
         def list(self, prefix=""):
             return self.below.list(prefix)
@@ -104,7 +104,7 @@ def test_a_store_is_mirrored_by_digest(bucket, saved):
     _, reads = bucket
     base = load_diffusion("s3://b/base")
     digest = pipeline_digest(saved["sd"])
-    copy = cache_folder("pipelines") / digest
+    copy = cache_dir("pipelines") / digest
     assert (base.name, base.digest) == ("s3://b/base", digest)
     files = {path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file()}
     assert files == PIPELINE_FILES["sd"]
@@ -146,7 +146,7 @@ def test_a_changed_store_gets_a_new_copy(bucket):
 def test_a_store_without_a_pipeline(bucket):
     with pytest.raises(IntegrityError, match=r"s3://b/none: model_index\.json is missing"):
         resolve_pipeline("s3://b/none")
-    assert not list(cache_folder("pipelines").iterdir())
+    assert not list(cache_dir("pipelines").iterdir())
 
 
 def test_a_store_that_fails_leaves_nothing(bucket, monkeypatch):
@@ -160,7 +160,7 @@ def test_a_store_that_fails_leaves_nothing(bucket, monkeypatch):
     monkeypatch.setattr(pipeline_source, "open_store", lambda uri: failing())
     with pytest.raises(StoreError):
         resolve_pipeline("s3://b/base")
-    assert not list(cache_folder("pipelines").iterdir())
+    assert not list(cache_dir("pipelines").iterdir())
 
 
 def test_the_hub_is_asked_for_the_used_files_alone(saved, monkeypatch):

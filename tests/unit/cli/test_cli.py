@@ -11,8 +11,8 @@ from loraseg.backbones.clip import load_clip
 from loraseg.cli import main
 from loraseg.data.masks import read_mask
 from loraseg.fuse.merging import load_table
-from loraseg.segment.base import load_base
-from loraseg.segment.predictor import Predictor
+from loraseg.segment.open_vocabulary.base import load_base
+from loraseg.segment.open_vocabulary.predictor import Predictor
 from tests.unit.tiny import CLASSES, DOMAINS, domain_images, publish, write_domain, write_models
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from loraseg.cli import main
-from tests.unit.evaluate.fidelity_world import pair, picture, write_real, write_shards
+from tests.unit.evaluate.fidelity.sample_data import pair, picture, write_real, write_shards
 from tests.unit.tiny import write_models
 
 

@@ -6,15 +6,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loraseg.adapters.peft_io import adapter_files
+from loraseg.adapters.peft_io import to_peft_files
 from loraseg.backbones.diffusion import load_diffusion
 from loraseg.cli import main
 from loraseg.data.labels import write_classes
 from loraseg.data.masks import read_mask, write_mask
-from loraseg.library import BaseModel, Card, Library
+from loraseg.library import AdapterCard, BaseModelInfo, Library
 from loraseg.storage import open_store
 from loraseg.synth.lineage import mask_digest
-from tests.unit.synth.generating import SPACE, adapter, mask, one_thread, pipeline  # noqa: F401
+from tests.unit.synth.tiny_generator import (  # noqa: F401
+    SPACE,
+    block_mask,
+    one_thread,
+    random_adapter,
+    tiny_pipeline,
+)
 
 CLASSES = ", ".join(SPACE.names)
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("pipeline")
-    pipeline("sd").save_pretrained(made)
+    tiny_pipeline("sd").save_pretrained(made)
     return made
 
 
@@ -34,8 +40,8 @@ def digest(folder):
 
 @pytest.fixture
 def masks(tmp_path):
-    write_mask(tmp_path / "one.png", mask(0), SPACE)
-    write_mask(tmp_path / "two.png", mask(2, (16, 32)))
+    write_mask(tmp_path / "one.png", block_mask(0), SPACE)
+    write_mask(tmp_path / "two.png", block_mask(2, (16, 32)))
     return [str(tmp_path / "one.png"), str(tmp_path / "two.png")]
 
 
@@ -50,14 +56,14 @@ def generate(folder, masks, tmp_path):
 
 
 def card(digest, **more):
-    values = {"name": "rain", "role": "generator", "base": BaseModel("tiny", digest), **more}
-    return Card(**values)
+    values = {"name": "rain", "role": "generator", "base": BaseModelInfo("tiny", digest), **more}
+    return AdapterCard(**values)
 
 
 def write_adapter(place, digest, own=None, sidecar=None):
     place.mkdir()
-    pairs = (own or adapter("x", base_digest=None)).pairs
-    for name, data in adapter_files(pairs, base_digest=digest).items():
+    pairs = (own or random_adapter("x", base_digest=None)).pairs
+    for name, data in to_peft_files(pairs, base_digest=digest).items():
         (place / name).write_bytes(data)
     if sidecar is not None:
         (place / "card.json").write_bytes(sidecar.to_bytes())
@@ -76,7 +82,7 @@ def test_images_labels_sheet_and_lineage(generate, masks, tmp_path, capsys, dige
         ]
         + ["sheet.png"]
     )
-    for stem, source in zip(("one", "two"), (mask(0), mask(2, (16, 32))), strict=True):
+    for stem, source in zip(("one", "two"), (block_mask(0), block_mask(2, (16, 32))), strict=True):
         label = read_mask(out / f"{stem}_1_label.png", classes=len(SPACE))
         assert (label == source).all()
         with Image.open(out / f"{stem}_1.png") as image:
@@ -111,10 +117,10 @@ def test_the_same_command_gives_the_same_bytes(generate, tmp_path, masks):
 def test_adapters_of_folders_and_libraries(generate, tmp_path, digest):
     plain = write_adapter(tmp_path / "plain", digest)
     library = Library(open_store(str(tmp_path / "library")))
-    own = adapter("y", base_digest=None)
+    own = random_adapter("y", base_digest=None)
     entry = library.publish(
         "rain",
-        adapter_files(own.pairs, base_digest=digest),
+        to_peft_files(own.pairs, base_digest=digest),
         card(digest, label_space=SPACE.names),
     )
     published = f"{tmp_path / 'library'}#rain@1"
@@ -186,14 +192,14 @@ def test_masks_that_cannot_be_used(generate, tmp_path, capsys):
 
 
 def test_no_mask_is_overwritten(generate, masks, tmp_path, capsys):
-    write_mask(tmp_path / "one_1.png", mask(1))
-    write_mask(tmp_path / "one_1_label.png", mask(1))
-    write_mask(tmp_path / "sheet.png", mask(1))
+    write_mask(tmp_path / "one_1.png", block_mask(1))
+    write_mask(tmp_path / "one_1_label.png", block_mask(1))
+    write_mask(tmp_path / "sheet.png", block_mask(1))
     for name in ("one_1.png", "one_1_label.png", "sheet.png"):
         assert generate(images=[masks[0], str(tmp_path / name)], out=tmp_path) == 2
         assert f"{name} is a mask and would be overwritten" in capsys.readouterr().err
     (tmp_path / "other").mkdir()
-    write_mask(tmp_path / "other" / "one.png", mask(1))
+    write_mask(tmp_path / "other" / "one.png", block_mask(1))
     assert generate(images=[*masks, str(tmp_path / "other" / "one.png")]) == 2
     assert "2 masks are called 'one'" in capsys.readouterr().err
 

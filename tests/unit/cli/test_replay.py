@@ -1,15 +1,15 @@
 import pytest
 import torch
 
+from loraseg.batch.synthesize.run import LocalSynthesisExecutor, synthesize
 from loraseg.cli import main
-from loraseg.factory.run import Here, synthesize
-from tests.tiny_factory import all_rows, furnish, settings
+from tests.tiny_synthesis import all_rows, settings, write_inputs
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    shop = furnish(tmp_path_factory.mktemp("shop"), masks=1)
-    synthesize(settings(shop, shop / "out"), Here(torch.get_num_threads()))
+    shop = write_inputs(tmp_path_factory.mktemp("shop"), masks=1)
+    synthesize(settings(shop, shop / "out"), LocalSynthesisExecutor(torch.get_num_threads()))
     return shop / "out"
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from loraseg.cli import main
-from tests.unit.probes.test_views import layer, report
+from tests.unit.probes.test_tables import layer, report
 
 PROJECTION = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
 

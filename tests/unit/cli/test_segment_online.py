@@ -9,8 +9,8 @@ from PIL import Image
 from loraseg.backbones.clip import load_clip
 from loraseg.cli import main
 from loraseg.data.masks import read_mask
-from loraseg.segment.base import load_base
-from tests.unit.client.endpoint import endpoint, write_tokens
+from loraseg.segment.open_vocabulary.base import load_base
+from tests.unit.client.local_endpoint import serve_endpoint, write_tokens
 from tests.unit.tiny import domain_images, publish, write_models
 
 
@@ -30,7 +30,7 @@ def library(models, tmp_path_factory):
 def url(models, library, tmp_path_factory):
     tokens = write_tokens(tmp_path_factory.mktemp("tokens") / "tokens.yaml")
     # One image at a time in the model: company would change roundings.
-    with endpoint(models, library, tokens=tokens, batch=1) as url:
+    with serve_endpoint(models, library, tokens=tokens, batch=1) as url:
         yield url
 
 

@@ -10,14 +10,21 @@ from loraseg.cli import main
 from loraseg.cli.synth import FORMATS
 from loraseg.data import DatasetFolder
 from loraseg.data.exports import EXPORTERS
-from tests.unit.data.shard_world import arrays, bad_mask, commit, pair, pair_id, world
-from tests.unit.data.test_shard_audit import seal
+from tests.unit.data.shards.sample_dataset import (
+    commit_sample_dataset,
+    commit_shards,
+    make_bad_mask,
+    make_pair,
+    pair_id,
+    random_arrays,
+)
+from tests.unit.data.shards.test_audit import write_settings
 
 
 @pytest.fixture
 def uri(tmp_path):
-    world(tmp_path / "data")
-    seal(tmp_path / "data")
+    commit_sample_dataset(tmp_path / "data")
+    write_settings(tmp_path / "data")
     return str(tmp_path / "data")
 
 
@@ -51,9 +58,9 @@ def test_ls_lists_rows_of_a_status(uri, capsys):
 
 
 def test_reasons_do_not_steer_the_terminal(tmp_path, capsys):
-    row = bad_mask("x")
+    row = make_bad_mask("x")
     object.__setattr__(row, "reason", "a\x1b[2Jb\nc")
-    commit(tmp_path, [[row]])
+    commit_shards(tmp_path, [[row]])
     _, out, _ = run(capsys, "ls", str(tmp_path), "--status", "bad_mask")
     assert out.endswith("\ta?[2Jb?c\n")
 
@@ -63,11 +70,11 @@ def test_show_tells_all_and_writes_pictures(uri, capsys, tmp_path):
     told = json.loads(out)
     assert (status, told["pair_id"], told["lineage"]["pair_id"]) == (0, pair_id(3), pair_id(3))
     assert told["heads"] == [{"name": "head 0", "digest": "01" * 32, "weight": 0.1}]
-    assert told["image"] == f"{len(pair(3).image)} bytes"
+    assert told["image"] == f"{len(make_pair(3).image)} bytes"
     names = sorted(path.name.partition("_")[2] for path in (tmp_path / "out").iterdir())
     assert names == ["image.png", "label.png", "mask.png"]
     written = next((tmp_path / "out").glob("*_image.png")).read_bytes()
-    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(written))), arrays(3)[0])
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(written))), random_arrays(3)[0])
 
 
 def test_verify_says_whether_all_is_whole(uri, capsys):

@@ -3,7 +3,7 @@ import hashlib
 import yaml
 
 from loraseg.cli import main
-from loraseg.serving.tokens import TokenBook
+from loraseg.serving.tokens import TokenStore
 
 
 def test_printed_entry_belongs_to_the_printed_token(capsys, tmp_path):
@@ -14,7 +14,7 @@ def test_printed_entry_belongs_to_the_printed_token(capsys, tmp_path):
     entries = yaml.safe_load("\n".join(lines[3:]))
     assert entries[0]["sha256"] == hashlib.sha256(token.encode()).hexdigest()
     (tmp_path / "tokens.yaml").write_text(yaml.safe_dump({"tokens": entries}))
-    found = TokenBook.open(str(tmp_path / "tokens.yaml")).find(token)
+    found = TokenStore.open(str(tmp_path / "tokens.yaml")).authenticate(token)
     assert found.roles == ("segment", "admin")
     assert found.adapters == ("night*", "rain")
     assert found.concurrent == 3

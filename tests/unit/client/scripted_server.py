@@ -7,28 +7,28 @@ import threading
 import time
 from dataclasses import dataclass
 
-_ENOUGH_S = 30.0
+_TIMEOUT_S = 30.0
 
 
 @dataclass
-class Seen:
+class ReceivedRequest:
     """One request as it came over the wire."""
 
     line: str
     headers: dict[str, str]
     body: bytes
-    at: float
+    received_at: float
 
 
 class ScriptedServer:
-    """Plays ``acts`` in order, one a request; further requests get the last one again.
+    """Plays ``handlers`` in order, one a request; further requests get the last one again.
 
     An act is a function of the connection. Connections are closed after each answer.
     """
 
-    def __init__(self, acts):
-        self.acts = list(acts)
-        self.seen = []
+    def __init__(self, handlers):
+        self.handlers = list(handlers)
+        self.requests = []
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -57,23 +57,23 @@ class ScriptedServer:
             if self._stopped.is_set():
                 connection.close()
                 return
-            thread = threading.Thread(target=self._answer, args=(connection,))
+            thread = threading.Thread(target=self._handle, args=(connection,))
             thread.start()
             self._threads.append(thread)
 
-    def _answer(self, connection):
-        connection.settimeout(_ENOUGH_S)
+    def _handle(self, connection):
+        connection.settimeout(_TIMEOUT_S)
         with connection, contextlib.suppress(OSError):
             request = _read_request(connection)
             if request is None:
                 return
             with self._lock:
-                act = self.acts[min(len(self.seen), len(self.acts) - 1)]
-                self.seen.append(request)
-            act(Stage(connection, self._stopped))
+                act = self.handlers[min(len(self.requests), len(self.handlers) - 1)]
+                self.requests.append(request)
+            act(ScriptedConnection(connection, self._stopped))
 
 
-class Stage:
+class ScriptedConnection:
     """What an act may do."""
 
     def __init__(self, connection, stopped):
@@ -83,14 +83,14 @@ class Stage:
     def send(self, data):
         self._connection.sendall(data)
 
-    def forever(self, chunk, pause_s=0.0):
+    def send_repeatedly(self, chunk, pause_s=0.0):
         """Send the same bytes until the client leaves or the test ends."""
         while not self._stopped.is_set():
             self.send(chunk)
             self._stopped.wait(pause_s)
 
     def wait(self):
-        self._stopped.wait(_ENOUGH_S)
+        self._stopped.wait(_TIMEOUT_S)
 
 
 def answer(status, body, **headers):
@@ -143,4 +143,4 @@ def _read_request(connection):
     headers = {name.lower(): value for name, value in (field.split(": ", 1) for field in rest)}
     while len(body) < int(headers.get("content-length", 0)):
         body += connection.recv(65536)
-    return Seen(line, headers, body, time.monotonic())
+    return ReceivedRequest(line, headers, body, time.monotonic())

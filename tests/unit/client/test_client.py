@@ -11,13 +11,13 @@ from PIL import Image
 
 from loraseg.backbones.clip import load_clip
 from loraseg.client import AsyncClient, Client
-from loraseg.engine.assemble import Wanted, equip
 from loraseg.errors import DatasetError, ServiceError
-from loraseg.segment.adaptive import AdaptiveSegmenter, AdaptiveSettings
-from loraseg.segment.base import load_base
-from loraseg.segment.predictor import Predictor
-from tests.unit.client.endpoint import endpoint, write_tokens
-from tests.unit.client.sample import sample
+from loraseg.inference.loading import SegmenterConfig, load_segmenter
+from loraseg.inference.pipeline import AdaptiveSegmenter, AdaptiveSettings
+from loraseg.segment.open_vocabulary.base import load_base
+from loraseg.segment.open_vocabulary.predictor import Predictor
+from tests.unit.client.local_endpoint import serve_endpoint, write_tokens
+from tests.unit.client.sample_response import sample_response
 from tests.unit.tiny import CLASSES, DOMAINS, domain_images, publish, write_models
 
 K, TEMPERATURE = 2, 0.3
@@ -38,7 +38,7 @@ def library(models, tmp_path_factory):
 @pytest.fixture(scope="module")
 def url(models, library, tmp_path_factory):
     tokens = write_tokens(tmp_path_factory.mktemp("tokens") / "tokens.yaml")
-    with endpoint(models, library, tokens=tokens, k=K, temperature=TEMPERATURE) as url:
+    with serve_endpoint(models, library, tokens=tokens, k=K, temperature=TEMPERATURE) as url:
         yield url
 
 
@@ -50,7 +50,7 @@ def client(url):
 
 @pytest.fixture(scope="module")
 def offline(models, library):
-    kit = equip(Wanted(library=library, base=models[0], encoder=models[1]))
+    kit = load_segmenter(SegmenterConfig(library=library, base=models[0], encoder=models[1]))
 
     def segment(image, mode="fused", **options):
         settings = AdaptiveSettings(k=K, temperature=TEMPERATURE, mode=mode)
@@ -106,10 +106,12 @@ def test_the_sample_of_other_tests_has_the_keys_of_a_real_reply(url):
         content=buffer.getvalue(),
         headers={"Authorization": "Bearer worker", "Content-Type": "image/png"},
     ).json()
-    assert set(told) == set(sample())
-    assert set(told["adapters"][0]) == set(sample()["adapters"][0])
+    assert set(told) == set(sample_response())
+    assert set(told["adapters"][0]) == set(sample_response()["adapters"][0])
     assert all(
-        type(told[key]) is type(value) for key, value in sample().items() if value is not None
+        type(told[key]) is type(value)
+        for key, value in sample_response().items()
+        if value is not None
     )
 
 
@@ -237,4 +239,4 @@ def agreement(reply, other):
 
 
 def sample_png():
-    return base64.b64decode(sample()["segmentation_mask"])
+    return base64.b64decode(sample_response()["segmentation_mask"])

@@ -8,7 +8,7 @@ import pytest
 
 from loraseg.client import AsyncClient, Client
 from loraseg.errors import ConfigError, DatasetError, ServiceError
-from tests.unit.client.sample import CLASSES, IMAGE, LABELS, sample
+from tests.unit.client.sample_response import CLASSES, IMAGE, LABELS, sample_response
 from tests.unit.client.scripted_server import (
     ScriptedServer,
     answer,
@@ -20,7 +20,7 @@ from tests.unit.client.scripted_server import (
 )
 
 TOKEN = "s3cr3t-s3cr3t"
-GOOD = answer(200, sample())
+GOOD = answer(200, sample_response())
 BUSY = problem(503, "overloaded", "all busy", Retry_After="0")
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 # Long before the thirty seconds that a silent server keeps a connection.
@@ -246,7 +246,10 @@ def test_a_closed_client_says_so():
 
 
 def line(index, **changes):
-    return json.dumps({"index": index, "file": str(index), **sample(**changes)}).encode() + b"\n"
+    return (
+        json.dumps({"index": index, "file": str(index), **sample_response(**changes)}).encode()
+        + b"\n"
+    )
 
 
 def bad(index, status, code):

@@ -7,15 +7,24 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loraseg.client.parsing import Node, clean, parse_json, parse_reply, problem, refusal
-from loraseg.client.pictures import prepare
-from loraseg.client.retry import PassingError
+from loraseg.client.images import prepare_upload
+from loraseg.client.parsing import (
+    JsonObject,
+    parse_json,
+    parse_segment_response,
+    problem_error,
+    response_error,
+    sanitise,
+)
+from loraseg.client.retry import RetryableError
 from loraseg.errors import ServiceError
-from tests.unit.client.sample import CLASSES, IMAGE, LABELS, SHAPE, png64, sample
+from tests.unit.client.sample_response import CLASSES, IMAGE, LABELS, SHAPE, png64, sample_response
 
 
 def parse(**changes):
-    return parse_reply(Node(json.loads(json.dumps(sample(**changes)))), prepare(IMAGE), 3)
+    return parse_segment_response(
+        JsonObject(json.loads(json.dumps(sample_response(**changes)))), prepare_upload(IMAGE), 3
+    )
 
 
 def test_a_reply_becomes_arrays_and_values():
@@ -24,7 +33,7 @@ def test_a_reply_becomes_arrays_and_values():
     assert reply.label_map.dtype == np.uint8
     assert (reply.label_map == LABELS).all()
     assert reply.class_names == CLASSES
-    assert reply.palette.tolist() == sample()["palette"]
+    assert reply.palette.tolist() == sample_response()["palette"]
     assert reply.confidence.dtype == np.float32
     assert np.abs(reply.confidence * 255.0 - levels).max() < 1e-5
     assert reply.entropy is None
@@ -86,7 +95,7 @@ VALUES = st.recursive(
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=300)
-@given(st.dictionaries(st.sampled_from(sorted(sample())), VALUES, max_size=3))
+@given(st.dictionaries(st.sampled_from(sorted(sample_response())), VALUES, max_size=3))
 def test_no_reply_causes_anything_but_a_reply_or_a_service_error(changes):
     with contextlib.suppress(ServiceError):
         reply = parse(**changes)
@@ -108,17 +117,17 @@ def test_what_is_not_json_is_refused(body):
 
 def test_problems_keep_their_code_and_words():
     details = {"status": 422, "code": "bad_image", "detail": "cut off", "request_id": "r9"}
-    error = problem(Node(details))
+    error = problem_error(JsonObject(details))
     assert (error.code, str(error)) == ("bad_image", "cut off")
-    assert not isinstance(error, PassingError)
-    busy = problem(Node({**details, "status": 503, "code": "overloaded"}), 3.0)
-    assert isinstance(busy, PassingError)
+    assert not isinstance(error, RetryableError)
+    busy = problem_error(JsonObject({**details, "status": 503, "code": "overloaded"}), 3.0)
+    assert isinstance(busy, RetryableError)
     assert busy.retry_after_s == 3.0
 
 
 def test_a_fault_of_the_endpoint_names_the_request():
     details = {"status": 500, "code": "internal", "detail": "A fault.", "request_id": "r9"}
-    assert str(problem(Node(details))) == "A fault. (request r9)"
+    assert str(problem_error(JsonObject(details))) == "A fault. (request r9)"
 
 
 @pytest.mark.parametrize(
@@ -126,12 +135,12 @@ def test_a_fault_of_the_endpoint_names_the_request():
     [(404, "not_found"), (503, "overloaded"), (504, "deadline"), (302, "bad_reply")],
 )
 def test_what_is_said_by_something_else_is_known_by_its_status(status, code):
-    error = refusal(status, b"<html>nginx</html>", None)
+    error = response_error(status, b"<html>nginx</html>", None)
     assert error.code == code
     assert f"HTTP status {status}" in str(error)
-    assert isinstance(error, PassingError) == (status == 503)
+    assert isinstance(error, RetryableError) == (status == 503)
 
 
 def test_an_endpoint_cannot_steer_the_terminal():
-    assert clean("\x1b[31mred\r\n\u202e") == "\ufffd[31mred\ufffd\ufffd\ufffd"
-    assert len(clean("x" * 10**6)) < 2100
+    assert sanitise("\x1b[31mred\r\n\u202e") == "\ufffd[31mred\ufffd\ufffd\ufffd"
+    assert len(sanitise("x" * 10**6)) < 2100

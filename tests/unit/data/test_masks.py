@@ -29,7 +29,7 @@ def png(width, height, depth, color_type, rows):
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-def saved(path, image, **options):
+def save_image(path, image, **options):
     image.save(path, **options)
     return path
 
@@ -65,18 +65,18 @@ def test_grey_of_any_depth_is_read_as_ids(tmp_path, depth, rows, expected):
 def test_ids_of_palette_images_are_indices_not_colours(tmp_path):
     image = Image.fromarray(IDS)
     image.putpalette(bytes(range(255, -1, -1)) * 3)
-    np.testing.assert_array_equal(read_mask(saved(tmp_path / "m.png", image)), IDS)
+    np.testing.assert_array_equal(read_mask(save_image(tmp_path / "m.png", image)), IDS)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
 def test_refuses_colours(tmp_path, mode):
-    path = saved(tmp_path / "m.png", Image.new(mode, (4, 4)))
+    path = save_image(tmp_path / "m.png", Image.new(mode, (4, 4)))
     with pytest.raises(DatasetError, match=rf"m\.png: a mask of mode {mode}; expected one channel"):
         read_mask(path)
 
 
 def test_refuses_jpeg_and_large_ids(tmp_path):
-    path = saved(tmp_path / "m.png", Image.new("L", (4, 4)), format="JPEG")
+    path = save_image(tmp_path / "m.png", Image.new("L", (4, 4)), format="JPEG")
     with pytest.raises(DatasetError, match=r"a JPEG mask has no exact ids; expected a PNG"):
         read_mask(path)
     path.write_bytes(png(2, 1, 16, 0, [b"\x00\x05\xff\xff"]))
@@ -95,7 +95,7 @@ def test_refuses_ids_outside_the_list(tmp_path):
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_every_cut_off_file_is_refused(tmp_path, kind):
     noise = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
-    path = saved(tmp_path / "x", Image.fromarray(noise), format=kind)
+    path = save_image(tmp_path / "x", Image.fromarray(noise), format=kind)
     whole = path.read_bytes()
     tail = 22 if kind == "PNG" else 2  # checksums and end marker: no pixel is lost without them
     for length in range(0, len(whole) - tail - 1, 7):
@@ -108,7 +108,7 @@ def test_every_cut_off_file_is_refused(tmp_path, kind):
 def test_damaged_files_are_read_or_refused_but_never_crash(tmp_path, kind):
     generator = np.random.default_rng(1)
     noise = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    path = saved(tmp_path / "x", Image.fromarray(noise), format=kind)
+    path = save_image(tmp_path / "x", Image.fromarray(noise), format=kind)
     whole = np.frombuffer(path.read_bytes(), dtype=np.uint8)
     for _ in range(300):
         damaged = whole.copy()
@@ -128,7 +128,7 @@ def test_decompression_bombs_are_refused_unopened(tmp_path, side):
 
 
 def test_pixel_limit_counts_pixels(tmp_path):
-    path = saved(tmp_path / "x.png", Image.new("RGB", (10, 10)))
+    path = save_image(tmp_path / "x.png", Image.new("RGB", (10, 10)))
     assert read_image(path, max_pixels=100).shape == (10, 10, 3)
     with pytest.raises(DatasetError, match="10 x 10 pixels; at most 99 pixels are read"):
         read_image(path, max_pixels=99)
@@ -136,7 +136,7 @@ def test_pixel_limit_counts_pixels(tmp_path):
 
 @pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF"])
 def test_other_formats_are_refused(tmp_path, kind):
-    path = saved(tmp_path / "x.png", Image.new("RGB", (4, 4)), format=kind)
+    path = save_image(tmp_path / "x.png", Image.new("RGB", (4, 4)), format=kind)
     with pytest.raises(DatasetError, match="not a complete PNG or JPEG"):
         read_image(path)
 
@@ -144,7 +144,7 @@ def test_other_formats_are_refused(tmp_path, kind):
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "CMYK"])
 def test_other_modes_become_rgb(tmp_path, mode):
     image = Image.new("RGB", (5, 3), (255, 255, 255)).convert(mode)
-    path = saved(tmp_path / "x", image, format="JPEG" if mode == "CMYK" else "PNG")
+    path = save_image(tmp_path / "x", image, format="JPEG" if mode == "CMYK" else "PNG")
     rgb = read_image(path)
     assert rgb.shape == (3, 5, 3)
     assert rgb.min() >= 254
@@ -159,7 +159,7 @@ def test_exif_orientation_is_applied(tmp_path):
     pixels = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3) * 10
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: shown rotated by 90 degrees clockwise
-    path = saved(tmp_path / "x.png", Image.fromarray(pixels), exif=exif)
+    path = save_image(tmp_path / "x.png", Image.fromarray(pixels), exif=exif)
     np.testing.assert_array_equal(read_image(path), np.rot90(pixels, -1))
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from loraseg.errors import DatasetError
-from loraseg.evaluate.agreement import agreement
+from loraseg.evaluate.agreement import measure_agreement
 
 NAMES = ("sky", "road", "car")
 
@@ -16,7 +16,7 @@ def scenes():
 def test_iou_is_that_of_a_plain_count():
     images, masks = scenes()
     found = np.array([[[0, 0], [1, 2]], [[0, 2], [1, 0]]], np.uint8)
-    result = agreement(lambda _: found, images, masks, NAMES)
+    result = measure_agreement(lambda _: found, images, masks, NAMES)
     # sky 3 of 3; road 2 found of 3 labelled; car 1 of 2; the ignored pixel counts nowhere.
     assert result.classes == pytest.approx({"sky": 1.0, "road": 2 / 3, "car": 1 / 2}, abs=1e-12)
     assert result.right == pytest.approx((1 + 2 / 3 + 1 / 2) / 3, abs=1e-12)
@@ -26,13 +26,13 @@ def test_wrong_masks_are_those_of_the_image_before():
     _, masks = scenes()
     masks = masks % 255
     images = np.repeat(masks[..., None], 3, -1)
-    result = agreement(lambda images: images[..., 0], images, masks, NAMES)
+    result = measure_agreement(lambda images: images[..., 0], images, masks, NAMES)
     assert result.right == 1.0
-    turned = agreement(lambda images: images[..., 0], images, masks[::-1], NAMES)
+    turned = measure_agreement(lambda images: images[..., 0], images, masks[::-1], NAMES)
     assert result.wrong == turned.right < 1.0
 
 
 def test_a_single_image_has_no_wrong_mask():
     images, masks = scenes()
     with pytest.raises(DatasetError, match="expected at least two of equal size"):
-        agreement(lambda images: images[..., 0], images[:1], masks[:1], NAMES)
+        measure_agreement(lambda images: images[..., 0], images[:1], masks[:1], NAMES)

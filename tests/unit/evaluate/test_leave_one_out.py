@@ -4,11 +4,17 @@ import pytest
 from loraseg.adapters import pack
 from loraseg.data.readers.folder import DatasetFolder
 from loraseg.errors import ConfigError, DatasetError
-from loraseg.evaluate.leave_one_out import METHODS, Bench, Scoring, Target, TargetScorer
-from loraseg.evaluate.tuning import Setting
+from loraseg.evaluate.leave_one_out import (
+    METHODS,
+    EvaluationContext,
+    ScoringConfig,
+    TargetDomain,
+    TargetScorer,
+)
+from loraseg.evaluate.tuning import Hyperparameters
 from loraseg.segment.metrics import ConfusionMatrix
-from loraseg.segment.predictor import Predictor
-from tests.unit.segment.test_adaptive import Entry
+from loraseg.segment.open_vocabulary.predictor import Predictor
+from tests.unit.inference.test_pipeline import Entry
 from tests.unit.tiny import (
     CLASSES,
     DOMAINS,
@@ -20,7 +26,7 @@ from tests.unit.tiny import (
     write_domain,
 )
 
-SETTING = Setting(k=2, temperature=0.3)
+SETTING = Hyperparameters(k=2, temperature=0.3)
 CENTROIDS = np.array(list(DOMAINS.values()), dtype=np.float64) / 64
 
 
@@ -42,13 +48,13 @@ def adapters(base):
 @pytest.fixture
 def bench(base, adapters):
     entries = [Entry(name, adapter.digest) for name, adapter in adapters.items()]
-    return Bench(base, entries, lambda entry: pack(adapters[entry.name]), measure)
+    return EvaluationContext(base, entries, lambda entry: pack(adapters[entry.name]), measure)
 
 
 @pytest.fixture
 def target(tmp_path):
     folder = DatasetFolder.open(write_domain(tmp_path, "fog", count=5))
-    return Target("fog", "haze", CLASSES, folder.samples("val"), folder.load, "digest")
+    return TargetDomain("fog", "haze", CLASSES, folder.samples("val"), folder.load, "digest")
 
 
 def dense_scores(base, image, parts):
@@ -77,7 +83,7 @@ def naive_prediction(base, adapters, image, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_equals_a_loop_over_images(base, adapters, bench, target, method):
-    result = TargetScorer(bench, target, Scoring(batch_size=2)).score(SETTING)
+    result = TargetScorer(bench, target, ScoringConfig(batch_size=2)).score_methods(SETTING)
     count = ConfusionMatrix(3)
     for sample in target.samples:
         image, mask = target.load(sample)
@@ -89,7 +95,7 @@ def test_every_method_equals_a_loop_over_images(base, adapters, bench, target, m
 
 
 def test_methods_differ_and_the_result_says_where_it_comes_from(bench, target):
-    result = TargetScorer(bench, target, Scoring(batch_size=2)).score(SETTING)
+    result = TargetScorer(bench, target, ScoringConfig(batch_size=2)).score_methods(SETTING)
     assert tuple(result.methods) == METHODS
     assert len({score.miou for score in result.methods.values()}) == len(METHODS)
     assert (result.name, result.family, result.images) == ("fog", "haze", 5)
@@ -98,7 +104,7 @@ def test_methods_differ_and_the_result_says_where_it_comes_from(bench, target):
 
 
 def test_the_own_adapter_gets_no_weight(bench, target):
-    result = TargetScorer(bench, target, Scoring()).score(SETTING)
+    result = TargetScorer(bench, target, ScoringConfig()).score_methods(SETTING)
     assert list(result.weights) == ["day", "night", "dusk"]
     assert sum(result.weights.values()) == pytest.approx(1.0, abs=1e-12)
     assert result.weights["day"] > 0.5
@@ -110,27 +116,29 @@ def test_the_own_adapter_gets_no_weight(bench, target):
 
 
 def test_candidates_bind_mixing_but_not_the_oracle(base, adapters, bench, target):
-    bound = Bench(base, bench.entries, bench.load, measure, frozenset({"night", "dusk"}))
-    free = TargetScorer(bench, target, Scoring()).score(SETTING)
-    result = TargetScorer(bound, target, Scoring()).score(SETTING)
+    bound = EvaluationContext(
+        base, bench.entries, bench.load, measure, frozenset({"night", "dusk"})
+    )
+    free = TargetScorer(bench, target, ScoringConfig()).score_methods(SETTING)
+    result = TargetScorer(bound, target, ScoringConfig()).score_methods(SETTING)
     assert list(result.weights) == ["night", "dusk"]
     assert result.methods["oracle"] == free.methods["oracle"]
     assert result.methods["uniform"] != free.methods["uniform"]
 
 
 def test_results_do_not_depend_on_the_batch(bench, target):
-    one = TargetScorer(bench, target, Scoring(batch_size=1)).score(SETTING)
-    all_at_once = TargetScorer(bench, target, Scoring(batch_size=8)).score(SETTING)
+    one = TargetScorer(bench, target, ScoringConfig(batch_size=1)).score_methods(SETTING)
+    all_at_once = TargetScorer(bench, target, ScoringConfig(batch_size=8)).score_methods(SETTING)
     for method in METHODS:
         assert one.methods[method].miou == pytest.approx(all_at_once.methods[method].miou, abs=5e-3)
 
 
 def test_grid_equals_the_score_of_each_setting(bench, target):
-    settings = [Setting(k=k, temperature=tau) for k in (1, 2, 9) for tau in (0.05, 1.0)]
-    scorer = TargetScorer(bench, target, Scoring(batch_size=2, late=False))
-    found = scorer.grid(settings)
+    settings = [Hyperparameters(k=k, temperature=tau) for k in (1, 2, 9) for tau in (0.05, 1.0)]
+    scorer = TargetScorer(bench, target, ScoringConfig(batch_size=2, late=False))
+    found = scorer.score_grid(settings)
     for setting, miou in zip(settings, found, strict=True):
-        assert miou == pytest.approx(scorer.score(setting).methods["semla"].miou, abs=5e-3)
+        assert miou == pytest.approx(scorer.score_methods(setting).methods["semla"].miou, abs=5e-3)
     assert found[0] == found[1]  # K = 1 leaves nothing for tau to decide
     assert len(set(found)) > 2
 
@@ -142,9 +150,9 @@ def test_grid_embeds_an_image_once_and_shares_equal_mixes(base, bench, target):
         calls.append(len(images))
         return measure(images)
 
-    counted = Bench(base, bench.entries, bench.load, counting)
-    settings = [Setting(k=1, temperature=0.1 * i) for i in range(1, 9)]
-    TargetScorer(counted, target, Scoring(batch_size=2)).grid(settings, images=3)
+    counted = EvaluationContext(base, bench.entries, bench.load, counting)
+    settings = [Hyperparameters(k=1, temperature=0.1 * i) for i in range(1, 9)]
+    TargetScorer(counted, target, ScoringConfig(batch_size=2)).score_grid(settings, images=3)
     assert calls == [2, 1]
 
 
@@ -157,14 +165,14 @@ def mixed(target):
         image, mask = target.load(sample)
         return (night[int(sample.id)] if int(sample.id) % 2 else image), mask
 
-    return Target("fog", "haze", CLASSES, target.samples, load)
+    return TargetDomain("fog", "haze", CLASSES, target.samples, load)
 
 
 def test_first_image_text_changes_only_later_images_of_per_image_mixes(bench, mixed):
     target = mixed
-    parity = Scoring(text_cache="first_image", late=False, examples=5)
-    ours = TargetScorer(bench, target, Scoring(late=False, examples=5)).score(SETTING)
-    theirs = TargetScorer(bench, target, parity).score(SETTING)
+    parity = ScoringConfig(text_cache="first_image", late=False, examples=5)
+    ours = TargetScorer(bench, target, ScoringConfig(late=False, examples=5)).score_methods(SETTING)
+    theirs = TargetScorer(bench, target, parity).score_methods(SETTING)
     for method in ("zero_shot", "uniform", "oracle"):
         assert ours.methods[method] == theirs.methods[method]
     first, *rest = zip(ours.examples, theirs.examples, strict=True)
@@ -175,29 +183,29 @@ def test_first_image_text_changes_only_later_images_of_per_image_mixes(bench, mi
 
 
 def test_first_image_text_in_the_grid_equals_the_score(bench, mixed):
-    settings = [Setting(k=2, temperature=0.3), Setting(k=3, temperature=1.0)]
-    scorer = TargetScorer(bench, mixed, Scoring(text_cache="first_image", late=False))
-    scores = [scorer.score(setting).methods["semla"].miou for setting in settings]
-    assert scorer.grid(settings) == pytest.approx(scores, abs=5e-3)
+    settings = [Hyperparameters(k=2, temperature=0.3), Hyperparameters(k=3, temperature=1.0)]
+    scorer = TargetScorer(bench, mixed, ScoringConfig(text_cache="first_image", late=False))
+    scores = [scorer.score_methods(setting).methods["semla"].miou for setting in settings]
+    assert scorer.score_grid(settings) == pytest.approx(scores, abs=5e-3)
 
 
 def test_without_an_own_adapter_there_is_no_oracle(bench, target):
-    stranger = Target("city", "x", CLASSES, target.samples, target.load)
-    result = TargetScorer(bench, stranger, Scoring(late=False)).score(SETTING)
+    stranger = TargetDomain("city", "x", CLASSES, target.samples, target.load)
+    result = TargetScorer(bench, stranger, ScoringConfig(late=False)).score_methods(SETTING)
     assert list(result.methods) == ["zero_shot", "uniform", "semla"]
     assert list(result.weights) == list(DOMAINS)
 
 
-def test_refuses_a_domain_with_nobody_else(base, bench, target):
-    alone = Bench(base, bench.entries[1:2], bench.load, measure)
+def test_refuses_a_domain_without_another_adapter(base, bench, target):
+    alone = EvaluationContext(base, bench.entries[1:2], bench.load, measure)
     with pytest.raises(ConfigError, match="'fog': no other adapter"):
-        TargetScorer(alone, target, Scoring())
+        TargetScorer(alone, target, ScoringConfig())
 
 
 def test_refuses_images_without_masks_and_no_images(bench, target):
-    blind = Target("fog", "x", CLASSES, target.samples, lambda s: (target.load(s)[0], None))
+    blind = TargetDomain("fog", "x", CLASSES, target.samples, lambda s: (target.load(s)[0], None))
     with pytest.raises(DatasetError, match="has no mask"):
-        TargetScorer(bench, blind, Scoring()).score(SETTING)
-    none = Target("fog", "x", CLASSES, (), target.load)
+        TargetScorer(bench, blind, ScoringConfig()).score_methods(SETTING)
+    none = TargetDomain("fog", "x", CLASSES, (), target.load)
     with pytest.raises(DatasetError, match="no images"):
-        TargetScorer(bench, none, Scoring()).score(SETTING)
+        TargetScorer(bench, none, ScoringConfig()).score_methods(SETTING)

@@ -12,14 +12,14 @@ from loraseg.data.labels import LabelSpace
 from loraseg.errors import ConfigError, DatasetError
 from loraseg.evaluate.report import render_report
 from loraseg.evaluate.report_data import (
-    Example,
-    HeatTable,
+    HeatmapTable,
+    HtmlReport,
     MethodRow,
+    MixEntry,
     Prediction,
-    Report,
-    Retrieval,
+    ReportExample,
     ScoreTable,
-    Tile,
+    StatTile,
     WeightMatrix,
 )
 
@@ -95,21 +95,21 @@ def example(size=(20, 30), **changes):
             Prediction(title="ours", labels=np.zeros(size, np.uint8), score=0.5),
         ),
         "retrieved": (
-            Retrieval(adapter="rain", weight=0.75, distance=4.5),
-            Retrieval(adapter="snow", weight=0.25),
+            MixEntry(adapter="rain", weight=0.75, distance=4.5),
+            MixEntry(adapter="snow", weight=0.25),
         ),
     }
-    return Example(**{**values, **changes})
+    return ReportExample(**{**values, **changes})
 
 
 def report(**changes):
     values = {"title": "A report", "summary": "It went well.", "scores": scores()}
-    return Report(**{**values, **changes})
+    return HtmlReport(**{**values, **changes})
 
 
 def full():
     return report(
-        tiles=(Tile(label="h-mean", value="54.2", note="3 seeds"),),
+        tiles=(StatTile(label="h-mean", value="54.2", note="3 seeds"),),
         more_scores=(scores(title="Ablation", baseline=""),),
         weights=WeightMatrix(
             targets=("fog", "night"),
@@ -117,13 +117,13 @@ def full():
             weights=((None, 0.25, 0.75), (1.0, None, 0.0)),
         ),
         heat_tables=(
-            HeatTable(
+            HeatmapTable(
                 title="IoU by class",
                 rows=("fog", "night"),
                 columns=("road", "sky"),
                 values=((0.8, math.nan), (0.05, None)),
             ),
-            HeatTable(
+            HeatmapTable(
                 title="Gain",
                 rows=("fog",),
                 columns=("road", "sky", "car"),
@@ -183,7 +183,7 @@ def luminance(rgb):
 def test_figures_keep_their_contrast_on_every_shade(theme, signed):
     """At least 4.5 : 1 on shades in steps of a hundredth, colours read from the page itself."""
     sign = -1 if signed else 1
-    table = HeatTable(
+    table = HeatmapTable(
         title="t",
         rows=("r",),
         columns=tuple(str(share) for share in range(101)),
@@ -240,7 +240,7 @@ def test_everything_is_escaped():
                 scores=scores(title=evil, domains=(evil, "night"), note=evil),
                 examples=(example(title=evil, note=evil),),
                 heat_tables=(
-                    HeatTable(title=evil, rows=(evil,), columns=(evil,), values=((0.5,),)),
+                    HeatmapTable(title=evil, rows=(evil,), columns=(evil,), values=((0.5,),)),
                 ),
                 weights=WeightMatrix(targets=(evil,), adapters=(evil,), weights=((1.0,),)),
                 settings={evil: evil},
@@ -315,7 +315,7 @@ def test_smallest_report():
             r"weight matrix, row 'a': got 2 values, expected 1",
         ),
         (
-            lambda: HeatTable(title="t", rows=("a",), columns=("b",), values=()),
+            lambda: HeatmapTable(title="t", rows=("a",), columns=("b",), values=()),
             r"heat table 't': got 0 values, expected 1",
         ),
     ],

@@ -7,9 +7,15 @@ import pytest
 from loraseg.errors import ConfigError
 from loraseg.evaluate.leave_one_out import METHODS, MethodScore, TargetScores
 from loraseg.evaluate.output import write_results
-from loraseg.evaluate.results import PAPER, Results, gap_closed, hmeans, table
-from loraseg.evaluate.spread import spread
-from loraseg.evaluate.tuning import Setting
+from loraseg.evaluate.results import (
+    PAPER_HMEANS,
+    EvaluationResults,
+    gap_closed,
+    hmeans,
+    results_table,
+)
+from loraseg.evaluate.seed_summary import summarise_seeds
+from loraseg.evaluate.tuning import Hyperparameters
 
 # SemLA's own table (methods B.8), columns acdc-rain, acdc-fog and a150.
 PUBLISHED = {
@@ -29,7 +35,7 @@ def scores(name, zero_shot, uniform, semla, oracle=None):
         classes=("road", "car"),
         images=4,
         data_digest="d",
-        setting=Setting(k=5, temperature=0.05),
+        setting=Hyperparameters(k=5, temperature=0.05),
         methods={method: MethodScore(miou, (miou, None)) for method, miou in values.items()},
         weights={"cs": 0.75, "bdd": 0.25},
         distances={"cs": 8.0, "bdd": 9.0},
@@ -39,7 +45,7 @@ def scores(name, zero_shot, uniform, semla, oracle=None):
 @pytest.fixture
 def results():
     targets = tuple(scores(name, *row) for name, row in PUBLISHED.items())
-    return Results(provenance={"seed": 0}, tuning={}, targets=targets, lonely=("a150",))
+    return EvaluationResults(provenance={"seed": 0}, tuning={}, targets=targets, isolated=("a150",))
 
 
 def test_hmeans_are_harmonic_means_of_what_there_is(results):
@@ -50,7 +56,13 @@ def test_hmeans_are_harmonic_means_of_what_there_is(results):
 
 
 def test_the_papers_gap_is_68_per_cent():
-    published = scores("all", PAPER["zero_shot"], PAPER["uniform"], PAPER["semla"], PAPER["oracle"])
+    published = scores(
+        "all",
+        PAPER_HMEANS["zero_shot"],
+        PAPER_HMEANS["uniform"],
+        PAPER_HMEANS["semla"],
+        PAPER_HMEANS["oracle"],
+    )
     assert gap_closed([published]) == pytest.approx(0.68, abs=0.005)
 
 
@@ -77,7 +89,7 @@ def test_json_is_the_same_for_the_same_results_and_strict(results):
 
 
 def test_table_shows_every_domain_the_means_and_the_paper(results):
-    lines = table(results).splitlines()
+    lines = results_table(results).splitlines()
     assert lines[0].split()[:5] == ["domain", "zero-shot", "uniform", "SemLA", "oracle"]
     row = ["acdc-rain", "46.5", "67.4", "67.7", "70.9", "5", "0.05", "cs", "0.75"]
     assert lines[2].split() == row
@@ -105,10 +117,12 @@ def test_written_folder_holds_json_table_and_report(results, tmp_path):
 def test_spread_over_seeds(results, tmp_path):
     paths = []
     for seed, semla in enumerate((0.5, 0.6, 0.7)):
-        run = Results(provenance={}, tuning={}, targets=(scores("a", 0.4, 0.45, semla, 0.8),))
+        run = EvaluationResults(
+            provenance={}, tuning={}, targets=(scores("a", 0.4, 0.45, semla, 0.8),)
+        )
         paths.append(tmp_path / f"{seed}.json")
         paths[-1].write_text(run.to_json())
-    lines = spread(paths).splitlines()
+    lines = summarise_seeds(paths).splitlines()
     assert lines[0].split() == ["run", "zero-shot", "uniform", "SemLA", "oracle", "gap", "closed"]
     assert lines[4].split() == ["mean", "40.0", "45.0", "60.0", "80.0", "50", "%"]
     assert lines[5].split() == ["standard", "deviation", "0.0", "0.0", "10.0", "0.0", "25", "%"]
@@ -119,12 +133,12 @@ def test_spread_over_seeds(results, tmp_path):
 def test_spread_refuses_other_files(content, tmp_path):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(ConfigError, match=r"x\.json: not the results"):
-        spread([tmp_path / "x.json"])
+        summarise_seeds([tmp_path / "x.json"])
     with pytest.raises(ConfigError, match="cannot be read"):
-        spread([tmp_path / "absent.json"])
+        summarise_seeds([tmp_path / "absent.json"])
     with pytest.raises(ConfigError, match="at least one"):
-        spread([])
+        summarise_seeds([])
 
 
 def test_methods_are_in_the_order_of_the_published_row():
-    assert set(PAPER) == set(METHODS)
+    assert set(PAPER_HMEANS) == set(METHODS)

@@ -7,16 +7,22 @@ import pytest
 import torch
 
 from loraseg.backbones.clip import load_clip
-from loraseg.engine.assemble import Wanted, equip
 from loraseg.errors import AdapterMismatchError, AdapterNotFoundError, ConfigError
-from loraseg.evaluate.leave_one_out import Scoring
+from loraseg.evaluate.leave_one_out import ScoringConfig
 from loraseg.evaluate.output import write_results
-from loraseg.evaluate.run import Domain, EvaluationConfig, Work, _equip_once, evaluate
-from loraseg.evaluate.tuning import Grid, Setting
+from loraseg.evaluate.run import (
+    EvaluationConfig,
+    EvaluationDomain,
+    EvaluationTask,
+    _load_segmenter_once,
+    evaluate,
+)
+from loraseg.evaluate.tuning import HyperparameterGrid, Hyperparameters
 from loraseg.fuse import fuse
+from loraseg.inference.loading import SegmenterConfig, load_segmenter
 from loraseg.library import Library
-from loraseg.segment.base import load_base
-from loraseg.segment.predictor import Predictor
+from loraseg.segment.open_vocabulary.base import load_base
+from loraseg.segment.open_vocabulary.predictor import Predictor
 from loraseg.storage import open_store
 from tests.unit.tiny import (
     CLASSES,
@@ -50,7 +56,9 @@ def encoder(models):
 def config(tmp_path, models, base, encoder):
     publish(tmp_path / "library", base, encoder)
     domains = tuple(
-        Domain(name=name, data=str(write_domain(tmp_path / name, name)), family=FAMILIES[name])
+        EvaluationDomain(
+            name=name, data=str(write_domain(tmp_path / name, name)), family=FAMILIES[name]
+        )
         for name in DOMAINS
     )
     return EvaluationConfig(
@@ -59,8 +67,8 @@ def config(tmp_path, models, base, encoder):
         encoder=models[1],
         output=str(tmp_path / "out"),
         domains=domains,
-        grid=Grid(k=(1, 3), temperature=(0.3,)),
-        scoring=Scoring(late=False),
+        grid=HyperparameterGrid(k=(1, 3), temperature=(0.3,)),
+        scoring=ScoringConfig(late=False),
         lonely=("dusk",),
     )
 
@@ -82,7 +90,7 @@ def test_the_same_inputs_give_the_same_bytes_whatever_the_spread(config, base):
         return [function(work) for work in works[::-1]][::-1]
 
     first = evaluate(config)
-    _equip_once.cache_clear()
+    _load_segmenter_once.cache_clear()
     second = evaluate(config, backwards)
     assert first.to_json() == second.to_json()
     content = json.loads(first.to_json())
@@ -97,7 +105,7 @@ def test_the_same_inputs_give_the_same_bytes_whatever_the_spread(config, base):
 def test_given_settings_skip_the_grid(config):
     results = evaluate(replace(config, k=2, temperature=0.5))
     assert results.tuning == {}
-    assert {target.setting for target in results.targets} == {Setting(k=2, temperature=0.5)}
+    assert {target.setting for target in results.targets} == {Hyperparameters(k=2, temperature=0.5)}
 
 
 def test_work_is_pinned_to_a_generation_and_knows_no_working_folder(
@@ -119,40 +127,40 @@ def test_work_is_pinned_to_a_generation_and_knows_no_working_folder(
 
     evaluate(replace(relative, k=1, temperature=1.0), watching)
     assert {work.generation for work in seen} == {4}
-    assert all(isinstance(work, Work) for work in seen)
+    assert all(isinstance(work, EvaluationTask) for work in seen)
     assert seen[0].config.library == str(tmp_path / "library")
 
 
 def wanted(models, uri, **options):
-    return Wanted(library=str(uri), base=models[0], encoder=models[1], **options)
+    return SegmenterConfig(library=str(uri), base=models[0], encoder=models[1], **options)
 
 
 def test_distances_are_those_to_the_centroids(config, models, encoder):
-    equipment = equip(wanted(models, config.library))
+    equipment = load_segmenter(wanted(models, config.library))
     images = list(domain_images("fog", 4))
-    distances = equipment.measure(images)
+    distances = equipment.distances(images)
     embeddings = encoder.encode_images(images).astype(np.float64)
     for column, entry in enumerate(equipment.pool.entries):
         [centroid] = entry.card.centroids
         naive = ((embeddings - centroid.vector) ** 2).sum(axis=1) ** 0.5
         assert distances[:, column] == pytest.approx(naive, abs=1e-12)
-    assert equipment.measure([]).shape == (0, 4)
+    assert equipment.distances([]).shape == (0, 4)
 
 
 def test_adapters_are_fetched_once_a_machine(config, models, tmp_path, monkeypatch):
     monkeypatch.setenv("LORASEG_CACHE", str(tmp_path / "cache"))
-    first = equip(wanted(models, config.library))
+    first = load_segmenter(wanted(models, config.library))
     [entry, *_] = first.pool.entries
     fetched = first.pool.load(entry)
     monkeypatch.setattr(Library, "load_entry", lambda *_: pytest.fail("fetched again"))
-    again = equip(wanted(models, config.library)).pool.load(entry)
+    again = load_segmenter(wanted(models, config.library)).pool.load(entry)
     assert (again.digest, again.base_digest) == (entry.digest, entry.card.base.digest)
     for shape, block in fetched.blocks.items():
         assert torch.equal(block.up, again.blocks[shape].up)
 
 
 def test_bfloat16_reaches_base_and_adapters(config, models):
-    equipment = equip(wanted(models, config.library, precision="bf16"))
+    equipment = load_segmenter(wanted(models, config.library, precision="bf16"))
     packed = equipment.pool.load(equipment.pool.entries[0])
     assert equipment.base.dtype == torch.bfloat16
     assert {block.down.dtype for block in packed.blocks.values()} == {torch.bfloat16}
@@ -167,26 +175,31 @@ def test_adapters_of_other_bases_and_roles_are_left_out(config, models):
     library.publish("picture", files, replace(card, name="picture", role="generator"))
     other = replace(card.base, digest="ff" * 32)
     library.publish("other", files, replace(card, name="other", base=other))
-    names = [entry.name for entry in equip(wanted(models, config.library)).pool.entries]
+    names = [entry.name for entry in load_segmenter(wanted(models, config.library)).pool.entries]
     assert names == ["day", "dusk", "fog", "night"]
 
 
 def test_says_why_no_adapter_fits(tmp_path, models, base, encoder):
-    assert "is empty" in equip(wanted(models, tmp_path)).pool.vacancy
+    assert "is empty" in load_segmenter(wanted(models, tmp_path)).pool.empty_reason
     other = replace(base, name="large", digest="ff" * 32)
     publish(tmp_path, other, encoder, names=("day",))
-    pool = equip(wanted(models, tmp_path)).pool
+    pool = load_segmenter(wanted(models, tmp_path)).pool
     assert pool.retriever is None
-    assert pool.vacancy.endswith("they are for large (ffffffffffff)")
-    assert f"({base.digest[:12]})" in pool.vacancy
-    assert equip(Wanted(library=None, base=models[0], encoder=models[1])).pool.entries == ()
+    assert pool.empty_reason.endswith("they are for large (ffffffffffff)")
+    assert f"({base.digest[:12]})" in pool.empty_reason
+    assert (
+        load_segmenter(
+            SegmenterConfig(library=None, base=models[0], encoder=models[1])
+        ).pool.entries
+        == ()
+    )
 
 
 @pytest.mark.parametrize("kind", ["active", "inert"])
 def test_attention_follows_the_recipes(tmp_path, models, base, encoder, kind):
     publish(tmp_path, base, encoder, recipe={"clip_attention_lora": kind})
     for asked, expected in (("as_trained", kind), ("active", "active"), ("inert", "inert")):
-        equipment = equip(wanted(models, tmp_path, clip_attention_lora=asked))
+        equipment = load_segmenter(wanted(models, tmp_path, clip_attention_lora=asked))
         assert equipment.base.model.config.clip_attention_lora == expected
         assert equipment.base.digest == base.digest
 
@@ -195,13 +208,13 @@ def test_attention_of_both_kinds_must_be_settled(tmp_path, models, base, encoder
     for name, kind in (("day", "active"), ("fog", "inert")):
         publish(tmp_path, base, encoder, names=(name,), recipe={"clip_attention_lora": kind})
     with pytest.raises(AdapterMismatchError, match="active and inert"):
-        equip(wanted(models, tmp_path))
+        load_segmenter(wanted(models, tmp_path))
 
 
 def test_adapters_of_another_encoder_are_refused(tmp_path, models, base):
     publish(tmp_path, base, ColorEncoder())
     with pytest.raises(AdapterMismatchError, match="no centroid of encoder"):
-        equip(wanted(models, tmp_path))
+        load_segmenter(wanted(models, tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,13 @@ import numpy as np
 import pytest
 
 from loraseg.errors import ConfigError
-from loraseg.evaluate.tuning import Grid, Setting, choose, folds_by_family, weights_matrix
+from loraseg.evaluate.tuning import (
+    HyperparameterGrid,
+    Hyperparameters,
+    folds_by_family,
+    mixing_weight_matrix,
+    select_hyperparameters,
+)
 
 
 def naive_weights(distances, k, temperature):
@@ -20,7 +26,7 @@ def naive_weights(distances, k, temperature):
 @pytest.mark.parametrize("temperature", [0.05, 0.3, 2.0])
 def test_weights_equal_the_formula_row_by_row(k, temperature):
     distances = np.random.default_rng(1).uniform(0.5, 3.0, size=(6, 7))
-    weights = weights_matrix(distances, Setting(k=k, temperature=temperature))
+    weights = mixing_weight_matrix(distances, Hyperparameters(k=k, temperature=temperature))
     naive = [naive_weights(row, k, temperature) for row in distances]
     np.testing.assert_allclose(weights, naive, rtol=0, atol=1e-12)
     np.testing.assert_allclose(weights.sum(axis=1), 1.0, rtol=0, atol=1e-12)
@@ -28,16 +34,16 @@ def test_weights_equal_the_formula_row_by_row(k, temperature):
 
 
 def test_equal_distances_go_to_the_first_and_exact_hits_take_all():
-    settings = Setting(k=1, temperature=0.1)
-    assert weights_matrix(np.array([[2.0, 1.0, 1.0]]), settings).tolist() == [[0, 1, 0]]
-    hits = weights_matrix(np.array([[0.0, 1.0, 0.0]]), Setting(k=3, temperature=0.1))
+    settings = Hyperparameters(k=1, temperature=0.1)
+    assert mixing_weight_matrix(np.array([[2.0, 1.0, 1.0]]), settings).tolist() == [[0, 1, 0]]
+    hits = mixing_weight_matrix(np.array([[0.0, 1.0, 0.0]]), Hyperparameters(k=3, temperature=0.1))
     assert hits.tolist() == [[0.5, 0, 0.5]]
 
 
 def test_grid_lists_every_combination_once():
-    settings = Grid(k=(1, 5), temperature=(0.1, 0.3, 1.0)).settings()
+    settings = HyperparameterGrid(k=(1, 5), temperature=(0.1, 0.3, 1.0)).combinations()
     assert len(set(settings)) == len(settings) == 6
-    assert settings[0] == Setting(k=1, temperature=0.1)
+    assert settings[0] == Hyperparameters(k=1, temperature=0.1)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +52,7 @@ def test_grid_lists_every_combination_once():
 )
 def test_grid_refuses_what_no_retrieval_can_use(values, message):
     with pytest.raises(ConfigError, match=message):
-        Grid(**values)
+        HyperparameterGrid(**values)
 
 
 FAMILIES = {
@@ -88,7 +94,7 @@ def test_by_default_every_family_is_a_fold_of_its_own():
     assert len(pairs) == len(set(FAMILIES.values())) == len(set(folds.values()))
 
 
-SETTINGS = tuple(Setting(k=k, temperature=0.1) for k in (1, 2, 3))
+SETTINGS = tuple(Hyperparameters(k=k, temperature=0.1) for k in (1, 2, 3))
 
 
 def test_choice_is_the_best_of_the_other_folds():
@@ -99,7 +105,7 @@ def test_choice_is_the_best_of_the_other_folds():
         "d": [0.1, 0.8, 0.5],
     }
     folds = {"a": 0, "b": 0, "c": 1, "d": 1}
-    chosen = choose(scores, folds, SETTINGS)
+    chosen = select_hyperparameters(scores, folds, SETTINGS)
     # Every domain gets what suits the others, although it is the worst for itself.
     assert [chosen[name].k for name in "abcd"] == [2, 2, 1, 1]
 
@@ -108,18 +114,18 @@ def test_choice_never_sees_its_own_fold():
     rng = np.random.default_rng(0)
     folds = folds_by_family(FAMILIES, count=3, seed=1)
     scores = {name: rng.uniform(0.1, 0.9, size=3).tolist() for name in FAMILIES}
-    chosen = choose(scores, folds, SETTINGS)
+    chosen = select_hyperparameters(scores, folds, SETTINGS)
     for fold in range(3):
         inside = [name for name in FAMILIES if folds[name] == fold]
         for _ in range(20):
             other = {**scores, **{name: rng.uniform(0, 1, size=3).tolist() for name in inside}}
-            again = choose(other, folds, SETTINGS)
+            again = select_hyperparameters(other, folds, SETTINGS)
             assert {name: again[name] for name in inside} == {name: chosen[name] for name in inside}
 
 
 def test_choice_maximises_the_harmonic_mean():
     # Arithmetic means .55 and .45; harmonic .18 and .45.
     scores = {"a": [1.0, 0.45, 0.4], "b": [0.1, 0.45, 0.4], "c": [0.5, 0.5, 0.5]}
-    chosen = choose(scores, {"a": 0, "b": 0, "c": 1}, SETTINGS)
+    chosen = select_hyperparameters(scores, {"a": 0, "b": 0, "c": 1}, SETTINGS)
     assert chosen["c"].k == 2
     assert chosen["a"].k == 1  # all equal for c alone: the first of the grid

@@ -9,10 +9,10 @@ from torch import nn
 from loraseg.adapters.adapter import Adapter, LoraPair
 from loraseg.errors import AdapterMismatchError, StageError
 from loraseg.fuse.bank import AdapterBank
+from loraseg.fuse.buffers import AdapterBuffers
 from loraseg.fuse.merging import MergeTable
 from loraseg.fuse.mix import fuse
-from loraseg.fuse.slots import Slots
-from tests.unit.fuse.plain_slots import plain_slots
+from tests.unit.fuse.hook_reference import apply_mix_with_hooks
 from tests.unit.tiny import CLASSES, random_adapter, tiny_base
 
 BESIDE, MERGED = MergeTable(1e9), MergeTable(0.0)
@@ -83,7 +83,7 @@ RECIPES = [
 @pytest.fixture(params=[2**17, -1], ids=["kept", "scratch"])
 def _both_sizes(request, monkeypatch):
     """Merged weights of small layers are kept, those of large ones pass through scratch memory."""
-    monkeypatch.setattr("loraseg.fuse.mixed_layer._KEPT_SIZE", request.param)
+    monkeypatch.setattr("loraseg.fuse.mixed_layer._MAX_CACHED_WEIGHT_SIZE", request.param)
 
 
 @FORMS
@@ -125,7 +125,7 @@ def test_runs_of_one_mix_and_images_of_several_windows(model, batched):
             got = model(x)
         for index, mix in enumerate(mixes):
             rows = slice(2 * index, 2 * index + 2)
-            with plain_slots(model, mix):
+            with apply_mix_with_hooks(model, mix):
                 torch.testing.assert_close(got[rows], model(x[rows]), rtol=0, atol=1e-10)
 
 
@@ -188,7 +188,7 @@ def test_catseg_acts_as_with_hooks():
             got = base.model(images, texts.repeat_interleave(2, dim=0))
         for index, mix in enumerate(mixes):
             rows = slice(2 * index, 2 * index + 2)
-            with torch.no_grad(), plain_slots(base.model, mix):
+            with torch.no_grad(), apply_mix_with_hooks(base.model, mix):
                 text = base.encode_tokens(tokens)
                 expected = base.model(images[rows], text)
             torch.testing.assert_close(texts[index], text, rtol=0, atol=1e-5)
@@ -212,7 +212,7 @@ def test_buffers_stay_where_they_are_and_compiled_code_stays_valid(model):
         x = torch.randn(4, 3, 2, 4, dtype=torch.float64)
         with torch.no_grad(), bank.use([fuse(parts, weights), fuse(parts, weights[::-1])]):
             got = compiled(x)
-        places.add(bank._slots[0].view("a")[0].data_ptr())
+        places.add(bank._buffers[0].view("a")[0].data_ptr())
         for index, order in enumerate((weights, weights[::-1])):
             rows = slice(2 * index, 2 * index + 2)
             expected = dense(model, parts, order)(x[rows])
@@ -226,7 +226,7 @@ def test_buffers_of_the_usual_size_survive_a_mix_of_all_adapters(model):
     for recipe in (RECIPES[0], ([adapter(f"n{i}") for i in range(30)], [1 / 30] * 30), RECIPES[0]):
         with bank.use([fuse(*recipe)]):
             pass
-    assert sorted(slots.rank for slots in bank._slots) == [8, 64]
+    assert sorted(slots.rank for slots in bank._buffers) == [8, 64]
 
 
 @pytest.mark.parametrize(
@@ -279,14 +279,14 @@ def test_a_failure_while_a_slot_is_filled_leaves_no_rows_behind(model, monkeypat
     large = fuse([adapter("x", ranks={"a": 3}), adapter("y", ranks={"a": 3})], [1.0, 1.0])
     with bank.use([fuse(*small)]):
         pass
-    write = Slots._write
+    write = AdapterBuffers._write
 
     def fail_after(self, slot, start, one, weight):
         write(self, slot, start, one, weight)
         raise MemoryError("between two adapters")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Slots, "_write", fail_after)
+        patch.setattr(AdapterBuffers, "_write", fail_after)
         with pytest.raises(MemoryError), bank.use([large]):
             pass
     again = [adapter("t", ranks={"a": 4})], [1.0]

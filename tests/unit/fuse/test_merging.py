@@ -25,25 +25,25 @@ def _own_cache(tmp_path, monkeypatch):
 )
 def test_merges_where_that_takes_fewer_products(shape, crossing):
     table = MergeTable()
-    assert not table.merges(shape, int(crossing))
-    assert table.merges(shape, int(crossing) + 1)
+    assert not table.should_merge(shape, int(crossing))
+    assert table.should_merge(shape, int(crossing) + 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_five_crops_and_the_decoder_are_merged_one_crop_is_not(dtype):
     table = load_table(CPU, dtype)
     for shape in ((768, 768), (3072, 768)):
-        assert not table.merges(shape, 577)
-        assert table.merges(shape, 2885)
-    assert table.merges((128, 256), 19 * 576)
+        assert not table.should_merge(shape, 577)
+        assert table.should_merge(shape, 2885)
+    assert table.should_merge((128, 256), 19 * 576)
 
 
 def test_what_was_measured_is_kept_for_the_device_and_type():
     table = MergeTable(2.0, {(4, 6): 17.5})
     save_table(table, CPU, torch.float32)
     assert load_table(CPU, torch.float32) == table
-    assert load_table(CPU, torch.float32).merges((4, 6), 18)
-    assert not load_table(CPU, torch.float32).merges((4, 6), 17)
+    assert load_table(CPU, torch.float32).should_merge((4, 6), 18)
+    assert not load_table(CPU, torch.float32).should_merge((4, 6), 17)
     assert load_table(CPU, torch.bfloat16).measured == {}
 
 

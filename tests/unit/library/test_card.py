@@ -1,34 +1,34 @@
 import pytest
 
 from loraseg.errors import IntegrityError
-from loraseg.library import BaseModel, Card, TrainingSet
-from tests.unit.library.making import BASE, make_card
+from loraseg.library import AdapterCard, BaseModelInfo, TrainingSet
+from tests.unit.library.sample_adapters import BASE, make_card
 
 
 @pytest.mark.parametrize(
     "card",
     [
         make_card("fog-light", parents=("a" * 64,), code_revision="0.1"),
-        Card(name="0", role="generator", base=BASE),
+        AdapterCard(name="0", role="generator", base=BASE),
         make_card("x.y_z", centroids=()),
     ],
 )
 def test_round_trip(card):
-    assert Card.from_bytes(card.to_bytes()) == card
-    assert Card.from_bytes(card.to_bytes()).to_bytes() == card.to_bytes()
+    assert AdapterCard.from_bytes(card.to_bytes()) == card
+    assert AdapterCard.from_bytes(card.to_bytes()).to_bytes() == card.to_bytes()
 
 
 def test_bytes_do_not_depend_on_the_order_of_keys():
-    one = Card(name="a", role="segmenter", base=BASE, recipe={"x": 1, "y": 2})
-    two = Card(name="a", role="segmenter", base=BASE, recipe={"y": 2, "x": 1})
+    one = AdapterCard(name="a", role="segmenter", base=BASE, recipe={"x": 1, "y": 2})
+    two = AdapterCard(name="a", role="segmenter", base=BASE, recipe={"y": 2, "x": 1})
     assert one.to_bytes() == two.to_bytes()
 
 
 def test_unknown_fields_are_ignored_and_newer_schemas_refused():
     values = make_card("a").to_json()
-    assert Card.from_json({**values, "licence": "CC0"}) == make_card("a")
+    assert AdapterCard.from_json({**values, "licence": "CC0"}) == make_card("a")
     with pytest.raises(IntegrityError, match="schema 2; this version of loraseg reads 1"):
-        Card.from_json({**values, "schema": 2})
+        AdapterCard.from_json({**values, "schema": 2})
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_hostile_names(name):
 )
 def test_hostile_json(change, message):
     with pytest.raises(IntegrityError, match=message):
-        Card.from_json({**make_card("a").to_json(), **change})
+        AdapterCard.from_json({**make_card("a").to_json(), **change})
 
 
 @pytest.mark.parametrize(
@@ -71,23 +71,23 @@ def test_hostile_json(change, message):
 )
 def test_hostile_bytes(data):
     with pytest.raises(IntegrityError, match="card"):
-        Card.from_bytes(data)
+        AdapterCard.from_bytes(data)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), object(), {1: 2}, {"a": {3}}])
 def test_only_json_goes_in(value):
     with pytest.raises(IntegrityError, match="metrics"):
-        Card(name="a", role="segmenter", base=BASE, metrics={"x": value})
+        AdapterCard(name="a", role="segmenter", base=BASE, metrics={"x": value})
 
 
 def test_a_card_of_unbounded_size_is_refused():
-    card = Card(name="a", role="segmenter", base=BASE, recipe={"text": "x" * 5_000_000})
+    card = AdapterCard(name="a", role="segmenter", base=BASE, recipe={"text": "x" * 5_000_000})
     with pytest.raises(IntegrityError, match="at most 4194304"):
         card.to_bytes()
 
 
 def test_parts_are_checked():
     with pytest.raises(IntegrityError, match="base: digest"):
-        BaseModel("m", "short")
+        BaseModelInfo("m", "short")
     with pytest.raises(IntegrityError, match="-2 images"):
         TrainingSet("c" * 64, -2)

@@ -8,7 +8,7 @@ from loraseg.errors import AdapterNotFoundError, IntegrityError, StoreError
 from loraseg.library import Library
 from loraseg.library.records import blob_key
 from loraseg.storage import LocalStore
-from tests.unit.library.making import make_card, make_centroid, make_files
+from tests.unit.library.sample_adapters import make_card, make_centroid, make_files
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def publish(library, name, content="weights"):
     return library.publish(name, make_files(content), make_card(name))
 
 
-def listed(entries):
+def name_version_pairs(entries):
     return [(entry.name, entry.version) for entry in entries]
 
 
@@ -69,11 +69,11 @@ def test_names_point_to_the_newest_until_rolled_back(library):
     first = publish(library, "fog", "one")
     publish(library, "rain")
     second = publish(library, "fog", "two")
-    assert listed(library.entries()) == [("fog", 2), ("rain", 1)]
-    assert listed(library.versions("fog")) == [("fog", 1), ("fog", 2)]
+    assert name_version_pairs(library.entries()) == [("fog", 2), ("rain", 1)]
+    assert name_version_pairs(library.versions("fog")) == [("fog", 1), ("fog", 2)]
     back = library.rollback("fog", 1)
     assert (back.version, back.digest, back.current) == (1, first.digest, True)
-    assert listed(library.entries()) == [("fog", 1), ("rain", 1)]
+    assert name_version_pairs(library.entries()) == [("fog", 1), ("rain", 1)]
     assert library.load("fog")[0] == make_files("one")
     assert library.load("fog", 2)[0] == make_files("two")
     assert library.rollback("fog", 2).digest == second.digest
@@ -84,7 +84,7 @@ def test_a_retired_name_is_gone_until_it_is_brought_back(library, store):
     publish(library, "fog", "two")
     publish(library, "rain")
     library.retire("fog")
-    assert listed(Library(store).entries()) == [("rain", 1)]
+    assert name_version_pairs(Library(store).entries()) == [("rain", 1)]
     with pytest.raises(AdapterNotFoundError, match="'fog' is retired; it has versions 1, 2"):
         library.entry("fog")
     assert library.load("fog", 2)[0] == make_files("two")
@@ -104,7 +104,7 @@ def test_older_generations_stay_readable(library):
     publish(library, "fog", "one")
     publish(library, "fog", "two")
     library.rollback("fog", 1)
-    assert [listed(library.entries(g)) for g in range(4)] == [
+    assert [name_version_pairs(library.entries(g)) for g in range(4)] == [
         [],
         [("fog", 1)],
         [("fog", 2)],
@@ -147,7 +147,7 @@ def test_the_same_weights_by_another_task_are_news(library):
 def test_several_at_once_make_one_generation(library):
     items = [(name, make_files(name), make_card(name)) for name in ("c", "a", "b")]
     assert [entry.name for entry in library.publish_all(items)] == ["c", "a", "b"]
-    assert listed(library.entries()) == [("a", 1), ("b", 1), ("c", 1)]
+    assert name_version_pairs(library.entries()) == [("a", 1), ("b", 1), ("c", 1)]
     assert library.generation() == 1
     with pytest.raises(IntegrityError, match="two adapters of one name"):
         library.publish_all([items[0], items[0]])

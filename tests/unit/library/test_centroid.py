@@ -8,22 +8,22 @@ from hypothesis import strategies as st
 
 from loraseg.errors import AdapterMismatchError, IntegrityError, StageError
 from loraseg.library import Centroid
-from tests.unit.library.making import make_centroid
+from tests.unit.library.sample_adapters import make_centroid
 
 
-def of(rows):
+def centroid_of(rows):
     return Centroid.from_embeddings(np.asarray(rows), encoder_id="clip", normalised=False)
 
 
 def test_mean_count_and_spread_by_hand():
-    centroid = of([[3.0, 0.0], [-3.0, 0.0], [0.0, 4.0], [0.0, -4.0]])
+    centroid = centroid_of([[3.0, 0.0], [-3.0, 0.0], [0.0, 4.0], [0.0, -4.0]])
     assert centroid.vector.tolist() == [0.0, 0.0]
     assert centroid.count == 4
     assert centroid.spread == pytest.approx(math.sqrt((9 + 9 + 16 + 16) / 4), rel=1e-15)
 
 
 def test_mean_is_not_scaled_to_unit_length():
-    assert of(np.full((2, 3), 10, dtype=np.float32)).vector.tolist() == [10.0, 10.0, 10.0]
+    assert centroid_of(np.full((2, 3), 10, dtype=np.float32)).vector.tolist() == [10.0, 10.0, 10.0]
 
 
 @settings(max_examples=50, deadline=None)
@@ -31,9 +31,9 @@ def test_mean_is_not_scaled_to_unit_length():
 def test_merging_parts_equals_the_whole(seed, sizes):
     rng = np.random.default_rng(seed)
     parts = [rng.normal(rng.normal(scale=10), 2, (n, 6)) for n in sizes]
-    merged = of(parts[0])
+    merged = centroid_of(parts[0])
     for part in parts[1:]:
-        merged = merged.merge(of(part))
+        merged = merged.merge(centroid_of(part))
     whole = np.concatenate(parts)
     assert merged.count == len(whole)
     np.testing.assert_allclose(merged.vector, whole.mean(axis=0), rtol=0, atol=1e-12)
@@ -61,12 +61,12 @@ def test_unknown_count_cannot_be_merged():
 
 
 def test_json_keeps_every_bit():
-    centroid = of(np.random.default_rng(0).normal(size=(7, 20)) / 3)
+    centroid = centroid_of(np.random.default_rng(0).normal(size=(7, 20)) / 3)
     again = Centroid.from_json(json.loads(json.dumps(centroid.to_json())))
     assert again == centroid
     assert hash(again) == hash(centroid)
     assert again.vector.tobytes() == centroid.vector.tobytes()
-    assert of([[1.0, 2.0]]) != of([[1.0, 2.5]])
+    assert centroid_of([[1.0, 2.0]]) != centroid_of([[1.0, 2.5]])
 
 
 def test_the_vector_is_a_read_only_copy():
@@ -81,7 +81,7 @@ def test_the_vector_is_a_read_only_copy():
 @pytest.mark.parametrize("rows", [np.zeros((0, 3)), [[math.nan, 0.0]], [[math.inf, 0.0]]])
 def test_useless_embeddings(rows):
     with pytest.raises(StageError, match="all values finite"):
-        of(rows)
+        centroid_of(rows)
 
 
 @pytest.mark.parametrize(

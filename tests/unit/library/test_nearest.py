@@ -41,14 +41,14 @@ def narrow(monkeypatch):
 
 
 def _narrow(patch):
-    patch.setattr(module, "_FEW_ROWS", 0)
-    patch.setattr(module, "_ROWS_FOR_ONE", 11)
-    patch.setattr(module, "_ROWS_FOR_FEW", 7)
-    patch.setattr(module, "_ROWS_FOR_MANY", 8)
-    patch.setattr(module, "_TALL_FROM", 3)
-    patch.setattr(module, "_QUERIES", 4)
-    patch.setattr(module, "_EXACT_NUMBERS", 20)
-    patch.setattr(module, "_WAITING_PAIRS", 16)
+    patch.setattr(module, "_BRUTE_FORCE_ROWS", 0)
+    patch.setattr(module, "_BLOCK_ROWS_ONE_QUERY", 11)
+    patch.setattr(module, "_BLOCK_ROWS_FEW_QUERIES", 7)
+    patch.setattr(module, "_BLOCK_ROWS_MANY_QUERIES", 8)
+    patch.setattr(module, "_MANY_QUERIES", 3)
+    patch.setattr(module, "_QUERY_BATCH", 4)
+    patch.setattr(module, "_EXACT_BLOCK_VALUES", 20)
+    patch.setattr(module, "_MAX_PENDING_PAIRS", 16)
 
 
 @settings(max_examples=300, deadline=None)

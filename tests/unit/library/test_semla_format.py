@@ -9,7 +9,7 @@ from loraseg.errors import AdapterMismatchError, IntegrityError
 from loraseg.library import Library, export_loradb, import_loradb
 from loraseg.library.semla_format import SEMLA_ENCODER_ID
 from loraseg.storage import LocalStore
-from tests.unit.library.making import BASE, make_card, make_centroid, make_files
+from tests.unit.library.sample_adapters import BASE, make_card, make_centroid, make_files
 
 DOMAINS = ("acdc-rain", "coconutL")
 
@@ -89,7 +89,7 @@ def test_a_hostile_recipe_cannot_choose_the_folder(library, tmp_path):
     assert export_loradb(library, tmp_path / "out") == (tmp_path / "out" / "fog",)
 
 
-def npz(**members):
+def npz_bytes(**members):
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in members.items():
@@ -97,7 +97,7 @@ def npz(**members):
     return buffer.getvalue()
 
 
-def saved(array):
+def npy_bytes(array):
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=True)
     return buffer.getvalue()
@@ -108,12 +108,12 @@ def saved(array):
     [
         (b"not a zip", "no readable array"),
         (pickle.dumps([1]), "no readable array"),
-        (npz(other=saved(np.zeros((1, 4)))), "no readable array"),
-        (npz(train_average_embedding=saved(np.array([[{}]]))), "allow_pickle=False"),
-        (npz(train_average_embedding=bytes(2**21)), "unpacks to 2097152 bytes"),
-        (npz(train_average_embedding=saved(np.zeros(4))), r"float64 of shape \(4,\)"),
-        (npz(train_average_embedding=saved(np.zeros((1, 4), int))), "is int64 of shape"),
-        (npz(train_average_embedding=saved(np.full((1, 4), np.nan))), "not finite"),
+        (npz_bytes(other=npy_bytes(np.zeros((1, 4)))), "no readable array"),
+        (npz_bytes(train_average_embedding=npy_bytes(np.array([[{}]]))), "allow_pickle=False"),
+        (npz_bytes(train_average_embedding=bytes(2**21)), "unpacks to 2097152 bytes"),
+        (npz_bytes(train_average_embedding=npy_bytes(np.zeros(4))), r"float64 of shape \(4,\)"),
+        (npz_bytes(train_average_embedding=npy_bytes(np.zeros((1, 4), int))), "is int64 of shape"),
+        (npz_bytes(train_average_embedding=npy_bytes(np.full((1, 4), np.nan))), "not finite"),
     ],
 )
 def test_hostile_statistics(tmp_path, library, data, message):

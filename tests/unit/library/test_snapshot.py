@@ -7,12 +7,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from loraseg.errors import IntegrityError
-from loraseg.library.snapshot import SCHEMA, Entry, decode_snapshot, encode_snapshot
-from tests.unit.library.making import make_card, make_centroid
+from loraseg.library.snapshot import CATALOG_SCHEMA, CatalogEntry, decode_snapshot, encode_snapshot
+from tests.unit.library.sample_adapters import make_card, make_centroid
 
 
 def entry(name, version=1, **fields):
-    return Entry(version, "d" * 64, make_card(name, **fields), True, "e" * 64, 7)
+    return CatalogEntry(version, "d" * 64, make_card(name, **fields), True, "e" * 64, 7)
 
 
 ENTRIES = (
@@ -52,7 +52,7 @@ def test_other_readers_find_plain_columns():
     assert rows[0]["base_digest"] == "b" * 64
 
 
-def rewritten(change):
+def rewrite_snapshot(change):
     table = pq.read_table(io.BytesIO(encode_snapshot(ENTRIES)))
     buffer = io.BytesIO()
     pq.write_table(change(table), buffer)
@@ -60,13 +60,15 @@ def rewritten(change):
 
 
 def test_unknown_columns_are_ignored():
-    data = rewritten(lambda t: t.append_column("new", pa.array([1, 2, 3])))
+    data = rewrite_snapshot(lambda t: t.append_column("new", pa.array([1, 2, 3])))
     assert decode_snapshot(data, "here") == ENTRIES
 
 
-def replaced(name, values):
-    index = SCHEMA.get_field_index(name)
-    return lambda t: t.set_column(index, SCHEMA.field(name), pa.array(values, SCHEMA.types[index]))
+def replace_column(name, values):
+    index = CATALOG_SCHEMA.get_field_index(name)
+    return lambda t: t.set_column(
+        index, CATALOG_SCHEMA.field(name), pa.array(values, CATALOG_SCHEMA.types[index])
+    )
 
 
 @pytest.mark.parametrize(
@@ -75,12 +77,12 @@ def replaced(name, values):
         b"",
         b"PAR1",
         encode_snapshot(ENTRIES)[:-9],
-        rewritten(lambda t: t.replace_schema_metadata({b"format": b"loraseg-catalog-2"})),
-        rewritten(lambda t: t.drop_columns(["card"])),
-        rewritten(replaced("card", ["{}", "[]", "x"])),
-        rewritten(replaced("name", ["a", "../up", "b"])),
-        rewritten(replaced("digest", ["d", "d", "d"])),
-        rewritten(replaced("version", [0, 1, 2])),
+        rewrite_snapshot(lambda t: t.replace_schema_metadata({b"format": b"loraseg-catalog-2"})),
+        rewrite_snapshot(lambda t: t.drop_columns(["card"])),
+        rewrite_snapshot(replace_column("card", ["{}", "[]", "x"])),
+        rewrite_snapshot(replace_column("name", ["a", "../up", "b"])),
+        rewrite_snapshot(replace_column("digest", ["d", "d", "d"])),
+        rewrite_snapshot(replace_column("version", [0, 1, 2])),
     ],
 )
 def test_damage_is_an_error_that_says_where(data):

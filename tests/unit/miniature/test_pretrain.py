@@ -3,18 +3,18 @@ from pathlib import Path
 import pytest
 
 from loraseg.miniature import pretrain
-from loraseg.miniature.captions import tokenizer
-from loraseg.miniature.catseg_training import CatsegTraining
-from loraseg.miniature.clip_model import build_clip
-from loraseg.miniature.generator_training import GeneratorTraining
+from loraseg.miniature.models.catseg.training import CatsegTrainingConfig
+from loraseg.miniature.models.clip.model import build_clip
+from loraseg.miniature.models.generator.training import GeneratorTrainingConfig
+from loraseg.miniature.models.weights_io import write_clip
 from loraseg.miniature.pretrain import main, make_catseg
-from loraseg.miniature.weights_io import write_clip
-from loraseg.segment.base import load_base
+from loraseg.miniature.world.captions import tokenizer
+from loraseg.segment.open_vocabulary.base import load_base
 
 
 def test_the_written_catseg_is_a_base_with_its_own_words_and_pixels(tmp_path):
     write_clip(build_clip(tokenizer().vocab_size), tmp_path / "clip.safetensors")
-    make_catseg(CatsegTraining(steps=1, scenes=2, batch=1), tmp_path)
+    make_catseg(CatsegTrainingConfig(steps=1, scenes=2, batch=1), tmp_path)
     base = load_base(str(tmp_path / "catseg.safetensors"))
     assert base.tokenizer(["a zebra"]).tolist() == tokenizer()(["a zebra"]).tolist()
     assert base.prompt == "A photo of a {} in the scene"
@@ -38,8 +38,8 @@ def test_judge_and_generator_are_made_with_what_the_command_says(tmp_path, monke
     place = ["--folder", str(tmp_path), "--steps", "7"]
     main(["judge", *place, "--seed", "3"])
     main(["generator", *place, "--device", "cuda", "--init", "earlier"])
-    judge = GeneratorTraining(seed=3, judge_steps=7)
-    generator = GeneratorTraining(steps=7, device="cuda", compiled=True)
+    judge = GeneratorTrainingConfig(seed=3, judge_steps=7)
+    generator = GeneratorTrainingConfig(steps=7, device="cuda", compiled=True)
     assert calls == [
         ("make_judge", (judge, tmp_path), {"processes": 1}),
         ("make_generator", (generator, tmp_path), {"init": Path("earlier"), "processes": 1}),
@@ -47,7 +47,7 @@ def test_judge_and_generator_are_made_with_what_the_command_says(tmp_path, monke
 
 
 def test_what_is_measured_is_written_beside_the_weights(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pretrain, "generator_gates", lambda folder, seed: {"seed": seed})
+    monkeypatch.setattr(pretrain, "check_generator", lambda folder, seed: {"seed": seed})
     main(["generator-gates", "--folder", str(tmp_path), "--seed", "2"])
     written = (tmp_path / "generator_gates.json").read_text()
     assert written == capsys.readouterr().out == '{\n "seed": 2\n}\n'

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 
-from loraseg.adapters.layer_report import LayerReport
+from loraseg.adapters.targets.layer_report import LayerReport
 from loraseg.errors import ConfigError
 from loraseg.probes.gradient import GradientProbeConfig, gradient_probe, relative_changes
-from loraseg.train.generator import finetune_full
-from tests.unit.train.tiny_generator import data_of, recipe_of, tiny_generator
+from loraseg.train.generator_adapters.training import finetune_unet
+from tests.unit.train.tiny_generator import denoising_data, tiny_generator, tiny_recipe
 
 
 def config_of(**changes):
@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def data(base, folder):
-    return data_of(folder, base, recipe_of())
+    return denoising_data(folder, base, tiny_recipe())
 
 
 def weights(base):
@@ -48,7 +48,7 @@ def test_scores_are_the_relative_changes_of_full_tuning(base, data):
     before = weights(base)
     config = config_of()
     report = gradient_probe(base, data, config)
-    after = finetune_full(base, data, config.recipe(len(data))).unet
+    after = finetune_unet(base, data, config.recipe(len(data))).unet
     names = {name.removesuffix(".weight") for name in before if name.endswith(".weight")}
     assert {score.name for score in report.scores} == names
     for score in report.scores:
@@ -76,13 +76,13 @@ def test_base_is_as_it_was(base, data):
 def test_same_seed_gives_the_same_bytes(base, data, folder):
     first = gradient_probe(base, data, config_of()).to_bytes()
     assert gradient_probe(base, data, config_of()).to_bytes() == first
-    other = data_of(folder, base, recipe_of(), seed=1)
+    other = denoising_data(folder, base, tiny_recipe(), seed=1)
     assert gradient_probe(base, other, config_of()).to_bytes() != first
 
 
 def test_report_says_what_it_rests_on_and_can_be_read_back(base, data):
     seen = []
-    report = gradient_probe(base, data, config_of(), watch=lambda done, _: seen.append(done))
+    report = gradient_probe(base, data, config_of(), on_step=lambda done, _: seen.append(done))
     steps = 2 * -(-len(data) // 4)
     assert seen == list(range(1, steps + 1))
     assert report.samples == {
@@ -95,7 +95,7 @@ def test_report_says_what_it_rests_on_and_can_be_read_back(base, data):
     assert report.settings["learning_rate"] == 1e-3
     assert report.settings["seed"] == data.seed
     assert len(report.settings["overlaps"]) == 1
-    again = LayerReport.parse(report.to_bytes())
+    again = LayerReport.from_bytes(report.to_bytes())
     assert again.to_bytes() == report.to_bytes()
     assert again.scores == report.scores
 
@@ -163,14 +163,14 @@ def test_one_copy_of_the_weights_waits_meanwhile(base, data):
             )
         )
 
-    gradient_probe(base, data, config_of(), watch=count)
+    gradient_probe(base, data, config_of(), on_step=count)
     assert set(found) == {1}
 
 
 @pytest.mark.gpu
 def test_accelerator_holds_no_second_copy(tmp_path):
     base = tiny_generator()
-    data = data_of(tmp_path, base, recipe_of())
+    data = denoising_data(tmp_path, base, tiny_recipe())
     base.to("cuda")
     held = []
 

@@ -4,15 +4,15 @@ import dataclasses
 
 import pytest
 
-from loraseg.adapters.layer_report import LayerReport
-from loraseg.adapters.report_places import read_report
+from loraseg.adapters.targets.layer_report import LayerReport
+from loraseg.adapters.targets.layer_report_io import read_layer_report
 from loraseg.backbones.diffusion import load_diffusion
 from loraseg.errors import ConfigError, IntegrityError
 from loraseg.probes.gradient import GradientProbeConfig
 from loraseg.probes.task import ProbeTask, run_probe
-from loraseg.train.generator_targets import generator_targets
-from tests.tiny_world import write_domain
-from tests.unit.train.tiny_generator import recipe_of, write_pipeline
+from loraseg.train.generator_adapters.targets import generator_targets
+from tests.tiny_training import write_domain
+from tests.unit.train.tiny_generator import tiny_recipe, write_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +38,14 @@ def task(folder, tmp_path):
 def test_report_lies_at_the_output_and_says_what_was_done(task, folder):
     result = run_probe(task)
     assert not result.skipped
-    report = read_report(task.output)
+    report = read_layer_report(task.output)
     assert report.to_bytes() == result.report
     base = load_diffusion(task.base)
     assert report.base_digest == base.digest
     assert report.samples["images"] == report.samples["views"] == 3
     assert report.settings["size"] == [32, 32]
     assert {"task_digest", "data_digest", "learning_rate"} <= set(report.settings)
-    recipe = recipe_of(targets=task.output, top=5)
+    recipe = tiny_recipe(targets=task.output, top=5)
     assert generator_targets(base.unet, recipe) == report.projections().top(5)
 
 
@@ -61,9 +61,9 @@ def test_another_probe_replaces_the_report(task):
     first = run_probe(task)
     other = run_probe(dataclasses.replace(task, seed=1))
     assert not other.skipped
-    digests = {LayerReport.parse(r.report).settings["task_digest"] for r in (first, other)}
+    digests = {LayerReport.from_bytes(r.report).settings["task_digest"] for r in (first, other)}
     assert len(digests) == 2
-    assert read_report(task.output).to_bytes() == other.report
+    assert read_layer_report(task.output).to_bytes() == other.report
 
 
 def test_a_file_of_another_kind_stays(task, tmp_path):
@@ -80,7 +80,7 @@ def test_addresses_are_made_absolute(folder, monkeypatch):
     assert (task.base, task.data, task.output) == tuple(
         str(folder / name) for name in ("pipeline", "fog", "fog.json")
     )
-    assert task.cache_place == str(folder / "_cache")
+    assert task.cache_uri == str(folder / "_cache")
     assert ProbeTask(base="miniature", data="s3://b/d", output="s3://b/r/x.json").resolved() == (
         ProbeTask(base="miniature", data="s3://b/d", output="s3://b/r/x.json")
     )

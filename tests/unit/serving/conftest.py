@@ -1,10 +1,10 @@
 import pytest
 
 from loraseg.backbones.clip import load_clip
-from loraseg.segment.base import load_base
-from loraseg.serving.build import build_local
+from loraseg.segment.open_vocabulary.base import load_base
+from loraseg.serving.build import build_local_engine
 from loraseg.serving.config import Limits, ServiceConfig
-from tests.unit.serving.talking import Talk
+from tests.unit.serving.api_client import ApiClient
 from tests.unit.tiny import publish, write_models
 
 
@@ -27,14 +27,14 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="package")
 def engine(world):
-    with build_local(world) as engine:
+    with build_local_engine(world) as engine:
         assert engine.wait_until_ready(60.0)
         yield engine
 
 
 @pytest.fixture(scope="package")
 def open_talk(engine, world):
-    return Talk(engine, world)
+    return ApiClient(engine, world)
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import yaml
 
 from loraseg.errors import ConfigError, ServiceError
 from loraseg.serving import tokens as tokens_module
-from loraseg.serving.tokens import TokenBook, new_token
-from tests.unit.serving.talking import NIGHT, Talk, code_of
+from loraseg.serving.tokens import TokenStore, new_token
+from tests.unit.serving.api_client import NIGHT, ApiClient, status_and_code
 from tests.unit.tiny import DOMAINS
 
 
@@ -42,26 +42,26 @@ def file(tmp_path):
 
 @pytest.fixture
 def guarded(engine, world, file):
-    return Talk(engine, world, tokens=TokenBook.open(file))
+    return ApiClient(engine, world, tokens=TokenStore.open(file))
 
 
 @pytest.fixture
 def always_due(monkeypatch):
-    monkeypatch.setattr(tokens_module, "_RECHECK_S", -1.0)
+    monkeypatch.setattr(tokens_module, "_RELOAD_INTERVAL_S", -1.0)
 
 
-class TestBook:
+class TestTokenStore:
     def test_new_token_is_found_by_its_digest_only(self, tmp_path):
         token, digest = new_token()
         path = write(tmp_path / "t", {"name": "a", "sha256": digest})
-        assert TokenBook.open(path).find(token).name == "a"
+        assert TokenStore.open(path).authenticate(token).name == "a"
         assert token not in (tmp_path / "t").read_text()
         with pytest.raises(ServiceError, match="not known"):
-            TokenBook.open(path).find(digest)
+            TokenStore.open(path).authenticate(digest)
 
     def test_json_file_and_store_uri_are_read_too(self, tmp_path):
         (tmp_path / "tokens.json").write_text(json.dumps({"tokens": [entry("a")]}))
-        assert TokenBook.open(f"file://{tmp_path}/tokens.json").find("a").name == "a"
+        assert TokenStore.open(f"file://{tmp_path}/tokens.json").authenticate("a").name == "a"
 
     @pytest.mark.parametrize(
         "content",
@@ -84,31 +84,31 @@ class TestBook:
     def test_wrong_file_is_refused_and_not_repeated(self, tmp_path, content):
         (tmp_path / "t").write_text(content)
         with pytest.raises(ConfigError) as caught:
-            TokenBook.open(str(tmp_path / "t"))
+            TokenStore.open(str(tmp_path / "t"))
         assert "secret-token" not in str(caught.value)
 
     def test_absent_file_is_refused(self, tmp_path):
         with pytest.raises(ConfigError, match="token file"):
-            TokenBook.open(str(tmp_path / "none"))
+            TokenStore.open(str(tmp_path / "none"))
 
     def test_change_takes_effect_and_a_broken_file_does_not(self, tmp_path, always_due):
         path = write(tmp_path / "t", entry("a"))
-        book = TokenBook.open(path)
+        book = TokenStore.open(path)
         write(tmp_path / "t", entry("b"))
-        book.check()
-        assert book.find("b").name == "b"
+        book.reload()
+        assert book.authenticate("b").name == "b"
         with pytest.raises(ServiceError, match="not known"):
-            book.find("a")
+            book.authenticate("a")
         for content in ("tokens: [", ""):
             (tmp_path / "t").write_text(content)
-            book.check()
-            assert book.find("b").name == "b"
+            book.reload()
+            assert book.authenticate("b").name == "b"
         (tmp_path / "t").unlink()
-        book.check()
-        assert book.find("b").name == "b"
+        book.reload()
+        assert book.authenticate("b").name == "b"
 
 
-class TestGuardedRoutes:
+class TestProtectedRoutes:
     @pytest.mark.parametrize(
         "headers",
         [
@@ -132,9 +132,9 @@ class TestGuardedRoutes:
             ("POST", "/v1/library/refresh"),
         ]:
             answer = guarded(method, path, headers=headers)
-            assert code_of(answer) == (401, "unauthorized")
+            assert status_and_code(answer) == (401, "unauthorized")
             assert answer.headers["www-authenticate"].startswith("Bearer")
-        assert code_of(guarded.segment(headers=headers)) == (401, "unauthorized")
+        assert status_and_code(guarded.segment(headers=headers)) == (401, "unauthorized")
 
     def test_token_in_the_query_is_no_token(self, guarded):
         assert guarded("GET", "/v1/base?access_token=all-seeing").status_code == 401
@@ -151,8 +151,8 @@ class TestGuardedRoutes:
         refresh = guarded("POST", "/v1/library/refresh", headers=bearer("all-seeing"))
         assert refresh.json()["adapters"] == len(DOMAINS)
         refused = guarded("POST", "/v1/library/refresh", headers=bearer("night-only"))
-        assert code_of(refused) == (403, "forbidden")
-        assert code_of(guarded.segment(headers=bearer("admin-only"))) == (403, "forbidden")
+        assert status_and_code(refused) == (403, "forbidden")
+        assert status_and_code(guarded.segment(headers=bearer("admin-only"))) == (403, "forbidden")
 
     def test_only_visible_adapters_are_used_and_told_of(self, guarded):
         headers = bearer("night-only")
@@ -201,5 +201,5 @@ def test_slow_token_store_does_not_hold_up_requests(engine, world, always_due):
             time.sleep(1.5)
         return contents
 
-    talk = Talk(engine, world, tokens=TokenBook(read))
+    talk = ApiClient(engine, world, tokens=TokenStore(read))
     assert talk("GET", "/v1/base", headers=bearer("a")).status_code == 200

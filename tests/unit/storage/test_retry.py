@@ -28,15 +28,15 @@ def clock(monkeypatch):
     return clock
 
 
-def answer(status, code=""):
+def client_error(status, code=""):
     return botocore.exceptions.ClientError(
         {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "PutObject"
     )
 
 
-PASSING = [
-    *(answer(status) for status in (409, 429, 500, 502, 503, 504)),
-    *(answer(400, code) for code in ("RequestTimeout", "BadDigest", "IncompleteBody")),
+TRANSIENT = [
+    *(client_error(status) for status in (409, 429, 500, 502, 503, 504)),
+    *(client_error(400, code) for code in ("RequestTimeout", "BadDigest", "IncompleteBody")),
     botocore.exceptions.EndpointConnectionError(endpoint_url="http://x"),
     botocore.exceptions.ConnectTimeoutError(endpoint_url="http://x"),
     botocore.exceptions.ConnectionClosedError(endpoint_url="http://x"),
@@ -47,14 +47,14 @@ PASSING = [
     urllib3.exceptions.ProtocolError("cut"),
     ConnectionResetError(),
 ]
-LASTING = [
-    *(answer(status) for status in (400, 403, 404, 412, 501)),
+PERMANENT = [
+    *(client_error(status) for status in (400, 403, 404, 412, 501)),
     botocore.exceptions.NoCredentialsError(),
     botocore.exceptions.SSLError(endpoint_url="https://x", error="certificate"),
 ]
 
 
-@pytest.mark.parametrize("error", PASSING, ids=repr)
+@pytest.mark.parametrize("error", TRANSIENT, ids=repr)
 def test_what_may_pass_is_tried_again(clock, error):
     outcomes = [error, error, None]
 
@@ -64,10 +64,10 @@ def test_what_may_pass_is_tried_again(clock, error):
             raise outcome
         return "done"
 
-    assert retry.persist(request, 100.0, "test") == "done"
+    assert retry.retry_call(request, 100.0, "test") == "done"
 
 
-@pytest.mark.parametrize("error", LASTING, ids=repr)
+@pytest.mark.parametrize("error", PERMANENT, ids=repr)
 def test_what_lasts_is_not(clock, error):
     calls = []
 
@@ -76,7 +76,7 @@ def test_what_lasts_is_not(clock, error):
         raise error
 
     with pytest.raises(type(error)):
-        retry.persist(request, 100.0, "test")
+        retry.retry_call(request, 100.0, "test")
     assert calls == [0.0]
 
 
@@ -84,10 +84,10 @@ def test_what_lasts_is_not(clock, error):
 def test_patience_ends_in_time(clock, request_s, caplog):
     def request():
         clock.now += request_s
-        raise answer(503, "SlowDown")
+        raise client_error(503, "SlowDown")
 
     with pytest.raises(botocore.exceptions.ClientError):
-        retry.persist(request, 120.0, "s3://bucket: write 'key'")
+        retry.retry_call(request, 120.0, "s3://bucket: write 'key'")
     assert 110.0 < clock.now <= 120.0 + request_s
     (line,) = caplog.messages
     assert line.startswith("s3://bucket: write 'key': no success yet (SlowDown)")

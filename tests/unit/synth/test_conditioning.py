@@ -26,7 +26,7 @@ def stripes(*ids, size=12):
     return np.repeat(np.array(ids, np.uint8), range(3, 3 + len(ids)))[None].repeat(size, 0)
 
 
-def spelled(condition, tokenizer=TOKENIZER):
+def class_words_of(condition, tokenizer=TOKENIZER):
     """Token strings by class id, read from the prompt's own tokens."""
     ids = tokenizer(
         condition.prompt, padding="max_length", max_length=77, truncation=True
@@ -41,7 +41,7 @@ def test_words_stand_by_rising_id_and_all_their_tokens_are_theirs():
     made = conditioner()(stripes(5, 2, 4))
     assert made.prompt == "sidewalk sky Car"
     assert made.classes == (2, 4, 5)
-    found = spelled(made)
+    found = class_words_of(made)
     assert found[2] == ["side", "walk</w>"]
     assert found[4] == ["sky</w>"]
     assert found[5] == ["car</w>"]
@@ -51,14 +51,14 @@ def test_words_stand_by_rising_id_and_all_their_tokens_are_theirs():
 
 
 def test_tokens_of_a_name_of_two_words():
-    found = spelled(conditioner()(stripes(3)))
+    found = class_words_of(conditioner()(stripes(3)))
     assert "".join(found[3]).replace("</w>", " ") == "traffic light "
 
 
 def test_words_of_the_template_belong_to_no_class():
     made = conditioner(template="a photo of {classes}, in heavy fog")(stripes(1, 4))
     assert made.prompt == "a photo of road sky, in heavy fog"
-    found = spelled(made)
+    found = class_words_of(made)
     assert (found[1], found[4]) == (["road</w>"], ["sky</w>"])
     assert found[-1][:9] == [
         "<|startoftext|>",
@@ -70,7 +70,7 @@ def test_words_of_the_template_belong_to_no_class():
 def test_other_words_for_a_class():
     made = conditioner(words={"car": "red   train"})(stripes(5))
     assert made.prompt == "red train"
-    assert spelled(made)[5][-1] == "train</w>"
+    assert class_words_of(made)[5][-1] == "train</w>"
 
 
 def test_ignored_pixels_take_the_nearest_class_but_stay_ignored_in_the_label():

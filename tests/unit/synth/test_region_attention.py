@@ -5,21 +5,21 @@ import pytest
 import torch
 
 from loraseg.synth.region_attention import RegionControl, Regions
-from tests.unit.synth.plain_attention import PlainProcessor
-from tests.unit.synth.region_world import (
-    MANY,
+from tests.unit.synth.reference_attention import ReferenceProcessor
+from tests.unit.synth.region_inputs import (
+    LONG_NAMES,
     NAMES,
     PIPELINES,
-    conditions,
     cross_modules,
-    inputs,
     random_alphas,
-    run,
+    random_conditions,
+    run_unet,
+    unet_inputs,
 )
 
 
 @torch.no_grad()
-def plainly(unet, made, arguments, alphas, mode, *, unconditional):
+def reference_output(unet, made, arguments, alphas, mode, *, unconditional):
     """The UNet in float64 with the oracle in every cross-attention module."""
     unet = copy.deepcopy(unet).double()
     for name, module in cross_modules(unet).items():
@@ -34,7 +34,7 @@ def plainly(unet, made, arguments, alphas, mode, *, unconditional):
             return 1 / (1 + np.exp(-logits))
 
         module.set_processor(
-            PlainProcessor(
+            ReferenceProcessor(
                 [one.regions for one in made],
                 [one.token_classes for one in made],
                 unconditional=unconditional,
@@ -57,25 +57,25 @@ def plainly(unet, made, arguments, alphas, mode, *, unconditional):
     [
         ("sd", (8, 8), NAMES, "token", 2),
         ("sd", (8, 12), NAMES, "pooled", 99),
-        ("v", (9, 7), MANY, "token", 99),
+        ("v", (9, 7), LONG_NAMES, "token", 99),
         ("sdxl", (6, 8), NAMES, "token", 2),
     ],
 )
 def test_equals_loops_over_heads_places_and_tokens(kind, latent, names, mode, learned):
     pipeline = PIPELINES[kind]
-    made = conditions(pipeline, names, count=1, side=24)
-    assert all(one.dropped for one in made) == (names is MANY)
-    arguments = inputs(pipeline.unet, 2, latent)
+    made = random_conditions(pipeline, names, count=1, side=24)
+    assert all(one.dropped for one in made) == (names is LONG_NAMES)
+    arguments = unet_inputs(pipeline.unet, 2, latent)
     owners = list(cross_modules(pipeline.unet))[:learned]
     control = RegionControl(pipeline.unet, alpha_modules=owners, mode=mode)
     alphas = random_alphas(control)
     control.load_alphas(alphas)
     regions = Regions.stack(made)
-    got = run(control, regions, arguments, pipeline.unet, unconditional=1)
-    expected = plainly(pipeline.unet, made, arguments, alphas, mode, unconditional=1)
+    got = run_unet(control, regions, arguments, pipeline.unet, unconditional=1)
+    expected = reference_output(pipeline.unet, made, arguments, alphas, mode, unconditional=1)
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-5)
     # The mask matters: without regions the output is another one.
-    assert (run(control, None, arguments, pipeline.unet)[1] - got[1]).abs().max() > 1e-3
+    assert (run_unet(control, None, arguments, pipeline.unet)[1] - got[1]).abs().max() > 1e-3
 
 
 # diffusers' Euler scheduler calls numpy in a way that numpy 2 warns of.
@@ -92,7 +92,7 @@ def test_stock_pipelines_give_the_same_bits(kind, learned, bias, fixed, masked):
     control = RegionControl(
         pipeline.unet, alpha_modules=owners, initial_bias=bias, fixed_share=fixed
     )
-    regions = Regions.stack(conditions(pipeline)) if masked else None
+    regions = Regions.stack(random_conditions(pipeline)) if masked else None
     stock = sampled(pipeline)
     with control.installed(), control.regions(regions, unconditional=2, latent=(16, 16)):
         ours = sampled(pipeline)
@@ -114,7 +114,7 @@ def sampled(pipeline):
 def test_regions_change_what_the_stock_pipeline_gives():
     pipeline = PIPELINES["sd"]
     control = RegionControl(pipeline.unet)
-    regions = Regions.stack(conditions(pipeline))
+    regions = Regions.stack(random_conditions(pipeline))
     with control.installed(), control.regions(regions, unconditional=2, latent=(16, 16)):
         ours = sampled(pipeline)
     assert np.abs(ours - sampled(pipeline)).max() > 1e-3
@@ -123,10 +123,10 @@ def test_regions_change_what_the_stock_pipeline_gives():
 @pytest.mark.parametrize("learned", [0, 99])
 def test_rows_without_a_condition_keep_their_bits(learned):
     unet = PIPELINES["sd"].unet
-    arguments = inputs(unet, 4)
+    arguments = unet_inputs(unet, 4)
     control = RegionControl(unet, alpha_modules=list(cross_modules(unet))[:learned])
-    regions = Regions.stack(conditions(PIPELINES["sd"]))
-    ours = run(control, regions, arguments, unet, unconditional=2)
+    regions = Regions.stack(random_conditions(PIPELINES["sd"]))
+    ours = run_unet(control, regions, arguments, unet, unconditional=2)
     with torch.no_grad():
         stock = unet(**arguments).sample
     assert torch.equal(ours[:2], stock[:2])
@@ -135,24 +135,27 @@ def test_rows_without_a_condition_keep_their_bits(learned):
 
 def test_a_share_of_zero_is_rectified_attention():
     unet = PIPELINES["sd"].unet
-    arguments = inputs(unet, 4)
-    regions = Regions.stack(conditions(PIPELINES["sd"]))
+    arguments = unet_inputs(unet, 4)
+    regions = Regions.stack(random_conditions(PIPELINES["sd"]))
     owners = list(cross_modules(unet))
     closed = RegionControl(unet, alpha_modules=owners, initial_bias=-200.0)
-    for free, rows in ((2, regions), (0, Regions.stack(conditions(PIPELINES["sd"], count=4)))):
-        ours = run(closed, rows, arguments, unet, unconditional=free)
+    for free, rows in (
+        (2, regions),
+        (0, Regions.stack(random_conditions(PIPELINES["sd"], count=4))),
+    ):
+        ours = run_unet(closed, rows, arguments, unet, unconditional=free)
         assert torch.equal(
-            ours, run(RegionControl(unet), rows, arguments, unet, unconditional=free)
+            ours, run_unet(RegionControl(unet), rows, arguments, unet, unconditional=free)
         )
 
 
 def test_a_fixed_share_mixes_like_a_learned_one():
     unet = PIPELINES["sd"].unet
-    arguments = inputs(unet, 2)
-    regions = Regions.stack(conditions(PIPELINES["sd"]))
+    arguments = unet_inputs(unet, 2)
+    regions = Regions.stack(random_conditions(PIPELINES["sd"]))
     learned = RegionControl(unet, alpha_modules=list(cross_modules(unet)), initial_bias=0.0)
     fixed = RegionControl(unet, fixed_share=0.5)
-    ours, expected = (run(one, regions, arguments, unet) for one in (learned, fixed))
+    ours, expected = (run_unet(one, regions, arguments, unet) for one in (learned, fixed))
     assert torch.equal(ours, expected)
 
 
@@ -164,8 +167,8 @@ def test_attention_to_text_is_told_by_its_kind():
         **{**PIPELINES["sd"].unet.config, "only_cross_attention": (True, False)}
     ).eval()
     assert any(".attn1" in name for name in cross_modules(unet))
-    made = conditions(PIPELINES["sd"], count=1)
-    arguments = inputs(unet, 1, (8, 8))
-    got = run(RegionControl(unet), Regions.stack(made), arguments, unet)
-    expected = plainly(unet, made, arguments, {}, "token", unconditional=0)
+    made = random_conditions(PIPELINES["sd"], count=1)
+    arguments = unet_inputs(unet, 1, (8, 8))
+    got = run_unet(RegionControl(unet), Regions.stack(made), arguments, unet)
+    expected = reference_output(unet, made, arguments, {}, "token", unconditional=0)
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-5)

@@ -8,14 +8,14 @@ import torch
 from loraseg.adapters.adapter import Adapter, LoraPair
 from loraseg.errors import AdapterMismatchError, ConfigError, StageError
 from loraseg.fuse import AdapterBank, fuse
-from loraseg.synth.region_attention import RegionControl, Regions, alpha_owners
-from tests.unit.synth.region_world import (
+from loraseg.synth.region_attention import RegionControl, Regions, alpha_module_names
+from tests.unit.synth.region_inputs import (
     PIPELINES,
-    conditions,
     cross_modules,
-    inputs,
     random_alphas,
-    run,
+    random_conditions,
+    run_unet,
+    unet_inputs,
 )
 from tests.unit.tiny_diffusion import full_unet, tiny_sd
 
@@ -50,11 +50,11 @@ def cached(control, regions, arguments, unet, hidden, index, *, steps=1):
 @pytest.mark.parametrize("masked", [False, True])
 def test_constant_text_equals_projecting_at_every_call(kind, masked):
     unet = PIPELINES[kind].unet
-    hidden, arguments = texts(unet), inputs(unet, 8)
+    hidden, arguments = texts(unet), unet_inputs(unet, 8)
     arguments["encoder_hidden_states"] = hidden[INDEX]
     control = RegionControl(unet, alpha_modules=[OWNER])
-    regions = Regions.stack(conditions(PIPELINES[kind], count=4)) if masked else None
-    plain = run(control, regions, arguments, unet, unconditional=4)
+    regions = Regions.stack(random_conditions(PIPELINES[kind], count=4)) if masked else None
+    plain = run_unet(control, regions, arguments, unet, unconditional=4)
     modules = len(cross_modules(unet))
     assert control.projections_computed == 8 * modules
     ours = cached(control, regions, arguments, unet, hidden, INDEX, steps=3)
@@ -70,35 +70,43 @@ def test_constant_text_equals_projecting_at_every_call(kind, masked):
 def test_constant_text_where_adapters_act_on_keys_and_values():
     pipeline = tiny_sd()
     unet = with_lora(pipeline.unet, ["attn2.to_k", "attn2.to_v", "attn2.to_q", "attn2.to_out.0"])
-    hidden, arguments = texts(unet), inputs(unet, 8)
+    hidden, arguments = texts(unet), unet_inputs(unet, 8)
     arguments["encoder_hidden_states"] = hidden[INDEX]
     control = RegionControl(unet)
-    regions = Regions.stack(conditions(pipeline, count=4))
-    plain = run(control, regions, arguments, unet, unconditional=4)
+    regions = Regions.stack(random_conditions(pipeline, count=4))
+    plain = run_unet(control, regions, arguments, unet, unconditional=4)
     assert _psnr(cached(control, regions, arguments, unet, hidden, INDEX, steps=2), plain) > 100
-    bare = run(RegionControl(tiny_sd().unet), regions, arguments, tiny_sd().unet, unconditional=4)
+    bare = run_unet(
+        RegionControl(tiny_sd().unet), regions, arguments, tiny_sd().unet, unconditional=4
+    )
     assert (plain - bare).abs().max() > 1e-3
 
 
 def test_a_row_per_sample_needs_no_index_and_keeps_the_bits():
     unet = PIPELINES["sd"].unet
-    hidden, arguments = texts(unet)[INDEX], inputs(unet, 8)
+    hidden, arguments = texts(unet)[INDEX], unet_inputs(unet, 8)
     arguments["encoder_hidden_states"] = hidden
-    control, regions = RegionControl(unet), Regions.stack(conditions(PIPELINES["sd"], count=4))
-    plain = run(control, regions, arguments, unet, unconditional=4)
+    control, regions = (
+        RegionControl(unet),
+        Regions.stack(random_conditions(PIPELINES["sd"], count=4)),
+    )
+    plain = run_unet(control, regions, arguments, unet, unconditional=4)
     ours = cached(control, regions, arguments, unet, hidden, torch.arange(8), steps=2)
     assert torch.equal(ours, plain)
 
 
 def test_constant_text_with_other_adapters_in_every_row():
     unet = copy.deepcopy(PIPELINES["sd"].unet)
-    hidden, arguments = texts(unet)[INDEX], inputs(unet, 8)
+    hidden, arguments = texts(unet)[INDEX], unet_inputs(unet, 8)
     arguments["encoder_hidden_states"] = hidden
-    control, regions = RegionControl(unet), Regions.stack(conditions(PIPELINES["sd"], count=4))
+    control, regions = (
+        RegionControl(unet),
+        Regions.stack(random_conditions(PIPELINES["sd"], count=4)),
+    )
     mixes = [fuse([adapter(unet, seed)], [1.0]) if seed else None for seed in (0, 1, 2, 3)] * 2
-    bare = run(control, regions, arguments, unet, unconditional=4)
+    bare = run_unet(control, regions, arguments, unet, unconditional=4)
     with AdapterBank(unet).use(mixes):
-        plain = run(control, regions, arguments, unet, unconditional=4)
+        plain = run_unet(control, regions, arguments, unet, unconditional=4)
         ours = cached(control, regions, arguments, unet, hidden, torch.arange(8), steps=2)
     torch.testing.assert_close(ours, plain, rtol=0, atol=1e-6)
     changed = (plain - bare).abs().amax((1, 2, 3)) > 1e-3
@@ -127,8 +135,8 @@ def test_gradients_reach_shares_and_adapters(mode):
     unet = with_lora(pipeline.unet.requires_grad_(False), ["attn2.to_k", "attn2.to_q"]).double()
     control = RegionControl(unet, alpha_modules=[OWNER], mode=mode)
     control.load_alphas(random_alphas(control))
-    arguments = inputs(unet, 2, (8, 8), torch.float64)
-    regions = Regions.stack(conditions(pipeline))
+    arguments = unet_inputs(unet, 2, (8, 8), torch.float64)
+    regions = Regions.stack(random_conditions(pipeline))
     lora = {name: p for name, p in unet.named_parameters() if p.requires_grad}
     parameters = {**control.alphas(), **lora}
 
@@ -157,7 +165,7 @@ def test_gradient_checkpointing_keeps_the_gradients():
     pipeline = tiny_sd()
     unet = pipeline.unet.requires_grad_(False).train()
     control = RegionControl(unet, alpha_modules=[OWNER])
-    regions, arguments = Regions.stack(conditions(pipeline)), inputs(unet, 2)
+    regions, arguments = Regions.stack(random_conditions(pipeline)), unet_inputs(unet, 2)
     arguments["sample"].requires_grad_()
     found = []
     for checkpointing in (False, True):
@@ -175,7 +183,7 @@ def test_gradient_checkpointing_keeps_the_gradients():
 def test_half_precision(automatic):
     """A base in bfloat16, or one that computes in it, beside shares in float32."""
     unet = copy.deepcopy(PIPELINES["sd"].unet)
-    regions, arguments = Regions.stack(conditions(PIPELINES["sd"])), inputs(unet, 4)
+    regions, arguments = Regions.stack(random_conditions(PIPELINES["sd"])), unet_inputs(unet, 4)
     owners = list(cross_modules(unet))
     alphas = random_alphas(RegionControl(unet, alpha_modules=owners))
 
@@ -183,7 +191,7 @@ def test_half_precision(automatic):
         control = RegionControl(unet, alpha_modules=owners, **settings)
         if not settings:
             control.load_alphas(alphas)
-        return run(control, regions, arguments, unet, unconditional=2)
+        return run_unet(control, regions, arguments, unet, unconditional=2)
 
     expected = ours()
     if not automatic:
@@ -219,8 +227,8 @@ def test_making_a_control_draws_no_random_numbers():
 
 def test_regions_end_with_their_block():
     unet = PIPELINES["sd"].unet
-    arguments = inputs(unet, 2)
-    control, regions = RegionControl(unet), Regions.stack(conditions(PIPELINES["sd"]))
+    arguments = unet_inputs(unet, 2)
+    control, regions = RegionControl(unet), Regions.stack(random_conditions(PIPELINES["sd"]))
     with torch.no_grad(), control.installed():
         with control.regions(regions, latent=(16, 16)):
             outer = unet(**arguments).sample
@@ -255,7 +263,7 @@ def test_alphas_can_be_taken_over():
     one = RegionControl(unet, alpha_modules=list(cross_modules(unet)))
     one.load_alphas(random_alphas(one))
     state = one.alpha_state()
-    other = RegionControl(unet, alpha_modules=alpha_owners(state))
+    other = RegionControl(unet, alpha_modules=alpha_module_names(state))
     other.load_alphas(state)
     assert all(torch.equal(value, state[key]) for key, value in other.alpha_state().items())
     state[f"{OWNER}.alpha.bias"].zero_()
@@ -280,7 +288,7 @@ def test_alphas_that_do_not_fit(change, match):
 
 def test_keys_that_are_no_alphas():
     with pytest.raises(AdapterMismatchError, match=r"got key 'x\.lora_A\.weight'"):
-        alpha_owners({"x.lora_A.weight": torch.zeros(1)})
+        alpha_module_names({"x.lora_A.weight": torch.zeros(1)})
 
 
 def test_settings_that_are_refused():
@@ -301,7 +309,10 @@ def test_other_processors_are_noticed():
     with pytest.raises(StageError, match="enter installed"), control.regions(None, latent=latent):
         pass
     with control.installed():
-        with pytest.raises(StageError, match="processor is RegionAttention"), other.installed():
+        with (
+            pytest.raises(StageError, match="processor is RegionAttentionProcessor"),
+            other.installed(),
+        ):
             pass
         unet.set_attention_slice(1)
         with pytest.raises(StageError, match="SlicedAttn"), control.regions(None, latent=latent):
@@ -310,23 +321,23 @@ def test_other_processors_are_noticed():
 
 def test_batches_that_do_not_fit():
     unet = PIPELINES["sd"].unet
-    control, regions = RegionControl(unet), Regions.stack(conditions(PIPELINES["sd"]))
+    control, regions = RegionControl(unet), Regions.stack(random_conditions(PIPELINES["sd"]))
     with pytest.raises(StageError, match="got 3 rows, expected 4, 2 of them unconditional"):
-        run(control, regions, inputs(unet, 3), unet, unconditional=2)
+        run_unet(control, regions, unet_inputs(unet, 3), unet, unconditional=2)
     hidden = texts(unet)
     with pytest.raises(StageError, match="got 8 rows, expected 3, one per index"):
-        cached(control, regions, inputs(unet, 8), unet, hidden, torch.arange(3))
+        cached(control, regions, unet_inputs(unet, 8), unet, hidden, torch.arange(3))
     with pytest.raises(ConfigError, match=r"of 3 prompts: got indices \[0, 3\]"):
-        cached(control, regions, inputs(unet, 2), unet, hidden, torch.tensor([0, 3]))
-    arguments = {**inputs(unet, 2), "encoder_attention_mask": torch.ones(2, 77)}
+        cached(control, regions, unet_inputs(unet, 2), unet, hidden, torch.tensor([0, 3]))
+    arguments = {**unet_inputs(unet, 2), "encoder_attention_mask": torch.ones(2, 77)}
     with pytest.raises(StageError, match="an attention mask of its own"):
-        run(control, regions, arguments, unet)
+        run_unet(control, regions, arguments, unet)
 
 
 def test_constant_text_is_not_for_training():
     unet = PIPELINES["sd"].unet
     control = RegionControl(unet)
-    arguments = inputs(unet, 3)
-    constant = control.constant_text(texts(unet), torch.arange(3))
+    arguments = unet_inputs(unet, 3)
+    constant = control.cached_text(texts(unet), torch.arange(3))
     with control.installed(), pytest.raises(StageError, match="gradients are on"), constant:
         unet(**arguments)

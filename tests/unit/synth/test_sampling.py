@@ -14,14 +14,14 @@ from loraseg.synth.sampling import (
     SamplingConfig,
     denoise,
 )
-from loraseg.synth.schedulers import Steps
-from tests.unit.synth.generating import (
+from loraseg.synth.schedulers import SchedulerSteps
+from tests.unit.synth.tiny_generator import (
     PIPELINES,
-    base,
-    generator,
-    mask,
+    block_mask,
+    make_generator,
     one_thread,  # noqa: F401
-    pipeline,
+    tiny_base,
+    tiny_pipeline,
 )
 
 PROMPTS = ["road sky", "car in heavy fog", "car in heavy fog"]
@@ -36,13 +36,13 @@ def streams(count=3):
 
 
 def ours(kind, config, *, shared=True, latent=(16, 24)):
-    own, noises = base(kind), streams()
+    own, noises = tiny_base(kind), streams()
     noise = torch.stack([one.initial((4, *latent)) for one in noises])
     # As the stock pipeline encodes them: all prompts at once.
     text = own.encode_text(PROMPTS)
     batch = SamplingBatch(
         noise=noise,
-        text=text if not shared else text.rows([0, 1]),
+        text=text if not shared else text.select([0, 1]),
         prompts=(0, 1, 1) if shared else (0, 1, 2),
         unconditional=own.encode_unconditional() if config.guidance > 1 else None,
         generators=[one.generator for one in noises],
@@ -52,10 +52,12 @@ def ours(kind, config, *, shared=True, latent=(16, 24)):
 
 
 def stock(kind, config, *, latent=(16, 24)):
-    own, noises = pipeline(kind), streams()
+    own, noises = tiny_pipeline(kind), streams()
     noise = torch.stack([one.initial((4, *latent)) for one in noises])
     before = own.scheduler
-    own.scheduler = Steps(before, config.scheduler, config.steps, torch.device("cpu"))._scheduler
+    own.scheduler = SchedulerSteps(
+        before, config.scheduler, config.steps, torch.device("cpu")
+    )._scheduler
     try:
         return own(
             PROMPTS,
@@ -85,7 +87,7 @@ def test_the_stock_default_of_50_steps(monkeypatch):
     config = SamplingConfig()
     assert (config.steps, config.guidance, config.scheduler) == (50, 2.0, "pndm")
     calls = []
-    unet = base("sd").unet
+    unet = tiny_base("sd").unet
     forward = unet.forward
     monkeypatch.setattr(
         unet, "forward", lambda *a, **k: (calls.append(len(a[0])), forward(*a, **k))[1]
@@ -98,7 +100,7 @@ def test_the_stock_default_of_50_steps(monkeypatch):
 
 def test_guidance_one_has_no_unconditional_half(monkeypatch):
     calls = []
-    unet = base("sd").unet
+    unet = tiny_base("sd").unet
     forward = unet.forward
     monkeypatch.setattr(
         unet, "forward", lambda *a, **k: (calls.append(len(a[0])), forward(*a, **k))[1]
@@ -108,7 +110,7 @@ def test_guidance_one_has_no_unconditional_half(monkeypatch):
 
 
 def test_keys_and_values_once_a_prompt_and_module():
-    own = base("sd")
+    own = tiny_base("sd")
     control = RegionControl(own.unet)
     cross = sum(1 for module in own.unet.modules() if getattr(module, "is_cross_attention", False))
     noises = streams()
@@ -124,23 +126,23 @@ def test_keys_and_values_once_a_prompt_and_module():
 
 
 def test_prompts_are_encoded_once_and_alone(monkeypatch):
-    own = base("sd")
+    own = tiny_base("sd")
     cache = PromptCache(own, limit=2)
-    before = own.text_calls
+    before = own.encoded_prompts
     first = cache.encode(["road", "sky", "road"])
-    assert own.text_calls - before == 2
+    assert own.encoded_prompts - before == 2
     again = cache.encode(["road"])
-    assert own.text_calls - before == 2
+    assert own.encoded_prompts - before == 2
     assert torch.equal(first.hidden[0], again.hidden[0])
     assert torch.equal(first.hidden[2], own.encode_text(["road"]).hidden[0])
     cache.encode(["car"])  # over the limit: the oldest, sky, is forgotten
-    count = own.text_calls
+    count = own.encoded_prompts
     cache.encode(["road", "car"])
-    assert own.text_calls == count
+    assert own.encoded_prompts == count
     assert torch.equal(cache.unconditional.hidden, own.encode_text([""]).hidden)
-    count = own.text_calls
+    count = own.encoded_prompts
     assert cache.unconditional is cache.unconditional
-    assert own.text_calls == count
+    assert own.encoded_prompts == count
 
 
 def test_noise_is_a_stream_of_the_image():
@@ -174,9 +176,9 @@ def test_settings_out_of_range(values, message):
 
 def test_the_unet_only_reads_masks_and_text(monkeypatch):
     """A compiled UNet is compiled anew for whatever its own calls change."""
-    own, noises = base("sd"), streams(2)
+    own, noises = tiny_base("sd"), streams(2)
     control = RegionControl(own.unet)
-    conditions = [generator().conditioner(mask(number)) for number in range(2)]
+    conditions = [make_generator().conditioner(block_mask(number)) for number in range(2)]
     batch = SamplingBatch(
         noise=torch.stack([one.initial((4, 16, 16)) for one in noises]),
         text=own.encode_text([one.prompt for one in conditions]),

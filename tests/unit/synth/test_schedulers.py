@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from loraseg.errors import ConfigError
-from loraseg.synth.schedulers import SCHEDULER_ALIASES, SCHEDULERS, Steps, scheduler_name
+from loraseg.synth.schedulers import SCHEDULER_ALIASES, SCHEDULERS, SchedulerSteps, scheduler_name
 from tests.unit.tiny_diffusion import SCHEDULE
 
 CPU = torch.device("cpu")
@@ -24,13 +24,13 @@ def own(prediction="epsilon", **more):
 
 
 def run(name, seeds, prediction="epsilon", steps=6, scheduler=None):
-    plan = Steps(scheduler or own(prediction), name, steps, CPU)
+    plan = SchedulerSteps(scheduler or own(prediction), name, steps, CPU)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     latents = torch.stack([torch.randn(4, 3, 5, generator=g) for g in generators])
     latents = latents * plan.initial_scale
     for index in range(len(plan)):
-        scaled = plan.scale(index, latents)
-        latents = plan.advance(index, 0.3 * scaled + scaled.sin(), latents, generators)
+        scaled = plan.scale_input(index, latents)
+        latents = plan.step(index, 0.3 * scaled + scaled.sin(), latents, generators)
     return latents
 
 
@@ -54,7 +54,7 @@ def test_aliases_name_schedulers_that_diffusers_has(alias):
 
 def test_the_schedule_of_the_pipeline_is_kept():
     scheduler = own("v_prediction")
-    made = Steps(scheduler, "ddim", 10, CPU)._scheduler
+    made = SchedulerSteps(scheduler, "ddim", 10, CPU)._scheduler
     assert made.config.prediction_type == "v_prediction"
     assert made.config.steps_offset == 1
     assert made.config.beta_schedule == "scaled_linear"
@@ -69,7 +69,7 @@ def test_noise_levels_are_those_of_stock_diffusers(name):
     scheduler = diffusers.PNDMScheduler.from_config(said)
     stock = getattr(diffusers, name).from_config(scheduler.config)
     stock.set_timesteps(10)
-    assert torch.equal(Steps(scheduler, name, 10, CPU)._times, stock.timesteps)
+    assert torch.equal(SchedulerSteps(scheduler, name, 10, CPU)._timesteps, stock.timesteps)
 
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])
@@ -77,18 +77,18 @@ def test_latents_are_not_clipped_as_if_they_were_pixels(name):
     """diffusers' default for a pipeline whose config comes from PNDM and does not say."""
     assert run(name, [1]).abs().max() > 1
     clipping = diffusers.DDIMScheduler(**SCHEDULE, clip_sample=True)
-    assert Steps(clipping, name, 3, CPU)._scheduler.config.clip_sample is False
+    assert SchedulerSteps(clipping, name, 3, CPU)._scheduler.config.clip_sample is False
     assert clipping.config.clip_sample is True
 
 
 def test_plms_calls_the_unet_once_more_than_it_has_steps():
     for scheduler in (own(), diffusers.DDIMScheduler(**SCHEDULE, set_alpha_to_one=False)):
-        plan = Steps(scheduler, "pndm", 50, CPU)
+        plan = SchedulerSteps(scheduler, "pndm", 50, CPU)
         assert len(plan) == 51
-        times = [int(plan.time(index)) for index in range(len(plan))]
+        times = [int(plan.timestep(index)) for index in range(len(plan))]
         assert times[:4] == [981, 961, 961, 941]
         assert times[-1] == 1
-    assert len(Steps(own(), "heun", 10, CPU)) == 19
+    assert len(SchedulerSteps(own(), "heun", 10, CPU)) == 19
 
 
 @pytest.mark.parametrize(
@@ -110,9 +110,9 @@ def test_names_that_cannot_be_used(name, message):
 
 def test_what_a_scheduler_cannot_do_is_a_config_error():
     with pytest.raises(ConfigError, match=r"PNDMScheduler: the model predicts 'sample'"):
-        Steps(own("sample"), "pndm", 5, CPU)
+        SchedulerSteps(own("sample"), "pndm", 5, CPU)
     with pytest.raises(ConfigError, match=r"DDIMScheduler with 2000 steps"):
-        Steps(own(), "ddim", 2000, CPU)
+        SchedulerSteps(own(), "ddim", 2000, CPU)
     for name in SCHEDULERS:
         with pytest.raises(ConfigError, match=r"expected fewer than the 1000 of training"):
-            Steps(own(), name, 1000, CPU)
+            SchedulerSteps(own(), name, 1000, CPU)

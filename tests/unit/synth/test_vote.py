@@ -5,13 +5,13 @@ import pytest
 
 from loraseg.config import build
 from loraseg.errors import ConfigError, DatasetError
-from loraseg.synth.vote import FilterConfig, Judged, apply_filter, plurality
+from loraseg.synth.vote import FilterConfig, PseudoLabels, apply_filter, majority_vote
 
 IGNORED = {np.uint8: 255, np.uint16: 65535}
 CLASSES = 6
 
 
-def world(seed=0, *, k=4, dtype=np.uint8, classes=CLASSES, shape=(9, 11)):
+def random_case(seed=0, *, k=4, dtype=np.uint8, classes=CLASSES, shape=(9, 11)):
     """A mask with all but its last class, and what a segmenter says of k images."""
     random = np.random.default_rng(seed)
     mask = random.integers(0, classes - 1, size=shape).astype(dtype)
@@ -20,10 +20,10 @@ def world(seed=0, *, k=4, dtype=np.uint8, classes=CLASSES, shape=(9, 11)):
     labels[noise] = random.integers(0, classes, size=int(noise.sum()))
     mask[random.random(shape) < 0.2] = IGNORED[dtype]
     confidence = random.random(labels.shape, dtype=np.float32)
-    return mask, Judged(labels=labels, confidence=confidence, loss=-np.log(confidence))
+    return mask, PseudoLabels(labels=labels, confidence=confidence, loss=-np.log(confidence))
 
 
-def by_loop(mask, judged, keeps, classes):
+def loop_filter(mask, judged, keeps, classes):
     """Labels and kept shares, where ``keeps(k, y, x)`` says which labels stay."""
     ignore = IGNORED[mask.dtype.type]
     labels = np.full(judged.labels.shape, ignore, dtype=mask.dtype)
@@ -54,9 +54,9 @@ def by_loop(mask, judged, keeps, classes):
     ids=lambda config: f"{config.method}-{config.ties}",
 )
 def test_filters_against_loops(config, seed, dtype):
-    mask, judged = world(seed, dtype=dtype)
+    mask, judged = random_case(seed, dtype=dtype)
     class_loss = np.random.default_rng(seed).random(CLASSES) * 1.5
-    prototype = plurality(judged.labels, mask=mask, ties=config.ties)
+    prototype = majority_vote(judged.labels, mask=mask, ties=config.ties)
     keeps = {
         "relative": lambda k, y, x: judged.labels[k, y, x] == prototype[y, x],
         "none": lambda k, y, x: True,
@@ -64,7 +64,7 @@ def test_filters_against_loops(config, seed, dtype):
         "freemask": lambda k, y, x: judged.loss[k, y, x] <= 1.1 * class_loss[mask[y, x]],
     }[config.method]
     got = apply_filter(mask, judged, config, CLASSES, class_loss=class_loss)
-    labels, kept, by_class = by_loop(mask, judged, keeps, CLASSES)
+    labels, kept, by_class = loop_filter(mask, judged, keeps, CLASSES)
     assert got.labels.dtype == dtype
     assert (got.labels == labels).all()
     np.testing.assert_allclose(got.kept, kept, rtol=1e-12)
@@ -76,7 +76,7 @@ def test_filters_against_loops(config, seed, dtype):
 
 
 def test_many_classes():
-    mask, judged = world(dtype=np.uint16, classes=65535, k=32, shape=(5, 6))
+    mask, judged = random_case(dtype=np.uint16, classes=65535, k=32, shape=(5, 6))
     mask[0, 0] = judged.labels[:, 0, 0] = 65534
     got = apply_filter(mask, judged, FilterConfig(), 65535)
     assert got.kept_by_class.shape == (32, 65535)
@@ -89,14 +89,14 @@ def test_images_that_keep_too_little_are_dropped():
     labels = np.stack([mask, mask, 1 - mask])
     labels[2, 0, :3] = 0  # three of ten pixels agree
     for min_kept, dropped in ((0.3, False), (0.31, True), (0.0, False), (1.0, True)):
-        got = apply_filter(mask, Judged(labels=labels), FilterConfig(min_kept=min_kept), 2)
+        got = apply_filter(mask, PseudoLabels(labels=labels), FilterConfig(min_kept=min_kept), 2)
         assert got.kept.tolist() == [1.0, 1.0, 0.3]
         assert got.kept_by_class[2].tolist() == [0.6, 0.0]
         assert got.dropped.tolist() == [False, False, dropped]
 
 
 def test_what_has_no_number_is_not_kept():
-    mask, judged = world()
+    mask, judged = random_case()
     judged.confidence[0, 0], judged.loss[0, 0] = np.nan, np.nan
     for method in ("confidence", "freemask"):
         config = FilterConfig(method=method, threshold=0.0, tolerance=1e9)
@@ -111,7 +111,7 @@ def test_what_has_no_number_is_not_kept():
 
 def test_confidence_and_loss_are_compared_as_documented():
     mask = np.zeros((1, 2), dtype=np.uint8)
-    edge = Judged(
+    edge = PseudoLabels(
         labels=np.zeros((1, 1, 2), dtype=np.uint8),
         confidence=np.array([[[0.75, np.nextafter(0.75, 0)]]]),
         loss=np.array([[[2.5, np.nextafter(2.5, 3)]]]),
@@ -157,17 +157,17 @@ def test_settings_out_of_range_are_refused(settings, message):
     ],
 )
 def test_unusable_maps_are_refused(change, message):
-    mask, judged = world()
+    mask, judged = random_case()
     given = {"mask": mask, "labels": judged.labels, "classes": CLASSES, **change}
     with pytest.raises(DatasetError, match=message):
         apply_filter(
-            given["mask"], Judged(labels=given["labels"]), FilterConfig(), given["classes"]
+            given["mask"], PseudoLabels(labels=given["labels"]), FilterConfig(), given["classes"]
         )
 
 
 def test_a_filter_needs_what_it_compares():
-    mask, judged = world()
-    bare = Judged(labels=judged.labels)
+    mask, judged = random_case()
+    bare = PseudoLabels(labels=judged.labels)
     confidence, freemask = FilterConfig(method="confidence"), FilterConfig(method="freemask")
     losses = np.ones(CLASSES)
     with pytest.raises(ConfigError, match="the confidence of each pixel is needed"):
@@ -176,10 +176,10 @@ def test_a_filter_needs_what_it_compares():
         apply_filter(mask, bare, freemask, CLASSES, class_loss=losses)
     with pytest.raises(ConfigError, match="mean loss of each class on real images is needed"):
         apply_filter(mask, judged, freemask, CLASSES)
-    short = Judged(labels=judged.labels, confidence=judged.confidence[:1])
+    short = PseudoLabels(labels=judged.labels, confidence=judged.confidence[:1])
     with pytest.raises(DatasetError, match=r"confidence: got \(1, 9, 11\), expected \(4, 9, 11\)"):
         apply_filter(mask, short, confidence, CLASSES)
     with pytest.raises(ConfigError, match="relative filtering: got 1 image of a mask"):
-        apply_filter(mask, Judged(labels=judged.labels[:1]), FilterConfig(), CLASSES)
+        apply_filter(mask, PseudoLabels(labels=judged.labels[:1]), FilterConfig(), CLASSES)
     with pytest.raises(ConfigError, match=r"class_loss: got \(7,\), expected \(6,\)"):
         apply_filter(mask, judged, freemask, CLASSES, class_loss=np.ones(CLASSES + 1))

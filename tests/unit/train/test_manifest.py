@@ -6,10 +6,10 @@ import pytest
 
 from loraseg import config as configuration
 from loraseg.errors import ConfigError
-from loraseg.storage import absolute
-from loraseg.train.generator_task import ActiveAdapter
-from loraseg.train.manifest import Manifest
-from loraseg.train.tasks import AdapterTask, GeneratorTask, groups
+from loraseg.storage import absolute_uri
+from loraseg.train.generator_adapters.task import ActiveAdapter
+from loraseg.train.manifest import TrainingManifest
+from loraseg.train.tasks import GeneratorAdapterTask, SegmenterAdapterTask, group_tasks
 
 
 def manifest(**changes):
@@ -22,7 +22,7 @@ def manifest(**changes):
             {"name": "rain", "data": "s3://bucket/rain", "images": 3, "split": "all"},
         ],
     }
-    return configuration.build(Manifest, {**values, **changes})
+    return configuration.build(TrainingManifest, {**values, **changes})
 
 
 def test_a_domain_overrides_what_all_share():
@@ -47,7 +47,7 @@ def test_names_of_models_are_no_paths():
 
 
 def test_a_home_folder_is_spelt_out():
-    assert absolute("~/library") == str(Path.home() / "library")
+    assert absolute_uri("~/library") == str(Path.home() / "library")
 
 
 def test_fields_of_the_recipe_can_be_set():
@@ -80,17 +80,17 @@ def test_a_sweep_over_one_dataset_is_a_manifest_of_overrides():
     assert (small.recipe.rank, small.recipe.loop.steps) == (2, 9)
     assert (long.recipe.rank, long.recipe.loop.steps) == (8, 20)
     assert long.recipe.loop.warmup_steps == 2
-    assert groups((small, long), most=2) == [(0, 1)]
+    assert group_tasks((small, long), max_size=2) == [(0, 1)]
 
 
 def test_the_role_decides_what_is_trained():
-    assert all(isinstance(task, AdapterTask) for task in manifest().tasks())
+    assert all(isinstance(task, SegmenterAdapterTask) for task in manifest().tasks())
     fog, rain = manifest(role="generator").tasks()
-    assert isinstance(fog, GeneratorTask)
+    assert isinstance(fog, GeneratorAdapterTask)
     assert (fog.recipe.name, fog.base, fog.images) == ("matchmask-miniature", "miniature", 8)
     assert (rain.split, rain.data) == ("all", "s3://bucket/rain")
-    assert fog.report_place == f"{fog.checkpoints}/_reports"
-    assert fog.cache_place == f"{fog.checkpoints}/_cache"
+    assert fog.report_uri == f"{fog.checkpoints}/_reports"
+    assert fog.cache_uri == f"{fog.checkpoints}/_cache"
 
 
 def test_a_generators_addresses_hold_in_any_folder(tmp_path, monkeypatch):
@@ -110,7 +110,7 @@ def test_a_generators_addresses_hold_in_any_folder(tmp_path, monkeypatch):
     assert (fog.base, fog.cache) == (str(here / "sd"), str(here / "cache"))
     assert (fog.output, fog.recipe.targets) == ("s3://bucket/reports", str(here / "layers.json"))
     assert fog.active == (ActiveAdapter(name="style"),)
-    assert {fog.base, fog.cache, fog.output} < set(fog.places())
+    assert {fog.base, fog.cache, fog.output} < set(fog.required_uris())
 
 
 @pytest.mark.parametrize(

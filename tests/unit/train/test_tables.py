@@ -1,7 +1,7 @@
 """The tables of the training job."""
 
 from loraseg.train.tables import format_table, plan_table, result_table
-from loraseg.train.tasks import TaskPlan, TaskResult
+from loraseg.train.tasks import TaskResult, TrainingPlan
 
 
 def test_columns_are_aligned_and_lines_have_no_trailing_space():
@@ -9,17 +9,17 @@ def test_columns_are_aligned_and_lines_have_no_trailing_space():
 
 
 def planned(name, *, published):
-    return TaskPlan(
+    return TrainingPlan(
         name=name, images=8, parameters=12345, steps=40, digest="d" * 64, published=published
     )
 
 
 def test_the_plan_tells_what_is_new_what_is_done_and_what_is_broken():
     plans = [
-        TaskPlan(
+        TrainingPlan(
             name="fog", images=8, parameters=12345, steps=40, digest="d" * 64, published=False
         ),
-        TaskPlan(
+        TrainingPlan(
             name="rain", images=8, parameters=12345, steps=40, digest="e" * 64, published=True
         ),
         ("snow", "snow/classes.json: no such file"),

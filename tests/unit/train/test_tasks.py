@@ -15,22 +15,22 @@ from loraseg.data import DatasetFolder
 from loraseg.errors import ConfigError, DatasetError, StageError
 from loraseg.fuse import fuse
 from loraseg.library import Library
-from loraseg.segment.base import load_base
-from loraseg.segment.predictor import Predictor
+from loraseg.segment.open_vocabulary.base import load_base
+from loraseg.segment.open_vocabulary.predictor import Predictor
 from loraseg.storage import open_store
-from loraseg.train.recipes import named_recipe
-from loraseg.train.tasks import groups, plan, run_task, run_tasks
+from loraseg.train.segmenter_adapters.recipes import named_recipe
+from loraseg.train.tasks import group_tasks, plan_task, train_adapter, train_adapter_group
 from tests.unit.train.tiny_files import RECIPE, tiny_task
 
 
-class Killed(Exception):
+class Interrupted(Exception):
     pass
 
 
-def kill_at(step):
+def interrupt_at(step):
     def report(progress):
         if progress.phase == "train" and progress.step == step:
-            raise Killed
+            raise Interrupted
 
     return report
 
@@ -44,7 +44,7 @@ def done(tmp_path_factory):
     """One finished task, shared by the tests that only look at it."""
     task = tiny_task(tmp_path_factory.mktemp("done"))
     reports = []
-    return task, run_task(task, reports.append), reports
+    return task, train_adapter(task, reports.append), reports
 
 
 def test_publishes_an_adapter_with_a_full_card(done):
@@ -62,7 +62,7 @@ def test_publishes_an_adapter_with_a_full_card(done):
     )
     assert card.recipe["rank"] == 2
     assert card.recipe["loop"]["steps"] == 6
-    assert card.recipe["task_digest"] == plan(task).digest
+    assert card.recipe["task_digest"] == plan_task(task).digest
     assert set(card.metrics) == {"miou", "miou_base"} == set(result.metrics)
     assert card.code_revision
 
@@ -123,9 +123,9 @@ def test_stock_peft_gives_the_logits_of_the_slots(done, tmp_path):
 def test_ends_in_the_same_bytes_whatever_kills_it(done, tmp_path, kills):
     task = tiny_task(tmp_path)
     for step in kills:
-        with pytest.raises(Killed):
-            run_task(task, kill_at(step))
-    result = run_task(task)
+        with pytest.raises(Interrupted):
+            train_adapter(task, interrupt_at(step))
+    result = train_adapter(task)
     assert result.resumed_from_step == max(kills) // 2 * 2
     assert result.digest == done[1].digest
     assert published(task)[0] == published(done[0])[0]
@@ -134,20 +134,20 @@ def test_ends_in_the_same_bytes_whatever_kills_it(done, tmp_path, kills):
 
 def test_is_skipped_when_done_and_run_again_when_anything_changed(tmp_path):
     task = tiny_task(tmp_path)
-    assert not plan(task).published
-    first = run_task(task)
-    again = run_task(task, kill_at(1))
+    assert not plan_task(task).published
+    first = train_adapter(task)
+    again = train_adapter(task, interrupt_at(1))
     assert (again.skipped, again.version, again.digest) == (True, 1, first.digest)
     assert again.metrics == first.metrics
-    assert plan(task).published
+    assert plan_task(task).published
     often = named_recipe("miniature", {**RECIPE, "loop": {**RECIPE["loop"], "checkpoint_every": 1}})
-    assert plan(dataclasses.replace(task, recipe=often)).published
+    assert plan_task(dataclasses.replace(task, recipe=often)).published
     rank = named_recipe("miniature", {**RECIPE, "rank": 3})
     for change in ({"seed": 1}, {"recipe": rank}, {"images": 2}):
-        assert not plan(dataclasses.replace(task, **change)).published
-    other = run_task(dataclasses.replace(task, seed=1))
+        assert not plan_task(dataclasses.replace(task, **change)).published
+    other = train_adapter(dataclasses.replace(task, seed=1))
     assert (other.version, other.skipped) == (2, False)
-    assert run_task(task).version == 1
+    assert train_adapter(task).version == 1
 
 
 def test_killed_while_scoring_it_does_not_train_again(done, tmp_path):
@@ -155,11 +155,11 @@ def test_killed_while_scoring_it_does_not_train_again(done, tmp_path):
 
     def kill_when_scoring(progress):
         if progress.phase == "evaluate":
-            raise Killed
+            raise Interrupted
 
-    with pytest.raises(Killed):
-        run_task(task, kill_when_scoring)
-    result = run_task(task)
+    with pytest.raises(Interrupted):
+        train_adapter(task, kill_when_scoring)
+    result = train_adapter(task)
     assert (result.resumed_from_step, result.digest) == (6, done[1].digest)
 
 
@@ -167,19 +167,19 @@ def test_broken_validation_images_are_found_before_training(tmp_path):
     task = tiny_task(tmp_path)
     (tmp_path / "fog" / "images" / "val" / "0.png").write_bytes(b"not an image")
     with pytest.raises(DatasetError, match=r"0\.png"):
-        run_task(task, kill_at(1))
+        train_adapter(task, interrupt_at(1))
 
 
 def test_a_changed_config_never_resumes_a_stale_run(tmp_path):
     task = tiny_task(tmp_path)
-    with pytest.raises(Killed):
-        run_task(task, kill_at(5))
-    assert run_task(dataclasses.replace(task, seed=1)).resumed_from_step == 0
+    with pytest.raises(Interrupted):
+        train_adapter(task, interrupt_at(5))
+    assert train_adapter(dataclasses.replace(task, seed=1)).resumed_from_step == 0
 
 
 def test_a_plan_says_what_will_be_done(tmp_path):
     task = tiny_task(tmp_path, images=3)
-    todo = plan(task)
+    todo = plan_task(task)
     # 3 CLIP blocks of width 16 and one aggregator layer, r = 2: see methods B.1 for the list.
     clip = 3 * (3 * (16 + 16) + 2 * (16 + 64))
     swin = 2 * (2 * (16 + 8 + 16) + 2 * (16 + 16) + 2 * (16 + 64))
@@ -191,7 +191,7 @@ def test_a_plan_says_what_will_be_done(tmp_path):
 def test_without_a_validation_split_there_are_no_metrics(tmp_path):
     task = tiny_task(tmp_path)
     shutil.rmtree(tmp_path / "fog" / "images" / "val")
-    assert run_task(task).metrics == {}
+    assert train_adapter(task).metrics == {}
 
 
 def test_all_ignored_masks_are_refused(tmp_path):
@@ -199,14 +199,14 @@ def test_all_ignored_masks_are_refused(tmp_path):
     for path in (tmp_path / "fog" / "masks" / "train").iterdir():
         Image.fromarray(np.full((64, 64), 255, np.uint8)).save(path)
     with pytest.raises(DatasetError, match="no labelled pixel in any of 4 masks"):
-        run_task(task)
+        train_adapter(task)
 
 
 def test_single_ignored_masks_are_skipped_and_counted(tmp_path):
     task = tiny_task(tmp_path, recipe={**RECIPE, "batch_size": 1})
     path = tmp_path / "fog" / "masks" / "train" / "0.png"
     Image.fromarray(np.full((64, 64), 255, np.uint8)).save(path)
-    run_task(task)
+    train_adapter(task)
     # Six batches of one image each: the first round of four holds the empty one once.
     assert published(task)[1].recipe["skipped_batches"] in (1, 2)
 
@@ -215,27 +215,27 @@ def test_broken_images_are_refused(tmp_path):
     task = tiny_task(tmp_path)
     (tmp_path / "fog" / "images" / "train" / "1.png").write_bytes(b"not an image")
     with pytest.raises(DatasetError, match=r"1\.png"):
-        run_task(task)
+        train_adapter(task)
 
 
 def test_images_without_masks_are_refused(tmp_path):
     task = tiny_task(tmp_path)
     shutil.rmtree(tmp_path / "fog" / "masks" / "train")
     with pytest.raises(DatasetError, match="4 without a mask"):
-        run_task(task)
+        train_adapter(task)
 
 
 def test_bad_images_are_left_out_on_request(tmp_path):
     task = tiny_task(tmp_path, skip_bad=True)
     (tmp_path / "fog" / "images" / "train" / "1.png").write_bytes(b"not an image")
-    assert plan(task).images == 3
-    assert run_task(task).version == 1
+    assert plan_task(task).images == 3
+    assert train_adapter(task).version == 1
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
     task = tiny_task(tmp_path, recipe={**RECIPE, "learning_rate": 1e38, "alpha": 1e8})
     with pytest.raises(StageError, match=r"step [0-9]+: the (loss|gradient norm) is"):
-        run_task(task)
+        train_adapter(task)
 
 
 @pytest.mark.parametrize(
@@ -262,17 +262,18 @@ def sweep(folder, *ranks, **changes):
 def swept(tmp_path_factory):
     """Digests of a sweep, each trained alone."""
     tasks = sweep(tmp_path_factory.mktemp("swept"), 1, 2, 4)
-    return {task.name: run_task(task) for task in tasks}
+    return {task.name: train_adapter(task) for task in tasks}
 
 
 def test_a_sweep_trained_together_gives_the_bytes_of_each_alone(swept, tmp_path, monkeypatch):
     scored = []
     monkeypatch.setattr(
-        "loraseg.train.work.mean_iou", lambda *args: (scored.append(args[3]), 0.5)[1]
+        "loraseg.train.segmenter_adapters.job.mean_iou",
+        lambda *args: (scored.append(args[3]), 0.5)[1],
     )
-    monkeypatch.setattr("loraseg.train.work._base_scores", {})
+    monkeypatch.setattr("loraseg.train.segmenter_adapters.job._base_scores", {})
     tasks = sweep(tmp_path, 4, 1, 2)
-    results = run_tasks(tasks)
+    results = train_adapter_group(tasks)
     assert [result.digest for result in results] == [swept[task.name].digest for task in tasks]
     assert len({result.digest for result in results}) == 3
     # The bare base is scored once for all.
@@ -281,17 +282,17 @@ def test_a_sweep_trained_together_gives_the_bytes_of_each_alone(swept, tmp_path,
 
 
 def test_the_kept_base_score_is_the_one_made_anew(swept, tmp_path, monkeypatch):
-    monkeypatch.setattr("loraseg.train.work._base_scores", {})
-    (result,) = run_tasks(sweep(tmp_path, 2))
+    monkeypatch.setattr("loraseg.train.segmenter_adapters.job._base_scores", {})
+    (result,) = train_adapter_group(sweep(tmp_path, 2))
     assert result.metrics == swept["rank-2"].metrics
 
 
 def test_a_killed_group_goes_on_in_any_other_grouping(swept, tmp_path):
     tasks = sweep(tmp_path, 1, 2, 4)
-    with pytest.raises(Killed):
-        run_tasks(tasks, kill_at(5))
-    alone = run_task(tasks[1])
-    together = run_tasks(tasks)
+    with pytest.raises(Interrupted):
+        train_adapter_group(tasks, interrupt_at(5))
+    alone = train_adapter(tasks[1])
+    together = train_adapter_group(tasks)
     assert [result.skipped for result in together] == [False, True, False]
     assert [r.resumed_from_step for r in (alone, together[0], together[2])] == [4, 4, 4]
     assert [result.digest for result in together] == [swept[task.name].digest for task in tasks]
@@ -302,7 +303,7 @@ def test_a_failing_task_of_a_group_fails_alone(swept, tmp_path):
     tasks = sweep(tmp_path, 1, 2)
     wild = {"learning_rate": 1e38, "alpha": 1e8}
     tasks[0] = dataclasses.replace(tasks[0], recipe=dataclasses.replace(tasks[0].recipe, **wild))
-    failed, good = run_tasks(tasks)
+    failed, good = train_adapter_group(tasks)
     assert isinstance(failed, StageError)
     assert good.digest == swept["rank-2"].digest
 
@@ -312,11 +313,11 @@ def test_the_order_of_data_decides_which_batches_an_adapter_sees(tmp_path):
     task = tiny_task(tmp_path, images=2, recipe={**RECIPE, "loop": loop})
     shutil.rmtree(tmp_path / "fog" / "images" / "val")
     other = dataclasses.replace(task, name="again")
-    digests = {run_task(one).digest for one in (task, other)}
+    digests = {train_adapter(one).digest for one in (task, other)}
     assert len(digests) == 2
     shared = [dataclasses.replace(one, data_order="per_dataset") for one in (task, other)]
-    assert len({run_task(one).digest for one in shared}) == 1
-    assert plan(shared[0]).digest != plan(task).digest
+    assert len({train_adapter(one).digest for one in shared}) == 1
+    assert plan_task(shared[0]).digest != plan_task(task).digest
 
 
 def test_only_tasks_that_share_work_are_grouped(tmp_path):
@@ -328,8 +329,8 @@ def test_only_tasks_that_share_work_are_grouped(tmp_path):
         tiny_task(tmp_path, name="fog", data_order="per_dataset"),
     ]
     tasks = [alike[0], *apart[:2], alike[1], *apart[2:], alike[2]]
-    assert groups(tasks, most=8) == [(0, 3, 6), (1,), (2,), (4,), (5,)]
-    assert groups(tasks, most=2) == [(0, 3), (1,), (2,), (4,), (5,), (6,)]
-    assert groups(tasks, most=1) == [(index,) for index in range(7)]
+    assert group_tasks(tasks, max_size=8) == [(0, 3, 6), (1,), (2,), (4,), (5,)]
+    assert group_tasks(tasks, max_size=2) == [(0, 3), (1,), (2,), (4,), (5,), (6,)]
+    assert group_tasks(tasks, max_size=1) == [(index,) for index in range(7)]
     with pytest.raises(ConfigError, match="rank-1, rank-3: cannot be trained together"):
-        run_tasks([alike[0], apart[0]])
+        train_adapter_group([alike[0], apart[0]])

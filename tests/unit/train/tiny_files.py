@@ -9,10 +9,10 @@ import safetensors.torch
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
-from loraseg.segment.catseg.checkpoint import save_catseg
-from loraseg.train.recipes import named_recipe
-from loraseg.train.tasks import AdapterTask
-from tests.tiny_world import write_domain
+from loraseg.segment.open_vocabulary.catseg.checkpoint import save_catseg
+from loraseg.train.segmenter_adapters.recipes import named_recipe
+from loraseg.train.tasks import SegmenterAdapterTask
+from tests.tiny_training import write_domain
 from tests.unit.tiny import WORDS, tiny_base
 
 RECIPE = {
@@ -76,7 +76,7 @@ def tiny_task(folder, name="fog", recipe=RECIPE, **changes):
             (folder / file_name).write_bytes(data)
     if not (folder / name).exists():
         write_domain(folder / name, name)
-    return AdapterTask(
+    return SegmenterAdapterTask(
         **{
             "name": name,
             "data": str(folder / name),

@@ -8,12 +8,12 @@ from loraseg.backbones.diffusion import DiffusionBase
 from loraseg.data import DatasetFolder
 from loraseg.storage import open_store
 from loraseg.synth.conditioning import Conditioner
-from loraseg.train.denoising_data import Conditions, DenoisingData
-from loraseg.train.generator_recipes import named_generator_recipe
-from loraseg.train.generator_task import GeneratorTask
-from loraseg.train.latents import TensorCache
-from loraseg.train.views import Views
-from tests.tiny_world import write_domain
+from loraseg.train.generator_adapters.crops import CroppedImages
+from loraseg.train.generator_adapters.latents import TensorCache
+from loraseg.train.generator_adapters.recipes import named_generator_recipe
+from loraseg.train.generator_adapters.samples import CropConditions, DenoisingData
+from loraseg.train.generator_adapters.task import GeneratorAdapterTask
+from tests.tiny_training import write_domain
 from tests.unit.tiny_diffusion import tiny_sd, tiny_sdxl
 
 RECIPE = {
@@ -25,25 +25,25 @@ RECIPE = {
 }
 
 
-def recipe_of(**changes):
+def tiny_recipe(**changes):
     return named_generator_recipe("matchmask-miniature", RECIPE, changes)
 
 
 def tiny_generator(kind="sd", prediction="epsilon"):
     pipeline = tiny_sd(prediction) if kind == "sd" else tiny_sdxl(prediction)
-    base = DiffusionBase.of(pipeline, name="tiny", digest="ab" * 32)
+    base = DiffusionBase.from_pipeline(pipeline, name="tiny", digest="ab" * 32)
     base.unet.requires_grad_(False)
     return base
 
 
-def data_of(folder, base, recipe, *, split="train", seed=0, keys=("t",)):
+def denoising_data(folder, base, recipe, *, split="train", seed=0, keys=("t",)):
     """Data of the domain in a folder, which is written if it is not there."""
     if not (folder / "fog").exists():
         write_domain(folder / "fog", "fog")
     dataset = DatasetFolder.open(folder / "fog")
-    views = Views(dataset, dataset.samples(split), recipe.view, seed=seed, keys=keys)
+    views = CroppedImages(dataset, dataset.samples(split), recipe.view, seed=seed, keys=keys)
     conditioner = Conditioner(base.tokenizers, dataset.label_space, recipe.conditioning)
-    conditions = Conditions(views, conditioner)
+    conditions = CropConditions(views, conditioner)
     cache = TensorCache(open_store(str(folder / "cache")))
     return DenoisingData.prepare(base, views, conditions, recipe.draws, cache)
 
@@ -73,12 +73,12 @@ def tiny_generator_task(folder, name="fog", *, recipe=None, **changes):
         write_pipeline(folder / "pipeline")
     if not (folder / "fog").exists():
         write_domain(folder / "fog", "fog")
-    return GeneratorTask(
+    return GeneratorAdapterTask(
         **{
             "name": name,
             "data": str(folder / "fog"),
             "base": str(folder / "pipeline"),
-            "recipe": recipe or recipe_of(),
+            "recipe": recipe or tiny_recipe(),
             "library": str(folder / "library"),
             "checkpoints": str(folder / "checkpoints"),
             **changes,

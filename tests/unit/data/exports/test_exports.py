@@ -18,10 +18,17 @@ from loraseg.data.exports import (
     export_webdataset,
     hf_parquet,
 )
-from loraseg.data.shard_pictures import encode_label
-from loraseg.data.shard_reader import ShardDataset
+from loraseg.data.shards.pictures import encode_label
+from loraseg.data.shards.reader import ShardDataset
 from loraseg.errors import ConfigError, DatasetError, IntegrityError, StoreError
-from tests.unit.data.shard_world import CLASSES, arrays, commit, pair, pair_id, world
+from tests.unit.data.shards.sample_dataset import (
+    CLASSES,
+    commit_sample_dataset,
+    commit_shards,
+    make_pair,
+    pair_id,
+    random_arrays,
+)
 
 # pycocotools hands numpy an array type that does not know the keyword `copy` of numpy 2.
 pytestmark = pytest.mark.filterwarnings(
@@ -33,23 +40,23 @@ WIDE = tuple(f"class {n}" for n in range(300))
 
 @pytest.fixture
 def dataset(tmp_path):
-    world(tmp_path / "data")
+    commit_sample_dataset(tmp_path / "data")
     return ShardDataset.open(str(tmp_path / "data"))
 
 
 @pytest.fixture
 def wide(tmp_path):
-    commit(tmp_path / "wide", [[pair(n, classes=300) for n in range(3)]], WIDE)
+    commit_shards(tmp_path / "wide", [[make_pair(n, classes=300) for n in range(3)]], WIDE)
     return ShardDataset.open(str(tmp_path / "wide"))
 
 
-def opened(data):
+def open_image(data):
     return np.asarray(Image.open(io.BytesIO(data)))
 
 
 def jpeg(index):
     buffer = io.BytesIO()
-    Image.fromarray(arrays(index)[0]).save(buffer, format="JPEG")
+    Image.fromarray(random_arrays(index)[0]).save(buffer, format="JPEG")
     return buffer.getvalue()
 
 
@@ -61,12 +68,12 @@ def test_folder_is_one_that_training_reads(dataset, tmp_path):
     samples = folder.samples("synthetic")
     assert {sample.id for sample in samples} == set(IDS)
     for sample in samples:
-        for read, made in zip(folder.load(sample), arrays(IDS[sample.id]), strict=True):
+        for read, made in zip(folder.load(sample), random_arrays(IDS[sample.id]), strict=True):
             np.testing.assert_array_equal(read, made)
 
 
 def test_jpeg_images_stay_jpeg(tmp_path):
-    commit(tmp_path / "data", [[pair(0, image=jpeg(0))]])
+    commit_shards(tmp_path / "data", [[make_pair(0, image=jpeg(0))]])
     dataset = ShardDataset.open(str(tmp_path / "data"))
     export_folder(dataset, tmp_path / "out")
     path = tmp_path / "out" / "images" / "train" / f"{pair_id(0)}.jpg"
@@ -92,25 +99,25 @@ def test_webdataset_holds_samples_as_neighbours(dataset, tmp_path):
         for start in range(0, len(members), 3):
             parts = dict(members[start : start + 3])
             key = members[start][0].split(".")[0]
-            image, label = arrays(IDS[key])
-            np.testing.assert_array_equal(opened(parts[f"{key}.png"]), image)
-            np.testing.assert_array_equal(opened(parts[f"{key}.seg.png"]), label)
-            assert json.loads(parts[f"{key}.json"])["mask_name"] == pair(IDS[key]).mask_name
+            image, label = random_arrays(IDS[key])
+            np.testing.assert_array_equal(open_image(parts[f"{key}.png"]), image)
+            np.testing.assert_array_equal(open_image(parts[f"{key}.seg.png"]), label)
+            assert json.loads(parts[f"{key}.json"])["mask_name"] == make_pair(IDS[key]).mask_name
             seen.append(key)
     assert sorted(seen) == sorted(IDS)
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == list(CLASSES)
 
 
 def test_tars_hold_ids_whatever_a_decoder_does_with_colours(tmp_path):
-    label = arrays(0)[1]
-    commit(tmp_path / "data", [[pair(0, label=encode_label(label, CLASSES))]])
+    label = random_arrays(0)[1]
+    commit_shards(tmp_path / "data", [[make_pair(0, label=encode_label(label, CLASSES))]])
     export_webdataset(ShardDataset.open(str(tmp_path / "data")), tmp_path / "out")
     with tarfile.open(tmp_path / "out" / "train-000000.tar") as tar:
         picture = Image.open(io.BytesIO(tar.extractfile(f"{pair_id(0)}.seg.png").read()))
     np.testing.assert_array_equal(np.asarray(picture.convert("RGB"))[..., 0], label)
 
 
-def contents(folder):
+def folder_contents(folder):
     return {
         str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest()
         for path in folder.rglob("*")
@@ -122,8 +129,8 @@ def contents(folder):
 def test_equal_data_give_equal_bytes(dataset, tmp_path, name):
     for number in range(2):
         EXPORTERS[name](dataset, tmp_path / f"out{number}")
-    assert contents(tmp_path / "out0") == contents(tmp_path / "out1")
-    assert len(contents(tmp_path / "out0")) > 1
+    assert folder_contents(tmp_path / "out0") == folder_contents(tmp_path / "out1")
+    assert len(folder_contents(tmp_path / "out0")) > 1
 
 
 @pytest.mark.parametrize("count", [3, 300])
@@ -136,8 +143,8 @@ def test_coco_masks_are_what_pycocotools_reads(dataset, wide, tmp_path, count):
     assert len(coco.imgs) == total
     for number, about in coco.imgs.items():
         data = (tmp_path / "out" / about["file_name"]).read_bytes()
-        image, label = arrays(IDS[about["file_name"][7:-4]], classes=count)
-        np.testing.assert_array_equal(opened(data), image)
+        image, label = random_arrays(IDS[about["file_name"][7:-4]], classes=count)
+        np.testing.assert_array_equal(open_image(data), image)
         again = np.full_like(label, 65_535 if count > 255 else 255)
         for annotation in coco.loadAnns(coco.getAnnIds(imgIds=number)):
             inside = coco.annToMask(annotation).astype(bool)
@@ -168,9 +175,9 @@ def test_hugging_face_sees_pictures(dataset, tmp_path, monkeypatch):
         rows += table.to_pylist()
     assert {row["pair_id"] for row in rows} == set(IDS)
     for row in rows:
-        image, label = arrays(IDS[row["pair_id"]])
-        np.testing.assert_array_equal(opened(row["image"]["bytes"]), image)
-        np.testing.assert_array_equal(opened(row["label"]["bytes"]), label)
+        image, label = random_arrays(IDS[row["pair_id"]])
+        np.testing.assert_array_equal(open_image(row["image"]["bytes"]), image)
+        np.testing.assert_array_equal(open_image(row["label"]["bytes"]), label)
         assert row["image"]["path"] == f"{row['pair_id']}.png"
         assert row["seed"] == 2**62 + IDS[row["pair_id"]]
 
@@ -180,14 +187,14 @@ def test_hugging_face_loads_it(dataset, tmp_path):
     export_hf_parquet(dataset, tmp_path / "out")
     loaded = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
     for row in loaded["train"]:
-        image, label = arrays(IDS[row["pair_id"]])
+        image, label = random_arrays(IDS[row["pair_id"]])
         np.testing.assert_array_equal(np.asarray(row["image"]), image)
         np.testing.assert_array_equal(np.asarray(row["label"]), label)
 
 
 @pytest.mark.parametrize("name", EXPORTERS)
 def test_nothing_is_left_of_an_export_that_fails(tmp_path, name):
-    commit(tmp_path / "data", [[pair(0), pair(1, label=pair(0).label[:50])]])
+    commit_shards(tmp_path / "data", [[make_pair(0), make_pair(1, label=make_pair(0).label[:50])]])
     dataset = ShardDataset.open(str(tmp_path / "data"))
     with pytest.raises(IntegrityError, match=f"pair {pair_id(1)}: "):
         EXPORTERS[name](dataset, tmp_path / "out")
@@ -210,7 +217,7 @@ def test_names_that_would_leave_the_folder_are_refused(dataset, tmp_path, name, 
 
 
 def test_a_pair_in_two_shards_is_noticed(tmp_path):
-    commit(tmp_path / "data", [[pair(0)], [pair(0)]])
+    commit_shards(tmp_path / "data", [[make_pair(0)], [make_pair(0)]])
     with pytest.raises(IntegrityError, match="is in two shards"):
         export_coco(ShardDataset.open(str(tmp_path / "data")), tmp_path / "out")
 

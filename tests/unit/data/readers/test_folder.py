@@ -48,26 +48,26 @@ def folder(tmp_path, layout):
 
 
 @pytest.fixture
-def place(folder, layout):
+def image_path(folder, layout):
     """Where a file of the split "train" lies."""
     inner = "train" if layout == "folders" else "."
     return lambda kind, name: folder / kind / inner / name
 
 
-def broken(place, how):
+def break_sample(target, how):
     if how == "truncated":
-        path = place("images", "0002.png")
+        path = target("images", "0002.png")
         path.write_bytes(path.read_bytes()[:60])
     elif how == "not an image":
-        place("images", "0002.png").write_text("hello")
+        target("images", "0002.png").write_text("hello")
     elif how == "no mask":
-        place("masks", "0002.png").unlink()
+        target("masks", "0002.png").unlink()
     elif how == "size":
-        write_mask(place("masks", "0002.png"), np.zeros((8, 6), np.uint8))
+        write_mask(target("masks", "0002.png"), np.zeros((8, 6), np.uint8))
     elif how == "ids":
-        write_mask(place("masks", "0002.png"), np.full((6, 8), 7, np.uint8))
+        write_mask(target("masks", "0002.png"), np.full((6, 8), 7, np.uint8))
     elif how == "colours":
-        Image.new("RGB", (8, 6)).save(place("masks", "0002.png"))
+        Image.new("RGB", (8, 6)).save(target("masks", "0002.png"))
 
 
 BROKEN = {
@@ -102,7 +102,7 @@ def test_a_file_uri_is_a_path(folder):
 
 @pytest.mark.parametrize("how", BROKEN)
 def test_broken_samples_are_named(folder, place, how):
-    broken(place, how)
+    break_sample(place, how)
     data = DatasetFolder.open(folder)
     with pytest.raises(DatasetError, match=BROKEN[how]):
         data.check(data.samples("train"))
@@ -111,7 +111,7 @@ def test_broken_samples_are_named(folder, place, how):
 
 @pytest.mark.parametrize("how", BROKEN)
 def test_broken_samples_can_be_skipped(folder, place, how):
-    broken(place, how)
+    break_sample(place, how)
     data = DatasetFolder.open(folder, skip_bad=True)
     assert [sample.id for sample in data.samples("train")] == ["0001", "0003"]
     data.samples("train")

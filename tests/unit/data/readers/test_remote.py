@@ -7,7 +7,7 @@ from PIL import Image
 from loraseg.data.labels import LabelSpace, write_classes
 from loraseg.data.masks import write_mask
 from loraseg.data.readers.folder import DatasetFolder
-from loraseg.data.readers.remote import mirror
+from loraseg.data.readers.remote import download_to_cache
 from loraseg.errors import DatasetError
 from loraseg.storage import open_store
 
@@ -26,7 +26,7 @@ def source(tmp_path):
 
 
 def test_copy_equals_the_source(source, tmp_path):
-    copy = mirror(open_store(source.as_uri()), tmp_path / "cache")
+    copy = download_to_cache(open_store(source.as_uri()), tmp_path / "cache")
     here, there = DatasetFolder.open(source), DatasetFolder.open(copy)
     assert there.digest(there.samples("train")) == here.digest(here.samples("train"))
     assert not (copy / "licence.pdf").exists()
@@ -35,24 +35,24 @@ def test_copy_equals_the_source(source, tmp_path):
 def test_same_content_is_one_copy_and_other_content_another(source, tmp_path):
     cache, store = tmp_path / "cache", open_store(source.as_uri())
     with ThreadPoolExecutor(4) as pool:
-        copies = set(pool.map(lambda _: mirror(store, cache), range(8)))
+        copies = set(pool.map(lambda _: download_to_cache(store, cache), range(8)))
     assert len(copies) == 1
     assert list(cache.iterdir()) == list(copies)
     Image.new("RGB", (8, 6), (99, 0, 0)).save(source / "images/train/0.png")
-    changed = mirror(store, cache)
+    changed = download_to_cache(store, cache)
     assert {*copies, changed} == set(cache.iterdir())
     assert len(DatasetFolder.open(changed).samples("train")) == 3
 
 
 def test_cache_folder_comes_from_the_environment(source, tmp_path, monkeypatch):
     monkeypatch.setenv("LORASEG_CACHE", str(tmp_path / "named"))
-    assert (tmp_path / "named") in mirror(open_store(source.as_uri())).parents
+    assert (tmp_path / "named") in download_to_cache(open_store(source.as_uri())).parents
 
 
 def test_nothing_there(tmp_path):
     (tmp_path / "void").mkdir()
     with pytest.raises(DatasetError, match="not a dataset folder"):
-        mirror(open_store((tmp_path / "void").as_uri()), tmp_path / "cache")
+        download_to_cache(open_store((tmp_path / "void").as_uri()), tmp_path / "cache")
 
 
 @pytest.mark.parametrize("key", ["images/../../x.png", "images/a\\b.png", "images/a\nb.png"])
@@ -67,5 +67,5 @@ def test_keys_that_leave_the_folder(key, tmp_path):
             return b"x"
 
     with pytest.raises(DatasetError, match=r"s3://bucket/set: key .* is not a plain path"):
-        mirror(Hostile(), tmp_path / "cache")
+        download_to_cache(Hostile(), tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []

@@ -1,0 +1,297 @@
+"""Scores of a model's layers by a probe, as a file that selections are made from."""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from types import MappingProxyType, NoneType
+from typing import Any, cast
+
+from loraseg.adapters.targets.unet import PROJECTION_PARTS, Projection, ProjectionPart
+from loraseg.errors import ConfigError, IntegrityError
+
+__all__ = ["MAX_REPORT_BYTES", "LayerReport", "LayerScore"]
+
+REPORT_FORMAT = "loraseg layer report 1"
+MAX_REPORT_BYTES = 2**26
+_MAX_LAYERS = 2**16
+_MAX_TEXT_LENGTH = 1024
+_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_PARTS = tuple(PROJECTION_PARTS.values())
+# Of a stranger's layer: field -> the types that its JSON value may have, no subclasses.
+_FIELD_TYPES: Mapping[str, tuple[type, ...]] = {
+    "name": (str,),
+    "score": (float,),
+    "history": (list,),
+    "numel": (int,),
+    "block": (str, NoneType),
+    "cross": (bool, NoneType),
+    "part": (str, NoneType),
+    "factor": (int, NoneType),
+}
+_SCALAR_TYPES = (str, int, float, bool, NoneType)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerScore:
+    """What a probe found about one layer.
+
+    Attributes:
+        name: Full dotted module name.
+        score: Final score; not negative.
+        history: The score at the end of each epoch, or as the method says.
+        numel: Values of its weight.
+        block: As in :class:`~loraseg.adapters.targets.unet.Projection`, and so the next three;
+            all None for a layer that is no attention projection.
+        cross: Whether it looks at the text.
+        part: Query, key, value or output.
+        factor: Side of the latent over the side at which it works.
+    """
+
+    name: str
+    score: float
+    history: tuple[float, ...] = ()
+    numel: int
+    block: str | None = None
+    cross: bool | None = None
+    part: ProjectionPart | None = None
+    factor: int | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.name) > _MAX_TEXT_LENGTH or not _NAME.fullmatch(self.name):
+            raise ConfigError(f"layer report: {self.name[:80]!r} is no dotted module name")
+        for value in (self.score, *self.history):
+            if not (math.isfinite(value) and value >= 0):
+                raise ConfigError(
+                    f"layer report: {self.name}: score {value}, expected a finite number from 0"
+                )
+        kind = (self.block, self.cross, self.part, self.factor)
+        known = [value is not None for value in kind]
+        if any(known) and not (all(known) and self.part in _PARTS):
+            raise ConfigError(
+                f"layer report: {self.name}: block, cross, part, factor are {kind}; expected all "
+                f"of a projection, the part one of {', '.join(_PARTS)}, or none"
+            )
+        if self.numel < 1 or (self.factor is not None and self.factor < 1):
+            raise ConfigError(
+                f"layer report: {self.name}: numel {self.numel}, factor {self.factor}; expected "
+                f"numbers from 1"
+            )
+
+    @classmethod
+    def from_projection(
+        cls, projection: Projection, score: float, history: Sequence[float] = ()
+    ) -> "LayerScore":
+        """Score an attention projection."""
+        return cls(
+            name=projection.name,
+            score=float(score),
+            history=tuple(float(value) for value in history),
+            numel=projection.d_in * projection.d_out,
+            block=projection.block,
+            cross=projection.cross,
+            part=projection.part,
+            factor=projection.factor,
+        )
+
+    @property
+    def is_projection(self) -> bool:
+        """Whether it is an attention projection."""
+        return self.part is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """Scores of one model by one method, highest first, ties by name.
+
+    Attributes:
+        method: How they were found, such as ``gradient``.
+        base_name: What the model is called.
+        base_digest: sha256 (hex) of its weights.
+        scores: One a layer, given in any order.
+        samples: How many of what the scores rest on, such as ``{"images": 64, "epochs": 3}``.
+        settings: The method's own, flat: texts, numbers, flags and lists of one of them.
+
+    Raises:
+        ConfigError: There is no layer, a name occurs twice or is no module name, a score is
+            negative or not finite, or a field is of the wrong type.
+    """
+
+    method: str
+    base_name: str
+    base_digest: str
+    scores: tuple[LayerScore, ...]
+    samples: Mapping[str, int]
+    settings: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        _check(self)
+        ranked = tuple(sorted(self.scores, key=lambda score: (-score.score, score.name)))
+        object.__setattr__(self, "scores", ranked)
+        for name in ("samples", "settings"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    def projections(self) -> "LayerReport":
+        """Return the report of the attention projections alone.
+
+        Raises:
+            ConfigError: It holds none.
+        """
+        kept = tuple(score for score in self.scores if score.is_projection)
+        return replace(self, scores=kept)
+
+    def top(self, k: int) -> tuple[str, ...]:
+        """Return the names of the k layers with the highest scores, highest first.
+
+        Raises:
+            ConfigError: k is not in [1, number of layers].
+        """
+        if not 1 <= k <= len(self.scores):
+            raise ConfigError(
+                f"layer report: k = {k}, expected 1 to {len(self.scores)}, the number of layers"
+            )
+        return tuple(score.name for score in self.scores[:k])
+
+    def overlap(self, other: "LayerReport", k: int) -> float:
+        """Return |A and B| / |A or B| of the two top-k sets: 1 if equal, 0 if disjoint.
+
+        Raises:
+            ConfigError: k exceeds the layers of one of them, or they do not score the same layers.
+        """
+        if {score.name for score in self.scores} != {score.name for score in other.scores}:
+            raise ConfigError(
+                f"layer reports: {len(self.scores)} and {len(other.scores)} layers that are not "
+                f"the same; expected reports on one kind of model"
+            )
+        mine, theirs = set(self.top(k)), set(other.top(k))
+        return len(mine & theirs) / len(mine | theirs)
+
+    def to_bytes(self) -> bytes:
+        """Return canonical JSON; equal reports give equal bytes."""
+        values = {
+            "format": REPORT_FORMAT,
+            **_field_values(self),
+            "scores": [asdict(score) for score in self.scores],
+            "samples": dict(self.samples),
+            "settings": dict(self.settings),
+        }
+        text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return text.encode() + b"\n"
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "LayerReport":
+        """Read a report, as if a stranger had made it.
+
+        Raises:
+            IntegrityError: It is too large, no canonical JSON of a report, or a value is missing,
+                unknown, mistyped or out of range.
+        """
+        values = _read_object(data)
+        if values.pop("format", None) != REPORT_FORMAT:
+            raise IntegrityError(f"layer report: format is not {REPORT_FORMAT!r}")
+        try:
+            report = cls(**_parse_fields(values))
+        except ConfigError as error:
+            raise IntegrityError(str(error)) from error
+        if report.to_bytes() != data:
+            raise IntegrityError("layer report: not in canonical form (order, spaces or numbers)")
+        return report
+
+
+def _field_values(report: LayerReport) -> dict[str, Any]:
+    return {field.name: getattr(report, field.name) for field in fields(report)}
+
+
+def _check(report: LayerReport) -> None:
+    for name in ("method", "base_name"):
+        text = getattr(report, name)
+        if not text or len(text) > _MAX_TEXT_LENGTH or not text.isprintable():
+            raise ConfigError(
+                f"layer report: {name} {text[:80]!r}, expected 1 to {_MAX_TEXT_LENGTH} "
+                f"printable letters"
+            )
+    if not _SHA256.fullmatch(report.base_digest):
+        raise ConfigError(
+            f"layer report: base_digest {report.base_digest[:80]!r}, expected 64 hex digits"
+        )
+    names = {score.name for score in report.scores}
+    if not names or len(names) != len(report.scores):
+        raise ConfigError(
+            f"layer report: {len(report.scores)} layers with {len(names)} names, expected at least "
+            f"one layer and each once"
+        )
+    for key in (*report.samples, *report.settings):
+        if not 1 <= len(key) <= _MAX_TEXT_LENGTH or not key.isprintable():
+            raise ConfigError(
+                f"layer report: name {key[:80]!r}, expected 1 to {_MAX_TEXT_LENGTH} printable "
+                f"letters"
+            )
+    for key, value in report.settings.items():
+        values = value if isinstance(value, list | tuple) else [value]
+        if not all(_is_json_scalar(item) for item in values):
+            raise ConfigError(
+                f"layer report: setting {key[:80]!r} is {str(value)[:80]}, expected texts, finite "
+                f"numbers, flags or a list of them"
+            )
+
+
+def _is_json_scalar(value: object) -> bool:
+    return type(value) in _SCALAR_TYPES and not (
+        isinstance(value, float) and not math.isfinite(value)
+    )
+
+
+def _parse_fields(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a report after checking the types of a stranger's values."""
+    _require_keys(values, tuple(field.name for field in fields(LayerReport)), "layer report")
+    rows, samples, settings = values["scores"], values["samples"], values["settings"]
+    if not isinstance(rows, list) or len(rows) > _MAX_LAYERS:
+        raise IntegrityError(f"layer report: scores is no list of at most {_MAX_LAYERS} layers")
+    for name in ("method", "base_name", "base_digest"):
+        if not isinstance(values[name], str):
+            raise IntegrityError(f"layer report: {name} is no text")
+    if not isinstance(samples, dict) or any(type(count) is not int for count in samples.values()):
+        raise IntegrityError("layer report: samples does not give whole numbers by name")
+    if not isinstance(settings, dict):
+        raise IntegrityError("layer report: settings is no JSON object")
+    return {**values, "scores": tuple(_parse_score(row) for row in rows)}
+
+
+def _parse_score(row: object) -> LayerScore:
+    if not isinstance(row, dict):
+        raise IntegrityError("layer report: a layer is no JSON object")
+    values = cast(dict[str, Any], row)
+    _require_keys(values, tuple(_FIELD_TYPES), "layer report: layer")
+    for name, types in _FIELD_TYPES.items():
+        if type(values[name]) not in types:
+            raise IntegrityError(f"layer report: layer: {name} is {str(values[name])[:80]}")
+    if values["part"] not in (None, *_PARTS):
+        raise IntegrityError(f"layer report: layer: part is {values['part'][:80]!r}")
+    history = cast(list[Any], values["history"])
+    if any(type(value) is not float for value in history):
+        raise IntegrityError("layer report: layer: history holds something else than numbers")
+    values["history"] = tuple(history)
+    return LayerScore(**values)
+
+
+def _require_keys(values: Mapping[str, Any], expected: tuple[str, ...], where: str) -> None:
+    if set(values) != set(expected):
+        raise IntegrityError(
+            f"{where}: got {sorted(map(str, values))[:12]}, expected {sorted(expected)}"
+        )
+
+
+def _read_object(data: bytes) -> dict[str, Any]:
+    if len(data) > MAX_REPORT_BYTES:
+        raise IntegrityError(
+            f"layer report: {len(data)} bytes, expected at most {MAX_REPORT_BYTES}"
+        )
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"layer report: not readable as JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise IntegrityError("layer report: expected a JSON object")
+    return cast(dict[str, Any], values)

@@ -1,0 +1,1 @@
+"""What every batch job shares: run state, work units and content digests."""

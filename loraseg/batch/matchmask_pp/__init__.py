@@ -1,0 +1,1 @@
+"""MatchMask++: a segmenter, pseudo-masks of unlabelled images, then pairs from both."""

@@ -1,0 +1,36 @@
+"""Digests of what MatchMask++ is given, by which it knows what is to be done anew."""
+
+import hashlib
+import json
+
+from loraseg.batch.core.content_digest import content_digest
+from loraseg.batch.matchmask_pp.pipeline import PipelineConfig, PipelineDataDigests
+from loraseg.batch.matchmask_pp.pseudo_masks import list_images
+from loraseg.batch.synthesize.mask_sources import open_mask_source
+from loraseg.data.readers.folder import DatasetFolder
+from loraseg.storage import open_store
+from loraseg.train.closed_set.data_spec import select_samples
+
+__all__ = ["data_digests"]
+
+
+def data_digests(config: PipelineConfig) -> PipelineDataDigests:
+    """Look at all data; objects are read unless their store lists etags.
+
+    Raises:
+        ConfigError: There are fewer labelled images than wanted.
+        DatasetError: Some data is missing or cannot be used.
+        StoreError: A store cannot be read.
+    """
+    folder = DatasetFolder.open(config.real)
+    used = (select_samples(folder, "train", config.images), folder.samples("val"))
+    masks = open_mask_source(config.real).list_masks()[: config.images]
+    return PipelineDataDigests(
+        labelled=_sha256([folder.digest(samples) for samples in used]),
+        masks=content_digest(open_store(config.real), [mask.file for mask in masks]),
+        unlabelled=content_digest(open_store(config.unlabelled), list_images(config.unlabelled)),
+    )
+
+
+def _sha256(values: list[str]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()

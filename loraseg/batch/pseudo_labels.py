@@ -1,0 +1,64 @@
+"""What a segmenter says of generated images, in the form that filters take."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+
+from loraseg.data.labels import IGNORE
+from loraseg.segment.closed_set.checkpoint import ClosedSetSegmenter
+from loraseg.synth.vote import PseudoLabels
+from loraseg.tensor_types import Float, Tensor, UInt8, ndarray
+
+__all__ = ["FILTER_INPUTS", "predict_pseudo_labels"]
+
+PredictionOutput = Literal["confidence", "loss"]
+
+# What a filter looks at beside the labels.
+FILTER_INPUTS: Mapping[str, tuple[PredictionOutput, ...]] = {
+    "none": (),
+    "relative": (),
+    "confidence": ("confidence",),
+    "freemask": ("loss",),
+}
+
+
+def predict_pseudo_labels(
+    segmenter: ClosedSetSegmenter,
+    images: UInt8[ndarray, "k h w 3"],
+    mask: UInt8[ndarray, "h w"],
+    *,
+    outputs: Sequence[PredictionOutput] = (),
+) -> PseudoLabels:
+    """Segment the images of a mask, one by one, so that memory holds one image's classes.
+
+    Args:
+        segmenter: Of the mask's classes.
+        images: RGB.
+        mask: What they should show; 255 where nothing is said.
+        outputs: What a filter needs beside the labels: the largest probability of each pixel, or
+            the cross-entropy of the mask's class.
+    """
+    labels = np.empty(images.shape[:3], np.uint8)
+    confidence = np.empty(images.shape[:3], np.float32) if "confidence" in outputs else None
+    loss = np.empty(images.shape[:3], np.float32) if "loss" in outputs else None
+    for index, image in enumerate(images):
+        scores = segmenter.log_probabilities(image[None])[0].cpu()
+        best = scores.max(0)
+        labels[index] = best.indices.byte().numpy()
+        if confidence is not None:
+            confidence[index] = best.values.exp().numpy()
+        if loss is not None:
+            loss[index] = _cross_entropy(scores, mask)
+    return PseudoLabels(labels=labels, confidence=confidence, loss=loss)
+
+
+def _cross_entropy(
+    scores: Float[Tensor, "c h w"], mask: UInt8[ndarray, "h w"]
+) -> Float[ndarray, "h w"]:
+    """Return minus the log-probability of the mask's class; 0 where it has none."""
+    known = mask != IGNORE
+    target = torch.from_numpy(np.where(known, mask, 0).astype(np.int64))
+    loss = -scores.gather(0, target[None])[0].numpy()
+    return np.where(known, loss, np.float32(0)).astype(np.float32)

@@ -1,0 +1,148 @@
+"""The models that a config names, loaded and held against what the output was begun with."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from loraseg.adapters.packed import PackedAdapter
+from loraseg.backbones.device import best_device
+from loraseg.backbones.diffusion import load_diffusion
+from loraseg.batch.pseudo_labels import predict_pseudo_labels
+from loraseg.batch.synthesize.config import SynthesisConfig
+from loraseg.batch.synthesize.state import (
+    ResolvedAdapter,
+    ResolvedSynthesisModels,
+    SynthesisRunState,
+)
+from loraseg.data.labels import LabelSpace
+from loraseg.data.readers.folder import DatasetFolder
+from loraseg.errors import ConfigError
+from loraseg.inference.generator_adapters import load_generator_adapter
+from loraseg.library.catalog import Library
+from loraseg.segment.closed_set.checkpoint import ClosedSetSegmenter, load_closed_set_segmenter
+from loraseg.storage import open_store
+from loraseg.synth.conditioning import Conditioner
+from loraseg.synth.freemask import class_mean_loss
+from loraseg.synth.generator import Generator
+from loraseg.synth.sampling import DTYPES
+from loraseg.tensor_types import ndarray
+
+__all__ = ["load_generator", "load_pseudo_labeller", "resolve_models"]
+
+
+def resolve_models(config: SynthesisConfig, label_space: LabelSpace) -> ResolvedSynthesisModels:
+    """Load what a config names, and say what it is.
+
+    Raises:
+        LorasegError: As raised by library, store and models.
+    """
+    specs = [_pin_version(spec) for spec in config.adapters]
+    generator, adapters = _load_generator_and_adapters(config, label_space, specs)
+    segmenter = load_pseudo_labeller(config, label_space)
+    return ResolvedSynthesisModels(
+        base=generator.base.digest,
+        adapters=tuple(adapters),
+        generator=generator.digest,
+        segmenter=None if segmenter is None else segmenter.digest,
+        class_loss=None if segmenter is None else _class_loss(config, segmenter),
+    )
+
+
+def load_generator(state: SynthesisRunState) -> Generator:
+    """Load the generator that an output was begun with.
+
+    Raises:
+        ConfigError: It has become another.
+        LorasegError: As raised by library, store and models.
+    """
+    specs = [adapter.spec for adapter in state.models.adapters]
+    generator, _ = _load_generator_and_adapters(state.config, state.label_space, specs)
+    if generator.digest != state.models.generator:
+        raise ConfigError(
+            f"{state.config.output} was begun with generator {state.models.generator[:12]}; "
+            f"{state.config.base} with its adapters and settings is now {generator.digest[:12]}"
+        )
+    return generator
+
+
+def load_pseudo_labeller(
+    config: SynthesisConfig, label_space: LabelSpace, *, digest: str | None = None
+) -> ClosedSetSegmenter | None:
+    """Load the segmenter of a config; None if there is none.
+
+    Raises:
+        ConfigError: It is another than it was, or knows other classes.
+        LorasegError: As raised by store and model.
+    """
+    if config.segmenter is None:
+        return None
+    segmenter = load_closed_set_segmenter(config.segmenter, device=str(best_device()))
+    if digest is not None and segmenter.digest != digest:
+        raise ConfigError(
+            f"segmenter {config.segmenter}: {config.output} was begun with {digest[:12]}, "
+            f"the file is now {segmenter.digest[:12]}"
+        )
+    if segmenter.label_space.names != label_space.names:
+        raise ConfigError(
+            f"segmenter {config.segmenter}: its classes are "
+            f"{', '.join(segmenter.label_space.names[:20])}; expected those of the masks, "
+            f"{', '.join(label_space.names[:20])}"
+        )
+    return segmenter
+
+
+def _pin_version(spec: str) -> str:
+    """Name the version of an adapter in a library: the newest may be another tomorrow."""
+    uri, mark, name = spec.rpartition("#")
+    if not mark or "@" in name or Path(spec).is_dir():
+        return spec
+    return f"{spec}@{Library(open_store(uri)).entry(name).version}"
+
+
+def _load_generator_and_adapters(
+    config: SynthesisConfig, label_space: LabelSpace, specs: list[str]
+) -> tuple[Generator, list[ResolvedAdapter]]:
+    base = load_diffusion(
+        config.base, device=best_device(), dtype=DTYPES[config.sampling.precision]
+    )
+    loaded = [
+        load_generator_adapter(spec, base, weight=weight)
+        for spec, weight in zip(specs, config.weights, strict=True)
+    ]
+    conditioner = Conditioner(base.tokenizers, label_space, config.conditioning)
+    adapters = [one.adapter for one in loaded]
+    generator = Generator(base, conditioner, adapters=adapters, config=config.sampling)
+    packed: list[PackedAdapter] = [one.adapter for one in adapters]
+    facts = [
+        ResolvedAdapter(spec=spec, name=adapter.name, digest=adapter.digest)
+        for spec, adapter in zip(specs, packed, strict=True)
+    ]
+    return generator, facts
+
+
+def _class_loss(
+    config: SynthesisConfig, segmenter: ClosedSetSegmenter
+) -> tuple[float | None, ...] | None:
+    """Return FreeMask's mean loss of each class on real images, if the filter needs it."""
+    if config.real is None:
+        return None
+    dataset = DatasetFolder.open(config.real)
+    if dataset.label_space.names != segmenter.label_space.names:
+        raise ConfigError(f"real: {config.real} has other classes than the segmenter")
+    means = class_mean_loss(
+        _losses(dataset, segmenter, config.real_images), len(segmenter.label_space)
+    )
+    return tuple(None if math.isnan(mean) else float(mean) for mean in means)
+
+
+def _losses(
+    dataset: DatasetFolder, segmenter: ClosedSetSegmenter, limit: int | None
+) -> Iterator[tuple[ndarray, ndarray]]:
+    """Yield mask and loss of each labelled image."""
+    for sample in dataset.samples("train")[:limit]:
+        image, mask = dataset.load(sample)
+        if mask is None:
+            raise ConfigError(f"real: {dataset.path}: {sample.id} has no mask")
+        judged = predict_pseudo_labels(segmenter, image[None], mask, outputs=("loss",))
+        if judged.loss is not None:
+            yield mask, judged.loss[0]

@@ -1,0 +1,184 @@
+"""What people want to know of a synthetic dataset: a page with pictures, and a card."""
+
+import base64
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+from loraseg.batch.synthesize.filter_stage import read_committed
+from loraseg.batch.synthesize.shard_statistics import ShardStatistics
+from loraseg.batch.synthesize.state import SynthesisRunState
+from loraseg.data.drawing import colorize, encode_png
+from loraseg.data.labels import IGNORE, LabelSpace
+from loraseg.data.masks import decode_mask
+from loraseg.data.shards.manifest import ShardEntry
+from loraseg.data.shards.reader import ShardDataset
+from loraseg.data.shards.schema import PairRow
+from loraseg.data.untrusted_images import decode_image
+from loraseg.reports.templates import html_template
+from loraseg.synth.sheet import SheetRow, contact_sheet
+from loraseg.tensor_types import UInt8, ndarray
+
+__all__ = ["CARD", "REPORT", "SHEET", "collect_statistics", "write_report"]
+
+REPORT, CARD, SHEET = "report.html", "README.md", "sheets/first.png"
+_TEMPLATES = Path(__file__).parent / "templates"
+_MAX_SHOWN_MASKS, _MAX_SHOWN_SIBLINGS = 8, 5
+_STATISTICS_COLUMNS = ("kept", "kept_by_class", "reason", "k")
+_READ_THREADS = 16
+
+
+def collect_statistics(dataset: ShardDataset) -> ShardStatistics:
+    """Add up the notes beside the shards; a shard whose note is lost is read instead.
+
+    Raises:
+        IntegrityError: A shard is damaged.
+        StoreError: The store cannot be read.
+    """
+    classes = len(dataset.manifest.classes)
+
+    def one(entry: ShardEntry) -> ShardStatistics:
+        done = read_committed(dataset.store, PurePosixPath(entry.file).stem, classes)
+        if done is not None and done.entry == entry:
+            return done.statistics
+        return ShardStatistics.from_rows(
+            dataset.read_shard(entry, columns=_STATISTICS_COLUMNS), classes
+        )
+
+    with ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="notes") as pool:
+        return ShardStatistics.merge(pool.map(one, dataset.manifest.shards), classes)
+
+
+def write_report(dataset: ShardDataset, state: SynthesisRunState) -> None:
+    """Write ``report.html``, ``README.md`` and the contact sheet beside the shards.
+
+    Raises:
+        IntegrityError: A shard is damaged.
+        StoreError: The store cannot be read or written.
+    """
+    found = collect_statistics(dataset)
+    sheet = _sheet(dataset)
+    if sheet is not None:
+        dataset.store.put(SHEET, sheet)
+    dataset.store.put(CARD, _card(dataset, state, found).encode())
+    page = html_template(_TEMPLATES, "report.html.j2").render(
+        title="Synthetic image/label pairs",
+        facts=_summary_rows(dataset, state, found),
+        classes=list(_class_shares(dataset, found)),
+        refused=found.rejected,
+        more=sum(dataset.manifest.statuses.values()) - dataset.manifest.pairs - len(found.rejected),
+        sheet=None if sheet is None else base64.b64encode(sheet).decode(),
+        generation=dataset.manifest.generation,
+    )
+    dataset.store.put(REPORT, page.encode())
+
+
+def _summary_rows(
+    dataset: ShardDataset, state: SynthesisRunState, statistics: ShardStatistics
+) -> list[tuple[str, str]]:
+    sampling, rule = state.config.sampling, state.config.filter
+    adapters = ", ".join(f"{one.name} ({one.digest[:12]})" for one in state.models.adapters)
+    segmenter = state.models.segmenter
+    return [
+        ("pairs", f"{dataset.manifest.pairs:,}"),
+        ("masks", f"{dataset.manifest.masks:,}"),
+        *(
+            (status, f"{count:,}")
+            for status, count in dataset.manifest.statuses.items()
+            if status != "ok"
+        ),
+        ("labels kept", f"{100 * statistics.mean_kept:.1f} %"),
+        ("filter", rule.method),
+        ("base", f"{state.config.base} ({state.models.base[:12]})"),
+        ("adapters", adapters or "none"),
+        ("segmenter", "none" if segmenter is None else segmenter[:12]),
+        ("sampling", f"{sampling.scheduler}, {sampling.steps} steps, guidance {sampling.guidance}"),
+        ("seed", str(sampling.seed)),
+        ("code", state.code),
+    ]
+
+
+def _class_shares(
+    dataset: ShardDataset, statistics: ShardStatistics
+) -> Iterator[tuple[str, str, float]]:
+    """Yield name, share in words, and in per cent for the bar."""
+    for name, share in zip(dataset.manifest.classes, statistics.kept_by_class, strict=True):
+        if share is not None:
+            yield name, f"{100 * share:.1f} %", round(100 * share, 1)
+
+
+def _card(dataset: ShardDataset, state: SynthesisRunState, statistics: ShardStatistics) -> str:
+    lines = [
+        "# Synthetic image/label pairs",
+        "",
+        "Made by loraseg from label maps; no pixel of an image was photographed. A label says what",
+        "the mask asked for; pixels that the vote of sibling images did not confirm are 255.",
+        "",
+        *(
+            f"- {name}: {_escape_markdown(value)}"
+            for name, value in _summary_rows(dataset, state, statistics)
+        ),
+        f"- classes: {', '.join(_escape_markdown(name) for name in dataset.manifest.classes)}",
+        "",
+        "`manifest.json` names the shards that count; any reader of Parquet reads them:",
+        "",
+        "```python",
+        "import json, pandas",
+        'manifest = json.load(open("manifest.json"))',
+        'pairs = pandas.concat(pandas.read_parquet(s["file"]) for s in manifest["shards"])',
+        'pairs = pairs[pairs.status == "ok"]  # image and label are PNG bytes',
+        "```",
+        "",
+        "`loraseg synth ls .` lists them, `loraseg synth replay . PAIR_ID` makes an image again,",
+        "`loraseg synth export` writes a dataset folder, WebDataset, COCO or Hugging Face Parquet.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _sheet(dataset: ShardDataset) -> bytes | None:
+    """Draw the first masks with their images, labels and what the segmenter saw."""
+    masks: dict[str, list[PairRow]] = defaultdict(list)
+    for row in dataset.rows(statuses=("ok", "dropped")):
+        if row.mask_id is None or row.image is None:
+            continue
+        if row.mask_id not in masks and len(masks) == _MAX_SHOWN_MASKS:
+            break
+        masks[row.mask_id].append(row)
+    space = LabelSpace(dataset.manifest.classes)
+    rows = [_sheet_row(some[:_MAX_SHOWN_SIBLINGS], space) for some in masks.values()]
+    return encode_png(contact_sheet(rows, space)) if rows else None
+
+
+def _sheet_row(rows: Sequence[PairRow], space: LabelSpace) -> SheetRow:
+    pictures: list[tuple[str, UInt8[ndarray, "_ _ 3"]]] = []
+    for row in rows:
+        where = f"pair {row.pair_id}"
+        label = decode_mask(row.label or b"", where=where)
+        pictures.append((f"image {row.k}", decode_image(row.image or b"")))
+        kept = "" if row.kept is None else f" {100 * row.kept:.0f} %"
+        pictures.append(
+            (
+                f"label{kept}",
+                _draw_filtered(label, decode_mask(row.mask or b"", where=where), space),
+            )
+        )
+        if row.predicted is not None:
+            seen = decode_mask(row.predicted, where=where)
+            pictures.append(("seen", colorize(seen, space)))
+    mask = decode_mask(rows[0].mask or b"", where=f"mask {rows[0].mask_name!r}")
+    return SheetRow(rows[0].mask_name, mask, pictures)
+
+
+def _draw_filtered(
+    label: UInt8[ndarray, "h w"], mask: UInt8[ndarray, "h w"], space: LabelSpace
+) -> UInt8[ndarray, "h w 3"]:
+    """Draw a label; what the filter took away is white, what the mask left open is grey."""
+    picture = colorize(label, space).copy()
+    picture[(label == IGNORE) & (mask != IGNORE)] = 255
+    return picture
+
+
+def _escape_markdown(text: str) -> str:
+    """Return text that Markdown takes for nothing but text."""
+    return "".join(f"\\{char}" if char in "\\`*_[]<>#|" else char for char in text)

@@ -1,0 +1,1 @@
+"""Compact encodings of masks: COCO run lengths and polygons."""

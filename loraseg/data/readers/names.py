@@ -1,0 +1,25 @@
+"""Which files of a dataset folder are images, and which names join an image with its mask."""
+
+from pathlib import PurePosixPath
+
+__all__ = ["image_stem", "is_safe_stem"]
+
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+def image_stem(name: str) -> str | None:
+    """Return the stem of an image's file name, which its mask shares; None if it is no image."""
+    path = PurePosixPath(name)
+    if path.suffix.lower() not in _IMAGE_SUFFIXES or name.startswith("."):
+        return None
+    return path.stem
+
+
+def is_safe_stem(stem: str) -> bool:
+    """Return whether a stem stays in its folder and can be written down as UTF-8."""
+    return (
+        stem not in ("", ".", "..")
+        and "/" not in stem
+        and "\\" not in stem
+        and (stem.isprintable())
+    )

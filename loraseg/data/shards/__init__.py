@@ -1,0 +1,1 @@
+"""Synthetic shards: Parquet files of image/label pairs with their lineage, and their manifest."""

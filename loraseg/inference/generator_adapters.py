@@ -1,0 +1,109 @@
+"""Adapters of a generator from a folder or a library, checked against its base."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from loraseg.adapters.attention_mix import MAX_ATTENTION_MIX_BYTES, decode_attention_mix
+from loraseg.adapters.packed import pack
+from loraseg.adapters.peft_io import ATTENTION_MIX_FILE, load_adapter
+from loraseg.backbones.diffusion import DiffusionBase
+from loraseg.errors import AdapterMismatchError, ConfigError, IntegrityError
+from loraseg.library.card import MAX_CARD_BYTES, AdapterCard
+from loraseg.library.catalog import Library
+from loraseg.storage import open_store
+from loraseg.synth.generator_adapter import GeneratorAdapter
+
+__all__ = ["ACTIVE_ADAPTERS_KEY", "LoadedGeneratorAdapter", "load_generator_adapter"]
+
+# In a card's recipe: digests of the adapters that were active while this one was trained.
+ACTIVE_ADAPTERS_KEY = "active_adapters"
+_CARD_FILE = "card.json"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedGeneratorAdapter:
+    """An adapter ready for a generator, and its card if there is one."""
+
+    adapter: GeneratorAdapter
+    card: AdapterCard | None
+
+
+def load_generator_adapter(
+    spec: str, base: DiffusionBase, *, weight: float = 1.0
+) -> LoadedGeneratorAdapter:
+    """Load an adapter and check that it is a generator's, trained on this base.
+
+    Args:
+        spec: A folder with peft's two files, and optionally ``fusion.safetensors`` and
+            ``card.json``; or ``URI#NAME`` or ``URI#NAME@VERSION`` for one of a library.
+        base: What it is meant for. Its digest is compared with what card and config say.
+        weight: How much of the adapter acts.
+
+    Raises:
+        ConfigError: There is no such folder, or the spec is of neither kind.
+        AdapterNotFoundError: The library has no such adapter or version.
+        AdapterMismatchError: It is a segmenter's, of another base, or not plain LoRA.
+        IntegrityError: A file is missing, damaged or not what it should be.
+        StoreError: The library cannot be reached.
+    """
+    folder = Path(spec)
+    if folder.is_dir():
+        card, fusion_bytes = _read_optional_files(folder)
+        adapter = load_adapter(folder, name=card.name if card else None)
+    else:
+        files, card = _load_from_library(spec)
+        adapter = load_adapter(files, name=card.name)
+        fusion_bytes = files.get(ATTENTION_MIX_FILE)
+    known = adapter.base_digest
+    if card is not None:
+        if card.role != "generator":
+            raise AdapterMismatchError(
+                f"adapter {spec}: its role is {card.role}, expected generator"
+            )
+        known = card.base.digest
+    for found in (adapter.base_digest, known):
+        if found is not None and found != base.digest:
+            raise AdapterMismatchError(
+                f"adapter {spec}: trained on base {found[:12]}, expected {base.digest[:12]} "
+                f"({base.name})"
+            )
+    return LoadedGeneratorAdapter(
+        GeneratorAdapter(
+            adapter=pack(adapter),
+            weight=weight,
+            attention_mix=None if fusion_bytes is None else decode_attention_mix(fusion_bytes),
+            trained_with=_trained_with(card),
+        ),
+        card,
+    )
+
+
+def _read_optional_files(folder: Path) -> tuple[AdapterCard | None, bytes | None]:
+    """Return what lies beside peft's files."""
+    card, fusion = folder / _CARD_FILE, folder / ATTENTION_MIX_FILE
+    if card.is_file() and card.stat().st_size > MAX_CARD_BYTES:
+        raise IntegrityError(f"{card}: larger than {MAX_CARD_BYTES} bytes")
+    if fusion.is_file() and fusion.stat().st_size > MAX_ATTENTION_MIX_BYTES:
+        raise IntegrityError(f"{fusion}: larger than {MAX_ATTENTION_MIX_BYTES} bytes")
+    return (
+        AdapterCard.from_bytes(card.read_bytes()) if card.is_file() else None,
+        fusion.read_bytes() if fusion.is_file() else None,
+    )
+
+
+def _load_from_library(spec: str) -> tuple[dict[str, bytes], AdapterCard]:
+    uri, mark, name = spec.rpartition("#")
+    if not mark or not uri or not name:
+        raise ConfigError(f"adapter {spec}: no such folder, and no LIBRARY#NAME[@VERSION]")
+    name, mark, version = name.partition("@")
+    if mark and not version.isdecimal():
+        raise ConfigError(f"adapter {spec}: version {version!r}, expected a number")
+    return Library(open_store(uri)).load(name, int(version) if mark else None)
+
+
+def _trained_with(card: AdapterCard | None) -> tuple[str, ...] | None:
+    active: Any = card.recipe.get(ACTIVE_ADAPTERS_KEY) if card else None
+    if not isinstance(active, list):
+        return None
+    return tuple(str(digest) for digest in cast(list[Any], active))

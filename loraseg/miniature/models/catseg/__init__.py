@@ -1,0 +1,1 @@
+"""The miniature CAT-Seg: pretraining and checks."""

@@ -1,0 +1,1 @@
+"""The miniature CLIP: model, batches, pretraining and checks."""

@@ -1,0 +1,1 @@
+"""The miniature text-to-image diffusion model: text encoder, UNet, pretraining and checks."""

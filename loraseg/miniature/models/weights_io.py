@@ -1,0 +1,55 @@
+"""Write and read the shipped CLIP weights: float16 safetensors that carry their own config."""
+# pyright: basic
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from loraseg.errors import IntegrityError
+from loraseg.miniature.models.clip.model import CLIP_CONFIG, build_clip
+from loraseg.miniature.world.captions import tokenizer
+from loraseg.storage.safetensors_io import encode_safetensors
+
+__all__ = ["WEIGHTS", "read_clip", "write_clip"]
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def write_clip(model: nn.Module, path: Path) -> None:
+    """Write the weights under open_clip's names.
+
+    The header's ``config`` holds what ``open_clip.model.CLIP`` takes, mean and standard deviation
+    of the pixels; ``vocabulary`` the tokenizer's words in order.
+    """
+    words = tokenizer()
+    config = {
+        **CLIP_CONFIG,
+        "text_cfg": {**CLIP_CONFIG["text_cfg"], "vocab_size": words.vocab_size},
+    }
+    tensors = {
+        name: tensor.detach().half() if tensor.is_floating_point() else tensor
+        for name, tensor in model.state_dict().items()
+    }
+    header = {"config": json.dumps(config), "vocabulary": json.dumps(words.vocabulary)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encode_safetensors(tensors, header))
+
+
+def read_clip(path: Path) -> nn.Module:
+    """Read the weights as float32.
+
+    Raises:
+        IntegrityError: The file was written with another vocabulary than this package has.
+    """
+    words = tokenizer()
+    with safe_open(path, "pt") as file:
+        known = json.loads(file.metadata()["vocabulary"])
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if tuple(known) != words.vocabulary:
+        raise IntegrityError(f"{path}: its vocabulary differs from the package's")
+    model = build_clip(words.vocab_size)
+    model.load_state_dict({name: tensor.to(torch.float32) for name, tensor in state.items()})
+    return model.eval()

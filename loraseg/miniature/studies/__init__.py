@@ -1,0 +1,1 @@
+"""Experiments on the miniature world, run by hand with ``python -m``."""

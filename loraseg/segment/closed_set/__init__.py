@@ -1,0 +1,1 @@
+"""Segmenters with a fixed list of classes: networks, losses and checkpoints."""

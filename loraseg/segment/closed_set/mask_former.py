@@ -1,0 +1,121 @@
+"""Mask2Former as a network of class logits, by transformers."""
+# pyright: basic
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from loraseg.compat import prepare_torchvision
+from loraseg.segment.closed_set.mask_loss import set_loss
+from loraseg.tensor_types import Float, Int
+
+__all__ = ["Mask2Former", "build_mask2former"]
+
+# Channels, blocks a stage, attention window and picture size of the pretrained Swin transformers;
+# the last one is for tests. 32 channels a head; drop path as in Mask2Former's own settings.
+_SWIN_VARIANTS = {
+    "swin-t": (96, (2, 2, 6, 2), 7, 224, 32),
+    "swin-s": (96, (2, 2, 18, 2), 7, 224, 32),
+    "swin-b": (128, (2, 2, 18, 2), 12, 384, 32),
+    "swin-l": (192, (2, 2, 18, 2), 12, 384, 32),
+    "swin-nano": (16, (1, 1, 1, 1), 4, 64, 8),
+}
+_STAGES = ["stage1", "stage2", "stage3", "stage4"]
+
+
+class Mask2Former(nn.Module):
+    """Turns the masks of queries into one map a class.
+
+    Attributes:
+        network: ``Mask2FormerForUniversalSegmentation`` of transformers.
+    """
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c h w"]:
+        """Return log(S_c / sum S) with S_c = sum_q softmax(class)_qc sigmoid(mask_q).
+
+        Masks are resized to the image before the sigmoid, as in Mask2Former's own inference.
+        """
+        out = self.network(pixel_values=images)
+        shares = out.class_queries_logits.float().softmax(-1)[..., :-1]
+        maps: list[Tensor] = []
+        # One image at a time: a hundred full-size masks of each are plenty.
+        for share, masks in zip(shares, out.masks_queries_logits.float(), strict=True):
+            large = functional.interpolate(
+                masks[None], images.shape[-2:], mode="bilinear", align_corners=False
+            )[0]
+            semantic = torch.einsum("qc,qhw->chw", share, large.sigmoid())
+            least = torch.finfo(semantic.dtype).tiny
+            maps.append(semantic.clamp(min=least).log().log_softmax(0))
+        return torch.stack(maps)
+
+    def loss(
+        self,
+        images: Float[Tensor, "b 3 h w"],
+        targets: Int[Tensor, "b h w"],
+        weights: Float[Tensor, " c"] | None,
+    ) -> Float[Tensor, ""]:
+        """Return the set loss over the classes that each image shows, see :mod:`mask_loss`."""
+        out = self.network(pixel_values=images, output_auxiliary_logits=True)
+        layers = [(out.class_queries_logits, out.masks_queries_logits)]
+        layers += [
+            (layer["class_queries_logits"], layer["masks_queries_logits"])
+            for layer in out.auxiliary_logits
+        ]
+        # The last weight is that of "no object".
+        own = self.network.criterion.empty_weight
+        if weights is not None:
+            own = torch.cat([weights.to(own.dtype), own[-1:]])
+        with torch.autocast(images.device.type, enabled=False):
+            return set_loss(layers, targets, own.float(), self.network.config)
+
+
+def build_mask2former(classes: int, width: int, backbone: str) -> Mask2Former:
+    """Make a Mask2Former with fresh weights.
+
+    Args:
+        classes: How many.
+        width: Of the queries; the feed-forward layers are four and eight times as wide.
+        backbone: ``swin-t``, ``swin-s``, ``swin-b``, ``swin-l``, or ``swin-nano`` for tests.
+    """
+    prepare_torchvision()
+    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
+
+    # Keywords of the base class, which pyright cannot see.
+    more: dict[str, Any] = {"num_labels": classes}
+    config = Mask2FormerConfig(
+        **more,
+        backbone_config=_swin_config(backbone),
+        feature_size=width,
+        mask_feature_size=width,
+        hidden_dim=width,
+        encoder_feedforward_dim=4 * width,
+        dim_feedforward=8 * width,
+    )
+    network = Mask2FormerForUniversalSegmentation(config)
+    for name, parameter in network.named_parameters():
+        # Swin's last norm, which a backbone never calls: DistributedDataParallel would wait for it.
+        if name.endswith(("encoder.swin.layernorm.weight", "encoder.swin.layernorm.bias")):
+            parameter.requires_grad_(False)
+    return Mask2Former(network)
+
+
+def _swin_config(name: str) -> Any:
+    from transformers import SwinConfig
+
+    channels, depths, window, size, head = _SWIN_VARIANTS[name]
+    more: dict[str, Any] = {"out_features": _STAGES}
+    return SwinConfig(
+        **more,
+        embed_dim=channels,
+        depths=list(depths),
+        num_heads=[channels * 2**stage // head for stage in range(4)],
+        window_size=window,
+        image_size=size,
+        drop_path_rate=0.3,
+    )

@@ -1,0 +1,235 @@
+"""The frozen segmenter that adapters belong to: model, tokenizer, prompt, pixel statistics."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraseg.backbones.bpe import BpeTokenizer
+from loraseg.backbones.clip import Tokenizer, word_tokenizer
+from loraseg.backbones.tokenizer import WordTokenizer
+from loraseg.backbones.weights import WeightSource, resolve_weights
+from loraseg.errors import ConfigError, IntegrityError
+from loraseg.segment.open_vocabulary.catseg.checkpoint import (
+    is_own_file,
+    load_catseg,
+    read_metadata,
+    save_catseg,
+)
+from loraseg.segment.open_vocabulary.catseg.model import CATSeg
+from loraseg.segment.open_vocabulary.catseg.official import load_official_checkpoint
+from loraseg.tensor_types import Float, Int
+
+__all__ = ["PROMPT", "SegmentationBase", "check_classes", "load_base", "save_base"]
+
+PROMPT = "A photo of a {} in the scene"
+# Methods A.3; for pixels of 0 to 255.
+_MEAN = (122.7709383, 116.7460125, 104.09373615)
+_STD = (68.5005327, 66.6321579, 70.3231630)
+_NUMERIC_FIELDS = ("window", "pad_multiple", "mean", "std")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SegmentationBase:
+    """A CAT-Seg with all that inference and training need beside its weights.
+
+    Attributes:
+        name: What the user called it.
+        digest: sha256 of the weight file, hex; adapters record it.
+        model: The network.
+        tokenizer: The one that its text encoder was trained with.
+        prompt: Template with one ``{}``.
+        mean: Of RGB pixels of 0 to 255.
+        std: Of RGB pixels of 0 to 255.
+        window: Side of the windows of sliding inference, in pixels of its canvas.
+        pad_multiple: Plain inference pads images right and below to a multiple of this and
+            stretches the padding in, as the official code does with 32; 1 pads nothing.
+        more_prompts: Further templates, if the model is one of several prompts a class.
+    """
+
+    name: str
+    digest: str
+    model: CATSeg
+    tokenizer: Tokenizer
+    prompt: str = PROMPT
+    mean: tuple[float, ...] = _MEAN
+    std: tuple[float, ...] = _STD
+    window: int = 384
+    pad_multiple: int = 32
+    more_prompts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        wanted = self.model.config.prompts
+        if len(self.prompts) != wanted or any(p.count("{}") != 1 for p in self.prompts):
+            raise ConfigError(
+                f"prompt: got {self.prompts}, expected {wanted} template(s) with one {{}} each"
+            )
+        if min(self.window, self.pad_multiple) < 1:
+            raise ConfigError(
+                f"window {self.window}, pad_multiple {self.pad_multiple}: expected at least 1"
+            )
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """All templates."""
+        return (self.prompt, *self.more_prompts)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.upsample1.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the model computes in."""
+        return self.model.upsample1.weight.dtype
+
+    def tokenize(self, classes: Sequence[str]) -> Int[Tensor, "t p l"]:
+        """Return token ids of every class under every prompt, on the CPU.
+
+        Of a name that lists synonyms ("car, automobile") only the first is used (methods A.2).
+
+        Raises:
+            ConfigError: No class is named, one is blank, or one twice.
+        """
+        check_classes(classes)
+        names = [name.split(", ")[0] for name in classes]
+        texts = [prompt.replace("{}", name) for name in names for prompt in self.prompts]
+        return self.tokenizer(texts).unflatten(0, (len(names), len(self.prompts)))
+
+    def encode_tokens(
+        self, ids: Int[Tensor, "t p l"], *, groups: int | None = None
+    ) -> Float[Tensor, "*m t p d"]:
+        """Return normalised text features; gradients flow into the text encoder.
+
+        Args:
+            ids: As :meth:`tokenize` gives them.
+            groups: Encode all of them so many times, once for each adapter mix in use; the result
+                then has this axis in front.
+        """
+        features = self.model.encode_text(ids.flatten(0, 1), groups)
+        return features.unflatten(-2, ids.shape[:2])
+
+    def encode_classes(self, classes: Sequence[str]) -> Float[Tensor, "t p d"]:
+        """Return normalised text features of class names, as :meth:`tokenize` reads them."""
+        return self.encode_tokens(self.tokenize(classes))
+
+    def normalise(self, images: Tensor) -> Float[Tensor, "*b 3 h w"]:
+        """Return (x - mean) / std of RGB pixels (..., 3, h, w) of 0 to 255, on its device."""
+        pixels = images.float()
+        mean, std = (
+            torch.tensor(values, device=pixels.device)[:, None, None]
+            for values in (self.mean, self.std)
+        )
+        return (pixels - mean) / std
+
+
+def check_classes(classes: Sequence[str]) -> None:
+    """Check a class list.
+
+    Raises:
+        ConfigError: No class is named, one is blank, or one twice.
+    """
+    if isinstance(classes, str) or not classes:
+        raise ConfigError(f"classes: got {classes!r}, expected a list of at least one name")
+    # Only the first of a name's synonyms is used; that one must not be blank.
+    blank = [name for name in classes if not name.split(", ")[0].strip()]
+    doubled = sorted(name for name, count in Counter(classes).items() if count > 1)
+    if blank or doubled:
+        raise ConfigError(
+            f"classes: expected distinct, non-blank names; doubled {doubled}, blank {len(blank)}"
+        )
+
+
+def load_base(spec: str = "miniature", **overrides: Any) -> SegmentationBase:
+    """Load a frozen segmenter.
+
+    Args:
+        spec: ``miniature``, or any weight file of :func:`~loraseg.backbones.weights.resolve`: one
+            of our ``.safetensors``, or an official CAT-Seg checkpoint.
+        overrides: Fields of :class:`~loraseg.segment.open_vocabulary.catseg.config.CATSegConfig`,
+            such as ``clip_attention_lora="inert"``.
+
+    Raises:
+        ConfigError: There is no such file, or an override is wrong.
+        IntegrityError: The file is not a CAT-Seg.
+    """
+    source = resolve_weights(spec)
+    if is_own_file(source.path):
+        return _load_own_file(source, overrides)
+    model = load_official_checkpoint(source.path, **overrides)
+    return SegmentationBase(
+        name=source.name,
+        digest=source.digest,
+        model=model.float(),
+        tokenizer=BpeTokenizer(model.config.context_length),
+    )
+
+
+def save_base(
+    base: SegmentationBase,
+    path: str | Path,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a base, for instance one trained further, so that :func:`load_base` gives it back.
+
+    Args:
+        base: Name and digest are not written; they follow from the file.
+        path: A ``.safetensors`` file, replaced whole.
+        metadata: Further strings for the header, such as how it was trained.
+        dtype: Stored type of the weights; None keeps theirs.
+    """
+    header = {
+        **(metadata or {}),
+        "prompt": base.prompt,
+        "more_prompts": json.dumps(base.more_prompts),
+        "mean": json.dumps([value / 255 for value in base.mean]),
+        "std": json.dumps([value / 255 for value in base.std]),
+        "window": json.dumps(base.window),
+        "pad_multiple": json.dumps(base.pad_multiple),
+    }
+    if isinstance(base.tokenizer, WordTokenizer):
+        header["vocabulary"] = json.dumps(base.tokenizer.vocabulary)
+    save_catseg(base.model, path, header, dtype=dtype)
+
+
+def _load_own_file(source: WeightSource, overrides: dict[str, Any]) -> SegmentationBase:
+    model = load_catseg(source.path, **overrides)
+    config = model.config
+    metadata = read_metadata(source.path)
+    tokenizer: Tokenizer
+    try:
+        if "vocabulary" in metadata:
+            tokenizer = word_tokenizer(
+                metadata["vocabulary"], config.vocab_size, config.context_length
+            )
+        else:
+            tokenizer = BpeTokenizer(config.context_length)
+        numbers = {key: json.loads(metadata[key]) for key in _NUMERIC_FIELDS if key in metadata}
+        return SegmentationBase(
+            name=source.name,
+            digest=source.digest,
+            model=model,
+            tokenizer=tokenizer,
+            prompt=metadata.get("prompt", PROMPT),
+            more_prompts=tuple(json.loads(metadata.get("more_prompts", "[]"))),
+            window=int(numbers.get("window", config.image_size)),
+            pad_multiple=int(numbers.get("pad_multiple", 1)),
+            mean=_to_byte_range(numbers["mean"]) if "mean" in numbers else _MEAN,
+            std=_to_byte_range(numbers["std"]) if "std" in numbers else _STD,
+        )
+    except (ValueError, TypeError) as error:
+        raise IntegrityError(f"{source.path}: its header makes no base: {error}") from error
+
+
+def _to_byte_range(values: Sequence[float | int]) -> tuple[float, ...]:
+    """Turn a statistic of pixels of 0 to 1 into one of pixels of 0 to 255."""
+    red, green, blue = (255 * float(value) for value in values)
+    return red, green, blue

@@ -1,0 +1,1 @@
+"""Training of closed-set segmenters on real and synthetic pairs."""

@@ -1,0 +1,94 @@
+"""The data of a segmenter's training, opened and told apart by digests."""
+
+import hashlib
+from dataclasses import dataclass
+
+from loraseg.data.readers.folder import DatasetFolder, Sample
+from loraseg.data.shards.reader import ShardDataset
+from loraseg.errors import ConfigError
+from loraseg.train.closed_set.loop import TrainingData
+from loraseg.train.closed_set.samples import FolderPairs, ShardPairs
+
+__all__ = ["DataSpec", "TrainingDataDigests", "select_samples"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingDataDigests:
+    """Digests of all bytes that a training sees, hex.
+
+    Attributes:
+        real: Of the real samples to train on.
+        val: Of the validation samples.
+        synthetic: Of each synthetic dataset's manifest, which names its shards by their sha256.
+    """
+
+    real: str
+    val: str
+    synthetic: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSpec:
+    """Where the data is; attributes as in SegmenterTrainingConfig."""
+
+    real: str
+    split: str
+    val_split: str
+    images: int | tuple[str, ...] | None
+    synthetic: tuple[str, ...]
+
+    def open(self) -> tuple[TrainingData, TrainingDataDigests]:
+        """Open the data, and read all real files for their digests.
+
+        Raises:
+            ConfigError: ``images`` does not fit the split.
+            DatasetError: The data cannot be used.
+            IntegrityError: A manifest is damaged.
+            StoreError: A store cannot be read.
+        """
+        folder = DatasetFolder.open(self.real)
+        synthetic = [ShardDataset.open(place) for place in self.synthetic]
+        space = folder.label_space
+        real, val = select_samples(folder, self.split, self.images), folder.samples(self.val_split)
+        data = TrainingData(
+            label_space=space,
+            real=FolderPairs(folder, real),
+            synthetic=ShardPairs(synthetic, space) if synthetic else None,
+            val=FolderPairs(folder, val),
+        )
+        manifests = (dataset.manifest.to_bytes() for dataset in synthetic)
+        return data, TrainingDataDigests(
+            real=folder.digest(real),
+            val=folder.digest(val),
+            synthetic=tuple(hashlib.sha256(manifest).hexdigest() for manifest in manifests),
+        )
+
+    def changed_sources(self, before: TrainingDataDigests, now: TrainingDataDigests) -> list[str]:
+        """Return the places whose data has another digest now."""
+        pairs = zip(self.synthetic, before.synthetic, now.synthetic, strict=True)
+        places = [place for place, old, new in pairs if old != new]
+        if (before.real, before.val) != (now.real, now.val):
+            places.insert(0, self.real)
+        return places
+
+
+def select_samples(
+    folder: DatasetFolder, split: str, images: int | tuple[str, ...] | None
+) -> tuple[Sample, ...]:
+    """Return so many samples of a split, the first by name, or some by name; None for all.
+
+    Raises:
+        ConfigError: There are fewer, or there is none of that name.
+        DatasetError: The split cannot be read.
+    """
+    samples = folder.samples(split)
+    if images is None:
+        return samples
+    if isinstance(images, int):
+        if not 1 <= images <= len(samples):
+            raise ConfigError(f"images: got {images}, split {split!r} has {len(samples)}")
+        return samples[:images]
+    by_id = {sample.id: sample for sample in samples}
+    if absent := [name for name in images if name not in by_id]:
+        raise ConfigError(f"images: no {absent[0]!r} in split {split!r} of {folder.path}")
+    return tuple(by_id[name] for name in sorted(set(images)))

@@ -1,0 +1,1 @@
+"""What every trainer shares: loop, checkpoints, LoRA layers, task state and progress."""

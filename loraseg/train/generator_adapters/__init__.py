@@ -1,0 +1,1 @@
+"""Training of generator adapters: LoRA on a diffusion model with region attention."""

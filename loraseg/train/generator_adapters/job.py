@@ -1,0 +1,325 @@
+"""A generator adapter's work with its data and model at hand: what it is, and its end."""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Any, cast
+
+from loraseg import config as configuration
+from loraseg.adapters import load_adapter, to_peft_files
+from loraseg.adapters.attention_mix import (
+    ATTENTION_MIX_FILE,
+    AttentionMixMode,
+    encode_attention_mix,
+)
+from loraseg.adapters.exchange import KOHYA_FILE, to_diffusers_files, to_kohya_file
+from loraseg.backbones.device import best_device
+from loraseg.backbones.diffusion import DiffusionBase, load_diffusion
+from loraseg.data import Sample
+from loraseg.errors import ConfigError, StoreError
+from loraseg.fuse import Mix, fuse
+from loraseg.library import AdapterCard, BaseModelInfo, Library, TrainingSet
+from loraseg.revision import code_revision
+from loraseg.storage import open_store
+from loraseg.synth.conditioning import Conditioner
+from loraseg.synth.generator_adapter import GeneratorAdapter, check_base
+from loraseg.synth.sizes import size_multiple
+from loraseg.train.core.progress import ProgressCallback
+from loraseg.train.core.task import (
+    SharedResources,
+    TaskResult,
+    TrainingPlan,
+    TrainingRun,
+    open_samples,
+)
+from loraseg.train.generator_adapters.crops import CroppedImages
+from loraseg.train.generator_adapters.latents import TensorCache
+from loraseg.train.generator_adapters.recipes import GeneratorRecipe, SampleGridConfig
+from loraseg.train.generator_adapters.report import (
+    SampleGrid,
+    encoders_on_device,
+    render_generator_report,
+)
+from loraseg.train.generator_adapters.samples import CropConditions, DenoisingData, DrawConfig
+from loraseg.train.generator_adapters.targets import count_generator_parameters, generator_targets
+from loraseg.train.generator_adapters.task import ActiveAdapter, GeneratorAdapterTask
+from loraseg.train.generator_adapters.training import (
+    Callbacks,
+    TrainedGenerator,
+    base_model_loss,
+    train_generator,
+)
+from loraseg.train.segmenter_adapters.samples import fixed_threads
+
+__all__ = ["GeneratorAdapterJob"]
+
+logger = logging.getLogger(__name__)
+
+# Part of every task digest: raise it when the same task would give other bytes than before.
+GENERATOR_FORMAT = 1
+
+
+@dataclasses.dataclass(slots=True)
+class GeneratorAdapterJob:
+    """A task with its data and model at hand.
+
+    Attributes:
+        train_crops: Of the images trained on, and of those held out; None without a validation
+            split.
+        frozen_adapters: What acts meanwhile, with the digests and versions found.
+    """
+
+    task: GeneratorAdapterTask
+    training_run: TrainingRun
+    base: DiffusionBase
+    conditioner: Conditioner
+    train_crops: CroppedImages
+    val_crops: CroppedImages | None
+    frozen_adapters: tuple["_FrozenAdapter", ...]
+
+    @classmethod
+    def prepare(cls, task: GeneratorAdapterTask) -> "GeneratorAdapterJob":
+        """Look at the data and load the model.
+
+        Raises:
+            ConfigError: The recipe does not fit the model.
+            DatasetError: The data cannot be used.
+            IntegrityError: Weights or an active adapter are damaged.
+            AdapterNotFoundError: The library lacks an active adapter.
+            StoreError: The library or a layer report cannot be read.
+        """
+        recipe = task.recipe
+        dataset, samples = open_samples(task, SharedResources())
+        base = load_diffusion(task.base)
+        _check_size(base, recipe)
+        active = tuple(_FrozenAdapter.load(task.library, one, base) for one in task.active)
+        training_digest = dataset.digest(samples)
+        digest = configuration.digest(
+            _GeneratorTaskKey(
+                format=GENERATOR_FORMAT,
+                name=task.name,
+                seed=task.seed,
+                data_order=task.data_order,
+                recipe=_canonical_recipe(recipe, generator_targets(base.unet, recipe)),
+                training_digest=training_digest,
+                base_digest=base.digest,
+                active=tuple((one.adapter.adapter.digest, one.adapter.weight) for one in active),
+            )
+        )
+        steps, batch_size = recipe.loop.steps, recipe.batch_size
+        unit = TrainingRun(task, dataset, samples, training_digest, digest, steps, batch_size)
+        held_out: Sequence[Sample] = unit.validation_samples()
+
+        def views(of: Sequence[Sample]) -> CroppedImages:
+            return CroppedImages(dataset, of, recipe.view, seed=task.seed, keys=unit.stream_keys)
+
+        return cls(
+            task=task,
+            training_run=unit,
+            base=base,
+            conditioner=Conditioner(base.tokenizers, dataset.label_space, recipe.conditioning),
+            train_crops=views(samples),
+            val_crops=views(held_out) if held_out else None,
+            frozen_adapters=active,
+        )
+
+    def plan(self) -> TrainingPlan:
+        """Say what :meth:`run` would do.
+
+        Raises:
+            DatasetError: A file is broken, or a mask cannot be made into a prompt.
+        """
+        self._load_conditions()
+        return self.training_run.plan(
+            sum(count_generator_parameters(self.base.unet, self.task.recipe))
+        )
+
+    def run(self, on_progress: ProgressCallback) -> TaskResult:
+        """Train, score and publish, or find that this has been done.
+
+        Raises:
+            DatasetError: A file is broken, or a mask cannot be made into a prompt.
+            StageError: The loss is not finite.
+            StoreError: A store cannot be reached.
+        """
+        done = self.training_run.find_published()
+        if done is not None:
+            return done
+        self.training_run.set_progress_callback(on_progress)
+        train, held = self._load_conditions()
+        self.base.to(best_device())
+        self.training_run.set_phase("encode")
+        with encoders_on_device(self.base), fixed_threads(self.task.recipe.threads):
+            draws = self.task.recipe.draws
+            data = {"train_loss": self._prepare_data(self.train_crops, train, draws)}
+            if self.val_crops is not None and held is not None:
+                unflipped = dataclasses.replace(draws, flip=0.0)
+                data["val_loss"] = self._prepare_data(self.val_crops, held, unflipped)
+        self.training_run.progress.restart_throughput()
+        trained = train_generator(
+            self.base, data["train_loss"], self.task.recipe, self._callbacks(data)
+        )
+        self.training_run.set_phase("evaluate")
+        metrics = dict(trained.losses)
+        if "val_loss" in data:
+            metrics["val_loss_base"] = base_model_loss(
+                self.base, data["val_loss"], self.task.recipe
+            )
+        card = self.build_card(metrics)
+        self._write_report(card)
+        loop = trained.loop
+        return self.training_run.publish(
+            self.build_files(trained), card, loop.resumed_from_step if loop else 0
+        )
+
+    def build_files(self, trained: TrainedGenerator) -> dict[str, bytes]:
+        """Return peft's files, the fusion layers, and the forms that other programs read."""
+        name = self.base.name.rstrip("/").rpartition("/")[2]
+        files = to_peft_files(trained.pairs, base_name=name, base_digest=self.base.digest)
+        if trained.alphas:
+            mode = cast(AttentionMixMode, self.task.recipe.fusion.mode)
+            files[ATTENTION_MIX_FILE] = encode_attention_mix(trained.alphas, mode)
+        return {
+            **files,
+            **to_diffusers_files(trained.pairs),
+            KOHYA_FILE: to_kohya_file(trained.pairs),
+        }
+
+    def build_card(self, metrics: dict[str, float]) -> AdapterCard:
+        """Return what the library is told about the adapter."""
+        task, unit = self.task, self.training_run
+        recipe: dict[str, Any] = {
+            **configuration.to_dict(task.recipe),
+            "seed": task.seed,
+            "task_digest": unit.digest,
+            "active": [one.as_json() for one in self.frozen_adapters],
+            "active_adapters": [one.adapter.adapter.digest for one in self.frozen_adapters],
+        }
+        return AdapterCard(
+            name=task.name,
+            role="generator",
+            base=BaseModelInfo(self.base.name.rstrip("/").rpartition("/")[2], self.base.digest),
+            label_space=unit.dataset.label_space.names,
+            recipe=recipe,
+            training=TrainingSet(unit.training_digest, len(unit.samples)),
+            metrics=metrics,
+            code_revision=code_revision(),
+            parents=tuple(one.adapter.adapter.digest for one in self.frozen_adapters),
+        )
+
+    def _load_conditions(self) -> tuple[CropConditions, CropConditions | None]:
+        """Look at all masks, so that bad ones show before long work starts."""
+        held = self.val_crops and CropConditions(self.val_crops, self.conditioner)
+        return CropConditions(self.train_crops, self.conditioner), held
+
+    def _prepare_data(
+        self, views: CroppedImages, conditions: CropConditions, draws: DrawConfig
+    ) -> DenoisingData:
+        cache = TensorCache(open_store(self.task.cache_uri))
+        return DenoisingData.prepare(self.base, views, conditions, draws, cache)
+
+    def _callbacks(self, data: dict[str, DenoisingData]) -> Callbacks:
+        slot = self.training_run.checkpoint_store()
+        grid = self._sample_grid()
+        adapters = [one.adapter for one in self.frozen_adapters]
+        mix: Mix | None = None
+        if adapters:
+            mix = fuse([one.adapter for one in adapters], [one.weight for one in adapters])
+        return Callbacks(
+            checkpoints=slot,
+            on_step=self.training_run.progress,
+            frozen_adapters=mix,
+            on_sample_grid=lambda step, kept: slot.save_image(step, grid.render(kept)),
+            score_data=data,
+        )
+
+    def _sample_grid(self) -> SampleGrid:
+        views, config = self.val_crops or self.train_crops, self.task.recipe.grid
+        # Of an image that is cut into crops the first: a row for each mask of the split.
+        first = {view.sample.id: view for view in reversed(views.crops)}
+        names = list(dict.fromkeys(view.sample.id for view in views.crops))[: config.masks]
+        shown = [(name, *views.load(first[name])) for name in names]
+        return SampleGrid(
+            base=self.base,
+            conditioner=self.conditioner,
+            recipe=self.task.recipe,
+            examples=shown,
+            frozen_adapters=[one.adapter for one in self.frozen_adapters],
+            seed=self.task.seed,
+        )
+
+    def _write_report(self, card: AdapterCard) -> None:
+        """Write the report; the adapter is worth more, so a store that fails is only logged."""
+        key = f"{self.task.name}.html"
+        try:
+            page = render_generator_report(card, self.training_run.checkpoint_store().load_images())
+            open_store(self.task.report_uri).put(key, page.encode())
+            logger.info("%s: report in %s/%s", self.task.name, self.task.report_uri, key)
+        except StoreError as error:
+            logger.warning("%s: report not written: %s", self.task.name, error)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _FrozenAdapter:
+    """An adapter that acts while another is trained."""
+
+    adapter: GeneratorAdapter
+    version: int
+
+    @classmethod
+    def load(cls, library: str, spec: ActiveAdapter, base: DiffusionBase) -> "_FrozenAdapter":
+        shelf = Library(open_store(library))
+        entry = shelf.entry(spec.name, spec.version)
+        files, card = shelf.load_entry(entry)
+        if card.role != "generator" or ATTENTION_MIX_FILE in files:
+            reason = (
+                f"is a {card.role}'s"
+                if card.role != "generator"
+                else "has fusion layers of its own"
+            )
+            raise ConfigError(
+                f"active: {spec.name} version {entry.version} {reason}; expected a generator's "
+                "adapter of pairs only"
+            )
+        adapter = load_adapter(files, name=spec.name)
+        found = GeneratorAdapter.from_adapter(adapter, weight=spec.weight)
+        check_base([found], base.name, base.digest)
+        return cls(found, entry.version)
+
+    def as_json(self) -> dict[str, Any]:
+        adapter = self.adapter.adapter
+        return {
+            "name": adapter.name,
+            "version": self.version,
+            "digest": adapter.digest,
+            "weight": self.adapter.weight,
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _GeneratorTaskKey:
+    """What decides the published bytes: not where things lie, nor what is shown or saved."""
+
+    format: int
+    name: str
+    seed: int
+    data_order: str
+    recipe: GeneratorRecipe
+    training_digest: str
+    base_digest: str
+    active: tuple[tuple[str, float], ...]
+
+
+def _canonical_recipe(recipe: GeneratorRecipe, names: tuple[str, ...]) -> GeneratorRecipe:
+    loop = dataclasses.replace(recipe.loop, checkpoint_every=1)
+    grid = SampleGridConfig()
+    return dataclasses.replace(recipe, loop=loop, grid=grid, targets=names, top=None, share=None)
+
+
+def _check_size(base: DiffusionBase, recipe: GeneratorRecipe) -> None:
+    step = size_multiple(base)
+    if any(side % step for side in recipe.view.size):
+        raise ConfigError(
+            f"view.size: got {recipe.view.size}, expected multiples of {step} for base "
+            f"{base.name!r}"
+        )

@@ -1,0 +1,190 @@
+"""How a generator's adapter is trained: one config, and a function for each published recipe."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from loraseg.errors import ConfigError
+from loraseg.synth.conditioning import ConditioningConfig
+from loraseg.train.core.loop import AveragingLoopConfig
+from loraseg.train.generator_adapters.crops import ViewConfig
+from loraseg.train.generator_adapters.denoising import LossConfig
+from loraseg.train.generator_adapters.samples import DrawConfig
+from loraseg.train.segmenter_adapters.recipes import recipe_with_overrides
+
+__all__ = [
+    "GENERATOR_RECIPES",
+    "AttentionMixConfig",
+    "GeneratorRecipe",
+    "SampleGridConfig",
+    "matchmask",
+    "matchmask_miniature",
+    "named_generator_recipe",
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionMixConfig:
+    """The layers that mix plain with rectified attention (methods b.2).
+
+    Attributes:
+        mode: One share for each query "token", one for each sample ("pooled"), or "off": every
+            place looks at the words of its own class only.
+        initial_bias: Shares start at its sigmoid; -2 gives 0.12.
+    """
+
+    mode: Literal["token", "pooled", "off"] = "token"
+    initial_bias: float = -2.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SampleGridConfig:
+    """Pictures made in the course of training, for people; they change nothing about the result.
+
+    Attributes:
+        every: Steps between two grids; 0 makes none.
+        masks: Number of masks, the first ones of the validation split or else of the training's.
+        steps: Sampling steps of each picture, by DDIM.
+        guidance: Strength of classifier-free guidance.
+    """
+
+    every: int = 0
+    masks: int = 4
+    steps: int = 10
+    guidance: float = 2.0
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ConfigError: A value is out of range.
+        """
+        if self.every < 0 or self.masks < 1 or self.steps < 1:
+            raise ConfigError(
+                f"grid: every {self.every}, masks {self.masks}, steps {self.steps}: expected at "
+                "least 0, 1 and 1"
+            )
+        if not 1 <= self.guidance < float("inf"):
+            raise ConfigError(f"grid.guidance: got {self.guidance}, expected at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class GeneratorRecipe:
+    """Everything that decides what an adapter becomes, apart from base, data and seed.
+
+    Attributes:
+        name: Which recipe this is or was derived from; for people.
+        targets: The layers that are adapted: a rule of
+            :data:`loraseg.adapters.targets.unet.SELECTIONS`, the place of a layer report (a path or
+            URI), or a list of full names.
+        top: Take so many projections from the top of the report.
+        share: Take this share of all projections from the top of the report, in (0, 1].
+        rank: r of every pair.
+        alpha: Scale of the update is alpha / rank; None is the rank, scale 1.
+        learning_rate: One rate for all that trains, at its peak.
+        weight_decay: Of AdamW, on the pairs; fusion layers have none, which would draw their
+            shares to a half.
+        batch_size: Images per step.
+        accumulate: Parts that a step's images go through one after the other, to save memory; the
+            gradient is that of the whole up to rounding.
+        view: Size of the images.
+        draws: Flips, dropped captions and whether regions are used.
+        fusion: Fusion layers of the cross attention that holds an adapted projection.
+        loss: Weights of noise levels.
+        conditioning: Prompts from class names.
+        recompute: Gradient checkpointing: less memory for a third more time.
+        grid: Sample pictures.
+        loop: Steps, schedule, average, clipping and precision.
+        threads: CPU threads while training. The last bits of a result depend on it.
+    """
+
+    name: str
+    targets: str | tuple[str, ...] = "matchmask"
+    top: int | None = None
+    share: float | None = None
+    rank: int = 16
+    alpha: float | None = None
+    learning_rate: float = 4e-5
+    weight_decay: float = 1e-2
+    batch_size: int = 4
+    accumulate: int = 1
+    view: ViewConfig = dataclasses.field(default_factory=ViewConfig)
+    draws: DrawConfig = dataclasses.field(default_factory=DrawConfig)
+    fusion: AttentionMixConfig = dataclasses.field(default_factory=AttentionMixConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    conditioning: ConditioningConfig = dataclasses.field(default_factory=ConditioningConfig)
+    recompute: bool = False
+    grid: SampleGridConfig = dataclasses.field(default_factory=SampleGridConfig)
+    loop: AveragingLoopConfig
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ConfigError: A value is out of range.
+        """
+        for field in ("rank", "batch_size", "accumulate", "threads"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"{field}: got {getattr(self, field)}, expected at least 1")
+        if self.accumulate > self.batch_size:
+            raise ConfigError(
+                f"accumulate: got {self.accumulate}, expected at most batch_size {self.batch_size}"
+            )
+        if not 0 < self.learning_rate < float("inf"):
+            raise ConfigError(f"learning_rate: got {self.learning_rate}, expected above 0")
+        if self.alpha is not None and not 0 < self.alpha < float("inf"):
+            raise ConfigError(f"alpha: got {self.alpha}, expected above 0, or null for the rank")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise ConfigError(f"weight_decay: got {self.weight_decay}, expected at least 0")
+        if not self.targets:
+            raise ConfigError("targets: got nothing, expected a rule, a report or layer names")
+
+
+def matchmask() -> GeneratorRecipe:
+    """Return MatchMask's training on SD 1.4 as far as it is known (methods b.4).
+
+    706,560 values in pairs of rank 16 and 4,810 in fusion layers on SD 1.4. The rate is the printed
+    one, not times the batch.
+    """
+    return GeneratorRecipe(
+        name="matchmask",
+        loop=AveragingLoopConfig(
+            steps=100_000, clip_norm=1.0, schedule="constant", checkpoint_every=500
+        ),
+    )
+
+
+def matchmask_miniature() -> GeneratorRecipe:
+    """Return the recipe for the miniature generator: minutes on one CPU core."""
+    return GeneratorRecipe(
+        name="matchmask-miniature",
+        targets="cross",
+        learning_rate=2e-3,
+        batch_size=16,
+        view=ViewConfig(size=(64, 64)),
+        loop=AveragingLoopConfig(
+            steps=400, warmup_steps=20, clip_norm=1.0, schedule="cosine", checkpoint_every=50
+        ),
+    )
+
+
+GENERATOR_RECIPES: Mapping[str, Callable[[], GeneratorRecipe]] = {
+    "matchmask": matchmask,
+    "matchmask-miniature": matchmask_miniature,
+}
+
+
+def named_generator_recipe(name: str, *overrides: Mapping[str, Any]) -> GeneratorRecipe:
+    """Return a recipe by name with some fields changed.
+
+    Args:
+        name: A key of :data:`GENERATOR_RECIPES`.
+        overrides: Plain values by field, nested fields as nested mappings; a later one wins.
+
+    Raises:
+        ConfigError: There is no such recipe or field, or a value is out of range.
+    """
+    return recipe_with_overrides(
+        {key: make() for key, make in GENERATOR_RECIPES.items()}, name, overrides
+    )

@@ -1,0 +1,37 @@
+"""How good a base with or without an adapter is on labelled images."""
+
+from collections.abc import Sequence
+
+from loraseg.data import DatasetFolder, Sample
+from loraseg.errors import DatasetError
+from loraseg.fuse.mix import Mix
+from loraseg.inference.pipeline import label_map
+from loraseg.segment.metrics import ConfusionMatrix
+from loraseg.segment.open_vocabulary.base import SegmentationBase
+from loraseg.segment.open_vocabulary.predictor import Predictor
+
+__all__ = ["mean_iou"]
+
+_BATCH = 8
+
+
+def mean_iou(
+    base: SegmentationBase, dataset: DatasetFolder, samples: Sequence[Sample], mix: Mix | None
+) -> float:
+    """Return the mIoU in [0, 1] of plain prediction over all images together.
+
+    Raises:
+        DatasetError: An image is broken, or has no mask.
+        StageError: No pixel is labelled.
+    """
+    classes = dataset.label_space.names
+    predictor = Predictor(base)
+    counts = ConfusionMatrix(len(classes))
+    for start in range(0, len(samples), _BATCH):
+        loaded = [dataset.load(sample) for sample in samples[start : start + _BATCH]]
+        maps = predictor.predict([image for image, _ in loaded], classes, mix)
+        for sample, (_, mask), scores in zip(samples[start:], loaded, maps, strict=False):
+            if mask is None:
+                raise DatasetError(f"{sample.image}: has no mask to score against")
+            counts.add(mask, label_map(scores))
+    return counts.miou()

@@ -1,0 +1,78 @@
+"""A tiny data factory: pipeline, masks and segmenter as files, so that a run takes a second."""
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from loraseg.batch.synthesize.config import SynthesisConfig
+from loraseg.data import LabelSpace, write_classes, write_mask
+from loraseg.data.shards.reader import ShardDataset
+from loraseg.data.shards.schema import rows_digest
+from loraseg.segment.closed_set.unet import UNet, encode_unet
+from loraseg.synth.sampling import SamplingConfig
+from loraseg.synth.vote import FilterConfig
+from tests.unit.train.tiny_generator import write_pipeline
+
+CLASSES = ("road", "sky", "car", "sidewalk")
+STATUSES = ("ok", "dropped", "bad_mask", "duplicate")
+
+
+def mask(number, size=(32, 32)):
+    """Return a mask of blocks, some pixels ignored."""
+    random = np.random.default_rng(number)
+    blocks = random.integers(0, 2 + number % 3, (size[0] // 4, size[1] // 4)).astype(np.uint8)
+    made = np.kron(blocks, np.ones((4, 4), dtype=np.uint8))
+    made[:2, :3] = 255
+    return made
+
+
+def write_masks(folder, count, *, start=0):
+    """Write masks as a dataset folder without images."""
+    inside = folder / "masks" / "train"
+    inside.mkdir(parents=True, exist_ok=True)
+    for number in range(start, start + count):
+        write_mask(inside / f"{number:03d}.png", mask(number))
+    write_classes(folder / "classes.json", LabelSpace(CLASSES))
+    return folder
+
+
+def write_segmenter(path, seed=0):
+    torch.manual_seed(seed)
+    path.write_bytes(encode_unet(UNet(len(CLASSES), 8), CLASSES))
+    return path
+
+
+def write_inputs(folder, masks=5):
+    """Write pipeline, masks and segmenter below a folder, unless they are there."""
+    if not (folder / "pipeline").exists():
+        write_pipeline(folder / "pipeline")
+        write_segmenter(folder / "segmenter.safetensors")
+        write_masks(folder / "masks", masks)
+    return folder
+
+
+def settings(folder, output, **changes):
+    """Return a config of a run from what :func:`furnish` wrote; ``images`` and ``steps`` too."""
+    sampling = SamplingConfig(
+        images=changes.pop("images", 3), steps=changes.pop("steps", 2), scheduler="ddim"
+    )
+    usual = SynthesisConfig(
+        masks=str(folder / "masks"),
+        output=str(output),
+        base=str(folder / "pipeline"),
+        segmenter=str(folder / "segmenter.safetensors"),
+        sampling=sampling,
+        filter=FilterConfig(min_kept=0.0),
+        masks_per_shard=2,
+    )
+    return dataclasses.replace(usual, **changes)
+
+
+def all_rows(output):
+    """Return every committed row, refused ones too."""
+    return list(ShardDataset.open(str(output)).rows(statuses=STATUSES))
+
+
+def digest(output):
+    return rows_digest(all_rows(output))

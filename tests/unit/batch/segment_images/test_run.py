@@ -1,0 +1,299 @@
+"""The whole of it without Ray: same masks as one by one, killed anywhere, changed inputs."""
+
+import contextlib
+import io
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from loraseg.batch.segment_images import segment_images
+from loraseg.batch.segment_images.mask_names import key_id
+from loraseg.batch.segment_images.run import LocalSegmentationExecutor
+from loraseg.cli.entry import main as loraseg
+from loraseg.data.masks import read_mask
+from loraseg.errors import ConfigError
+from loraseg.library import Library
+from loraseg.library.records import blob_key, read_record
+from loraseg.storage import LocalStore, open_store
+from loraseg.train.segmenter_adapters.samples import fixed_threads
+from tests.tiny_image_batch import (
+    BAD,
+    bad_images,
+    good_images,
+    png,
+    put_all,
+    read_all,
+    write_inputs,
+)
+from tests.unit.tiny import CLASSES, DOMAINS, domain_images
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with fixed_threads(1):
+        yield
+
+
+@pytest.fixture
+def config(tmp_path):
+    put_all(str(tmp_path / "images"), {**good_images(), **bad_images()})
+    return write_inputs(tmp_path, tmp_path / "images", tmp_path / "out")
+
+
+def rows(uri):
+    """Rows by key, over all explanation files."""
+    found = [
+        row
+        for key, data in read_all(uri).items()
+        if key.endswith(".parquet")
+        for row in pq.read_table(io.BytesIO(data)).to_pylist()
+    ]
+    assert len({row["key"] for row in found}) == len(found)
+    return {row["key"]: row for row in found}
+
+
+def test_masks_and_explanations_are_those_of_the_command_line(config, tmp_path):
+    segment_images(config, LocalSegmentationExecutor())
+    found = rows(config.output)
+    for name in DOMAINS:
+        command = ["segment", *sorted(map(str, (tmp_path / "images" / name).glob("*.png")))]
+        command += ["--classes", ", ".join(CLASSES), "--library", config.library]
+        command += ["--base", config.base, "--encoder", config.encoder, "--top-k", "2"]
+        command += ["--temperature", "0.3", "--out", str(tmp_path / "cli" / name)]
+        assert loraseg(command) == 0
+    for key in good_images():
+        alone = tmp_path / "cli" / key
+        assert (tmp_path / "out" / "masks" / key).read_bytes() == alone.read_bytes()
+        why, row = json.loads(alone.with_suffix(".json").read_text()), found[key]
+        assert row["shares"] == list(why["shares"].values())
+        assert (row["mix"], row["base"]) == (why["mix"], why["base"])
+        assert row["adapters"] == [{**a, "version": str(a["version"])} for a in why["adapters"]]
+        assert len(row["adapters"]) == 2
+
+
+def test_every_object_has_a_row(config, tmp_path):
+    summary = segment_images(config, LocalSegmentationExecutor())
+    found = rows(config.output)
+    assert summary.new_images == len(found) == 16
+    assert summary.statuses == {"bad_image": 4, "ok": 12}
+    for key in good_images():
+        row = found[key]
+        mask = read_mask(tmp_path / "out" / row["mask"], classes=3)
+        assert (row["height"], row["width"]) == mask.shape
+        counts = np.bincount(mask.reshape(-1), minlength=3)
+        assert row["shares"] == pytest.approx(counts / mask.size, abs=1e-12)
+        assert (row["status"], row["generation"], row["classes"]) == ("ok", 4, list(CLASSES))
+        assert row["id"] == key_id(key)
+    for key, status in BAD.items():
+        assert found[key]["status"] == status
+        assert found[key]["mask"] is None
+        assert "0x" not in found[key]["error"]
+    assert "30000 x 30000 pixels" in found["huge.png"]["error"]
+
+
+def test_the_mask_is_an_indexed_png_with_the_class_colours(config, tmp_path):
+    segment_images(config, LocalSegmentationExecutor())
+    image = Image.open(tmp_path / "out" / "masks" / "day" / "0 é.png")
+    assert image.mode == "P"
+    colours = np.array(image.getpalette()).reshape(-1, 3)[: len(CLASSES)]
+    assert colours.tolist() == config.label_space().palette.tolist()
+
+
+def test_a_second_run_does_nothing(config, monkeypatch):
+    segment_images(config, LocalSegmentationExecutor())
+    before = read_all(config.output)
+    for write in ("put", "put_if_absent", "put_if_match", "delete"):
+        monkeypatch.setattr(LocalStore, write, _forbidden)
+    summary = segment_images(config, _UnusedExecutor())
+    assert summary.new_images == 0
+    assert read_all(config.output) == before
+
+
+def _forbidden(*_):
+    raise AssertionError("nothing is to be written")
+
+
+class _UnusedExecutor:
+    threads, device = 1, "cpu"
+
+    def resolve_models(self, config):
+        raise AssertionError("nothing is to be loaded")
+
+    def run(self, pinned, work):
+        raise AssertionError("nothing is to be done")
+
+
+class _SimulatedKill(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("fatal", [0, 6, 15])
+def test_killed_before_any_write_it_ends_in_the_same_bytes(config, tmp_path, monkeypatch, fatal):
+    segment_images(config, LocalSegmentationExecutor())
+    undisturbed = read_all(config.output)
+    writes = 0
+
+    def dying(method):
+        def write(self, *arguments):
+            nonlocal writes
+            writes += 1
+            if writes > fatal:
+                raise _SimulatedKill
+            return method(self, *arguments)
+
+        return write
+
+    again = replace(config, output=str(tmp_path / "again"))
+    with monkeypatch.context() as patch:
+        for name in ("put", "put_if_absent", "put_if_match"):
+            patch.setattr(LocalStore, name, dying(getattr(LocalStore, name)))
+        if fatal < 18:  # the state, 12 masks, 4 files and the manifest
+            with pytest.raises(_SimulatedKill):
+                segment_images(again, LocalSegmentationExecutor())
+            assert not (tmp_path / "again" / "manifest.json").exists()
+        else:
+            segment_images(again, LocalSegmentationExecutor())
+    segment_images(again, LocalSegmentationExecutor())
+    assert read_all(again.output) == undisturbed
+
+
+def test_new_images_are_added(config, tmp_path):
+    segment_images(config, LocalSegmentationExecutor())
+    before = read_all(config.output)
+    put_all(config.images, {"day/0 é.jpg": png(domain_images("fog", 1)[0], "JPEG")})
+    assert segment_images(config, LocalSegmentationExecutor()).new_images == 1
+    after = read_all(config.output)
+    manifest = before.pop("manifest.json")
+    assert before.items() <= after.items()
+    assert json.loads(manifest)["images"] == 16
+    assert json.loads(after["manifest.json"])["images"] == 17
+    # It comes before the PNG of that name, which has the mask already.
+    assert (
+        rows(config.output)["day/0 é.jpg"]["mask"] == f"masks/day/0 é~{key_id('day/0 é.jpg')}.png"
+    )
+
+
+def test_a_replaced_image_is_done_anew(config, tmp_path):
+    segment_images(config, LocalSegmentationExecutor())
+    replaced = {"day/1 é.png": png(domain_images("night", 2)[1][:, :16])}
+    store = put_all(config.images, replaced)
+    assert (
+        1
+        <= segment_images(config, LocalSegmentationExecutor()).new_images
+        <= config.images_per_file
+    )
+    assert rows(config.output)["day/1 é.png"]["width"] == 16
+    fresh = replace(config, output=str(tmp_path / "fresh"))
+    segment_images(fresh, LocalSegmentationExecutor())
+    assert masks(fresh) == masks(config)
+    assert rows(fresh.output) == rows(config.output)
+    assert store.exists("day/1 é.png")
+
+
+@pytest.mark.parametrize("fatal", [0, 2, 5])
+def test_killed_while_it_takes_back_what_was_replaced(config, tmp_path, monkeypatch, fatal):
+    segment_images(config, LocalSegmentationExecutor())
+    put_all(config.images, {"day/1 é.png": png(domain_images("night", 2)[1][:, :16])})
+    deletes = 0
+
+    def delete(self, key, whole=LocalStore.delete):
+        nonlocal deletes
+        deletes += 1
+        if deletes > fatal:
+            raise _SimulatedKill
+        whole(self, key)
+
+    with monkeypatch.context() as patch, contextlib.suppress(_SimulatedKill):
+        patch.setattr(LocalStore, "delete", delete)
+        segment_images(config, LocalSegmentationExecutor())
+    segment_images(config, LocalSegmentationExecutor())
+    fresh = replace(config, output=str(tmp_path / "fresh"))
+    segment_images(fresh, LocalSegmentationExecutor())
+    assert masks(fresh) == masks(config)
+    assert rows(fresh.output) == rows(config.output)
+
+
+def masks(config):
+    return {key: data for key, data in read_all(config.output).items() if "masks" in key}
+
+
+def test_results_outlive_their_images(config, tmp_path):
+    segment_images(config, LocalSegmentationExecutor())
+    before = read_all(config.output)
+    shutil.rmtree(tmp_path / "images" / "day")
+    assert segment_images(config, LocalSegmentationExecutor()).new_images == 0
+    assert read_all(config.output) == before
+
+
+def test_other_settings_are_refused(config):
+    segment_images(config, LocalSegmentationExecutor())
+    for change, message in (
+        ({"classes": ("road", "car")}, r'classes was \["road", "car", "sky"\] and is'),
+        ({"k": 1}, "k was 2 and is 1"),
+        ({"temperature": 0.4}, "temperature was 0.3 and is 0.4"),
+        ({"generation": 3}, "generation was 4 and is 3"),
+        ({"mode": "uniform"}, 'mode was "fused" and is "uniform"'),
+        ({"images_per_file": 5}, "images_per_file was 4 and is 5"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            segment_images(replace(config, **change), LocalSegmentationExecutor())
+
+
+def test_other_threads_are_refused(config):
+    segment_images(config, LocalSegmentationExecutor())
+    with pytest.raises(ConfigError, match="threads was 1 and is 2"):
+        segment_images(config, LocalSegmentationExecutor(2))
+
+
+def test_another_base_under_the_same_name_is_refused(config, tmp_path):
+    segment_images(config, LocalSegmentationExecutor())
+    put_all(config.images, good_images(["day"], 4))
+    data = bytearray((tmp_path / "base.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "base.safetensors").write_bytes(data)
+    with pytest.raises(ConfigError, match="was begun with base"):
+        segment_images(config, LocalSegmentationExecutor())
+
+
+def test_the_generation_of_the_first_run_is_kept(config):
+    segment_images(config, LocalSegmentationExecutor())
+    put_all(config.images, good_images(["day"], 4))
+    library = Library(open_store(config.library))
+    files, card = library.load("night")
+    library.publish("day", files, replace(card, name="day"))
+    assert library.generation() == 5
+    assert segment_images(config, LocalSegmentationExecutor()).generation == 4
+    assert rows(config.output)["day/3 é.png"]["generation"] == 4
+    with pytest.raises(ConfigError, match="generation was 4 and is 5"):
+        segment_images(replace(config, generation=5), LocalSegmentationExecutor())
+
+
+def test_what_a_damaged_adapter_costs_is_tried_again(config, tmp_path, monkeypatch):
+    whole = replace(config, output=str(tmp_path / "whole"))
+    segment_images(whole, LocalSegmentationExecutor())
+    monkeypatch.setenv("LORASEG_CACHE", str(tmp_path / "another cache"))
+    store = open_store(config.library)
+    used = [part["name"] for row in rows(whole.output).values() for part in row["adapters"] or ()]
+    rare = min(sorted(set(used)), key=used.count)
+    record = read_record(store, Library(store).entry(rare))
+    weights = record.files["adapter_model.safetensors"].sha256
+    blob = tmp_path / "library" / blob_key(weights)
+    kept = blob.read_bytes()
+    blob.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    first = segment_images(config, LocalSegmentationExecutor())
+    assert first.statuses["failed"] > 0
+    assert first.statuses["ok"] > 0
+    failed = [row for row in rows(config.output).values() if row["status"] == "failed"]
+    assert "is damaged" in failed[0]["error"]
+    blob.write_bytes(kept)
+    assert segment_images(config, LocalSegmentationExecutor()).statuses == {
+        "bad_image": 4,
+        "ok": 12,
+    }
+    assert masks(config) == masks(whole)
+    assert rows(config.output) == rows(whole.output)

@@ -1,0 +1,219 @@
+import random
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from loraseg.batch.synthesize.mask_sources import MaskRef, MaskSource
+from loraseg.batch.synthesize.plan import (
+    PlanHistory,
+    ScannedMask,
+    decode_plan,
+    encode_plan,
+    plan_units,
+    scan_masks,
+)
+from loraseg.data.masks import encode_mask
+from loraseg.errors import ConfigError, DatasetError, IntegrityError
+from loraseg.synth.lineage import mask_digest
+from tests.tiny_synthesis import CLASSES, mask, write_masks
+
+
+def scanned_masks(count, *, start=0):
+    return [
+        ScannedMask(MaskRef(f"{n}.png", f"masks/{n}.png"), f"{n * 7919 % 1000:064x}")
+        for n in range(start, start + count)
+    ]
+
+
+def history_with(*plans):
+    done = PlanHistory()
+    for plan in plans:
+        decode_plan(encode_plan(plan), "t", done)
+    return done
+
+
+def test_parts_do_not_depend_on_the_order_of_the_masks():
+    first = list(plan_units(scanned_masks(11), 3, 4, PlanHistory()))
+    shuffled = random.Random(0).sample(scanned_masks(11), 11)
+    assert [part.id for part in plan_units(shuffled, 3, 4, PlanHistory())] == [
+        part.id for part in first
+    ]
+    assert [len(part.masks) for part in first] == [4, 4, 3]
+    assert len({part.id for part in first}) == 3
+
+
+def test_what_a_plan_says_is_not_planned_again():
+    first = list(plan_units(scanned_masks(10), 3, 4, PlanHistory()))
+    done = history_with(first)
+    assert list(plan_units(scanned_masks(10), 3, 4, done)) == []
+    more = list(plan_units(scanned_masks(12), 5, 4, done))
+    fresh = [part for part in more if part.first_image == 0]
+    longer = [part for part in more if part.first_image]
+    assert [len(part.masks) for part in fresh] == [2]
+    assert sorted(len(part.masks) for part in longer) == [2, 4, 4]
+    assert {(part.first_image, part.last_image) for part in longer} == {(3, 4)}
+    # Each reads one older shard.
+    assert {part.earlier_shards for part in longer} == {
+        (f"shards/{part.id}.parquet",) for part in first
+    }
+    again = history_with(first, more)
+    assert list(plan_units(scanned_masks(12), 5, 4, again)) == []
+    [last] = plan_units(scanned_masks(12)[:1], 6, 4, again)
+    assert (last.first_image, len(last.earlier_shards)) == (5, 2)
+
+
+def test_a_mask_that_cannot_be_read_is_told_once():
+    bad = ScannedMask(MaskRef("bad.png", "bad.png"), None, "broken")
+    first = list(plan_units([*scanned_masks(1), bad], 3, 4, PlanHistory()))
+    assert list(plan_units([*scanned_masks(1), bad], 3, 4, history_with(first))) == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "columns", "text"])
+def test_a_damaged_plan_is_refused(damage):
+    data = encode_plan(plan_units(scanned_masks(3), 3, 4, PlanHistory()))
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"part": [1]}), sink)
+    data = {"cut": data[:-9], "columns": sink.getvalue().to_pybytes(), "text": b"hello"}[damage]
+    with pytest.raises(IntegrityError, match="where"):
+        decode_plan(data, "where", PlanHistory())
+
+
+def test_a_survey_finds_twins_and_broken_masks(tmp_path):
+    folder = write_masks(tmp_path / "m", 3)
+    inside = folder / "masks" / "train"
+    (inside / "twin.png").write_bytes(encode_mask(mask(1)))
+    (inside / "bad.png").write_bytes(b"")
+    source = MaskSource(str(folder), (), "train")
+    found = scan_masks(source, source.list_masks(), PlanHistory(), classes=4, size=None)
+    assert [one.ref.name for one in found] == [
+        "000.png",
+        "001.png",
+        "002.png",
+        "bad.png",
+        "twin.png",
+    ]
+    assert [one.reason is None for one in found] == [True, True, True, False, False]
+    assert found[4].mask_id == found[1].mask_id
+    # At another size they are other masks.
+    small = scan_masks(source, source.list_masks(), PlanHistory(), classes=4, size=(16, 16))
+    assert small[0].mask_id != found[0].mask_id
+
+
+def test_masks_lie_in_folders_lists_or_parquet(tmp_path):
+    space = {"classes": CLASSES, "split": "val"}
+    listed = write_masks(tmp_path / "listed", 3)
+    for path in (listed / "masks" / "train").iterdir():
+        path.rename(listed / "masks" / path.name)
+    (listed / "val.txt").write_text("001\n000\n")
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    table = {"mask": [], "name": ["a", "b"]}
+    for number in range(2):
+        (plain / f"{number}.png").write_bytes(encode_mask(mask(number)))
+        table["mask"].append({"bytes": encode_mask(mask(number)), "path": None})
+    (tmp_path / "parquet").mkdir()
+    pq.write_table(pa.table(table), tmp_path / "parquet" / "masks.parquet")
+    expected = {
+        "listed": ["000.png", "001.png"],
+        "plain": ["0.png", "1.png"],
+        "parquet": ["a", "b"],
+    }
+    for kind, names in expected.items():
+        source = MaskSource(str(tmp_path / kind), **space)
+        found = source.list_masks()
+        assert [one.name for one in found] == names
+        for number, one in enumerate(found):
+            assert np.array_equal(source.read(one, classes=4), mask(number)), kind
+
+
+def test_a_source_without_masks_or_classes_says_so(tmp_path):
+    with pytest.raises(DatasetError, match=r"no masks; expected masks/train/\*\.png"):
+        MaskSource(str(tmp_path), CLASSES, "train").list_masks()
+    with pytest.raises(ConfigError, match=r"no classes\.json"):
+        MaskSource(str(tmp_path), (), "train").label_space()
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(DatasetError, match=r"a\.parquet: not a Parquet file"):
+        MaskSource(str(tmp_path), CLASSES, "train").list_masks()
+    write_masks(tmp_path, 1)
+    source = MaskSource(str(tmp_path), CLASSES, "train")
+    [one] = source.list_masks()
+    (tmp_path / one.file).unlink()
+    with pytest.raises(DatasetError, match="has gone"):
+        source.read(one, classes=4)
+
+
+def test_each_mask_comes_from_its_own_file(tmp_path):
+    for number in range(24):
+        table = pa.table({"mask": [encode_mask(mask(number))], "name": [f"{number:02d}"]})
+        pq.write_table(table, tmp_path / f"{number:02d}.parquet")
+    source = MaskSource(str(tmp_path), CLASSES, "train")
+    found = scan_masks(source, source.list_masks(), PlanHistory(), classes=4, size=None)
+    assert [one.mask_id for one in found] == [mask_digest(mask(n)) for n in range(24)]
+
+
+def test_masks_of_one_name_are_told_apart(tmp_path):
+    numbers, names = [0, 0, 1, 1, 2], ["x", "x", "x", None, None]
+    table = {
+        "mask": [*(encode_mask(mask(n)) for n in numbers), b"", b""],
+        "name": [*names, "x", "x"],
+    }
+    pq.write_table(pa.table(table), tmp_path / "m.parquet")
+    source = MaskSource(str(tmp_path), CLASSES, "train")
+    found = scan_masks(source, source.list_masks(), PlanHistory(), classes=4, size=None)
+    by_row = sorted(found, key=lambda one: one.ref.row)
+    assert [one.ref.name for one in by_row] == [
+        "x",
+        "x",
+        "x",
+        "m.parquet#3",
+        "m.parquet#4",
+        "x",
+        "x",
+    ]
+    twins = "the same ids as 'x' (m.parquet, row 0)", "the same ids as 'x'"
+    # In code point order of their names, "m.parquet#3" is before "x".
+    assert [one.reason for one in by_row[:2]] == [None, twins[0]]
+    assert [one.reason for one in by_row[2:5]] == ["the same ids as 'm.parquet#3'", None, None]
+    assert {one.reason for one in by_row[5:]} == {"mask 'x': not a complete PNG or JPEG image"}
+    work = list(plan_units(found, 3, 1, PlanHistory()))
+    assert len({part.id for part in work}) == len(work) == 7
+    assert list(plan_units(found, 3, 1, history_with(work))) == []
+    # Nor has a part of the refused ones to be made when the others get more images.
+    assert len(list(plan_units(found, 4, 1, history_with(work)))) == 3
+
+
+def test_a_name_that_is_no_text_is_told_once():
+    bad = [
+        ScannedMask(MaskRef(name, name), None, "broken") for name in ("a\udcff.png", "a\\udcff.png")
+    ]
+    first = list(plan_units(bad, 3, 4, PlanHistory()))
+    assert list(plan_units(bad, 3, 4, history_with(first))) == []
+    assert len(history_with(first).rejected) == 2
+
+
+def test_a_copy_that_sorts_before_a_finished_mask_is_the_duplicate(tmp_path):
+    inside = write_masks(tmp_path, 2) / "masks" / "train"
+    source = MaskSource(str(tmp_path), (), "train")
+    how = {"classes": 4, "size": None}
+    first = list(
+        plan_units(
+            scan_masks(source, source.list_masks(), PlanHistory(), **how), 3, 4, PlanHistory()
+        )
+    )
+    (inside / "00.png").write_bytes(encode_mask(mask(0)))
+    done = history_with(first)
+    found = scan_masks(source, source.list_masks(), done, **how)
+    [added] = plan_units(found, 3, 4, done)
+    assert [(one.ref.name, one.reason) for one in added.masks] == [
+        ("00.png", "the same ids as '000.png'")
+    ]
+    again = history_with(first, [added])
+    assert list(plan_units(found, 3, 4, again)) == []
+    # Where the finished one has gone, the copy stands for it.
+    (inside / "000.png").unlink()
+    found = scan_masks(source, source.list_masks(), again, **how)
+    assert [one.reason for one in found] == [None, None]
+    assert list(plan_units(found, 3, 4, again)) == []
+    assert [len(part.masks) for part in plan_units(found, 4, 4, again)] == [2]

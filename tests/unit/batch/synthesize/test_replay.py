@@ -1,0 +1,77 @@
+import json
+import math
+
+import pytest
+import torch
+
+from loraseg.batch.synthesize.replay import Replayer
+from loraseg.batch.synthesize.run import LocalSynthesisExecutor, synthesize
+from loraseg.batch.synthesize.state import read_run_state
+from loraseg.data.shards.reader import ShardDataset
+from loraseg.errors import ConfigError, DatasetError, IntegrityError
+from loraseg.storage import open_store
+from tests.tiny_synthesis import all_rows, settings, write_inputs
+from tests.unit.train.tiny_generator import write_pipeline
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    shop = write_inputs(tmp_path_factory.mktemp("shop"), masks=2)
+    synthesize(settings(shop, shop / "out"), LocalSynthesisExecutor())
+    synthesize(settings(shop, shop / "out", images=5, append=True), LocalSynthesisExecutor())
+    torch.set_num_threads(threads)
+    return shop
+
+
+def test_every_image_comes_back_bit_by_bit(made):
+    replay = Replayer(ShardDataset.open(str(made / "out")))
+    threads = torch.get_num_threads()
+    rows = all_rows(made / "out")
+    assert {row.k for row in rows} == set(range(5))
+    for row in rows:
+        found = replay(row.pair_id[:20])
+        assert found.differing_pixels == 0
+        assert found.row.pair_id == row.pair_id
+    assert torch.get_num_threads() == threads
+
+
+def test_a_base_that_changed_is_refused(made, tmp_path):
+    write_inputs(tmp_path, masks=1)
+    synthesize(
+        settings(tmp_path, tmp_path / "out"), LocalSynthesisExecutor(torch.get_num_threads())
+    )
+    write_pipeline(tmp_path / "pipeline")
+    config = tmp_path / "pipeline" / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace("0.012", "0.013"))
+    pair_id = all_rows(tmp_path / "out")[0].pair_id
+    with pytest.raises(ConfigError, match="begun with generator"):
+        Replayer(ShardDataset.open(str(tmp_path / "out")))(pair_id)
+
+
+def test_an_unknown_pair_is_named(made):
+    with pytest.raises(DatasetError, match="f00"):
+        Replayer(ShardDataset.open(str(made / "out")))("f00" * 21 + "a")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"classes": [1]},
+        {"classes": 5},
+        {"facts": []},
+        {"settings": [1]},
+        {"threads": math.inf},
+        {"threads": 0},
+        {"threads": 10**9},
+        "[" * 100_000,
+        "null",
+    ],
+)
+def test_a_damaged_beginning_is_refused(changes, made, tmp_path):
+    known = json.loads((made / "out" / "dataset.json").read_text())
+    text = changes if isinstance(changes, str) else json.dumps({**known, **changes})
+    (tmp_path / "dataset.json").write_text(text)
+    with pytest.raises(IntegrityError, match=r"dataset\.json: damaged"):
+        read_run_state(open_store(str(tmp_path)))

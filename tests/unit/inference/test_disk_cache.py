@@ -1,0 +1,270 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from loraseg.adapters.adapter import Adapter, LoraPair
+from loraseg.adapters.packed import pack
+from loraseg.errors import IntegrityError, StoreError
+from loraseg.inference.disk_cache import AdapterDiskCache
+from loraseg.inference.file_lock import locked
+
+
+def make(number, size=64):
+    pairs = {"a": LoraPair(torch.full((1, size), number + 1.0), torch.ones(size, 1), 1.0)}
+    return pack(Adapter(name=str(number), pairs=pairs, digest=f"{number:064x}"))
+
+
+def test_gives_back_what_was_put_to_any_process(tmp_path):
+    folder = AdapterDiskCache(tmp_path / "packed")
+    assert folder.get(make(1).digest) is None
+    folder.put(make(1))
+    again = AdapterDiskCache(tmp_path / "packed").get(make(1).digest)
+    assert torch.equal(again.blocks[64, 64].down, make(1).blocks[64, 64].down)
+
+
+def test_the_longest_unused_go_first(tmp_path):
+    one = AdapterDiskCache(tmp_path / "size")
+    one.put(make(0))
+    size = next((tmp_path / "size").iterdir()).stat().st_size
+    folder = AdapterDiskCache(tmp_path / "packed", limit_bytes=3 * size)
+    kept = [folder.put(make(number)) for number in range(3)]
+    for age, number in enumerate((1, 2, 0)):
+        os.utime(tmp_path / "packed" / f"{number:064x}.safetensors", (age, age))
+    folder.put(make(3))
+    there = [number for number in range(4) if folder.get(f"{number:064x}")]
+    assert there == [0, 3]  # down to nine tenths of the limit
+    assert torch.equal(kept[1].blocks[64, 64].down, make(1).blocks[64, 64].down)
+
+
+def test_a_damaged_or_exchanged_file_counts_as_missing(tmp_path, caplog):
+    folder = AdapterDiskCache(tmp_path)
+    folder.put(make(1))
+    path = tmp_path / f"{1:064x}.safetensors"
+    path.rename(tmp_path / f"{2:064x}.safetensors")
+    assert folder.get(f"{2:064x}") is None
+    assert "holds adapter" in caplog.text
+    path.write_bytes(b"nonsense")
+    assert folder.get(f"{1:064x}") is None
+    assert "not usable" in caplog.text
+
+
+def test_a_disk_that_cannot_be_written_costs_only_time(tmp_path, caplog):
+    (tmp_path / "packed").write_text("a file where the folder should be")
+    packed = AdapterDiskCache(tmp_path / "packed").put(make(1))
+    assert packed.digest == f"{1:064x}"
+    assert "not kept" in caplog.text
+
+
+@pytest.mark.parametrize("digest", ["../../etc/passwd", "", "A" * 64, "a" * 63, "a" * 64 + "\n"])
+def test_only_digests_name_files(tmp_path, digest):
+    with pytest.raises(IntegrityError, match="64 hex digits"):
+        AdapterDiskCache(tmp_path).get(digest)
+
+
+def test_what_killed_writers_left_goes_with_time(tmp_path):
+    folder = AdapterDiskCache(tmp_path)
+    old, new = (tmp_path / f".{2:064x}.safetensors.{end}" for end in ("old", "new"))
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    folder.put(make(1))
+    assert (old.exists(), new.exists()) == (False, True)
+
+
+def test_a_folder_that_cannot_be_written_still_serves(tmp_path, monkeypatch):
+    folder = AdapterDiskCache(tmp_path)
+    folder.put(make(1))
+
+    def refuse(*_):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert folder.get(make(1).digest) is not None
+
+
+TIMEOUT_S = 60
+DIGEST = f"{1:064x}"
+# Says when it has begun to make the adapter, and makes it when its standard input is closed.
+FETCH = """
+import sys
+from pathlib import Path
+from loraseg.inference.disk_cache import AdapterDiskCache
+from tests.unit.inference.test_disk_cache import make
+
+def slowly():
+    print("making", flush=True)
+    sys.stdin.read()
+    return make(1)
+
+packed = AdapterDiskCache(Path(sys.argv[1])).fetch(make(1).digest, slowly)
+print("fetched", packed.digest, flush=True)
+"""
+
+
+def refuse_to_make():
+    raise AssertionError("it is there already")
+
+
+@pytest.fixture
+def other_process(tmp_path):
+    """Another process that is just making adapter 1."""
+    with subprocess.Popen(
+        [sys.executable, "-c", FETCH, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[3],
+    ) as process:
+        assert process.stdout.readline() == "making\n"
+        yield process
+        process.kill()
+
+
+def files(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_is_fetched_is_made_once_and_then_mapped(tmp_path):
+    folder = AdapterDiskCache(tmp_path / "packed")
+    made = folder.get_or_create(DIGEST, lambda: make(1))
+    again = AdapterDiskCache(tmp_path / "packed").get_or_create(DIGEST, refuse_to_make)
+    for packed in (made, again):
+        assert packed.digest == DIGEST
+        assert torch.equal(packed.blocks[64, 64].down, make(1).blocks[64, 64].down)
+    assert files(tmp_path / "packed") == [f"{DIGEST}.safetensors"]
+
+
+def test_threads_that_want_one_adapter_make_it_once(tmp_path):
+    started, made = threading.Barrier(8, timeout=TIMEOUT_S), []
+
+    def slowly():
+        made.append(1)
+        threading.Event().wait(0.1)
+        return make(1)
+
+    def fetch(_):
+        folder = AdapterDiskCache(tmp_path)
+        started.wait()
+        return folder.get_or_create(DIGEST, slowly).digest
+
+    with ThreadPoolExecutor(8) as threads:
+        assert set(threads.map(fetch, range(8))) == {DIGEST}
+    assert made == [1]
+
+
+def test_others_wait_for_the_process_that_makes_it(tmp_path, other_process):
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(AdapterDiskCache(tmp_path).get_or_create, DIGEST, refuse_to_make)
+        other_process.stdin.close()
+        assert waiting.result(TIMEOUT_S).digest == DIGEST
+    assert other_process.stdout.readline() == f"fetched {DIGEST}\n"
+    assert other_process.wait(TIMEOUT_S) == 0
+    assert files(tmp_path) == [f"{DIGEST}.safetensors"]
+
+
+def test_other_adapters_need_not_wait(tmp_path):
+    folder = AdapterDiskCache(tmp_path)
+
+    def fetch_another_meanwhile():
+        assert folder.get_or_create(f"{2:064x}", lambda: make(2)).digest == f"{2:064x}"
+        return make(1)
+
+    assert folder.get_or_create(DIGEST, fetch_another_meanwhile).digest == DIGEST
+
+
+def test_when_the_process_that_makes_it_is_killed_another_takes_over(tmp_path, other_process):
+    began = threading.Event()
+
+    def take_over():
+        began.set()
+        return make(1)
+
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(AdapterDiskCache(tmp_path).get_or_create, DIGEST, take_over)
+        assert not began.wait(0.2)
+        other_process.kill()
+        assert waiting.result(TIMEOUT_S).digest == DIGEST
+    assert began.is_set()
+    assert files(tmp_path) == [f"{DIGEST}.safetensors"]
+
+
+def test_a_process_that_is_stuck_delays_but_does_not_block(tmp_path, other_process, caplog):
+    os.kill(other_process.pid, signal.SIGSTOP)
+    folder = AdapterDiskCache(tmp_path, lock_timeout_s=0.1)
+    assert folder.get_or_create(DIGEST, lambda: make(1)).digest == DIGEST
+    assert "making it beside others" in caplog.text
+    os.kill(other_process.pid, signal.SIGCONT)
+    other_process.stdin.close()
+    assert other_process.stdout.readline() == f"fetched {DIGEST}\n"
+    assert other_process.wait(TIMEOUT_S) == 0
+    assert files(tmp_path) == [f"{DIGEST}.safetensors"]
+
+
+def test_locks_that_killed_processes_left_go_when_somebody_looks_around(tmp_path):
+    for number in range(3, 6):
+        (tmp_path / f".{number:064x}.lock").touch()
+    AdapterDiskCache(tmp_path).get_or_create(DIGEST, lambda: make(1))
+    assert files(tmp_path) == [f"{DIGEST}.safetensors"]
+
+
+def test_a_lock_in_use_stays_when_somebody_looks_around(tmp_path):
+    lock = tmp_path / f".{2:064x}.lock"
+    with locked(lock, 0.0):
+        AdapterDiskCache(tmp_path).get_or_create(DIGEST, lambda: make(1))
+        assert lock.exists()
+
+
+def test_a_failure_is_told_and_the_next_one_tries_again(tmp_path):
+    def fail():
+        raise StoreError("the store is down")
+
+    folder = AdapterDiskCache(tmp_path)
+    with pytest.raises(StoreError, match="the store is down"):
+        folder.get_or_create(DIGEST, fail)
+    assert files(tmp_path) == []
+    assert folder.get_or_create(DIGEST, lambda: make(1)).digest == DIGEST
+
+
+def test_what_was_made_must_be_what_was_asked_for(tmp_path):
+    with pytest.raises(IntegrityError, match=f"got digest {2:064x}, expected {DIGEST}"):
+        AdapterDiskCache(tmp_path).get_or_create(DIGEST, lambda: make(2))
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("place", [0, 200, -1])
+def test_a_damaged_file_is_made_anew(tmp_path, place):
+    folder = AdapterDiskCache(tmp_path)
+    folder.put(make(1))
+    path = tmp_path / f"{DIGEST}.safetensors"
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    made = folder.get_or_create(DIGEST, lambda: make(1))
+    assert torch.equal(made.blocks[64, 64].down, make(1).blocks[64, 64].down)
+    assert folder.get_or_create(DIGEST, refuse_to_make).digest == DIGEST
+
+
+def test_without_a_disk_it_is_made_each_time(tmp_path, caplog):
+    (tmp_path / "packed").write_text("a file where the folder should be")
+    made = AdapterDiskCache(tmp_path / "packed").get_or_create(DIGEST, lambda: make(1))
+    assert torch.equal(made.blocks[64, 64].down, make(1).blocks[64, 64].down)
+    assert "not kept" in caplog.text
+
+
+def test_several_writers_together_keep_near_the_limit(tmp_path):
+    AdapterDiskCache(tmp_path).put(make(0))
+    size = next(tmp_path.iterdir()).stat().st_size
+    writers = [AdapterDiskCache(tmp_path, limit_bytes=64 * size) for _ in range(3)]
+    for number in range(300):
+        writers[number % 3].put(make(number))
+        # Each sees what the others wrote after a 32nd of the limit, here two files.
+        assert len(files(tmp_path)) <= 64 + 3 * 2
+    newest = files(tmp_path)[-40:]
+    assert newest == [f"{number:064x}.safetensors" for number in range(260, 300)]

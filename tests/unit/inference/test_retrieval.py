@@ -1,0 +1,241 @@
+import numpy as np
+import pytest
+
+from loraseg.errors import AdapterNotFoundError, DatasetError, ServiceError
+from loraseg.inference.adapter_ref import AdapterFailure, AdapterRef
+from loraseg.inference.retrieval import RetrievalRequest, RetrievalStage
+from loraseg.inference.selection import AdaptiveSettings
+from loraseg.inference.snapshot import AdapterFilter
+from loraseg.inference.watcher import LibraryWatcher
+from loraseg.library import Library
+from loraseg.library.retrieve import AdapterRetriever
+from loraseg.storage import open_store
+from tests.unit.inference.tiny_service import SETTINGS, adapter_query
+from tests.unit.tiny import DOMAINS, domain_images, publish
+
+
+@pytest.fixture
+def library(folder):
+    return Library(open_store(str(folder)))
+
+
+@pytest.fixture
+def taste(base, encoder):
+    return AdapterFilter(base_digest=base.digest, encoder_id=encoder.encoder_id)
+
+
+@pytest.fixture
+def live(library, taste):
+    live = LibraryWatcher(library, name="main", adapter_filter=taste, poll_s=60.0)
+    live.refresh()
+    return live
+
+
+@pytest.fixture
+def stage(encoder, live):
+    return RetrievalStage(encoder, {"main": live})
+
+
+def make_request(domain="fog", *, library="main", image=None, visible=None, failed=(), **wanted):
+    picture = domain_images(domain, 1)[0] if image is None else image
+    return RetrievalRequest(
+        image=picture,
+        library=library,
+        query=adapter_query(**wanted),
+        visible=visible,
+        failed=tuple(failed),
+    )
+
+
+def make_failure(live, name, kind="damaged"):
+    entry = live.shelf().entries[name]
+    return AdapterFailure(name, entry.version, entry.digest, "words", kind)
+
+
+def adapter_names(picked):
+    return [part.entry.name for part in picked.choice.parts]
+
+
+def retrieve_error(stage, one):
+    [error] = stage.choose([one])
+    assert isinstance(error, Exception), error
+    return error
+
+
+def test_picks_what_the_library_retrieves(stage, library, encoder):
+    retriever = AdapterRetriever(library.entries(), encoder_id=encoder.encoder_id)
+    for domain in DOMAINS:
+        [picked] = stage.choose([make_request(domain)])
+        [embedding] = encoder.encode_images([domain_images(domain, 1)[0]])
+        known = retriever.retrieve(embedding, SETTINGS.k, SETTINGS.temperature)
+        assert [(p.entry.name, p.weight, p.distance) for p in picked.choice.parts] == [
+            (near.entry.name, near.weight, near.distance) for near in known
+        ]
+        assert {type(part.entry) for part in picked.choice.parts} == {AdapterRef}
+        assert (picked.generation, picked.attention, picked.skipped) == (4, "active", ())
+        assert set(picked.timing_ms) == {"embed", "retrieve"}
+
+
+def test_an_image_gets_the_same_numbers_in_any_company(stage):
+    asks = [
+        make_request("fog"),
+        make_request("day", settings=AdaptiveSettings(k=3, temperature=1.0)),
+        make_request("night", settings=AdaptiveSettings(mode="uniform")),
+        make_request("dusk", only={"day", "fog"}),
+        make_request("dusk", settings=AdaptiveSettings(mode="base")),
+        make_request("fog", exclude={"fog"}),
+        make_request("fog", visible=("d*",)),
+    ]
+    together = stage.choose(asks)
+    alone = [stage.choose([one])[0] for one in asks]
+    assert [picked.choice for picked in together] == [picked.choice for picked in alone]
+    assert adapter_names(together[3]) == ["day", "fog"] or adapter_names(together[3]) == [
+        "fog",
+        "day",
+    ]
+    assert sorted(adapter_names(together[2])) == sorted(DOMAINS)
+    assert adapter_names(together[4]) == []
+    assert "fog" not in adapter_names(together[5])
+    assert set(adapter_names(together[6])) == {"day", "dusk"}
+
+
+def test_embedding_together_changes_no_more_than_the_last_bits(encoder, live):
+    asks = [make_request(domain) for domain in DOMAINS]
+    apart = RetrievalStage(encoder, {"main": live}).retrieve(asks)
+    together = RetrievalStage(encoder, {"main": live}, embed_together=True).retrieve(asks)
+    for one, other in zip(apart, together, strict=True):
+        assert adapter_names(one) == adapter_names(other)
+        for mine, theirs in zip(one.selection.adapters, other.selection.adapters, strict=True):
+            assert mine.distance == pytest.approx(theirs.distance, abs=1e-4)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_one_bad_ask_never_hurts_the_others(encoder, live, together):
+    stage = RetrievalStage(encoder, {"main": live}, embed_together=together)
+    bad = {
+        1: (make_request(image=np.zeros((4, 4), np.uint8)), DatasetError),
+        2: (make_request(library="other"), ServiceError),
+        4: (make_request(only={"fogg"}), AdapterNotFoundError),
+    }
+    asks = [bad[i][0] if i in bad else make_request("night") for i in range(6)]
+    [good] = stage.retrieve([make_request("night")])
+    for index, answer in enumerate(stage.retrieve(asks)):
+        if index in bad:
+            assert isinstance(answer, bad[index][1])
+        else:
+            assert adapter_names(answer) == adapter_names(good)
+
+
+def test_an_unknown_library_is_said_with_those_there_are(stage):
+    error = retrieve_error(stage, make_request(library="mian"))
+    assert (error.code, str(error)) == ("no_such_library", "no library 'mian'; there are 'main'")
+
+
+def test_a_library_that_is_not_loaded_yet_is_not_ready(encoder, library, taste):
+    live = LibraryWatcher(library, name="main", adapter_filter=taste, poll_s=60.0)
+    assert (
+        retrieve_error(RetrievalStage(encoder, {"main": live}), make_request()).code == "not_ready"
+    )
+
+
+def test_a_name_that_is_not_visible_is_like_one_that_is_not_there(stage):
+    hidden = retrieve_error(stage, make_request(only={"fog"}, visible=("d*",)))
+    absent = retrieve_error(stage, make_request(only={"fag"}, visible=("d*",)))
+    assert isinstance(hidden, AdapterNotFoundError)
+    assert type(absent) is type(hidden)
+    assert str(hidden).replace("fog", "fag") == str(absent)
+    assert "'fog'" in str(retrieve_error(stage, make_request(only={"fag"})))
+
+
+def test_what_failed_is_left_out_and_reported_to_all_who_may_see_it(stage, live):
+    [before] = stage.choose([make_request("fog")])
+    failure = make_failure(live, adapter_names(before)[0])
+    [again] = stage.choose([make_request("fog", failed=[failure])])
+    assert failure.name not in adapter_names(again)
+    assert len(adapter_names(again)) == SETTINGS.k
+    assert again.skipped == (failure,)
+    [other, blind, bare] = stage.choose(
+        [
+            make_request("day"),
+            make_request("day", visible=("x*",)),
+            make_request(settings=AdaptiveSettings(mode="base")),
+        ]
+    )
+    assert other.skipped == (failure,)
+    assert blind.skipped == ()
+    assert bare.choice.fallback is None
+
+
+def test_a_forced_adapter_that_is_out_of_service_is_not_replaced(stage, live):
+    live.set_aside(make_failure(live, "fog"))
+    error = retrieve_error(stage, make_request(only={"fog", "day"}))
+    assert (error.code, error.retry_after_s) == (
+        "adapters_unavailable",
+        LibraryWatcher.BROKEN_QUARANTINE_S,
+    )
+    assert str(error) == "adapter 'fog' is out of service: words"
+    [picked] = stage.choose([make_request(only={"fog", "day"}, exclude={"fog"})])
+    assert adapter_names(picked) == ["day"]
+
+
+def test_the_base_takes_over_when_all_are_broken_but_not_when_the_store_is_away(stage, live):
+    for name in DOMAINS:
+        live.set_aside(make_failure(live, name))
+    [picked] = stage.choose([make_request()])
+    assert picked.choice.fallback == "every adapter is excluded or out of service"
+    assert (len(picked.skipped), picked.attention) == (4, None)
+    live.set_aside(make_failure(live, "fog", "unreachable"))
+    error = retrieve_error(stage, make_request())
+    assert (error.code, error.retry_after_s) == (
+        "adapters_unavailable",
+        LibraryWatcher.UNREACHABLE_QUARANTINE_S,
+    )
+
+
+def test_excluding_all_falls_back_with_a_reason(stage):
+    [picked] = stage.choose([make_request(exclude=set(DOMAINS))])
+    assert picked.choice.fallback == "every adapter was excluded"
+    [picked] = stage.choose([make_request(visible=())])
+    assert picked.choice.fallback == "every adapter was excluded"
+
+
+def test_an_empty_library_falls_back_without_embedding(tmp_path, taste):
+    class NoEncoder:
+        def encode_images(self, images):
+            raise AssertionError
+
+    live = LibraryWatcher(
+        Library(open_store(str(tmp_path / "none"))), name="main", adapter_filter=taste, poll_s=60.0
+    )
+    live.refresh()
+    [picked] = RetrievalStage(NoEncoder(), {"main": live}).retrieve([make_request()])
+    assert (picked.generation, picked.selection.fallback) == (0, "library 'main' is empty")
+
+
+def test_a_mix_of_too_many_adapters_is_refused(stage, monkeypatch):
+    monkeypatch.setattr("loraseg.inference.retrieval._MAX_ADAPTERS_PER_IMAGE", 3)
+    uniform = AdaptiveSettings(mode="uniform")
+    for wanted in ({"settings": uniform}, {"settings": AdaptiveSettings(k=4)}, {"only": DOMAINS}):
+        error = retrieve_error(stage, make_request(**wanted))
+        assert error.code == "invalid"
+        assert "4 adapters" in str(error)
+    for wanted in ({"exclude": {"fog"}, "settings": uniform}, {"settings": AdaptiveSettings(k=3)}):
+        assert len(adapter_names(stage.choose([make_request(**wanted)])[0])) == 3
+
+
+def test_libraries_are_kept_apart(encoder, live, taste, tmp_path, base):
+    publish(tmp_path / "second", base, encoder, names=("dusk",))
+    second = LibraryWatcher(
+        Library(open_store(str(tmp_path / "second"))),
+        name="second",
+        adapter_filter=taste,
+        poll_s=60.0,
+    )
+    second.refresh()
+    stage = RetrievalStage(encoder, {"main": live, "second": second})
+    one, other = stage.retrieve([make_request("fog"), make_request("fog", library="second")])
+    assert (adapter_names(other), other.generation) == (["dusk"], 1)
+    assert {part.entry.library for part in other.selection.adapters} == {"second"}
+    assert {part.entry.library for part in one.selection.adapters} == {"main"}
+    stage.retrieve([make_request("fog", failed=[make_failure(live, "fog")])])
+    assert second.status().quarantined == ()

@@ -1,0 +1,266 @@
+import json
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from loraseg.adapters import pack
+from loraseg.errors import (
+    AdapterMismatchError,
+    ConfigError,
+    DatasetError,
+    IntegrityError,
+    StoreError,
+)
+from loraseg.fuse.mix import fuse
+from loraseg.inference.adapter_cache import AdapterCache, UnusableAdaptersError
+from loraseg.inference.runner import SegmentJob, SegmentRunner
+from loraseg.inference.selection import AdapterSelection, SelectedAdapter
+from loraseg.segment.open_vocabulary.pixel_maps import pixel_maps
+from loraseg.segment.open_vocabulary.predictor import Predictor
+from loraseg.segment.open_vocabulary.tiled_inference import segment_tiled, tile_count
+from tests.unit.inference.naive_retriever import Entry
+from tests.unit.tiny import CLASSES, DOMAINS, domain_images, random_adapter, tiny_base
+
+BARE = AdapterSelection("base")
+BOTH = frozenset({"confidence", "entropy"})
+
+
+@pytest.fixture(scope="module")
+def base():
+    return replace(tiny_base(), window=24)
+
+
+@pytest.fixture(scope="module")
+def packed(base):
+    return {name: pack(random_adapter(base, name, seed)) for seed, name in enumerate(DOMAINS)}
+
+
+@pytest.fixture
+def runner(base, packed):
+    return SegmentRunner(Predictor(base), lambda entry: packed[entry.name])
+
+
+def make_selection(packed, **weights):
+    return AdapterSelection(
+        "fused",
+        tuple(
+            SelectedAdapter(Entry(name, packed[name].digest, version=3), weight, 1.5)
+            for name, weight in weights.items()
+        ),
+    )
+
+
+def make_job(runner, image, choice=BARE, **fields):
+    return SegmentJob(image=image, selection=choice, mix=runner.fuse(choice), **fields)
+
+
+def picture(name="day", size=(20, 24)):
+    return domain_images(name, 1, size=size)[0]
+
+
+def run_to_completion(work):
+    """Run a generator; return how often it yielded, and what it returned."""
+    count = 0
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return count, end.value
+        count += 1
+
+
+def assert_same(one, other):
+    assert one.explanation == other.explanation
+    assert (one.label_map == other.label_map).all()
+    assert one.tiles == other.tiles
+    for name in ("confidence", "entropy"):
+        mine, theirs = getattr(one, name), getattr(other, name)
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-5)
+
+
+def test_fusing_keeps_order_and_weights(runner, packed):
+    mix = runner.fuse(make_selection(packed, fog=0.7, day=0.3))
+    assert mix.parts == ((packed["fog"], 0.7), (packed["day"], 0.3))
+    assert runner.fuse(AdapterSelection("base")) is None
+
+
+def test_all_adapters_that_cannot_be_used_are_told_with_their_reasons(base, packed):
+    def load(entry):
+        if entry.name == "day":
+            raise StoreError("no connection")
+        if entry.name == "fog":
+            return replace(packed["fog"], base_digest="cd" * 32)
+        if entry.name == "night":
+            return replace(packed["day"], name="night")
+        return packed[entry.name]
+
+    choice = make_selection(packed, day=0.25, fog=0.25, night=0.25, dusk=0.25)
+    with pytest.raises(UnusableAdaptersError) as info:
+        SegmentRunner(Predictor(base), load).fuse(choice)
+    failures = {entry.name: error for entry, error in info.value.failures}
+    assert {name: type(error) for name, error in failures.items()} == {
+        "day": StoreError,
+        "fog": AdapterMismatchError,
+        "night": IntegrityError,
+    }
+    assert "trained on base cdcd" in str(failures["fog"])
+    assert packed["night"].digest in str(failures["night"])
+    assert str(pickle.loads(pickle.dumps(info.value))) == str(info.value)
+
+
+def test_an_adapter_that_knows_no_base_is_used(base, packed):
+    unknown = replace(packed["day"], base_digest=None)
+    runner = SegmentRunner(Predictor(base), lambda entry: unknown)
+    assert runner.fuse(make_selection(packed, day=1.0)).parts[0][0] is unknown
+
+
+def test_bugs_of_a_loader_are_not_hidden(base, packed):
+    def load(entry):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        SegmentRunner(Predictor(base), load).fuse(make_selection(packed, day=1.0))
+
+
+def test_the_digests_told_are_of_the_adapters_in_the_mix(runner, packed):
+    """Not those of the catalog: what was used is said, even if it should not have been."""
+    choice = make_selection(packed, day=0.6, fog=0.4)
+    other = fuse([packed["night"], packed["dusk"]], [0.9, 0.1])
+    [result] = runner.run([SegmentJob(image=picture(), selection=choice, mix=other)], CLASSES)
+    used = result.explanation.adapters
+    assert [part.digest for part in used] == [packed["night"].digest, packed["dusk"].digest]
+    assert [part.weight for part in used] == [0.9, 0.1]
+    assert [(part.name, part.version, part.distance) for part in used] == [
+        ("day", 3, 1.5),
+        ("fog", 3, 1.5),
+    ]
+    assert result.explanation.mix == other.digest
+    json.dumps(result.explanation.to_json())
+
+
+def test_mode_and_fallback_of_the_choice_are_told(runner):
+    choice = AdapterSelection("uniform", (), "nothing was published yet")
+    [result] = runner.run([make_job(runner, picture(), choice)], CLASSES)
+    explanation = result.explanation
+    assert (explanation.mode, explanation.fallback) == ("uniform", "nothing was published yet")
+    assert (explanation.mix, explanation.adapters) == (None, ())
+
+
+def test_jobs_that_differ_in_everything_give_what_each_gives_alone(runner, packed):
+    fog = make_selection(packed, fog=1.0)
+    jobs = [
+        make_job(runner, picture("day"), make_selection(packed, day=0.6, night=0.4), maps=BOTH),
+        make_job(runner, picture("night", (33, 17)), maps=frozenset({"entropy"})),
+        make_job(runner, picture("fog"), fog, keep_scores=True),
+        make_job(runner, picture("dusk"), fog, maps=frozenset({"confidence"})),
+    ]
+    together = runner.run(jobs, CLASSES)
+    for one, result in zip(jobs, together, strict=True):
+        [alone] = runner.run([one], CLASSES)
+        assert_same(result, alone)
+        assert result.label_map.shape == one.image.shape[:2]
+        assert (result.confidence is not None) == ("confidence" in one.maps)
+        assert (result.entropy is not None) == ("entropy" in one.maps)
+        assert (result.scores is not None) == one.keep_scores
+
+
+def test_maps_are_those_of_the_scores(base, runner, packed):
+    choice = make_selection(packed, day=0.5, fog=0.5)
+    [result] = runner.run(
+        [make_job(runner, picture(), choice, maps=BOTH, keep_scores=True)], CLASSES
+    )
+    [scores] = Predictor(base).predict([picture()], CLASSES, runner.fuse(choice))
+    expected = pixel_maps(scores, BOTH)
+    np.testing.assert_array_equal(result.scores, scores.numpy())
+    np.testing.assert_array_equal(result.label_map, expected.label_map)
+    np.testing.assert_array_equal(result.confidence, expected.confidence)
+    np.testing.assert_array_equal(result.entropy, expected.entropy)
+
+
+def test_no_jobs_no_results(runner):
+    assert runner.run([], CLASSES) == []
+
+
+def test_what_makes_no_result_is_refused(runner):
+    with pytest.raises(ConfigError, match="classes: "):
+        runner.run([make_job(runner, picture())], [])
+    with pytest.raises(ConfigError, match="maps: got"):
+        runner.run([make_job(runner, picture(), maps=frozenset({"depth"}))], CLASSES)
+    with pytest.raises(DatasetError, match="expected uint8 RGB"):
+        runner.run([make_job(runner, picture()[..., :1])], CLASSES)
+
+
+def test_large_images_are_run_in_tiles(base, runner, packed):
+    image = picture(size=(40, 48))
+    choice = make_selection(packed, day=0.5, night=0.5)
+    work = runner.run_tiled(make_job(runner, image, choice, maps=BOTH), CLASSES)
+    yields, result = run_to_completion(work)
+    expected_yields, expected = run_to_completion(
+        segment_tiled(Predictor(base), image, CLASSES, runner.fuse(choice), BOTH)
+    )
+    assert yields == expected_yields > 1
+    assert result.tiles == tile_count(40, 48, runner.predictor) > yields
+    np.testing.assert_array_equal(result.label_map, expected.label_map)
+    np.testing.assert_array_equal(result.confidence, expected.confidence)
+    np.testing.assert_array_equal(result.entropy, expected.entropy)
+    assert [used.name for used in result.explanation.adapters] == ["day", "night"]
+
+
+def test_other_images_may_run_between_the_tiles_of_a_large_one(runner, packed):
+    image = picture(size=(40, 48))
+    large = make_job(runner, image, make_selection(packed, day=0.5, night=0.5), maps=BOTH)
+    small = make_job(runner, picture("dusk"), make_selection(packed, fog=0.2, dusk=0.8), maps=BOTH)
+    other = make_job(runner, picture("fog", (48, 40)), maps=BOTH)
+    _, large_alone = run_to_completion(runner.run_tiled(large, CLASSES))
+    _, other_alone = run_to_completion(runner.run_tiled(other, ("sky", "car")))
+    [small_alone] = runner.run([small], ("car", "road"))
+
+    first, second = runner.run_tiled(large, CLASSES), runner.run_tiled(other, ("sky", "car"))
+    results = {}
+    while len(results) < 2:
+        for name, work in (("large", first), ("other", second)):
+            try:
+                next(work)
+            except StopIteration as end:
+                results.setdefault(name, end.value)
+        [between] = runner.run([small], ("car", "road"))
+        assert_same(between, small_alone)
+    assert_same(results["large"], large_alone)
+    assert_same(results["other"], other_alone)
+
+
+def test_giving_up_between_tiles_leaves_the_model_as_it_was(base, runner, packed):
+    small = make_job(runner, picture())
+    [before] = runner.run([small], CLASSES)
+    large = make_job(runner, picture(size=(40, 48)), make_selection(packed, day=1.0))
+    work = runner.run_tiled(large, CLASSES)
+    next(work)
+    work.close()
+    [after] = runner.run([small], CLASSES)
+    assert_same(before, after)
+    assert not base.model.training
+
+
+def test_scores_of_tiles_are_refused(runner):
+    large = make_job(runner, picture(size=(40, 48)), keep_scores=True)
+    with pytest.raises(ConfigError, match=r"keep_scores: an image of \(40, 48\) pixels"):
+        next(runner.run_tiled(large, CLASSES))
+
+
+def test_adapters_held_by_a_cache_are_fused_without_loading_them_again(base, packed):
+    loaded = []
+
+    def load(entry):
+        loaded.append(entry.name)
+        return packed[entry.name]
+
+    cache = AdapterCache(load, limit_bytes=1)
+    choice = make_selection(packed, day=0.5, fog=0.5)
+    with cache.hold([part.entry for part in choice.adapters]):
+        runner = SegmentRunner(Predictor(base), cache)
+        assert [adapter.name for adapter, _ in runner.fuse(choice).parts] == ["day", "fog"]
+    assert loaded == ["day", "fog"]

@@ -1,0 +1,243 @@
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from loraseg.errors import AdapterMismatchError, ServiceError
+from loraseg.inference.adapter_cache import AdapterCache
+from loraseg.inference.adapter_loader import AdapterLoader
+from loraseg.inference.adapter_ref import AdapterRef, AdapterUnavailableError
+from loraseg.inference.loading import SegmenterConfig, load_segmenter
+from loraseg.inference.model_variants import ModelVariants
+from loraseg.inference.pipeline import AdaptiveSegmenter
+from loraseg.inference.segmentation import SegmentationRequest, SegmentationStage
+from loraseg.inference.selection import AdapterSelection, SelectedAdapter
+from loraseg.library import Library
+from loraseg.segment.open_vocabulary.predictor import Predictor
+from loraseg.storage import open_store
+from tests.unit.inference.tiny_service import SETTINGS, blob_paths, switched_library
+from tests.unit.tiny import CLASSES, DOMAINS, domain_images
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+class StageHarness:
+    """A stage over one library, with all that it is made of."""
+
+    def __init__(self, folder, models, *, limit_bytes=512 * 2**20):
+        self.library = Library(open_store(str(folder)))
+        self.store, served = switched_library(folder)
+        self.models = ModelVariants(
+            models[0], attention="as_trained", precision="fp32", mode="plain"
+        )
+        source = AdapterLoader({"main": served}, self.models.base)
+        self.cache = AdapterCache(source, limit_bytes=limit_bytes)
+        self.stage = SegmentationStage(lambda kind: self.models.get(kind, self.cache), self.cache)
+
+    def make_request(self, weights, *, domain="fog", attention="active", **options):
+        refs = [AdapterRef.from_entry("main", self.library.entry(name)) for name in weights]
+        parts = tuple(
+            SelectedAdapter(ref, weight, 1.0)
+            for ref, weight in zip(refs, weights.values(), strict=True)
+        )
+        given = {"image": domain_images(domain, 1)[0], "classes": CLASSES, **options}
+        return SegmentationRequest(
+            selection=AdapterSelection("fused", parts), attention=attention, **given
+        )
+
+    def run(self, *tasks):
+        prepared = [self.stage.prepare(task) for task in tasks]
+        try:
+            return self.stage.run(prepared, tasks[0].classes)
+        finally:
+            for each in prepared:
+                each.release()
+
+
+@pytest.fixture
+def bench(folder, models):
+    bench = StageHarness(folder, models)
+    yield bench
+    bench.stage.close()
+
+
+def test_gives_what_the_segmenter_of_the_command_line_gives(bench, folder, models):
+    equipment = load_segmenter(
+        SegmenterConfig(library=str(folder), base=models[0], encoder=models[1])
+    )
+    offline = AdaptiveSegmenter(
+        Predictor(equipment.base), equipment.encoder, equipment.pool, SETTINGS
+    )
+    for domain in DOMAINS:
+        image = domain_images(domain, 1)[0]
+        [known] = offline.segment([image], CLASSES, maps={"confidence", "entropy"})
+        weights = {used.name: used.weight for used in known.explanation.adapters}
+        task = bench.task(weights, domain=domain, maps=frozenset(["confidence", "entropy"]))
+        [done] = bench.run(task)
+        assert np.array_equal(done.result.label_map, known.label_map)
+        assert np.array_equal(done.result.confidence, known.confidence)
+        assert np.array_equal(done.result.entropy, known.entropy)
+        assert done.result.explanation.mix == known.explanation.mix
+        assert (done.batch, set(done.timing_ms)) == (1, {"load", "segment"})
+
+
+def test_a_mixed_batch_gives_what_each_gives_alone(bench):
+    tasks = [
+        bench.task({"fog": 0.5, "day": 0.5}),
+        bench.task({}, domain="night"),
+        bench.task({"night": 0.9, "dusk": 0.1}, domain="dusk", maps=frozenset(["confidence"])),
+    ]
+    for one, task in zip(bench.run(*tasks), tasks, strict=True):
+        [alone] = bench.run(task)
+        assert (one.result.label_map == alone.result.label_map).mean() > 0.9999
+        assert one.result.explanation == alone.result.explanation
+        assert (one.result.confidence is None) == ("confidence" not in task.maps)
+        assert one.batch == 3
+
+
+def test_all_adapters_that_cannot_be_loaded_are_named_and_nothing_stays_pinned(bench, folder):
+    paths = {name: blob_paths(folder, bench.library, name)[WEIGHTS] for name in ("fog", "day")}
+    paths["fog"].unlink()
+    paths["day"].write_bytes(paths["day"].read_bytes()[:-1])
+    with pytest.raises(AdapterUnavailableError) as caught:
+        bench.stage.prepare(bench.task({"fog": 0.3, "day": 0.3, "night": 0.4}))
+    assert {f.name: f.kind for f in caught.value.failures} == {"fog": "missing", "day": "damaged"}
+    assert str(folder) not in str(caught.value)
+    assert not any(slot.pins for slot in bench.cache._slots.values())
+    [done] = bench.run(bench.task({"night": 1.0}))
+    assert [used.name for used in done.result.explanation.adapters] == ["night"]
+
+
+def test_a_store_out_of_reach_is_told_as_such(bench):
+    bench.run(bench.task({"fog": 1.0}))
+    bench.store.is_on = False
+    bench.run(bench.task({"fog": 1.0}))
+    with pytest.raises(AdapterUnavailableError) as caught:
+        bench.stage.prepare(bench.task({"fog": 0.5, "day": 0.5}))
+    assert [(f.name, f.kind) for f in caught.value.failures] == [("day", "unreachable")]
+    assert "secret-bucket" not in str(caught.value)
+
+
+def test_what_is_prepared_stays_in_memory_until_it_is_released(folder, models):
+    bench = StageHarness(folder, models, limit_bytes=1)
+    prepared = bench.stage.prepare(bench.make_request({"fog": 0.5, "day": 0.5}))
+    bench.run(bench.make_request({"night": 1.0}))
+    fog, day = (bench.library.entry(name).digest for name in ("fog", "day"))
+    assert fog in bench.cache
+    assert day in bench.cache
+    [done] = bench.stage.run([prepared], CLASSES)
+    assert {used.digest for used in done.segmentation.explanation.adapters} == {fog, day}
+    prepared.release()
+    prepared.release()
+    bench.run(bench.make_request({"dusk": 1.0}))
+    assert fog not in bench.cache
+    assert bench.cache.stats().resident == 1
+
+
+def test_threads_prepare_while_one_runs(bench):
+    tasks = [bench.task({name: 0.6, "fog": 0.4}, domain=name) for name in ("day", "night")]
+    known = [bench.run(task)[0].result for task in tasks]
+    with ThreadPoolExecutor(6) as threads:
+        works = [threads.submit(bench.stage.prepare, tasks[index % 2]) for index in range(60)]
+        ready = [(index % 2, work.result()) for index, work in enumerate(works)]
+    for index, prepared in ready[::7]:
+        [done] = bench.stage.run([prepared], CLASSES)
+        assert np.array_equal(done.result.label_map, known[index].label_map)
+    for _, prepared in ready:
+        prepared.release()
+    assert not any(slot.pins for slot in bench.cache._slots.values())
+
+
+def test_one_that_breaks_in_the_model_leaves_its_batch_alone(bench):
+    good, bad = bench.task({"fog": 1.0}), bench.task({"day": 1.0}, image=np.zeros((8, 8), np.uint8))
+    first, second, third = bench.run(good, bad, good)
+    assert isinstance(second, Exception)
+    assert np.array_equal(first.result.label_map, third.result.label_map)
+
+
+def test_large_images_are_cut_unless_they_must_not_be(bench):
+    large = np.tile(domain_images("fog", 1)[0], (4, 4, 1))
+    auto = bench.stage.prepare(bench.task({"fog": 1.0}, image=large))
+    assert auto.is_tiled
+    assert not bench.stage.prepare(bench.task({}, image=large, tiling="never")).is_tiled
+    assert bench.stage.prepare(bench.task({}, tiling="always")).is_tiled
+    work = bench.stage.run_tiled(auto)
+    steps = 0
+    while True:
+        try:
+            next(work)
+            steps += 1
+        except StopIteration as end:
+            done = end.value
+            break
+    assert steps > 1
+    assert done.result.tiles > 1
+    assert done.result.label_map.shape == large.shape[:2]
+    assert [used.name for used in done.result.explanation.adapters] == ["fog"]
+    assert done.timing_ms["segment"] > 0
+
+
+def test_what_would_not_fit_into_memory_without_tiles_is_refused(bench):
+    # As large as limits allow, without taking the memory.
+    image = np.lib.stride_tricks.as_strided(np.zeros(3, np.uint8), (6000, 6000, 3), (0, 0, 1))
+    classes = tuple(f"class {index}" for index in range(100))
+    task = bench.task({}, image=image, classes=classes, tiling="never")
+    with pytest.raises(ServiceError, match="6000 x 6000 pixels with 100 classes") as caught:
+        bench.stage.prepare(task)
+    assert caught.value.code == "invalid"
+
+
+def test_both_kinds_of_attention_share_weights_and_act_as_loaded_alone(bench, models, folder):
+    one, other = bench.stage.runner("active"), bench.stage.runner("inert")
+    assert bench.stage.runner("inert") is other
+    assert one is not other
+    for name, weight in one.predictor.base.model.state_dict().items():
+        twin = other.predictor.base.model.state_dict()[name]
+        assert weight.data_ptr() == twin.data_ptr()
+        assert torch.equal(weight, twin)
+    for kind in ("active", "inert"):
+        wanted = SegmenterConfig(
+            library=str(folder), base=models[0], encoder=models[1], clip_attention_lora=kind
+        )
+        equipment = load_segmenter(wanted)
+        offline = AdaptiveSegmenter(
+            Predictor(equipment.base), equipment.encoder, equipment.pool, SETTINGS
+        )
+        image = domain_images("fog", 1)[0]
+        [known] = offline.segment([image], CLASSES, maps={"confidence"})
+        weights = {used.name: used.weight for used in known.explanation.adapters}
+        options = {"attention": kind, "maps": frozenset(["confidence"])}
+        [done] = bench.run(bench.task(weights, **options))
+        assert np.array_equal(done.result.confidence, known.confidence)
+        [bare] = bench.run(bench.task({}, **options))
+        [plain] = bench.run(bench.task({}, attention=None, maps=options["maps"]))
+        assert np.array_equal(bare.result.confidence, plain.result.confidence)
+
+
+def test_a_kind_that_is_set_holds_whatever_adapters_say(models):
+    settled = ModelVariants(models[0], attention="inert", precision="fp32", mode="sliding")
+    cache = AdapterCache(lambda ref: pytest.fail("nothing to load"))
+    runner = settled.get("active", cache)
+    assert runner is settled.get(None, cache) is settled.get("inert", cache)
+    assert runner.predictor.base.model.config.clip_attention_lora == "inert"
+    assert runner.predictor.mode == "sliding"
+
+
+def test_an_adapter_that_is_not_what_was_chosen_is_never_used(bench):
+    task = bench.task({"fog": 1.0})
+    entry = task.choice.parts[0].entry
+    day = bench.library.entry("day")
+    wrong = AdapterRef(
+        "main", "fog", 1, day.digest, entry.record_digest, entry.base_digest, entry.size_bytes
+    )
+    lying = SegmentationRequest(
+        image=task.image,
+        classes=CLASSES,
+        selection=AdapterSelection("fused", (SelectedAdapter(wrong, 1.0, 1.0),)),
+        attention="active",
+    )
+    with pytest.raises(AdapterUnavailableError) as caught:
+        bench.stage.prepare(lying)
+    assert caught.value.failures[0].kind == "damaged"
+    assert not issubclass(AdapterUnavailableError, AdapterMismatchError)

@@ -1,0 +1,76 @@
+import asyncio
+
+import pytest
+
+from loraseg.errors import ServiceError
+from loraseg.serving.config import Limits
+from loraseg.serving.http_api.auth import Authenticator, MemoryBudget, Principal
+
+
+class TestSlots:
+    def test_places_of_a_token_are_bounded_and_given_back(self):
+        admission = Authenticator(None, Limits())
+        first, other = Principal("a", None, 2), Principal("b", None, 1)
+        with (
+            admission.acquire_slot(first),
+            admission.acquire_slot(first),
+            admission.acquire_slot(other),
+        ):
+            with (
+                pytest.raises(ServiceError, match="in work") as caught,
+                admission.acquire_slot(first),
+            ):
+                pass
+            assert caught.value.code == "too_many_requests"
+        with admission.acquire_slot(first), admission.acquire_slot(first):
+            pass
+
+
+class TestMemoryBudget:
+    def test_demands_wait_in_order_and_never_exceed_the_budget(self):
+        async def run():
+            budget, held, order, most = MemoryBudget(10), 0, [], 0
+
+            async def work(name, size):
+                nonlocal held, most
+                async with budget.reserve(size):
+                    order.append(name)
+                    held += min(size, 10)
+                    most = max(most, held)
+                    await asyncio.sleep(0)
+                    held -= min(size, 10)
+
+            await asyncio.gather(*(work(n, size) for n, size in enumerate([6, 6, 1, 99, 3, 3])))
+            return order, most
+
+        order, most = asyncio.run(run())
+        assert order == [0, 1, 2, 3, 4, 5]
+        assert most <= 10
+
+    def test_cancelled_waiting_leaves_no_trace(self):
+        async def run():
+            budget = MemoryBudget(10)
+            async with budget.reserve(10):
+                waiting = [asyncio.ensure_future(budget.reserve(4).__aenter__()) for _ in range(3)]
+                await asyncio.sleep(0)
+                waiting[0].cancel()
+                waiting[2].cancel()
+                await asyncio.sleep(0)
+            await waiting[1]
+            async with asyncio.timeout(1), budget.reserve(6):
+                pass
+
+        asyncio.run(run())
+
+    def test_cancelling_a_turn_that_was_just_given_passes_it_on(self):
+        async def run():
+            budget = MemoryBudget(10)
+            async with budget.reserve(10):
+                given = asyncio.ensure_future(budget.reserve(10).__aenter__())
+                next_one = asyncio.ensure_future(budget.reserve(10).__aenter__())
+                await asyncio.sleep(0)
+            given.cancel()
+            async with asyncio.timeout(1):
+                await next_one
+
+        asyncio.run(run())
