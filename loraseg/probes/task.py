@@ -4,7 +4,6 @@ import dataclasses
 import logging
 from typing import Literal
 
-from loraseg import config as configuration
 from loraseg.adapters.targets.layer_report import LayerReport
 from loraseg.adapters.targets.layer_report_io import find_layer_report, open_parent_store, split_uri
 from loraseg.backbones.device import best_device
@@ -16,6 +15,7 @@ from loraseg.probes.gradient import GradientProbeConfig, gradient_probe
 from loraseg.storage import absolute_uri, open_store
 from loraseg.synth.conditioning import Conditioner, ConditioningConfig
 from loraseg.synth.sizes import size_multiple
+from loraseg.train.core.task import task_digest
 from loraseg.train.generator_adapters.crops import CroppedImages, ViewConfig
 from loraseg.train.generator_adapters.latents import TensorCache
 from loraseg.train.generator_adapters.report import encoders_on_device
@@ -122,18 +122,18 @@ def run_probe(task: ProbeTask) -> ProbeResult:
     base = load_diffusion(task.base)
     size = _image_size(task, base)
     data_digest = dataset.digest(samples)
-    digest = configuration.digest(
-        _ProbeTaskKey(
-            format=_FORMAT,
-            method=task.method,
-            base_digest=base.digest,
-            data_digest=data_digest,
-            size=size,
-            flip=task.flip,
-            conditioning=task.conditioning,
-            gradient=task.gradient,
-            seed=task.seed,
-        )
+    digest = task_digest(
+        _FORMAT,
+        {
+            "method": task.method,
+            "base_digest": base.digest,
+            "data_digest": data_digest,
+            "size": size,
+            "flip": task.flip,
+            "conditioning": task.conditioning,
+            "gradient": task.gradient,
+            "seed": task.seed,
+        },
     )
     known = find_layer_report(task.output)
     if known is not None and known.settings.get("task_digest") == digest:
@@ -157,21 +157,6 @@ def run_probe(task: ProbeTask) -> ProbeResult:
     store, key = open_parent_store(task.output)
     store.put(key, found)
     return ProbeResult(found, skipped=False)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _ProbeTaskKey:
-    """What decides the scores."""
-
-    format: int
-    method: str
-    base_digest: str
-    data_digest: str
-    size: tuple[int, int]
-    flip: float
-    conditioning: ConditioningConfig
-    gradient: GradientProbeConfig
-    seed: int
 
 
 def _run_gradient_probe(

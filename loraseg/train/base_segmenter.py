@@ -22,6 +22,7 @@ from loraseg.tensor_types import Tensor
 from loraseg.train.core.checkpoint import CheckpointStore
 from loraseg.train.core.loop import LoopConfig, LoopResult, run_loop
 from loraseg.train.core.progress import ProgressCallback, ProgressReporter
+from loraseg.train.core.task import task_digest
 from loraseg.train.segmenter_adapters.samples import (
     TrainingImages,
     encode_image_features,
@@ -160,8 +161,14 @@ def train_base(
         samples = few_shot(samples, task.images, task.seed)
     base = load_base(task.base)
     base.model.to(best_device())
-    digest = configuration.digest(
-        _BaseTaskKey(TRAINING_FORMAT, task.seed, task.recipe, dataset.digest(samples), base.digest)
+    digest = task_digest(
+        TRAINING_FORMAT,
+        {
+            "seed": task.seed,
+            "recipe": task.recipe,
+            "training_digest": dataset.digest(samples),
+            "base_digest": base.digest,
+        },
     )
     if _is_finished(task.output, digest):
         return _read_result(task.output, skipped=True, started=started)
@@ -188,15 +195,6 @@ def train_base(
     if slot:
         slot.clear()
     return _read_result(task.output, skipped=False, started=started)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _BaseTaskKey:
-    format: int
-    seed: int
-    recipe: BaseRecipe
-    training_digest: str
-    base_digest: str
 
 
 def _train(

@@ -29,6 +29,7 @@ from loraseg.train.closed_set.loop import (
 )
 from loraseg.train.closed_set.recipes import SegmenterRecipe, named_segmenter_recipe
 from loraseg.train.closed_set.report import render_training_report
+from loraseg.train.core.task import task_digest
 
 __all__ = [
     "SegmenterTrainingConfig",
@@ -253,16 +254,17 @@ def _run_digest(recipe: SegmenterRecipe, seed: int, data: TrainingDataDigests) -
     del settings["name"]
     if not data.synthetic:
         del settings["synthetic_share"]
-    return _json_digest(
+    return task_digest(
+        _FORMAT,
         {
-            "format": _FORMAT,
             "recipe": settings,
             "weights": recipe.weights and resolve_weights(recipe.weights).digest,
             "seed": seed,
             "real": data.real,
             "val": data.val,
             "synthetic": data.synthetic,
-        }
+        },
+        compact=False,
     )
 
 

@@ -18,7 +18,7 @@ from loraseg.train.closed_set.loop import TrainingData
 
 __all__ = ["render_training_report"]
 
-_TEMPLATES = Path(__file__).parent / "templates"
+_TEMPLATES = Path(__file__).parents[1] / "templates"
 _EXAMPLES = 6
 _MAX_SIDE = 320
 _MIN_SIDE = 192

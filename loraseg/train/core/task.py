@@ -1,12 +1,15 @@
 """A unit of work of either role: its data, its checkpoints, its place in the library."""
 
 import dataclasses
+import hashlib
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from loraseg import config as configuration
 from loraseg.data import DatasetFolder, Sample, few_shot
 from loraseg.errors import ConfigError, IntegrityError, StoreError
 from loraseg.library import AdapterCard, CatalogEntry, Library
@@ -22,6 +25,7 @@ __all__ = [
     "TrainingRun",
     "TrainingTask",
     "open_samples",
+    "task_digest",
 ]
 
 logger = logging.getLogger(__name__)
@@ -113,6 +117,29 @@ class TaskResult:
     seconds: float
     current: bool = True
     skipped_files: tuple[str, ...] = ()
+
+
+def task_digest(version: int, parts: Mapping[str, Any], *, compact: bool = True) -> str:
+    """Return the sha256 of everything that decides a task's result, as canonical JSON.
+
+    Equal digests mean equal results: they select checkpoints and published versions, so the JSON of
+    existing tasks must not change.
+
+    Args:
+        version: Raised when the same parts would give another result; the key "format" of the JSON.
+        parts: Config dataclasses and plain JSON values by name.
+        compact: Write the JSON without spaces. Closed-set runs are digested with spaces.
+    """
+    content = {
+        "format": version,
+        **{
+            name: configuration.to_dict(part) if dataclasses.is_dataclass(part) else part
+            for name, part in parts.items()
+        },
+    }
+    separators = (",", ":") if compact else None
+    text = json.dumps(content, sort_keys=True, separators=separators)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class SharedResources:

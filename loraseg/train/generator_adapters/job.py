@@ -31,6 +31,7 @@ from loraseg.train.core.task import (
     TrainingPlan,
     TrainingRun,
     open_samples,
+    task_digest,
 )
 from loraseg.train.generator_adapters.crops import CroppedImages
 from loraseg.train.generator_adapters.latents import TensorCache
@@ -94,17 +95,21 @@ class GeneratorAdapterJob:
         _check_size(base, recipe)
         active = tuple(_FrozenAdapter.load(task.library, one, base) for one in task.active)
         training_digest = dataset.digest(samples)
-        digest = configuration.digest(
-            _GeneratorTaskKey(
-                format=GENERATOR_FORMAT,
-                name=task.name,
-                seed=task.seed,
-                data_order=task.data_order,
-                recipe=_canonical_recipe(recipe, generator_targets(base.unet, recipe)),
-                training_digest=training_digest,
-                base_digest=base.digest,
-                active=tuple((one.adapter.adapter.digest, one.adapter.weight) for one in active),
-            )
+        # Where data and library are, what is drawn on the way and how often work is saved change
+        # nothing.
+        digest = task_digest(
+            GENERATOR_FORMAT,
+            {
+                "name": task.name,
+                "seed": task.seed,
+                "data_order": task.data_order,
+                "recipe": _canonical_recipe(recipe, generator_targets(base.unet, recipe)),
+                "training_digest": training_digest,
+                "base_digest": base.digest,
+                "active": [
+                    (frozen.adapter.adapter.digest, frozen.adapter.weight) for frozen in active
+                ],
+            },
         )
         steps, batch_size = recipe.loop.steps, recipe.batch_size
         unit = TrainingRun(task, dataset, samples, training_digest, digest, steps, batch_size)
@@ -294,20 +299,6 @@ class _FrozenAdapter:
             "digest": adapter.digest,
             "weight": self.adapter.weight,
         }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _GeneratorTaskKey:
-    """What decides the published bytes: not where things lie, nor what is shown or saved."""
-
-    format: int
-    name: str
-    seed: int
-    data_order: str
-    recipe: GeneratorRecipe
-    training_digest: str
-    base_digest: str
-    active: tuple[tuple[str, float], ...]
 
 
 def _canonical_recipe(recipe: GeneratorRecipe, names: tuple[str, ...]) -> GeneratorRecipe:

@@ -22,7 +22,7 @@ from loraseg.train.generator_adapters.training import TrainedGenerator
 
 __all__ = ["SampleGrid", "encoders_on_device", "render_generator_report"]
 
-_TEMPLATES = Path(__file__).parent / "templates"
+_TEMPLATES = Path(__file__).parents[1] / "templates"
 _IMAGES = 2
 
 

@@ -187,7 +187,9 @@ def finetune_unet(
     parameters: dict[str, nn.Parameter] = dict(unet.named_parameters())
     wanted = {name: parameter.requires_grad for name, parameter in parameters.items()}
     slot = None if callbacks.should_stop else callbacks.checkpoints
-    callbacks = dataclasses.replace(callbacks, active=None, show=None, slot=slot)
+    callbacks = dataclasses.replace(
+        callbacks, frozen_adapters=None, on_sample_grid=None, checkpoints=slot
+    )
     try:
         unet.requires_grad_(True)
         with fixed_threads(recipe.threads), _gradient_checkpointing(unet, recipe):

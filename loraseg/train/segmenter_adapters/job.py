@@ -24,6 +24,7 @@ from loraseg.train.core.task import (
     TrainingRun,
     TrainingTask,
     open_samples,
+    task_digest,
 )
 from loraseg.train.segmenter_adapters.recipes import AdapterRecipe
 from loraseg.train.segmenter_adapters.samples import TrainingImages
@@ -88,17 +89,19 @@ class SegmenterAdapterJob:
         base.model.to(best_device())
         encoder = shared.get(load_clip, task.encoder)
         training_digest = shared.get(dataset.digest, samples)
-        digest = configuration.digest(
-            _SegmenterAdapterTaskKey(
-                format=TRAINING_FORMAT,
-                name=task.name,
-                seed=task.seed,
-                data_order=task.data_order,
-                encoder=encoder.encoder_id,
-                recipe=_canonical_recipe(task.recipe),
-                training_digest=training_digest,
-                base_digest=base.digest,
-            )
+        # Where data and library are and how often work is saved change nothing; the number of
+        # images is part of the training set's digest.
+        digest = task_digest(
+            TRAINING_FORMAT,
+            {
+                "name": task.name,
+                "seed": task.seed,
+                "data_order": task.data_order,
+                "encoder": encoder.encoder_id,
+                "recipe": _canonical_recipe(task.recipe),
+                "training_digest": training_digest,
+                "base_digest": base.digest,
+            },
         )
         steps, batch_size = task.recipe.loop.steps, task.recipe.batch_size
         unit = TrainingRun(task, dataset, samples, training_digest, digest, steps, batch_size)
@@ -173,23 +176,6 @@ class SegmenterAdapterJob:
             metrics=metrics,
             code_revision=code_revision(),
         )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _SegmenterAdapterTaskKey:
-    """What decides the published bytes: not where things lie, nor how often work is saved.
-
-    The number of images is in the training set's digest.
-    """
-
-    format: int
-    name: str
-    seed: int
-    data_order: str
-    encoder: str
-    recipe: AdapterRecipe
-    training_digest: str
-    base_digest: str
 
 
 def _canonical_recipe(recipe: AdapterRecipe) -> AdapterRecipe:

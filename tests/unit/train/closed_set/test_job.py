@@ -91,10 +91,15 @@ def test_a_run_that_was_killed_goes_on(world, tmp_path, monkeypatch):
 
     def dying(recipe, data, seed, context):
         def save(step, scores, state):
-            context.save(step, scores, state)
+            context.save_checkpoint(step, scores, state)
             raise KeyboardInterrupt
 
-        return original(recipe, data, seed, type(context)(load=context.load, save=save))
+        return original(
+            recipe,
+            data,
+            seed,
+            type(context)(load_checkpoint=context.load_checkpoint, save_checkpoint=save),
+        )
 
     monkeypatch.setattr(job, "train_segmenter", dying)
     with pytest.raises(KeyboardInterrupt):
@@ -172,7 +177,7 @@ def test_an_arm_learns_from_what_the_run_began_with(changed, tmp_path):
         train_segmenters(_config(world, tmp_path / "out"), late)
     (task,) = trained
     results = train_segmenters(_config(world, tmp_path / "out"))
-    assert results["arms"]["segmenter"]["run"] != task.run
+    assert results["arms"]["segmenter"]["run"] != task.run_digest
 
 
 def test_damaged_results_are_told(world, tmp_path):

@@ -156,7 +156,7 @@ def test_shards_are_read_once_an_epoch(tmp_path, monkeypatch):
     original = ShardDataset.read_shard
     monkeypatch.setattr(
         ShardDataset,
-        "shard",
+        "read_shard",
         lambda self, entry, **kw: read.append(entry.file) or original(self, entry, **kw),
     )
     sampler = MixedSampler(

@@ -80,9 +80,9 @@ def test_ends_in_the_same_bits_whatever_kills_it(tmp_path, kills):
     slot = CheckpointStore(open_store(str(tmp_path)))
     for step in kills:
         with pytest.raises(Interrupted):
-            Problem(skip=(2,)).run(slot=slot, watch=interrupt_at(step))
+            Problem(skip=(2,)).run(checkpoints=slot, on_step=interrupt_at(step))
     last = Problem(skip=(2,))
-    result = last.run(slot=slot)
+    result = last.run(checkpoints=slot)
     assert torch.equal(last.state(), whole.state())
     assert result.loss == plain.loss
     assert result.skipped_batches == 1
@@ -93,7 +93,7 @@ def test_checkpoints_change_nothing_and_only_the_last_is_kept(tmp_path):
     store = open_store(str(tmp_path))
     slot = CheckpointStore(store)
     with_slot, without = Problem(), Problem()
-    with_slot.run(slot=slot)
+    with_slot.run(checkpoints=slot)
     without.run()
     assert torch.equal(with_slot.state(), without.state())
     assert list(store.list()) == ["000000012.safetensors", "latest.json"]
@@ -115,8 +115,8 @@ def test_a_worker_that_is_behind_leaves_the_newest_checkpoint(tmp_path):
 def test_a_finished_run_is_not_run_again(tmp_path):
     slot = CheckpointStore(open_store(str(tmp_path)))
     whole, again = Problem(), Problem()
-    whole.run(slot=slot)
-    assert again.run(slot=slot).resumed_from_step == 12
+    whole.run(checkpoints=slot)
+    assert again.run(checkpoints=slot).resumed_from_step == 12
     assert again.seen == []
     assert torch.equal(again.state(), whole.state())
 
@@ -124,7 +124,7 @@ def test_a_finished_run_is_not_run_again(tmp_path):
 @pytest.mark.parametrize("damage", ["truncate", "remove", "pointer"])
 def test_a_damaged_checkpoint_starts_again(tmp_path, damage, caplog):
     slot = CheckpointStore(open_store(str(tmp_path)))
-    Problem().run(slot=slot)
+    Problem().run(checkpoints=slot)
     data = tmp_path / "000000012.safetensors"
     if damage == "truncate":
         data.write_bytes(data.read_bytes()[:-1])
@@ -133,7 +133,7 @@ def test_a_damaged_checkpoint_starts_again(tmp_path, damage, caplog):
     else:
         (tmp_path / "latest.json").write_bytes(b"{")
     again, whole = Problem(), Problem()
-    assert again.run(slot=slot).resumed_from_step == 0
+    assert again.run(checkpoints=slot).resumed_from_step == 0
     whole.run()
     assert torch.equal(again.state(), whole.state())
     assert damage == "remove" or "starting again" in caplog.text
@@ -141,11 +141,11 @@ def test_a_damaged_checkpoint_starts_again(tmp_path, damage, caplog):
 
 def test_a_checkpoint_of_other_parameters_is_refused(tmp_path):
     slot = CheckpointStore(open_store(str(tmp_path)))
-    Problem().run(slot=slot)
+    Problem().run(checkpoints=slot)
     other = Problem()
     other.parameters = {"weight": other.layer.weight}
     with pytest.raises(StageError, match="other parameters"):
-        other.run(slot=slot)
+        other.run(checkpoints=slot)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -166,7 +166,7 @@ def test_stops_at_a_gradient_that_is_not_finite():
 
 def test_reports_skips_and_refuses_to_learn_nothing():
     losses = []
-    result = Problem(skip=(0, 3)).run(watch=lambda done, loss: losses.append(loss))
+    result = Problem(skip=(0, 3)).run(on_step=lambda done, loss: losses.append(loss))
     assert result.skipped_batches == 2
     assert [math.isnan(loss) for loss in losses[:4]] == [True, False, False, True]
     with pytest.raises(StageError, match="all 12 batches held no labelled pixel"):
@@ -231,15 +231,15 @@ def test_the_average_survives_kills_bit_by_bit(tmp_path, kills):
     slot = CheckpointStore(open_store(str(tmp_path)))
     for step in kills:
         with pytest.raises(Interrupted):
-            averaged(Problem(), slot=slot, watch=interrupt_at(step))
-    assert torch.equal(averaged(Problem(), slot=slot), whole)
+            averaged(Problem(), checkpoints=slot, on_step=interrupt_at(step))
+    assert torch.equal(averaged(Problem(), checkpoints=slot), whole)
 
 
 def test_a_checkpoint_without_the_average_is_refused(tmp_path):
     slot = CheckpointStore(open_store(str(tmp_path)))
-    Problem().run(slot=slot)
+    Problem().run(checkpoints=slot)
     with pytest.raises(StageError, match="other parameters"):
-        Problem().run(AVERAGING, slot=slot)
+        Problem().run(AVERAGING, checkpoints=slot)
 
 
 def test_a_loss_in_parts_is_their_sum():
@@ -248,7 +248,7 @@ def test_a_loss_in_parts_is_their_sum():
     inner = parted.loss_of
     parted.loss_of = lambda step: (inner(step) * share for share in (0.25, 0.5, 0.25))
     for problem, kept in zip((whole, parted), losses, strict=True):
-        problem.run(watch=lambda done, loss, kept=kept: kept.append(loss))
+        problem.run(on_step=lambda done, loss, kept=kept: kept.append(loss))
     torch.testing.assert_close(whole.state(), parted.state(), rtol=1e-6, atol=1e-6)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 

@@ -103,7 +103,7 @@ def test_the_fusion_layers_fit_the_unet(done):
 
 def test_the_report_shows_the_grids_and_needs_no_network(done):
     task, _, _ = done
-    page = open_store(task.report_place).get("fog.html").decode()
+    page = open_store(task.report_uri).get("fog.html").decode()
     assert page.count("data:image/png;base64,") == 2
     assert "After 3 steps" in page
     assert "After 6 steps" in page
@@ -147,10 +147,10 @@ def test_a_grid_of_crops_shows_each_image_once(tmp_path, monkeypatch):
     shown = []
 
     def draw(grid, kept):
-        shown.append([name for name, _, _ in grid.shown])
+        shown.append([name for name, _, _ in grid.examples])
         return b"a picture"
 
-    monkeypatch.setattr(SampleGrid, "draw", draw)
+    monkeypatch.setattr(SampleGrid, "render", draw)
     view = {"size": [16, 16], "fit": "crop", "crops": 3}
     recipe = tiny_recipe(view=view, grid={"every": 6, "masks": 2}, loop={"steps": 6})
     train_adapter(tiny_generator_task(tmp_path, recipe=recipe))
@@ -270,7 +270,7 @@ def test_the_card_says_what_was_active(with_active, done):
 
 
 def test_pictures_show_what_is_active_too(with_active):
-    page = open_store(with_active[0].report_place).get("control.html").decode()
+    page = open_store(with_active[0].report_uri).get("control.html").decode()
     assert page.count("data:image/png") == 1
 
 

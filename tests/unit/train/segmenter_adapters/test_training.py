@@ -123,7 +123,7 @@ GROUP = {
 
 def member(name, store=None, **changes):
     recipe = {**RECIPE, "targets": "aggregator", **GROUP[name], **changes}
-    slot = store and CheckpointStore(store.sub(name))
+    slot = store and CheckpointStore(store.with_prefix(name))
     return GroupMember(recipe=named_recipe("miniature", recipe), checkpoints=slot)
 
 
@@ -196,7 +196,7 @@ def test_a_broken_batch_leaves_finished_members_what_they_have(images, alone, mo
 def test_members_resume_each_from_its_own_checkpoint(images, alone, tmp_path):
     store = open_store(str(tmp_path / "checkpoints"))
     train_group(tiny_base(), images, LABELS.names, [member("short", store)])
-    halfway = dataclasses.replace(member("one", store), watch=interrupt_at(5))
+    halfway = dataclasses.replace(member("one", store), on_step=interrupt_at(5))
     with pytest.raises(Interrupted):
         train_group(tiny_base(), images, LABELS.names, [member("wide"), halfway])
     names = ("wide", "one", "short")
