@@ -22,9 +22,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from loraseg.errors import ConfigError, LorasegError
 
-__all__ = ["build", "digest", "load", "main", "project", "to_dict"]
+__all__ = ["INLINED", "build", "digest", "load", "main", "project", "to_dict"]
 
 ConfigT = TypeVar("ConfigT")
+
+# Metadata of a dataclass field whose own fields are keys of the (top-level) config: a job combines
+# the config of the function that it calls with settings of its own, under one flat list of keys.
+INLINED: Mapping[str, Any] = {"inlined": True}
 
 
 def build(cls: type[ConfigT], values: Mapping[str, Any], *, where: str = "config") -> ConfigT:
@@ -40,9 +44,9 @@ def build(cls: type[ConfigT], values: Mapping[str, Any], *, where: str = "config
     """
     _reject_unknown_keys(cls, values, where, "")
     try:
-        return TypeAdapter(cls).validate_python(dict(values))
+        return TypeAdapter(cls).validate_python(_nest_inlined(cls, values))
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_first_error(error)}") from error
+        raise ConfigError(f"{where}: {_first_error(error, _inlined_fields(cls))}") from error
 
 
 def load(cls: type[ConfigT], path: str | Path | None, overrides: Sequence[str] = ()) -> ConfigT:
@@ -67,7 +71,10 @@ def load(cls: type[ConfigT], path: str | Path | None, overrides: Sequence[str] =
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Return the config as plain JSON values; ``build`` of the result gives it back."""
-    return TypeAdapter(type(config)).dump_python(config, mode="json")
+    values = TypeAdapter(type(config)).dump_python(config, mode="json")
+    for name in _inlined_fields(type(config)):
+        values |= values.pop(name)
+    return values
 
 
 def project(config: Any, cls: type[ConfigT]) -> ConfigT:
@@ -100,7 +107,7 @@ def main(
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     for name in ("loraseg", "actors", "jobs", "__main__"):
         logging.getLogger(name).setLevel(logging.INFO)
-    switches = [f.name for f in dataclasses.fields(typing.cast(Any, cls)) if f.type is bool]
+    switches = [field.name for field, hint in _keys(cls).values() if hint is bool]
     parser = argparse.ArgumentParser(
         description=description,
         epilog=_field_help(cls),
@@ -163,16 +170,15 @@ def _reject_unknown_keys(cls: Any, values: Any, where: str, prefix: str) -> None
     for inner in _dataclasses_in(cls):
         if not isinstance(values, Mapping):
             continue
-        hints = typing.get_type_hints(inner)
-        names = [f.name for f in dataclasses.fields(inner)]
+        known = _keys(inner)
         for key, value in values.items():
-            if key not in names:
-                close = difflib.get_close_matches(str(key), names, n=1)
+            if key not in known:
+                close = difflib.get_close_matches(str(key), known, n=1)
                 hint = f"; did you mean {prefix + close[0]!r}?" if close else ""
                 raise ConfigError(
-                    f"{where}: unknown key {prefix + str(key)!r}{hint} (known: {', '.join(names)})"
+                    f"{where}: unknown key {prefix + str(key)!r}{hint} (known: {', '.join(known)})"
                 )
-            _reject_unknown_keys(hints[key], value, where, f"{prefix}{key}.")
+            _reject_unknown_keys(known[key][1], value, where, f"{prefix}{key}.")
         return
     arguments = typing.get_args(cls)
     if not arguments:
@@ -185,6 +191,32 @@ def _reject_unknown_keys(cls: Any, values: Any, where: str, prefix: str) -> None
             _reject_unknown_keys(arguments[0], value, where, f"{prefix}{index}.")
 
 
+def _keys(cls: Any) -> dict[str, tuple[dataclasses.Field[Any], Any]]:
+    """Return field and type of each key, those of inlined fields in their place."""
+    hints = typing.get_type_hints(cls)
+    keys: dict[str, tuple[dataclasses.Field[Any], Any]] = {}
+    for field in dataclasses.fields(cls):
+        if field.metadata.get("inlined"):
+            keys |= _keys(hints[field.name])
+        else:
+            keys[field.name] = field, hints[field.name]
+    return keys
+
+
+def _inlined_fields(cls: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls) if field.metadata.get("inlined")]
+
+
+def _nest_inlined(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Move the keys of inlined fields into a mapping of their own."""
+    nested = dict(values)
+    hints = typing.get_type_hints(cls)
+    for name in _inlined_fields(cls):
+        keys = _keys(hints[name])
+        nested[name] = {key: nested.pop(key) for key in keys if key in nested}
+    return nested
+
+
 def _dataclasses_in(cls: Any) -> list[Any]:
     """Return the dataclasses that a plain or optional type stands for."""
     options = (
@@ -195,9 +227,12 @@ def _dataclasses_in(cls: Any) -> list[Any]:
     return [option for option in options if dataclasses.is_dataclass(option)]
 
 
-def _first_error(error: ValidationError) -> str:
+def _first_error(error: ValidationError, inlined_fields: Sequence[str]) -> str:
     problem = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in problem["loc"])
+    location = problem["loc"]
+    if location and location[0] in inlined_fields:
+        location = location[1:]
+    place = ".".join(str(part) for part in location)
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "missing":
         return f"missing key {place!r}"
@@ -208,9 +243,7 @@ def _first_error(error: ValidationError) -> str:
 
 def _field_help(cls: Any) -> str:
     lines = ["fields:"]
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        kind = hints[field.name]
+    for field, kind in _keys(cls).values():
         kind_name = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
         if field.default is not dataclasses.MISSING:
             default = f" = {field.default!r}"

@@ -97,3 +97,42 @@ def test_what_a_job_adds_is_left_behind():
     found = config.project(Job(name="a", inner=inner, workers=5), Outer)
     assert type(found) is Outer
     assert found == Outer(name="a", inner=inner)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    outer: Outer = field(metadata=config.INLINED)
+    workers: int = 2
+
+
+def test_keys_of_an_inlined_field_are_keys_of_the_config():
+    built = config.build(Job, {"name": "a", "inner": {"steps": 5}, "workers": 3})
+    assert built == Job(outer=Outer(name="a", inner=Inner(steps=5)), workers=3)
+    assert config.to_dict(built) == {**config.to_dict(built.outer), "workers": 3}
+    assert config.load(Job, None, ["name=a", "inner.steps=5", "workers=3"]) == built
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "^config: missing key 'name'$"),
+        ({"name": "x", "worker": 1}, r"unknown key 'worker'; did you mean 'workers'.*known: name"),
+        ({"name": "x", "outer": {}}, "unknown key 'outer'"),
+        ({"name": "x", "inner": {"steps": 0}}, "^config: inner: steps: got 0"),
+        ({"name": "x", "workers": "many"}, "^config: workers: .*integer"),
+    ],
+)
+def test_mistakes_in_inlined_fields_are_named_by_their_flat_key(values, message):
+    with pytest.raises(ConfigError, match=message):
+        config.build(Job, values)
+
+
+def test_switches_and_help_include_inlined_fields(capsys):
+    with pytest.raises(SystemExit) as stop:
+        config.main(lambda job: int(not job.outer.dry_run), Job, ["name=x", "--dry-run"])
+    assert stop.value.code == 0
+    with pytest.raises(SystemExit):
+        config.main(lambda job: 0, Job, ["--help"])
+    shown = capsys.readouterr().out
+    assert "  name: str (required)" in shown
+    assert "  workers: int = 2" in shown
