@@ -23,13 +23,15 @@ from loraseg.library.card import AdapterCard, check_name
 from loraseg.library.contention import ContentionBackoff
 from loraseg.library.records import AdapterRecord, CatalogHead, PublishedAdapter
 from loraseg.library.snapshot import CatalogEntry, decode_snapshot, encode_snapshot
-from loraseg.storage import ObjectNotFoundError, ObjectStore, probe_conditional_writes
+from loraseg.storage.store import ObjectNotFoundError, ObjectStore
+from loraseg.storage.uri import open_store, probe_conditional_writes
 
 __all__ = ["Library", "PublishItem"]
 
 logger = logging.getLogger(__name__)
 
 PublishItem = tuple[str, Mapping[str, bytes], AdapterCard]
+_Snapshot = tuple[CatalogHead, tuple[CatalogEntry, ...]]
 
 _COMMIT_TIMEOUT_S = 300.0
 # A writer moves HEAD milliseconds after its snapshot; who takes so much longer is taken for dead.
@@ -59,12 +61,14 @@ class Library:
         """Use ``store``; nothing is contacted yet."""
         self._store = store
         self._lock = threading.Lock()
-        self._cached_snapshot: tuple[CatalogHead, tuple[CatalogEntry, ...]] = (
-            CatalogHead.empty(),
-            (),
-        )
+        self._cached_snapshot: _Snapshot = (CatalogHead.empty(), ())
         self._probed = False
         self._backoff = ContentionBackoff()
+
+    @classmethod
+    def open(cls, uri: str) -> "Library":
+        """Open the library at a store URI; the store is not contacted yet."""
+        return cls(open_store(uri))
 
     @property
     def uri(self) -> str:
