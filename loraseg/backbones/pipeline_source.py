@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-import loraseg
 from loraseg.backbones.pipeline_fit import check_parts_fit
 from loraseg.backbones.pipeline_layout import (
     INDEX_FILE,
@@ -175,7 +174,7 @@ def _resolve_folder(name: str) -> Path:
     if name.startswith("hf:"):
         return _from_hub(name)
     if name == "miniature":
-        return Path(loraseg.__file__).parent / "miniature" / "weights" / "generator"
+        return Path(__file__).parents[1] / "miniature" / "weights" / "generator"
     return Path(name.removeprefix("file://")).expanduser()
 
 

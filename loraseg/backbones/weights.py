@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import loraseg
 from loraseg.errors import ConfigError, IntegrityError
 from loraseg.storage import open_store
 
@@ -52,7 +51,7 @@ def resolve_weights(spec: str, *, miniature: str = "catseg") -> WeightSource:
     elif name.startswith("hf:"):
         source = _from_path(name, _from_hub(name))
     elif name == "miniature":
-        folder = Path(loraseg.__file__).parent / "miniature" / "weights"
+        folder = Path(__file__).parents[1] / "miniature" / "weights"
         source = _from_path(name, folder / f"{miniature}.safetensors")
     else:
         source = _from_path(name, Path(name.removeprefix("file://")).expanduser())
