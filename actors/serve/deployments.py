@@ -22,9 +22,8 @@ from actors.serve.logs import attach_serve_logging
 from actors.serve.metrics import AdapterCacheMetrics, CatalogMetrics, ImageMetrics, RequestMetrics
 from loraseg.errors import LorasegError, StageError
 from loraseg.inference.batcher import MicroBatcher
-from loraseg.inference.retrieval import RetrievalRequest, RetrievalResult
-from loraseg.inference.segmentation import SegmentationRequest, SegmentationResult
-from loraseg.inference.selection import AdapterSelection
+from loraseg.inference.request import SegmentRequest, SegmentResult
+from loraseg.inference.selection import AdapterQuery, AdapterSelection, AdaptiveSettings
 from loraseg.serving.build import build_retrieval, build_segmentation
 from loraseg.serving.config import ReplicaConfig, ServiceConfig
 from loraseg.serving.engine import CatalogView
@@ -89,7 +88,7 @@ class Retrieval:
         self._metrics = CatalogMetrics(self._stage.libraries)
 
     async def retrieve(
-        self, items: Sequence[tuple[RetrievalRequest, ImageOrRef]]
+        self, items: Sequence[tuple[SegmentRequest, ImageOrRef]]
     ) -> AsyncGenerator[IndexedResults, None]:
         """Choose adapters for images; yields positions with :class:`Picked` or an error."""
         images = await _fetch_images([pixels for _, pixels in items])
@@ -98,8 +97,8 @@ class Retrieval:
         yield list(enumerate(await loop.run_in_executor(self._thread, self._retrieve, asks)))
 
     def _retrieve(
-        self, requests: Sequence[RetrievalRequest]
-    ) -> Sequence[RetrievalResult | LorasegError]:
+        self, requests: Sequence[SegmentRequest]
+    ) -> Sequence[AdapterSelection | LorasegError]:
         self._busy_since = time.monotonic()
         try:
             return self._stage.retrieve(requests)
@@ -158,16 +157,15 @@ class Segmenter:
             # The gateways bound what waits; all together they must find room.
             max_in_flight=max_images_in_flight(config) * config.gateway.max_replicas,
         )
+        bare = AdapterQuery(settings=AdaptiveSettings(mode="base"))
         # A replica counts as up once an image went through the model.
         blank: Any = np.zeros((64, 64, 3), np.uint8)
-        task = SegmentationRequest(
-            image=blank, classes=("scene",), selection=AdapterSelection("base")
-        )
+        task = SegmentRequest(image=blank, classes=("scene",), query=bare)
         self._batcher.submit(task).result(timeout=_WARM_UP_TIMEOUT_S)
         self._metrics = AdapterCacheMetrics(self._stage.cache, self._batcher)
 
     async def segment(
-        self, items: Sequence[tuple[SegmentationRequest, ImageOrRef]]
+        self, items: Sequence[tuple[SegmentRequest, ImageOrRef]]
     ) -> AsyncGenerator[IndexedResults, None]:
         """Segment images; yields positions with :class:`Segmented` or an error, as they finish."""
         images = await _fetch_images([pixels for _, pixels in items])
@@ -185,7 +183,7 @@ class Segmenter:
             for future in running:
                 future.cancel()
 
-    async def _segment(self, task: SegmentationRequest) -> SegmentationResult | LorasegError:
+    async def _segment(self, task: SegmentRequest) -> SegmentResult | LorasegError:
         try:
             return await asyncio.wrap_future(self._batcher.submit(task))
         except LorasegError as error:

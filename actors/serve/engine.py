@@ -13,10 +13,10 @@ from ray.serve.handle import DeploymentHandle
 
 from actors.serve.batched_calls import CallBatcher
 from loraseg.errors import LorasegError, ServiceError
-from loraseg.inference.retrieval import RetrievalRequest, RetrievalResult
-from loraseg.inference.segmentation import SegmentationRequest, SegmentationResult
+from loraseg.inference.request import SegmentRequest, SegmentResult
+from loraseg.inference.selection import AdapterSelection
 from loraseg.serving.config import ServiceConfig
-from loraseg.serving.engine import CatalogView, Readiness, SegmentRequest, SegmentResult
+from loraseg.serving.engine import CatalogView, Readiness
 from loraseg.serving.orchestrator import run_request
 from loraseg.tensor_types import ndarray
 
@@ -67,15 +67,15 @@ class RayEngine:
         self._limit, self._in_flight = max_images_in_flight(config), 0
         choose: Any = retrieval.options(method_name="retrieve", stream=True)
         segment: Any = segmenter.options(method_name="segment", stream=True)
-        self._retrieval_calls: CallBatcher[tuple[RetrievalRequest, ImageOrRef], RetrievalResult] = (
+        self._retrieval_calls: CallBatcher[tuple[SegmentRequest, ImageOrRef], AdapterSelection] = (
             CallBatcher(
                 choose.remote, name="retrieval", max_batch_size=config.batch, linger_s=_LINGER_S
             )
         )
-        self._segment_calls: CallBatcher[
-            tuple[SegmentationRequest, ImageOrRef], SegmentationResult
-        ] = CallBatcher(
-            segment.remote, name="segmenter", max_batch_size=config.batch, linger_s=_LINGER_S
+        self._segment_calls: CallBatcher[tuple[SegmentRequest, ImageOrRef], SegmentResult] = (
+            CallBatcher(
+                segment.remote, name="segmenter", max_batch_size=config.batch, linger_s=_LINGER_S
+            )
         )
 
     @property
@@ -108,13 +108,13 @@ class RayEngine:
         pixels = request.image if size_bytes <= _MAX_INLINE_BYTES else ray.put(request.image)
         is_bundled = size_bytes <= _MAX_BATCHED_BYTES and request.tiling != "always"
 
-        async def retrieve(ask: RetrievalRequest) -> RetrievalResult:
+        async def retrieve(ask: SegmentRequest) -> AdapterSelection:
             # A store that fails concerns whoever needs it; nobody else waits in the same call.
             parcel = replace(ask, image=_NO_PIXELS), pixels
             key = "any" if is_bundled else None
             return await self._retrieval_calls.submit(parcel, key=key, deadline=request.deadline)
 
-        async def segment(task: SegmentationRequest) -> SegmentationResult:
+        async def segment(task: SegmentRequest) -> SegmentResult:
             parcel = replace(task, image=_NO_PIXELS), pixels
             key = task.classes if is_bundled else None
             return await self._segment_calls.submit(parcel, key=key, deadline=request.deadline)

@@ -14,8 +14,8 @@ from ray.serve import metrics
 
 from loraseg.inference.adapter_cache import AdapterCache
 from loraseg.inference.batcher import MicroBatcher
+from loraseg.inference.request import SegmentRequest, SegmentResult
 from loraseg.inference.watcher import LibraryWatcher
-from loraseg.serving.engine import SegmentRequest, SegmentResult
 from loraseg.serving.http_api.middleware import RequestContext
 
 __all__ = ["AdapterCacheMetrics", "CatalogMetrics", "ImageMetrics", "RequestMetrics"]
@@ -78,14 +78,14 @@ class ImageMetrics:
 
     def record(self, request: SegmentRequest, result: SegmentResult) -> None:
         """Count an image."""
-        why = result.segmentation.explanation
+        why = result.explanation
         fallback = "no" if why.fallback is None else "yes"
         self._images.inc(tags={"library": request.library, "mode": why.mode, "fallback": fallback})
         for stage, spent_ms in result.timing_ms.items():
             self._seconds.observe(max(spent_ms / 1000, 1e-6), tags={"stage": stage})
         self._batch.observe(result.batch_size)
-        if result.segmentation.tiles > 1:
-            self._tiles.inc(result.segmentation.tiles)
+        if result.tiles > 1:
+            self._tiles.inc(result.tiles)
 
 
 class AdapterCacheMetrics:

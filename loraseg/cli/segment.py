@@ -13,7 +13,9 @@ from loraseg.errors import ConfigError, LorasegError
 if TYPE_CHECKING:
     from loraseg.cli.segment_output import SegmentWriter
     from loraseg.data.labels import LabelSpace
-    from loraseg.inference.pipeline import AdaptiveSegmenter, AdaptiveSettings, Segmentation
+    from loraseg.inference.pipeline import AdaptiveSegmenter
+    from loraseg.inference.request import SegmentResult
+    from loraseg.inference.selection import AdaptiveSettings
     from loraseg.tensor_types import ndarray
 
 __all__ = ["add"]
@@ -130,7 +132,7 @@ def _segment_locally(
     return int(bool(failures))
 
 
-def _write(output: "SegmentWriter", path: Path, image: "ndarray", result: "Segmentation") -> None:
+def _write(output: "SegmentWriter", path: Path, image: "ndarray", result: "SegmentResult") -> None:
     maps = {"confidence": result.confidence, "entropy": result.entropy}
     output.write(path, image, result.label_map, maps, result.explanation.to_json())
 
@@ -163,7 +165,7 @@ def _check_images(images: list[str]) -> list[Path]:
 
 
 def _settings(arguments: argparse.Namespace) -> "AdaptiveSettings":
-    from loraseg.inference.pipeline import default_adaptive_settings
+    from loraseg.inference.selection import default_adaptive_settings
 
     changes = {"mode": arguments.mode, "k": arguments.top_k, "temperature": arguments.temperature}
     named = {name: value for name, value in changes.items() if value is not None}

@@ -17,10 +17,10 @@ from loraseg.errors import ConfigError, DatasetError
 from loraseg.evaluate.tuning import Hyperparameters, mixing_weight_matrix
 from loraseg.fuse.late import LateFusion
 from loraseg.fuse.mix import Mix, fuse
-from loraseg.inference.adapter_cache import AdapterEntry
-from loraseg.inference.pipeline import label_map
+from loraseg.inference.adapter_ref import AdapterEntry
 from loraseg.segment.metrics import ConfusionMatrix
 from loraseg.segment.open_vocabulary.base import SegmentationBase
+from loraseg.segment.open_vocabulary.pixel_maps import label_map
 from loraseg.segment.open_vocabulary.predictor import Predictor
 from loraseg.tensor_types import Float, Tensor, ndarray
 

@@ -1,9 +1,9 @@
 """Bring models and adapter libraries together: for evaluation, service and command line.
 
-It stands above ``library`` and ``segment``, which do not know each other. ``equip`` brings one
-generation together for one run. A service has two stages, in one process or in several: a
+It stands above ``library`` and ``segment``, which do not know each other. ``load_segmenter`` loads
+one generation of a library for one run. A service has two stages, in one process or in several: a
 ``RetrievalStage`` chooses adapters of libraries that it follows, a ``SegmentationStage`` (behind a
-``MicroBatcher``, its queue) loads and uses them. Between the two travel ``AdapterRef``.
+``MicroBatcher``, its queue) loads and uses them.
 """
 
 __all__ = [
@@ -15,11 +15,9 @@ __all__ = [
     "LoadedSegmenter",
     "MicroBatcher",
     "Precision",
-    "RetrievalRequest",
-    "RetrievalResult",
     "RetrievalStage",
-    "SegmentationRequest",
-    "SegmentationResult",
+    "SegmentRequest",
+    "SegmentResult",
     "SegmentationStage",
     "SegmenterConfig",
     "load_segmenter",
@@ -34,10 +32,7 @@ from loraseg.inference.loading import (
     SegmenterConfig,
     load_segmenter,
 )
-from loraseg.inference.retrieval import RetrievalRequest, RetrievalResult, RetrievalStage
-from loraseg.inference.segmentation import (
-    SegmentationRequest,
-    SegmentationResult,
-    SegmentationStage,
-)
+from loraseg.inference.request import SegmentRequest, SegmentResult
+from loraseg.inference.retrieval import RetrievalStage
+from loraseg.inference.segmentation import SegmentationStage
 from loraseg.inference.watcher import LibraryWatcher

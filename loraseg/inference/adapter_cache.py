@@ -15,38 +15,17 @@ from typing import Any, Protocol, runtime_checkable
 
 from loraseg.adapters.packed import PackedAdapter
 from loraseg.errors import LorasegError
+from loraseg.inference.adapter_ref import AdapterEntry, AdapterFailure, AdapterUnavailableError
 from loraseg.tensor_types import ndarray
 
 __all__ = [
     "AdapterCache",
-    "AdapterEntry",
     "AdapterPool",
     "AdapterRetriever",
     "CacheStats",
     "RetrievedAdapter",
-    "UnusableAdaptersError",
     "load_each",
 ]
-
-
-@runtime_checkable
-class AdapterEntry(Protocol):
-    """What names one published adapter."""
-
-    @property
-    def name(self) -> str:
-        """What people call it."""
-        ...
-
-    @property
-    def version(self) -> int | str:
-        """Which publication of the name."""
-        ...
-
-    @property
-    def digest(self) -> str:
-        """The sha256 of the weight files."""
-        ...
 
 
 @runtime_checkable
@@ -104,21 +83,6 @@ class AdapterPool:
     def names(self) -> frozenset[str]:
         """Of all entries."""
         return frozenset(entry.name for entry in self.entries)
-
-
-class UnusableAdaptersError(LorasegError):
-    """Adapters that were asked for together cannot all be used.
-
-    Attributes:
-        failures: Each of those that cannot, and why; at least one.
-    """
-
-    def __init__(self, failures: Sequence[tuple[AdapterEntry, LorasegError]]) -> None:
-        super().__init__(tuple(failures))
-        self.failures = tuple(failures)
-
-    def __str__(self) -> str:
-        return "; ".join(f"adapter {entry.name!r}: {error}" for entry, error in self.failures)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +155,7 @@ class AdapterCache:
         They count towards the budget. While adapters in use exceed it, the cache does too.
 
         Raises:
-            UnusableAdaptersError: Some cannot be loaded; all were tried.
+            AdapterUnavailableError: Some cannot be loaded; all were tried.
         """
         slots: list[_Slot] = []
 
@@ -303,15 +267,17 @@ def load_each(
     """Load all entries.
 
     Raises:
-        UnusableAdaptersError: Some loads failed; all were tried.
+        AdapterUnavailableError: Some loads failed; all were tried.
     """
     adapters: list[PackedAdapter] = []
-    failures: list[tuple[AdapterEntry, LorasegError]] = []
+    failures: list[AdapterFailure] = []
+    first_error: LorasegError | None = None
     for entry in entries:
         try:
             adapters.append(load(entry))
         except LorasegError as error:
-            failures.append((entry, error))
+            failures.append(AdapterFailure.from_error(entry, error))
+            first_error = first_error or error
     if failures:
-        raise UnusableAdaptersError(failures) from failures[0][1]
+        raise AdapterUnavailableError(failures) from first_error
     return adapters

@@ -1,13 +1,23 @@
-"""What travels from the search to the segmenter: which adapter, and why one is out of service."""
+"""References to published adapters, and why one cannot be loaded.
 
+Both are small enough to travel between the processes of an endpoint.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from loraseg.errors import IntegrityError, LorasegError, StageError, StoreError
 from loraseg.library.snapshot import CatalogEntry
 from loraseg.storage import ObjectNotFoundError
 
-__all__ = ["AdapterFailure", "AdapterFailureKind", "AdapterRef", "AdapterUnavailableError"]
+__all__ = [
+    "AdapterEntry",
+    "AdapterFailure",
+    "AdapterFailureKind",
+    "AdapterRef",
+    "AdapterUnavailableError",
+]
 
 AdapterFailureKind = Literal["unreachable", "missing", "damaged", "unfit"]
 
@@ -19,13 +29,34 @@ _REASONS: dict[AdapterFailureKind, str] = {
 }
 
 
+@runtime_checkable
+class AdapterEntry(Protocol):
+    """Identifies one published adapter: a catalog entry or an :class:`AdapterRef`."""
+
+    @property
+    def name(self) -> str:
+        """Name in the library."""
+        ...
+
+    @property
+    def version(self) -> int | str:
+        """Version under that name."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of the weight files."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterRef:
-    """All that a segmenter needs to load and check one published adapter.
+    """The fields of a catalog entry that are needed to load and check its adapter.
 
     Attributes:
-        library: The service's name for the library that it is in.
-        name: What people call it.
+        library: Name of its library, as :class:`~loraseg.inference.adapter_loader.AdapterLoader`
+            knows it.
+        name: Name in the library.
         version: From 1.
         digest: sha256 (hex) of the weight files.
         record_digest: sha256 (hex) of the record.
@@ -57,35 +88,46 @@ class AdapterRef:
 
 @dataclass(frozen=True, slots=True)
 class AdapterFailure:
-    """An adapter that cannot be used now; ``reason`` is meant for a client's eyes."""
+    """An adapter that cannot be loaded; ``reason`` is shown to clients of an endpoint."""
 
     name: str
-    version: int
+    version: int | str
     digest: str
     reason: str
     kind: AdapterFailureKind
 
     @classmethod
-    def from_error(cls, ref: AdapterRef, error: Exception) -> "AdapterFailure":
-        """Say in words, without places or paths, why loading ``ref`` failed."""
+    def from_error(cls, entry: AdapterEntry, error: Exception) -> "AdapterFailure":
+        """Describe, without paths or URIs, why loading ``entry`` failed."""
         kind = _failure_kind(error)
-        return cls(ref.name, ref.version, ref.digest, _REASONS[kind], kind)
+        return cls(entry.name, entry.version, entry.digest, _REASONS[kind], kind)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values: name, version, digest and reason."""
+        return {
+            "name": self.name,
+            "version": self.version,
+            "digest": self.digest,
+            "reason": self.reason,
+        }
 
 
 class AdapterUnavailableError(StageError):
-    """Chosen adapters cannot be loaded; choosing again without them may help.
+    """Selected adapters cannot be loaded; another selection without them may work.
+
+    Its cause (``__cause__``) is the error of the first of them.
 
     Attributes:
-        failures: One for each of them.
+        failures: One for each adapter that cannot be loaded, at least one.
     """
 
-    def __init__(self, failures: tuple[AdapterFailure, ...]) -> None:
-        words = "; ".join(f"{f.name} version {f.version}: {f.reason}" for f in failures)
-        super().__init__(f"adapters cannot be loaded: {words}")
-        self.failures = failures
+    def __init__(self, failures: Sequence[AdapterFailure]) -> None:
+        reasons = "; ".join(f"{f.name} version {f.version}: {f.reason}" for f in failures)
+        super().__init__(f"adapters cannot be loaded: {reasons}")
+        self.failures = tuple(failures)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Keep the failures when the error travels between processes."""
+        """Keep the failures when the error is pickled."""
         return AdapterUnavailableError, (self.failures,)
 
 

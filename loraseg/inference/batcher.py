@@ -9,13 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from loraseg.errors import LorasegError, ServiceError
-from loraseg.inference.segmentation import (
-    PreparedRequest,
-    SegmentationRequest,
-    SegmentationResult,
-    SegmentationStage,
-    score_bytes,
-)
+from loraseg.inference.request import SegmentRequest, SegmentResult
+from loraseg.inference.segmentation import PreparedRequest, SegmentationStage, score_bytes
 
 __all__ = ["MicroBatcher"]
 
@@ -41,14 +36,14 @@ class _PendingRequest:
         is_resolved: Whether it has its answer.
     """
 
-    request: SegmentationRequest
-    future: "Future[SegmentationResult]"
+    request: SegmentRequest
+    future: "Future[SegmentResult]"
     prepared: PreparedRequest | None = None
     ready_since: float = 0.0
-    tiles: Generator[None, None, SegmentationResult] | None = None
+    tiles: Generator[None, None, SegmentResult] | None = None
     is_resolved: bool = False
 
-    def resolve(self, result: SegmentationResult | BaseException) -> None:
+    def resolve(self, result: SegmentResult | BaseException) -> None:
         """Give the answer, unless nobody waits for it any more, and let go of the adapters."""
         if self.is_resolved:
             return
@@ -111,7 +106,7 @@ class MicroBatcher:
         self._thread = threading.Thread(target=self._run_loop, name="segment", daemon=True)
         self._thread.start()
 
-    def submit(self, request: SegmentationRequest) -> "Future[SegmentationResult]":
+    def submit(self, request: SegmentRequest) -> "Future[SegmentResult]":
         """Take a task; cancelling the future gives up the work as soon as possible.
 
         The future raises what :meth:`SegmentationStage.prepare` raises, ServiceError ``deadline``,
@@ -161,7 +156,7 @@ class MicroBatcher:
         self._thread.join(timeout=60)
         self._stage.close()
 
-    def _decrement_in_flight(self, _: "Future[SegmentationResult]") -> None:
+    def _decrement_in_flight(self, _: "Future[SegmentResult]") -> None:
         with self._condition:
             self._in_flight -= 1
 
@@ -230,7 +225,7 @@ class MicroBatcher:
     def _run_batch(self, batch: list[_PendingRequest]) -> None:
         prepared = [ticket.prepared for ticket in batch if ticket.prepared is not None]
         try:
-            answers = self._stage.run(prepared, batch[0].request.classes)
+            answers = self._stage.run(prepared)
         except Exception as error:
             logger.exception("a batch of %d failed", len(batch))
             answers = [error] * len(batch)

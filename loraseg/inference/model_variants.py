@@ -5,7 +5,7 @@ import logging
 from loraseg.inference.adapter_cache import AdapterCache
 from loraseg.inference.loading import AttentionLoraSetting, Precision, to_device
 from loraseg.inference.runner import SegmentRunner
-from loraseg.inference.snapshot import AttentionLoraState
+from loraseg.inference.selection import AttentionLoraState
 from loraseg.segment.open_vocabulary.base import SegmentationBase, load_base
 from loraseg.segment.open_vocabulary.predictor import PredictionMode, Predictor
 

@@ -1,83 +1,55 @@
 """Segment with adapters chosen for each image: embed -> retrieve -> fuse -> segment.
 
-The method is SemLA's (methods B.4 and B.5).
+The method is SemLA's (SemLA, sec. 3).
 """
 
 from collections.abc import Collection, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Protocol, TypeVar, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar, cast, runtime_checkable
 
+import numpy as np
 import torch
 
 from loraseg.errors import LorasegError
 from loraseg.fuse.mix import Mix
-from loraseg.inference.adapter_cache import AdapterPool, UnusableAdaptersError
-from loraseg.inference.runner import (
-    AdapterContribution,
-    Explanation,
-    Segmentation,
-    SegmentJob,
-    SegmentRunner,
-)
+from loraseg.inference.adapter_cache import AdapterPool
+from loraseg.inference.adapter_ref import AdapterUnavailableError
+from loraseg.inference.request import MapName, SegmentRequest, SegmentResult
+from loraseg.inference.runner import SegmentRunner
 from loraseg.inference.selection import (
-    PRESETS,
     AdapterQuery,
     AdapterSelection,
     AdaptiveSettings,
     TilingMode,
-    default_adaptive_settings,
     select_adapters,
 )
 from loraseg.segment.open_vocabulary.base import check_classes
-from loraseg.segment.open_vocabulary.pixel_maps import check_maps, label_map
+from loraseg.segment.open_vocabulary.pixel_maps import check_maps
 from loraseg.segment.open_vocabulary.predictor import Predictor
 from loraseg.segment.open_vocabulary.tiled_inference import needs_tiling
-from loraseg.tensor_types import ndarray
+from loraseg.tensor_types import Float, ndarray
 
-__all__ = [
-    "PRESETS",
-    "AdapterContribution",
-    "AdaptiveSegmenter",
-    "AdaptiveSettings",
-    "Explanation",
-    "SegmentJob",
-    "SegmentRunner",
-    "Segmentation",
-    "TilingMode",
-    "default_adaptive_settings",
-    "label_map",
-    "run_to_completion",
-]
+__all__ = ["AdaptiveSegmenter", "ImageEncoder", "run_to_completion"]
 
 _T = TypeVar("_T")
+
+_NO_IMAGE: ndarray = np.zeros((0, 0, 3), np.uint8)
 
 
 @runtime_checkable
 class ImageEncoder(Protocol):
     """The encoder that the centroids of the library were made with."""
 
-    def encode_images(self, images: Sequence[ndarray]) -> ndarray:
-        """Return embeddings (n, d) of uint8 RGB images, not normalised."""
+    def encode_images(self, images: Sequence[ndarray]) -> Float[ndarray, "n d"]:
+        """Return embeddings (n, d) of uint8 RGB images (h, w, 3), not normalised."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _SegmentOptions:
-    """What holds for all images of a call."""
-
-    classes: tuple[str, ...]
-    exclude: frozenset[str]
-    maps: frozenset[str]
-    tiling: TilingMode
-    keep_scores: bool
 
 
 @dataclass(frozen=True, slots=True)
 class _PreparedImage:
-    """An image that has only to go through the model."""
-
-    job: SegmentJob
+    request: SegmentRequest
+    mix: Mix | None
     is_tiled: bool
 
 
@@ -109,7 +81,7 @@ class AdaptiveSegmenter:
         maps: Collection[str] = (),
         tiling: TilingMode = "auto",
         keep_scores: bool = False,
-    ) -> list[Segmentation]:
+    ) -> list[SegmentResult]:
         """Segment images, each with its own mix of adapters.
 
         Args:
@@ -133,8 +105,8 @@ class AdaptiveSegmenter:
                 or scores of an image in tiles are wanted.
             LorasegError: An adapter cannot be loaded.
         """
-        options = _validated_options(classes, exclude, maps, tiling, keep_scores=keep_scores)
-        return self._run(self._prepare(images, options), options.classes)
+        template = self._request(classes, exclude, maps, tiling, keep_scores=keep_scores)
+        return self._run(self._prepare(images, template))
 
     def segment_stream(
         self,
@@ -145,7 +117,7 @@ class AdaptiveSegmenter:
         maps: Collection[str] = (),
         tiling: TilingMode = "auto",
         keep_scores: bool = False,
-    ) -> Generator[list[Segmentation] | LorasegError, None, None]:
+    ) -> Generator[list[SegmentResult] | LorasegError, None, None]:
         """Segment batch after batch like :meth:`segment`, one batch ahead of itself.
 
         While a batch is in the model, the next one is taken from ``batches`` (which may decode
@@ -158,99 +130,100 @@ class AdaptiveSegmenter:
         Raises:
             ConfigError: No class is named, one is blank, or one twice; a map is unknown.
         """
-        options = _validated_options(classes, exclude, maps, tiling, keep_scores=keep_scores)
+        template = self._request(classes, exclude, maps, tiling, keep_scores=keep_scores)
         source = iter(batches)
 
-        def ahead() -> list[_PreparedImage] | LorasegError | None:
+        def prepare_next() -> list[_PreparedImage] | LorasegError | None:
             images = next(source, None)
             if images is None:
                 return None
             try:
-                return self._prepare(images, options)
+                return self._prepare(images, template)
             except LorasegError as error:
                 return error
 
         with ThreadPoolExecutor(1, thread_name_prefix="embed") as thread:
-            upcoming = thread.submit(ahead)
-            while (ready := upcoming.result()) is not None:
-                upcoming = thread.submit(ahead)
-                if isinstance(ready, LorasegError):
-                    yield ready
+            upcoming = thread.submit(prepare_next)
+            while (prepared := upcoming.result()) is not None:
+                upcoming = thread.submit(prepare_next)
+                if isinstance(prepared, LorasegError):
+                    yield prepared
                     continue
                 try:
-                    results = self._run(ready, options.classes)
+                    results = self._run(prepared)
                 except LorasegError as error:
                     yield error
                     continue
                 yield results
 
-    def _prepare(self, images: Sequence[ndarray], options: _SegmentOptions) -> list[_PreparedImage]:
-        """Embed, retrieve and read adapters: all that does not need the segmenter."""
-        wish = AdapterQuery(settings=self._settings, exclude=options.exclude)
-        needed = self._settings.mode == "fused" and self._pool.retriever is not None
+    def _request(
+        self,
+        classes: Sequence[str],
+        exclude: Collection[str],
+        maps: Collection[str],
+        tiling: TilingMode,
+        *,
+        keep_scores: bool,
+    ) -> SegmentRequest:
+        """Return the request of all images of a call, without an image."""
+        check_classes(classes)
+        check_maps(maps)
+        return SegmentRequest(
+            image=_NO_IMAGE,
+            classes=tuple(classes),
+            query=AdapterQuery(settings=self._settings, exclude=frozenset(exclude)),
+            maps=cast(frozenset[MapName], frozenset(maps)),
+            tiling=tiling,
+            keep_scores=keep_scores,
+        )
+
+    def _prepare(self, images: Sequence[ndarray], template: SegmentRequest) -> list[_PreparedImage]:
+        """Embed images, retrieve and load adapters: all that does not need the segmenter."""
+        needs_embedding = self._settings.mode == "fused" and self._pool.retriever is not None
         with torch.cuda.stream(self._stream):
-            embeddings = self._encoder.encode_images(images) if needed and len(images) else None
-        choices = select_adapters(self._pool, embeddings, [wish] * len(images))
+            embeddings = (
+                self._encoder.encode_images(images) if needs_embedding and len(images) else None
+            )
+        selections = select_adapters(self._pool, embeddings, [template.query] * len(images))
         return [
             _PreparedImage(
-                SegmentJob(
-                    image=image,
-                    selection=choice,
-                    mix=self._fuse(choice),
-                    maps=options.maps,
-                    keep_scores=options.keep_scores,
-                ),
-                is_tiled=self._is_tiled(image, options),
+                replace(template, image=image, selection=selection),
+                self._fuse(selection),
+                self._is_tiled(image, template.tiling),
             )
-            for image, choice in zip(images, choices, strict=True)
+            for image, selection in zip(images, selections, strict=True)
         ]
 
-    def _fuse(self, choice: AdapterSelection) -> Mix | None:
+    def _fuse(self, selection: AdapterSelection) -> Mix | None:
         try:
-            return self._runner.fuse(choice)
-        except UnusableAdaptersError as error:
-            _, first = error.failures[0]
-            raise first from None
+            return self._runner.fuse(selection)
+        except AdapterUnavailableError as error:
+            # The cause names files and URIs, which a user of this process may see.
+            raise error.__cause__ or error from None
 
-    def _is_tiled(self, image: ndarray, options: _SegmentOptions) -> bool:
-        if options.tiling == "auto" and image.ndim == 3:
+    def _is_tiled(self, image: ndarray, tiling: TilingMode) -> bool:
+        if tiling == "auto" and image.ndim == 3:
             return needs_tiling(image.shape[0], image.shape[1], self._runner.predictor)
-        return options.tiling == "always"
+        return tiling == "always"
 
-    def _run(
-        self, prepared: Sequence[_PreparedImage], classes: Sequence[str]
-    ) -> list[Segmentation]:
-        """Run whole images together, images in tiles one after the other."""
-        whole = iter(self._runner.run([r.job for r in prepared if not r.is_tiled], classes))
+    def _run(self, prepared: Sequence[_PreparedImage]) -> list[SegmentResult]:
+        """Segment whole images together, tiled images one after the other."""
+        whole = [item for item in prepared if not item.is_tiled]
+        results = iter(
+            self._runner.run([item.request for item in whole], [item.mix for item in whole])
+        )
         return [
-            run_to_completion(self._runner.run_tiled(r.job, classes)) if r.is_tiled else next(whole)
-            for r in prepared
+            run_to_completion(self._runner.run_tiled(item.request, item.mix))
+            if item.is_tiled
+            else next(results)
+            for item in prepared
         ]
 
 
 def run_to_completion(generator: Generator[None, None, _T]) -> _T:
-    """Run work that pauses, such as :meth:`Runner.run_tiled`, to its end."""
+    """Exhaust a generator such as :meth:`SegmentRunner.run_tiled` and return its return value."""
     while True:
         try:
             next(generator)
-        except StopIteration as end:
-            return end.value
-
-
-def _validated_options(
-    classes: Sequence[str],
-    exclude: Collection[str],
-    maps: Collection[str],
-    tiling: TilingMode,
-    *,
-    keep_scores: bool,
-) -> _SegmentOptions:
-    check_classes(classes)
-    check_maps(maps)
-    return _SegmentOptions(
-        classes=tuple(classes),
-        exclude=frozenset(exclude),
-        maps=frozenset(maps),
-        tiling=tiling,
-        keep_scores=keep_scores,
-    )
+        except StopIteration as stop:
+            return stop.value

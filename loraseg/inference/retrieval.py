@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ParamSpec, TypeVar
 
 import numpy as np
@@ -10,17 +10,18 @@ import numpy as np
 from loraseg.errors import LorasegError, ServiceError
 from loraseg.inference.adapter_ref import AdapterFailure
 from loraseg.inference.pipeline import ImageEncoder
+from loraseg.inference.request import SegmentRequest
 from loraseg.inference.selection import (
     AdapterQuery,
     AdapterSelection,
     adapter_not_found_error,
     select_adapters,
 )
-from loraseg.inference.snapshot import AttentionLoraState, LibrarySnapshot
+from loraseg.inference.snapshot import LibrarySnapshot
 from loraseg.inference.watcher import LibraryWatcher
 from loraseg.tensor_types import ndarray
 
-__all__ = ["RetrievalRequest", "RetrievalResult", "RetrievalStage"]
+__all__ = ["RetrievalStage"]
 
 ParamsT = ParamSpec("ParamsT")
 ResultT = TypeVar("ResultT")
@@ -28,49 +29,11 @@ ResultT = TypeVar("ResultT")
 _MAX_ADAPTERS_PER_IMAGE = 256
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RetrievalRequest:
-    """One image that adapters are wanted for.
-
-    Attributes:
-        image: RGB, uint8 (h, w, 3).
-        library: The service's name for it.
-        query: How they are chosen.
-        visible: Name patterns (``fnmatch``) of those that may be used; None for all.
-        failed: Adapters that an earlier choice for this image named and that could not be loaded.
-    """
-
-    image: ndarray
-    library: str
-    query: AdapterQuery
-    visible: tuple[str, ...] | None = None
-    failed: tuple[AdapterFailure, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RetrievalResult:
-    """The adapters of one image, all of one generation.
-
-    Attributes:
-        selection: References to them (:class:`~loraseg.inference.adapter_ref.AdapterRef`).
-        generation: Of the catalog they were chosen from; None if none was looked at.
-        attention: Whether adapters of the CLIP attention act; None if there are none.
-        skipped: Visible adapters of the library that are out of service.
-        timing_ms: ``embed`` and ``retrieve``, of the whole batch.
-    """
-
-    selection: AdapterSelection
-    generation: int | None = None
-    attention: AttentionLoraState | None = None
-    skipped: tuple[AdapterFailure, ...] = ()
-    timing_ms: Mapping[str, float] = field(default_factory=dict[str, float])
-
-
 @dataclass(frozen=True, slots=True)
 class _ResolvedRequest:
     """An ask against the shelf that it will be answered from."""
 
-    request: RetrievalRequest
+    request: SegmentRequest
     snapshot: LibrarySnapshot
     query: AdapterQuery
     skipped: tuple[AdapterFailure, ...]
@@ -118,9 +81,7 @@ class RetrievalStage:
             raise ServiceError("no_such_library", f"no library {name!r}; there are {known}")
         return self._libraries[name]
 
-    def retrieve(
-        self, requests: Sequence[RetrievalRequest]
-    ) -> list[RetrievalResult | LorasegError]:
+    def retrieve(self, requests: Sequence[SegmentRequest]) -> list[AdapterSelection | LorasegError]:
         """Answer each ask, with its own error if it has one; none disturbs the others.
 
         Errors:
@@ -130,7 +91,7 @@ class RetrievalStage:
             AdapterNotFoundError: A name in ``only`` that is not there, or not visible.
             DatasetError: An image is not uint8 RGB.
         """
-        answers: dict[int, RetrievalResult | LorasegError] = {}
+        answers: dict[int, AdapterSelection | LorasegError] = {}
         plans: dict[int, _ResolvedRequest] = {}
         for index, ask in enumerate(requests):
             planned = _attempt(self._resolve, ask)
@@ -154,7 +115,7 @@ class RetrievalStage:
         for live in self._libraries.values():
             live.close()
 
-    def _resolve(self, request: RetrievalRequest) -> _ResolvedRequest:
+    def _resolve(self, request: SegmentRequest) -> _ResolvedRequest:
         live = self.library(request.library)
         for failure in request.failed:
             live.quarantine(failure)
@@ -201,7 +162,7 @@ class RetrievalStage:
 
 def _retrieve_from_snapshot(
     resolved: Mapping[int, _ResolvedRequest], embeddings: Mapping[int, ndarray], embed_ms: float
-) -> dict[int, RetrievalResult | LorasegError]:
+) -> dict[int, AdapterSelection | LorasegError]:
     """Answer plans that share one shelf."""
     started = time.perf_counter()
     choices = _attempt(_select_all, list(resolved.items()), embeddings)
@@ -214,7 +175,7 @@ def _retrieve_from_snapshot(
         ]
         return {index: answer for one in alone for index, answer in one.items()}
     retrieve_ms = _ms_since(started)
-    answers: dict[int, RetrievalResult | LorasegError] = {}
+    answers: dict[int, AdapterSelection | LorasegError] = {}
     for (index, plan), choice in zip(resolved.items(), choices, strict=True):
         timing = {"embed": embed_ms if index in embeddings else 0.0, "retrieve": retrieve_ms}
         answers[index] = _attempt(_to_result, plan, choice, timing)
@@ -235,7 +196,7 @@ def _select_all(
 
 def _to_result(
     resolved: _ResolvedRequest, selection: AdapterSelection, timing_ms: Mapping[str, float]
-) -> RetrievalResult:
+) -> AdapterSelection:
     if selection.fallback is not None and resolved.skipped:
         # Without what is out of service nothing is left.
         if any(failure.kind == "unreachable" for failure in resolved.skipped):
@@ -245,8 +206,8 @@ def _to_result(
                 retry_after_s=LibraryWatcher.UNREACHABLE_QUARANTINE_S,
             )
         selection = replace(selection, fallback="every adapter is excluded or out of service")
-    return RetrievalResult(
-        selection=selection,
+    return replace(
+        selection,
         generation=resolved.snapshot.generation,
         attention=resolved.snapshot.attention if selection.adapters else None,
         skipped=resolved.skipped,

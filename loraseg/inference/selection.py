@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from loraseg.errors import AdapterNotFoundError, ConfigError, StageError
-from loraseg.inference.adapter_cache import AdapterEntry, AdapterPool, AdapterRetriever
+from loraseg.inference.adapter_cache import AdapterPool, AdapterRetriever
+from loraseg.inference.adapter_ref import AdapterEntry, AdapterFailure
 from loraseg.tensor_types import Float, ndarray
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "AdapterQuery",
     "AdapterSelection",
     "AdaptiveSettings",
+    "AttentionLoraState",
     "SelectedAdapter",
     "TilingMode",
     "adapter_not_found_error",
@@ -26,6 +28,7 @@ __all__ = [
 _MAX_NAMES_SHOWN = 5
 
 AdapterMode = Literal["fused", "uniform", "base"]
+AttentionLoraState = Literal["active", "inert"]
 TilingMode = Literal["auto", "never", "always"]
 
 
@@ -95,14 +98,23 @@ class AdapterSelection:
     """The adapters of one image, nearest first.
 
     Attributes:
-        mode: What was asked for.
+        mode: The requested mode.
         adapters: Empty for the bare base.
-        fallback: Why the bare base is used although adapters were asked for, else None.
+        fallback: Why the bare base is used although adapters were requested, else None.
+        generation: Of the catalog that they were chosen from; None if no catalog was read.
+        attention: Whether adapters of the CLIP attention act; None if that makes no difference,
+            as without adapters.
+        skipped: Visible adapters of the library that are out of service.
+        timing_ms: ``embed`` and ``retrieve``, of the whole batch.
     """
 
     mode: AdapterMode
     adapters: tuple[SelectedAdapter, ...] = ()
     fallback: str | None = None
+    generation: int | None = None
+    attention: AttentionLoraState | None = None
+    skipped: tuple[AdapterFailure, ...] = ()
+    timing_ms: Mapping[str, float] = field(default_factory=dict[str, float], compare=False)
 
 
 def select_adapters(

@@ -7,22 +7,21 @@ import time
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from loraseg.adapters.packed import PackedAdapter
 from loraseg.errors import StageError
 from loraseg.inference.adapter_cache import AdapterPool
 from loraseg.inference.adapter_ref import AdapterRef
 from loraseg.inference.loading import AttentionLoraSetting
+from loraseg.inference.selection import AttentionLoraState
 from loraseg.library.retrieve import AdapterRetriever
 from loraseg.library.snapshot import CatalogEntry
 from loraseg.tensor_types import ndarray
 
-__all__ = ["AdapterFilter", "AttentionLoraState", "LibrarySnapshot", "build_snapshot"]
+__all__ = ["AdapterFilter", "LibrarySnapshot", "build_snapshot"]
 
 logger = logging.getLogger(__name__)
-
-AttentionLoraState = Literal["active", "inert"]
 
 _MAX_CACHED_PATTERNS = 256
 

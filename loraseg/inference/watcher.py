@@ -69,7 +69,7 @@ class LibraryWatcher:
         self._checked_at: float | None = None
         self._problem: str | None = None
         self._rejected_head: tuple[CatalogHead | None, float] = None, 0.0
-        self._quarantine: dict[tuple[str, int], tuple[AdapterFailure, float]] = {}
+        self._quarantine: dict[tuple[str, int | str], tuple[AdapterFailure, float]] = {}
         self._poll_lock, self._quarantine_lock = threading.Lock(), threading.Lock()
         self._closed, self._loaded = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._poll_loop, name=f"library-{name}", daemon=True)

@@ -1,83 +1,16 @@
 """What the API asks of an engine, and what it gets back."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
-from loraseg.inference.pipeline import Segmentation
-from loraseg.inference.selection import AdapterQuery, TilingMode
-from loraseg.tensor_types import ndarray
+from loraseg.inference.request import SegmentRequest, SegmentResult
 
 __all__ = [
     "AdapterView",
     "CatalogView",
     "Engine",
-    "MapName",
     "Readiness",
-    "SegmentRequest",
-    "SegmentResult",
-    "SkippedAdapter",
 ]
-
-MapName = Literal["confidence", "entropy"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SegmentRequest:
-    """One image to segment.
-
-    Attributes:
-        request_id: For logs.
-        image: RGB, uint8 (h, w, 3).
-        classes: Distinct names; their order gives the ids of the label map.
-        library: One of the service's library names.
-        query: How adapters are chosen.
-        visible: Name patterns (``fnmatch``) of the adapters that may be used; None for all.
-        maps: Further maps to compute.
-        tiling: Whether the image is cut into overlapping tiles; ``auto`` decides by its size.
-        deadline: When the answer is worthless, as ``time.time()``.
-    """
-
-    request_id: str
-    image: ndarray
-    classes: tuple[str, ...]
-    library: str
-    query: AdapterQuery
-    visible: tuple[str, ...] | None = None
-    maps: frozenset[MapName] = field(default_factory=frozenset[MapName])
-    tiling: TilingMode = "auto"
-    deadline: float
-
-
-@dataclass(frozen=True, slots=True)
-class SkippedAdapter:
-    """An adapter that is out of service at this moment, and why, in words for a client."""
-
-    name: str
-    version: int | str
-    digest: str
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SegmentResult:
-    """What became of an order.
-
-    Attributes:
-        segmentation: Label map, further maps and explanation.
-        generation: Of the library's catalog that the adapters were chosen from; None if no
-            adapter was asked for.
-        skipped: Visible adapters of the library that are out of service.
-        timing_ms: By stage: ``embed``, ``retrieve``, ``load``, ``segment``, and ``queue`` for all
-            waiting and hops between them.
-        batch_size: How many images went through the model together.
-    """
-
-    segmentation: Segmentation
-    generation: int | None
-    skipped: tuple[SkippedAdapter, ...] = ()
-    timing_ms: Mapping[str, float]
-    batch_size: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,14 +7,12 @@ from typing import Any
 
 from loraseg.errors import LorasegError, ServiceError
 from loraseg.inference.batcher import MicroBatcher
-from loraseg.inference.retrieval import RetrievalRequest, RetrievalResult, RetrievalStage
-from loraseg.inference.segmentation import (
-    SegmentationRequest,
-    SegmentationResult,
-    SegmentationStage,
-)
+from loraseg.inference.request import SegmentRequest, SegmentResult
+from loraseg.inference.retrieval import RetrievalStage
+from loraseg.inference.segmentation import SegmentationStage
+from loraseg.inference.selection import AdapterSelection
 from loraseg.serving.config import ServiceConfig
-from loraseg.serving.engine import CatalogView, Readiness, SegmentRequest, SegmentResult
+from loraseg.serving.engine import CatalogView, Readiness
 from loraseg.serving.orchestrator import run_request
 from loraseg.serving.views import base_view, card_view, catalog_view, encoder_view, not_ready_reason
 
@@ -111,7 +109,7 @@ class LocalEngine:
     ) -> None:
         self.close()
 
-    async def _retrieve(self, request: RetrievalRequest) -> RetrievalResult:
+    async def _retrieve(self, request: SegmentRequest) -> AdapterSelection:
         loop = asyncio.get_running_loop()
         [picked] = await loop.run_in_executor(
             self._embedding_thread, self._retrieval.retrieve, [request]
@@ -120,5 +118,5 @@ class LocalEngine:
             raise picked
         return picked
 
-    async def _segment(self, request: SegmentationRequest) -> SegmentationResult:
+    async def _segment(self, request: SegmentRequest) -> SegmentResult:
         return await asyncio.wrap_future(self._batcher.submit(request))

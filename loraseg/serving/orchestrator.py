@@ -4,21 +4,20 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Mapping
+from dataclasses import replace
 
 from loraseg.errors import AdapterNotFoundError, ServiceError
-from loraseg.inference.adapter_ref import AdapterFailure, AdapterUnavailableError
-from loraseg.inference.retrieval import RetrievalRequest, RetrievalResult
-from loraseg.inference.segmentation import SegmentationRequest, SegmentationResult
+from loraseg.inference.adapter_ref import AdapterUnavailableError
+from loraseg.inference.request import SegmentRequest, SegmentResult
 from loraseg.inference.selection import AdapterSelection
-from loraseg.serving.engine import SegmentRequest, SegmentResult, SkippedAdapter
 
 __all__ = ["run_request"]
 
 _MAX_ATTEMPTS = 3
 _RETRY_AFTER_S = 5.0
 
-RetrieveFunction = Callable[[RetrievalRequest], Awaitable[RetrievalResult]]
-SegmentFunction = Callable[[SegmentationRequest], Awaitable[SegmentationResult]]
+RetrieveFunction = Callable[[SegmentRequest], Awaitable[AdapterSelection]]
+SegmentFunction = Callable[[SegmentRequest], Awaitable[SegmentResult]]
 
 
 async def run_request(
@@ -61,55 +60,25 @@ async def _run_attempts(
 ) -> SegmentResult:
     started = time.perf_counter()
     spent: Counter[str] = Counter()
-    failed: tuple[AdapterFailure, ...] = ()
     for _ in range(_MAX_ATTEMPTS):
-        picked = await _retrieve(request, failed, retrieve)
-        spent.update(picked.timing_ms)
-        task = SegmentationRequest(
-            image=request.image,
-            classes=request.classes,
-            selection=picked.selection,
-            attention=picked.attention,
-            maps=frozenset(request.maps),
-            tiling=request.tiling,
-            deadline=request.deadline,
-        )
+        selection = AdapterSelection("base")
+        if request.query.settings.mode != "base":
+            selection = await retrieve(request)
         try:
-            done = await segment(task)
+            result = await segment(replace(request, selection=selection))
         except AdapterUnavailableError as error:
-            # All of them every time: another replica may answer, which has not heard of them.
-            failed += error.failures
+            # All of them every time: another retrieval replica may answer the next attempt.
+            request = replace(request, failed=request.failed + error.failures)
+            spent.update(selection.timing_ms)
             continue
-        spent.update(done.timing_ms)
-        return SegmentResult(
-            segmentation=done.segmentation,
-            generation=picked.generation,
-            skipped=tuple(
-                SkippedAdapter(f.name, f.version, f.digest, f.reason) for f in picked.skipped
-            ),
-            timing_ms=_add_queue_time(spent, (time.perf_counter() - started) * 1000),
-            batch_size=done.batch_size,
-        )
+        spent.update(result.timing_ms)
+        total_ms = (time.perf_counter() - started) * 1000
+        return replace(result, timing_ms=_add_queue_time(spent, total_ms))
     raise ServiceError(
         "adapters_unavailable",
-        f"{len(failed)} of the chosen adapters could not be loaded",
+        f"{len(request.failed)} of the chosen adapters could not be loaded",
         retry_after_s=_RETRY_AFTER_S,
     )
-
-
-async def _retrieve(
-    request: SegmentRequest, failed: tuple[AdapterFailure, ...], retrieve: RetrieveFunction
-) -> RetrievalResult:
-    if request.query.settings.mode == "base":
-        return RetrievalResult(selection=AdapterSelection("base"))
-    ask = RetrievalRequest(
-        image=request.image,
-        library=request.library,
-        query=request.query,
-        visible=request.visible,
-        failed=failed,
-    )
-    return await retrieve(ask)
 
 
 def _add_queue_time(timing_ms: Mapping[str, float], total_ms: float) -> dict[str, float]:

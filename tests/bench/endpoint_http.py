@@ -30,7 +30,8 @@ from PIL import Image
 from loraseg.adapters import pack
 from loraseg.inference.disk_cache import AdapterDiskCache
 from loraseg.inference.loading import SegmenterConfig, load_segmenter
-from loraseg.inference.pipeline import AdaptiveSegmenter, default_adaptive_settings
+from loraseg.inference.pipeline import AdaptiveSegmenter
+from loraseg.inference.selection import default_adaptive_settings
 from loraseg.segment.open_vocabulary.predictor import Predictor
 from tests.bench.harness import Times
 from tests.bench.large_library import (

@@ -19,11 +19,8 @@ from loraseg.backbones.clip import load_clip
 from loraseg.fuse import AdapterBank, fuse
 from loraseg.inference.adapter_cache import AdapterCache, AdapterPool
 from loraseg.inference.disk_cache import AdapterDiskCache
-from loraseg.inference.pipeline import (
-    AdaptiveSegmenter,
-    AdaptiveSettings,
-    default_adaptive_settings,
-)
+from loraseg.inference.pipeline import AdaptiveSegmenter
+from loraseg.inference.selection import AdaptiveSettings, default_adaptive_settings
 from loraseg.library import CatalogEntry
 from loraseg.library.retrieve import AdapterRetriever
 from loraseg.segment.open_vocabulary.base import SegmentationBase, load_base

@@ -7,8 +7,12 @@ from loraseg.config import project
 from loraseg.data.labels import LabelSpace
 from loraseg.errors import ConfigError, DatasetError
 from loraseg.inference.loading import AttentionLoraSetting, Precision, SegmenterConfig
-from loraseg.inference.pipeline import TilingMode
-from loraseg.inference.selection import AdapterMode, AdaptiveSettings, default_adaptive_settings
+from loraseg.inference.selection import (
+    AdapterMode,
+    AdaptiveSettings,
+    TilingMode,
+    default_adaptive_settings,
+)
 from loraseg.storage import absolute_uri, open_store
 
 __all__ = ["SegmentImagesConfig"]

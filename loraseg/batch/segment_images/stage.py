@@ -28,7 +28,8 @@ from loraseg.errors import (
     StoreError,
 )
 from loraseg.inference.loading import load_segmenter
-from loraseg.inference.pipeline import AdaptiveSegmenter, Segmentation
+from loraseg.inference.pipeline import AdaptiveSegmenter
+from loraseg.inference.request import SegmentResult
 from loraseg.segment.open_vocabulary.predictor import Predictor
 from loraseg.segment.render import palette_png
 from loraseg.storage import ObjectNotFoundError, open_store
@@ -173,7 +174,7 @@ class SegmentImagesStage:
         except ObjectNotFoundError:
             return None, error_columns("gone", "the object went after it was listed")
 
-    def _write(self, item: ImageItem, result: Segmentation) -> str:
+    def _write(self, item: ImageItem, result: SegmentResult) -> str:
         data = palette_png(result.label_map, self._label_space)
         self._output.put(item.mask, data)
         return hashlib.sha256(data).hexdigest()

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from loraseg.errors import IntegrityError
-from loraseg.inference.pipeline import Segmentation
+from loraseg.inference.request import SegmentResult
 
 __all__ = [
     "SCHEMA",
@@ -74,7 +74,7 @@ class CompletedRow:
     mask: str | None
 
 
-def result_columns(result: Segmentation, classes: Sequence[str]) -> dict[str, Any]:
+def result_columns(result: SegmentResult, classes: Sequence[str]) -> dict[str, Any]:
     """Return the columns that tell of a result; ``shares`` are fractions of the pixels."""
     labels, why = result.label_map, result.explanation
     counts = np.bincount(labels.reshape(-1), minlength=len(classes))

@@ -14,8 +14,9 @@ from starlette.types import Receive
 
 from loraseg.data.untrusted_images import decode_image, image_size
 from loraseg.errors import DatasetError, ServiceError
+from loraseg.inference.request import SegmentRequest, SegmentResult
 from loraseg.serving.config import ServiceConfig
-from loraseg.serving.engine import Engine, SegmentRequest, SegmentResult
+from loraseg.serving.engine import Engine
 from loraseg.serving.http_api.auth import MemoryBudget, Principal
 from loraseg.serving.http_api.forms import UploadedFile
 from loraseg.serving.http_api.middleware import ClientDisconnectedError, RequestContext
@@ -111,7 +112,6 @@ class ImageHandler:
         started = time.perf_counter()
         image = await self._in_thread(self._decode, request.file)
         order = SegmentRequest(
-            request_id=request.context.request_id,
             image=image,
             classes=request.parameters.classes.names,
             library=request.parameters.library,

@@ -10,10 +10,10 @@ from typing import Any, cast, get_args
 
 from loraseg.data.labels import LabelSpace
 from loraseg.errors import ConfigError, DatasetError, ServiceError
+from loraseg.inference.request import MapName
 from loraseg.inference.selection import AdapterMode, AdapterQuery, TilingMode
 from loraseg.segment.open_vocabulary.base import check_classes
 from loraseg.serving.config import Limits, ServiceConfig
-from loraseg.serving.engine import MapName
 from loraseg.serving.views import service_default_settings
 
 __all__ = [

@@ -15,8 +15,8 @@ from loraseg.data.mask_encodings.polygons import outline_polygons
 from loraseg.data.mask_encodings.rle import encode_rle
 from loraseg.data.masks import encode_mask
 from loraseg.errors import DatasetError, ServiceError
+from loraseg.inference.request import SegmentRequest, SegmentResult
 from loraseg.segment.render import grey_png, overlay
-from loraseg.serving.engine import SegmentRequest, SegmentResult
 from loraseg.serving.http_api.parameters import SegmentParameters
 from loraseg.tensor_types import ndarray
 
@@ -29,14 +29,13 @@ _ROWS_PER_BLOCK = 256
 
 
 def json_fields(
-    request: SegmentRequest, parameters: SegmentParameters, outcome: SegmentResult
+    request: SegmentRequest, parameters: SegmentParameters, result: SegmentResult
 ) -> dict[str, Any]:
     """Return the members of a JSON reply that come from the pixels; slow for large images.
 
     Raises:
         ServiceError: ``invalid``: polygons of more corners than anybody can use.
     """
-    result = outcome.segmentation
     labels, space = result.label_map, parameters.classes
     height, width = labels.shape
     members: dict[str, Any] = {
@@ -62,7 +61,7 @@ def json_fields(
 
 def explanation_fields(result: SegmentResult, library: str) -> dict[str, Any]:
     """Return the members that say how the result came about, all but ``timing_ms``."""
-    why = result.segmentation.explanation
+    why = result.explanation
     return {
         "mode": why.mode,
         "library": library,
@@ -71,20 +70,20 @@ def explanation_fields(result: SegmentResult, library: str) -> dict[str, Any]:
         "mix": why.mix,
         "adapters": [asdict(used) for used in why.adapters],
         "fallback": why.fallback,
-        "skipped": [asdict(skipped) for skipped in result.skipped],
-        "tiles": result.segmentation.tiles,
+        "skipped": [failure.to_json() for failure in result.skipped],
+        "tiles": result.tiles,
         "batch": result.batch_size,
     }
 
 
 def label_map_png(parameters: SegmentParameters, result: SegmentResult) -> bytes:
     """Return the label map as an indexed PNG with the classes' colours."""
-    return encode_mask(result.segmentation.label_map, parameters.classes)
+    return encode_mask(result.label_map, parameters.classes)
 
 
 def png_headers(parameters: SegmentParameters, result: SegmentResult) -> dict[str, str]:
     """Return the headers that explain a PNG; those that would be too long are left out."""
-    why = result.segmentation.explanation
+    why = result.explanation
     headers = {
         "X-Loraseg-Classes": json.dumps(parameters.classes.names),
         "X-Loraseg-Adapters": json.dumps([asdict(used) for used in why.adapters]),

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from loraseg.data import DatasetFolder, Sample
 from loraseg.errors import DatasetError
 from loraseg.fuse.mix import Mix
-from loraseg.inference.pipeline import label_map
 from loraseg.segment.metrics import ConfusionMatrix
 from loraseg.segment.open_vocabulary.base import SegmentationBase
+from loraseg.segment.open_vocabulary.pixel_maps import label_map
 from loraseg.segment.open_vocabulary.predictor import Predictor
 
 __all__ = ["mean_iou"]

@@ -62,7 +62,7 @@ def test_what_is_at_hand_is_served_through_an_outage_and_the_rest_after_it(
         before = segment(engine, "fog", **forced)
         with proxy.outage():
             during = segment(engine, "fog", **forced)
-            assert during.segmentation.explanation == before.segmentation.explanation
+            assert during.explanation == before.explanation
             with pytest.raises(ServiceError) as caught:
                 segment(engine, "day", only={"day"}, timeout_s=60.0)
             assert caught.value.code == "adapters_unavailable"
@@ -76,9 +76,9 @@ def test_what_is_at_hand_is_served_through_an_outage_and_the_rest_after_it(
         wait_until(lambda: not asyncio.run(engine.refresh("main")).adapters[0].unavailable)
         time.sleep(2.5)  # the segmenter, too, leaves the store alone for a moment
         after = segment(engine, "day", only={"day"}, timeout_s=60.0)
-        assert [part.name for part in after.segmentation.explanation.adapters] == ["day"]
+        assert [part.name for part in after.explanation.adapters] == ["day"]
         entry = Library(open_store(uri)).rollback("fog", 1)
-        assert before.segmentation.explanation.adapters[0].digest == entry.digest
+        assert before.explanation.adapters[0].digest == entry.digest
 
 
 def test_a_blob_that_the_store_lost_takes_one_adapter_out_until_it_is_published_anew(
@@ -93,7 +93,7 @@ def test_a_blob_that_the_store_lost_takes_one_adapter_out_until_it_is_published_
     with build_local_engine(service_config(models, {"main": uri})) as engine:
         assert engine.wait_until_ready(120.0)
         outcome = segment(engine, "day", settings=everything, timeout_s=120.0)
-        names = {part.name for part in outcome.segmentation.explanation.adapters}
+        names = {part.name for part in outcome.explanation.adapters}
         assert names == set(DOMAINS) - {"day"}
         assert [(s.name, s.reason) for s in outcome.skipped] == [
             ("day", "a stored file is missing")
@@ -102,6 +102,6 @@ def test_a_blob_that_the_store_lost_takes_one_adapter_out_until_it_is_published_
         asyncio.run(engine.refresh("main"))
         outcome = segment(engine, "day", settings=everything, timeout_s=120.0)
         known = {entry.name: entry.digest for entry in library.entries()}
-        used = {part.name: part.digest for part in outcome.segmentation.explanation.adapters}
+        used = {part.name: part.digest for part in outcome.explanation.adapters}
         assert used == known
         assert outcome.skipped == ()

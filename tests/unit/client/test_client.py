@@ -13,7 +13,8 @@ from loraseg.backbones.clip import load_clip
 from loraseg.client import AsyncClient, Client
 from loraseg.errors import DatasetError, ServiceError
 from loraseg.inference.loading import SegmenterConfig, load_segmenter
-from loraseg.inference.pipeline import AdaptiveSegmenter, AdaptiveSettings
+from loraseg.inference.pipeline import AdaptiveSegmenter
+from loraseg.inference.selection import AdaptiveSettings
 from loraseg.segment.open_vocabulary.base import load_base
 from loraseg.segment.open_vocabulary.predictor import Predictor
 from tests.unit.client.local_endpoint import serve_endpoint, write_tokens

@@ -10,7 +10,8 @@ import torch
 from loraseg.adapters.adapter import Adapter, LoraPair
 from loraseg.adapters.packed import pack
 from loraseg.errors import IntegrityError, StoreError
-from loraseg.inference.adapter_cache import AdapterCache, CacheStats, UnusableAdaptersError
+from loraseg.inference.adapter_cache import AdapterCache, CacheStats
+from loraseg.inference.adapter_ref import AdapterFailure, AdapterUnavailableError
 from tests.unit.inference.naive_retriever import Entry
 
 TIMEOUT_S = 60
@@ -149,12 +150,16 @@ def test_all_that_cannot_be_loaded_is_told_at_once_and_nothing_stays_held():
     loader.broken = {"a1", "a3"}
     cache = AdapterCache(loader, limit_bytes=ONE)
     with (
-        pytest.raises(UnusableAdaptersError, match="adapter 'a1': a1: gone; adapter 'a3'") as info,
+        pytest.raises(
+            AdapterUnavailableError, match="a1 version 1: the store cannot be reached; a3 version 1"
+        ) as info,
         cache.hold([make_entry(n) for n in range(4)]),
     ):
         raise AssertionError("never reached")
-    assert [entry for entry, _ in info.value.failures] == [make_entry(1), make_entry(3)]
-    assert {type(error) for _, error in info.value.failures} == {StoreError}
+    failed = [(failure.name, failure.digest, failure.kind) for failure in info.value.failures]
+    assert failed == [(e.name, e.digest, "unreachable") for e in (make_entry(1), make_entry(3))]
+    assert isinstance(info.value.__cause__, StoreError)
+    assert str(info.value.__cause__) == "a1: gone"
     assert cache.size_bytes == ONE, "what was loaded beside them is no longer held"
     loader.broken = set()
     with cache.hold([make_entry(n) for n in range(4)]) as adapters:
@@ -162,10 +167,12 @@ def test_all_that_cannot_be_loaded_is_told_at_once_and_nothing_stays_held():
 
 
 def test_the_error_travels_between_processes():
-    error = UnusableAdaptersError([(make_entry(1), IntegrityError("other bytes"))])
+    failure = AdapterFailure.from_error(make_entry(1), IntegrityError("other bytes"))
+    error = AdapterUnavailableError([failure])
     again = pickle.loads(pickle.dumps(error))
-    assert str(again) == str(error) == "adapter 'a1': other bytes"
-    assert again.failures[0][0] == make_entry(1)
+    assert str(again) == str(error)
+    assert "a1 version 1: stored bytes differ from their digest" in str(error)
+    assert again.failures == (failure,)
 
 
 def test_threads_that_want_one_adapter_load_it_once():
@@ -262,8 +269,8 @@ def test_many_threads_in_any_order(seed):
                     asked += 1
                     assert cache(wanted[again]) is adapters[again]
                     assert cache.size_bytes >= len(wanted) * ONE
-            except UnusableAdaptersError as error:
-                failures.extend(entry.name for entry, _ in error.failures)
+            except AdapterUnavailableError as error:
+                failures.extend(failure.name for failure in error.failures)
         return asked
 
     with ThreadPoolExecutor(8) as threads:

@@ -11,8 +11,9 @@ from loraseg.errors import ServiceError, StageError
 from loraseg.inference.adapter_cache import AdapterCache
 from loraseg.inference.batcher import MicroBatcher
 from loraseg.inference.model_variants import ModelVariants
-from loraseg.inference.segmentation import SegmentationRequest, SegmentationStage
-from loraseg.inference.selection import AdapterSelection
+from loraseg.inference.request import SegmentRequest
+from loraseg.inference.segmentation import SegmentationStage
+from loraseg.inference.selection import AdapterQuery, AdaptiveSettings
 
 # A task's number is told from the height of its image, also in its answer.
 _OFFSET = 8
@@ -23,7 +24,7 @@ class GatedStage(SegmentationStage):
 
     def __init__(self, models):
         cache = AdapterCache(lambda ref: pytest.fail("nothing to load"))
-        super().__init__(lambda kind: models.runner(kind, cache), cache)
+        super().__init__(lambda kind: models.get(kind, cache), cache)
         self.batches, self.prepared, self.released, self.steps = [], [], [], []
         self.may_run, self.may_prepare = threading.Event(), threading.Event()
         self.may_run.set()
@@ -38,13 +39,13 @@ class GatedStage(SegmentationStage):
         self.prepared.append(ready)
         return ready
 
-    def run(self, prepared, classes):
+    def run(self, prepared):
         self.may_run.wait(60)
         numbers = [number(ready.request.image) for ready in prepared]
-        self.batches.append((classes, numbers))
+        self.batches.append((prepared[0].request.classes, numbers))
         if 14 in numbers:
             raise RuntimeError("fourteen")
-        answers = super().run(prepared, classes)
+        answers = super().run(prepared)
         return [
             StageError("thirteen") if n == 13 else answer
             for n, answer in zip(numbers, answers, strict=True)
@@ -65,14 +66,14 @@ def number(array):
 
 
 def result_number(future):
-    return number(future.result(60).result.label_map)
+    return number(future.result(60).label_map)
 
 
 def make_request(value, *, classes=("a",), tiling="never", in_s=60.0):
-    return SegmentationRequest(
+    return SegmentRequest(
         image=np.full((value + _OFFSET, 9, 3), 9, np.uint8),
         classes=classes,
-        selection=AdapterSelection("base"),
+        query=AdapterQuery(settings=AdaptiveSettings(mode="base")),
         tiling=tiling,
         deadline=time.time() + in_s,
     )
@@ -126,8 +127,8 @@ def submit_in_order(lane, tasks):
 def test_everybody_gets_the_own_answer(lane):
     futures = {value: lane.submit(make_request(value)) for value in range(20, 40)}
     assert all(result_number(future) == value for value, future in futures.items())
-    assert lane.under_way == 0
-    assert lane.stuck_s == 0.0
+    assert lane.in_flight == 0
+    assert lane.stalled_s == 0.0
 
 
 def test_those_of_one_group_go_together_the_oldest_first(lane, stage):
@@ -137,7 +138,7 @@ def test_those_of_one_group_go_together_the_oldest_first(lane, stage):
         lane, [make_request(value, classes=(name,)) for value, name in values]
     )
     stage.may_run.set()
-    assert [f.result(60).batch for f in futures] == [4, 2, 4, 4, 2, 4, 1]
+    assert [f.result(60).batch_size for f in futures] == [4, 2, 4, 4, 2, 4, 1]
     assert stage.batches[1:] == [(("a",), [1, 3, 4, 6]), (("b",), [2, 5]), (("a",), [7])]
 
 
@@ -154,7 +155,7 @@ def test_batches_are_bounded_by_the_memory_of_their_scores(lane, stage, monkeypa
     block_model(lane, stage)
     futures = submit_in_order(lane, [make_request(value) for value in range(3)])
     stage.may_run.set()
-    assert [f.result(60).batch for f in futures] == [2, 2, 1]
+    assert [f.result(60).batch_size for f in futures] == [2, 2, 1]
 
 
 def test_an_error_is_that_of_its_own_task(lane, stage):
@@ -192,13 +193,13 @@ def test_what_is_cancelled_is_not_computed(lane, stage):
         first.result(60)
     assert [marks for _, marks in stage.batches] == [[0], [2]]
     assert stage.steps == []
-    assert lane.under_way == 0
+    assert lane.in_flight == 0
 
 
 def test_what_is_cancelled_while_its_adapters_load_lets_go_of_them(lane, stage):
     stage.may_prepare.clear()
     future = lane.submit(make_request(1))
-    wait_until(lambda: lane._preparers._threads)
+    wait_until(lambda: lane._prepare_pool._threads)
     future.cancel()
     stage.may_prepare.set()
     assert result_number(lane.submit(make_request(2))) == 2
@@ -290,6 +291,6 @@ def test_closing_finishes_what_runs_and_refuses_the_rest(stage):
 
 def test_a_model_that_hangs_can_be_told(lane, stage):
     block_model(lane, stage)
-    wait_until(lambda: lane.stuck_s > 0.05)
+    wait_until(lambda: lane.stalled_s > 0.05)
     stage.may_run.set()
-    wait_until(lambda: lane.stuck_s == 0.0)
+    wait_until(lambda: lane.stalled_s == 0.0)

@@ -10,14 +10,9 @@ from loraseg.adapters import pack
 from loraseg.errors import AdapterMismatchError, ConfigError, DatasetError, StoreError
 from loraseg.fuse.mix import fuse
 from loraseg.inference.adapter_cache import AdapterPool
-from loraseg.inference.pipeline import (
-    PRESETS,
-    AdaptiveSegmenter,
-    AdaptiveSettings,
-    default_adaptive_settings,
-    label_map,
-    run_to_completion,
-)
+from loraseg.inference.pipeline import AdaptiveSegmenter, run_to_completion
+from loraseg.inference.selection import PRESETS, AdaptiveSettings, default_adaptive_settings
+from loraseg.segment.open_vocabulary.pixel_maps import label_map
 from loraseg.segment.open_vocabulary.predictor import Predictor
 from loraseg.segment.open_vocabulary.tiled_inference import needs_tiling, segment_tiled, tile_count
 from tests.unit.inference.naive_retriever import Entry, NaiveRetriever

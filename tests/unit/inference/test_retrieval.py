@@ -3,7 +3,8 @@ import pytest
 
 from loraseg.errors import AdapterNotFoundError, DatasetError, ServiceError
 from loraseg.inference.adapter_ref import AdapterFailure, AdapterRef
-from loraseg.inference.retrieval import RetrievalRequest, RetrievalStage
+from loraseg.inference.request import SegmentRequest
+from loraseg.inference.retrieval import RetrievalStage
 from loraseg.inference.selection import AdaptiveSettings
 from loraseg.inference.snapshot import AdapterFilter
 from loraseg.inference.watcher import LibraryWatcher
@@ -11,7 +12,7 @@ from loraseg.library import Library
 from loraseg.library.retrieve import AdapterRetriever
 from loraseg.storage import open_store
 from tests.unit.inference.tiny_service import SETTINGS, adapter_query
-from tests.unit.tiny import DOMAINS, domain_images, publish
+from tests.unit.tiny import CLASSES, DOMAINS, domain_images, publish
 
 
 @pytest.fixture
@@ -38,8 +39,9 @@ def stage(encoder, live):
 
 def make_request(domain="fog", *, library="main", image=None, visible=None, failed=(), **wanted):
     picture = domain_images(domain, 1)[0] if image is None else image
-    return RetrievalRequest(
+    return SegmentRequest(
         image=picture,
+        classes=CLASSES,
         library=library,
         query=adapter_query(**wanted),
         visible=visible,
@@ -48,16 +50,16 @@ def make_request(domain="fog", *, library="main", image=None, visible=None, fail
 
 
 def make_failure(live, name, kind="damaged"):
-    entry = live.shelf().entries[name]
+    entry = live.snapshot().entries[name]
     return AdapterFailure(name, entry.version, entry.digest, "words", kind)
 
 
 def adapter_names(picked):
-    return [part.entry.name for part in picked.choice.parts]
+    return [part.entry.name for part in picked.adapters]
 
 
 def retrieve_error(stage, one):
-    [error] = stage.choose([one])
+    [error] = stage.retrieve([one])
     assert isinstance(error, Exception), error
     return error
 
@@ -65,13 +67,13 @@ def retrieve_error(stage, one):
 def test_picks_what_the_library_retrieves(stage, library, encoder):
     retriever = AdapterRetriever(library.entries(), encoder_id=encoder.encoder_id)
     for domain in DOMAINS:
-        [picked] = stage.choose([make_request(domain)])
+        [picked] = stage.retrieve([make_request(domain)])
         [embedding] = encoder.encode_images([domain_images(domain, 1)[0]])
         known = retriever.retrieve(embedding, SETTINGS.k, SETTINGS.temperature)
-        assert [(p.entry.name, p.weight, p.distance) for p in picked.choice.parts] == [
+        assert [(p.entry.name, p.weight, p.distance) for p in picked.adapters] == [
             (near.entry.name, near.weight, near.distance) for near in known
         ]
-        assert {type(part.entry) for part in picked.choice.parts} == {AdapterRef}
+        assert {type(part.entry) for part in picked.adapters} == {AdapterRef}
         assert (picked.generation, picked.attention, picked.skipped) == (4, "active", ())
         assert set(picked.timing_ms) == {"embed", "retrieve"}
 
@@ -86,9 +88,9 @@ def test_an_image_gets_the_same_numbers_in_any_company(stage):
         make_request("fog", exclude={"fog"}),
         make_request("fog", visible=("d*",)),
     ]
-    together = stage.choose(asks)
-    alone = [stage.choose([one])[0] for one in asks]
-    assert [picked.choice for picked in together] == [picked.choice for picked in alone]
+    together = stage.retrieve(asks)
+    alone = [stage.retrieve([one])[0] for one in asks]
+    assert [picked for picked in together] == [picked for picked in alone]
     assert adapter_names(together[3]) == ["day", "fog"] or adapter_names(together[3]) == [
         "fog",
         "day",
@@ -105,7 +107,7 @@ def test_embedding_together_changes_no_more_than_the_last_bits(encoder, live):
     together = RetrievalStage(encoder, {"main": live}, embed_together=True).retrieve(asks)
     for one, other in zip(apart, together, strict=True):
         assert adapter_names(one) == adapter_names(other)
-        for mine, theirs in zip(one.selection.adapters, other.selection.adapters, strict=True):
+        for mine, theirs in zip(one.adapters, other.adapters, strict=True):
             assert mine.distance == pytest.approx(theirs.distance, abs=1e-4)
 
 
@@ -148,13 +150,13 @@ def test_a_name_that_is_not_visible_is_like_one_that_is_not_there(stage):
 
 
 def test_what_failed_is_left_out_and_reported_to_all_who_may_see_it(stage, live):
-    [before] = stage.choose([make_request("fog")])
+    [before] = stage.retrieve([make_request("fog")])
     failure = make_failure(live, adapter_names(before)[0])
-    [again] = stage.choose([make_request("fog", failed=[failure])])
+    [again] = stage.retrieve([make_request("fog", failed=[failure])])
     assert failure.name not in adapter_names(again)
     assert len(adapter_names(again)) == SETTINGS.k
     assert again.skipped == (failure,)
-    [other, blind, bare] = stage.choose(
+    [other, blind, bare] = stage.retrieve(
         [
             make_request("day"),
             make_request("day", visible=("x*",)),
@@ -163,28 +165,28 @@ def test_what_failed_is_left_out_and_reported_to_all_who_may_see_it(stage, live)
     )
     assert other.skipped == (failure,)
     assert blind.skipped == ()
-    assert bare.choice.fallback is None
+    assert bare.fallback is None
 
 
 def test_a_forced_adapter_that_is_out_of_service_is_not_replaced(stage, live):
-    live.set_aside(make_failure(live, "fog"))
+    live.quarantine(make_failure(live, "fog"))
     error = retrieve_error(stage, make_request(only={"fog", "day"}))
     assert (error.code, error.retry_after_s) == (
         "adapters_unavailable",
         LibraryWatcher.BROKEN_QUARANTINE_S,
     )
     assert str(error) == "adapter 'fog' is out of service: words"
-    [picked] = stage.choose([make_request(only={"fog", "day"}, exclude={"fog"})])
+    [picked] = stage.retrieve([make_request(only={"fog", "day"}, exclude={"fog"})])
     assert adapter_names(picked) == ["day"]
 
 
 def test_the_base_takes_over_when_all_are_broken_but_not_when_the_store_is_away(stage, live):
     for name in DOMAINS:
-        live.set_aside(make_failure(live, name))
-    [picked] = stage.choose([make_request()])
-    assert picked.choice.fallback == "every adapter is excluded or out of service"
+        live.quarantine(make_failure(live, name))
+    [picked] = stage.retrieve([make_request()])
+    assert picked.fallback == "every adapter is excluded or out of service"
     assert (len(picked.skipped), picked.attention) == (4, None)
-    live.set_aside(make_failure(live, "fog", "unreachable"))
+    live.quarantine(make_failure(live, "fog", "unreachable"))
     error = retrieve_error(stage, make_request())
     assert (error.code, error.retry_after_s) == (
         "adapters_unavailable",
@@ -193,10 +195,10 @@ def test_the_base_takes_over_when_all_are_broken_but_not_when_the_store_is_away(
 
 
 def test_excluding_all_falls_back_with_a_reason(stage):
-    [picked] = stage.choose([make_request(exclude=set(DOMAINS))])
-    assert picked.choice.fallback == "every adapter was excluded"
-    [picked] = stage.choose([make_request(visible=())])
-    assert picked.choice.fallback == "every adapter was excluded"
+    [picked] = stage.retrieve([make_request(exclude=set(DOMAINS))])
+    assert picked.fallback == "every adapter was excluded"
+    [picked] = stage.retrieve([make_request(visible=())])
+    assert picked.fallback == "every adapter was excluded"
 
 
 def test_an_empty_library_falls_back_without_embedding(tmp_path, taste):
@@ -209,7 +211,7 @@ def test_an_empty_library_falls_back_without_embedding(tmp_path, taste):
     )
     live.refresh()
     [picked] = RetrievalStage(NoEncoder(), {"main": live}).retrieve([make_request()])
-    assert (picked.generation, picked.selection.fallback) == (0, "library 'main' is empty")
+    assert (picked.generation, picked.fallback) == (0, "library 'main' is empty")
 
 
 def test_a_mix_of_too_many_adapters_is_refused(stage, monkeypatch):
@@ -220,7 +222,7 @@ def test_a_mix_of_too_many_adapters_is_refused(stage, monkeypatch):
         assert error.code == "invalid"
         assert "4 adapters" in str(error)
     for wanted in ({"exclude": {"fog"}, "settings": uniform}, {"settings": AdaptiveSettings(k=3)}):
-        assert len(adapter_names(stage.choose([make_request(**wanted)])[0])) == 3
+        assert len(adapter_names(stage.retrieve([make_request(**wanted)])[0])) == 3
 
 
 def test_libraries_are_kept_apart(encoder, live, taste, tmp_path, base):
@@ -235,7 +237,7 @@ def test_libraries_are_kept_apart(encoder, live, taste, tmp_path, base):
     stage = RetrievalStage(encoder, {"main": live, "second": second})
     one, other = stage.retrieve([make_request("fog"), make_request("fog", library="second")])
     assert (adapter_names(other), other.generation) == (["dusk"], 1)
-    assert {part.entry.library for part in other.selection.adapters} == {"second"}
-    assert {part.entry.library for part in one.selection.adapters} == {"main"}
+    assert {part.entry.library for part in other.adapters} == {"second"}
+    assert {part.entry.library for part in one.adapters} == {"main"}
     stage.retrieve([make_request("fog", failed=[make_failure(live, "fog")])])
     assert second.status().quarantined == ()

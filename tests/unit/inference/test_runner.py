@@ -14,13 +14,16 @@ from loraseg.errors import (
     StoreError,
 )
 from loraseg.fuse.mix import fuse
-from loraseg.inference.adapter_cache import AdapterCache, UnusableAdaptersError
-from loraseg.inference.runner import SegmentJob, SegmentRunner
+from loraseg.inference.adapter_cache import AdapterCache
+from loraseg.inference.adapter_ref import AdapterUnavailableError
+from loraseg.inference.request import SegmentRequest
+from loraseg.inference.runner import SegmentRunner
 from loraseg.inference.selection import AdapterSelection, SelectedAdapter
 from loraseg.segment.open_vocabulary.pixel_maps import pixel_maps
 from loraseg.segment.open_vocabulary.predictor import Predictor
 from loraseg.segment.open_vocabulary.tiled_inference import segment_tiled, tile_count
 from tests.unit.inference.naive_retriever import Entry
+from tests.unit.inference.tiny_service import adapter_query
 from tests.unit.tiny import CLASSES, DOMAINS, domain_images, random_adapter, tiny_base
 
 BARE = AdapterSelection("base")
@@ -53,7 +56,13 @@ def make_selection(packed, **weights):
 
 
 def make_job(runner, image, choice=BARE, **fields):
-    return SegmentJob(image=image, selection=choice, mix=runner.fuse(choice), **fields)
+    """Return a request and its mix."""
+    options = {"classes": CLASSES, "query": adapter_query(), **fields}
+    return SegmentRequest(image=image, selection=choice, **options), runner.fuse(choice)
+
+
+def run(runner, *jobs):
+    return runner.run([request for request, _ in jobs], [mix for _, mix in jobs])
 
 
 def picture(name="day", size=(20, 24)):
@@ -99,17 +108,32 @@ def test_all_adapters_that_cannot_be_used_are_told_with_their_reasons(base, pack
         return packed[entry.name]
 
     choice = make_selection(packed, day=0.25, fog=0.25, night=0.25, dusk=0.25)
-    with pytest.raises(UnusableAdaptersError) as info:
+    with pytest.raises(AdapterUnavailableError) as info:
         SegmentRunner(Predictor(base), load).fuse(choice)
-    failures = {entry.name: error for entry, error in info.value.failures}
-    assert {name: type(error) for name, error in failures.items()} == {
-        "day": StoreError,
-        "fog": AdapterMismatchError,
-        "night": IntegrityError,
+    assert {failure.name: failure.kind for failure in info.value.failures} == {
+        "day": "unreachable",
+        "fog": "unfit",
+        "night": "damaged",
     }
-    assert "trained on base cdcd" in str(failures["fog"])
-    assert packed["night"].digest in str(failures["night"])
+    assert isinstance(info.value.__cause__, StoreError)
     assert str(pickle.loads(pickle.dumps(info.value))) == str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"base_digest": "cd" * 32}, AdapterMismatchError, "trained on base cdcd"),
+        ({"digest": "ef" * 32}, IntegrityError, "expected "),
+    ],
+)
+def test_the_cause_of_an_unusable_adapter_is_kept(base, packed, wrong, error, message):
+    runner = SegmentRunner(Predictor(base), lambda entry: replace(packed["day"], **wrong))
+    with pytest.raises(AdapterUnavailableError) as info:
+        runner.fuse(make_selection(packed, day=1.0))
+    assert isinstance(info.value.__cause__, error)
+    assert message in str(info.value.__cause__)
+    if error is IntegrityError:
+        assert packed["day"].digest in str(info.value.__cause__)
 
 
 def test_an_adapter_that_knows_no_base_is_used(base, packed):
@@ -130,7 +154,7 @@ def test_the_digests_told_are_of_the_adapters_in_the_mix(runner, packed):
     """Not those of the catalog: what was used is said, even if it should not have been."""
     choice = make_selection(packed, day=0.6, fog=0.4)
     other = fuse([packed["night"], packed["dusk"]], [0.9, 0.1])
-    [result] = runner.run([SegmentJob(image=picture(), selection=choice, mix=other)], CLASSES)
+    [result] = run(runner, (make_job(runner, picture(), choice)[0], other))
     used = result.explanation.adapters
     assert [part.digest for part in used] == [packed["night"].digest, packed["dusk"].digest]
     assert [part.weight for part in used] == [0.9, 0.1]
@@ -144,7 +168,7 @@ def test_the_digests_told_are_of_the_adapters_in_the_mix(runner, packed):
 
 def test_mode_and_fallback_of_the_choice_are_told(runner):
     choice = AdapterSelection("uniform", (), "nothing was published yet")
-    [result] = runner.run([make_job(runner, picture(), choice)], CLASSES)
+    [result] = run(runner, make_job(runner, picture(), choice))
     explanation = result.explanation
     assert (explanation.mode, explanation.fallback) == ("uniform", "nothing was published yet")
     assert (explanation.mix, explanation.adapters) == (None, ())
@@ -158,21 +182,20 @@ def test_jobs_that_differ_in_everything_give_what_each_gives_alone(runner, packe
         make_job(runner, picture("fog"), fog, keep_scores=True),
         make_job(runner, picture("dusk"), fog, maps=frozenset({"confidence"})),
     ]
-    together = runner.run(jobs, CLASSES)
+    together = run(runner, *jobs)
     for one, result in zip(jobs, together, strict=True):
-        [alone] = runner.run([one], CLASSES)
+        [alone] = run(runner, one)
+        request = one[0]
         assert_same(result, alone)
-        assert result.label_map.shape == one.image.shape[:2]
-        assert (result.confidence is not None) == ("confidence" in one.maps)
-        assert (result.entropy is not None) == ("entropy" in one.maps)
-        assert (result.scores is not None) == one.keep_scores
+        assert result.label_map.shape == request.image.shape[:2]
+        assert (result.confidence is not None) == ("confidence" in request.maps)
+        assert (result.entropy is not None) == ("entropy" in request.maps)
+        assert (result.scores is not None) == request.keep_scores
 
 
 def test_maps_are_those_of_the_scores(base, runner, packed):
     choice = make_selection(packed, day=0.5, fog=0.5)
-    [result] = runner.run(
-        [make_job(runner, picture(), choice, maps=BOTH, keep_scores=True)], CLASSES
-    )
+    [result] = run(runner, make_job(runner, picture(), choice, maps=BOTH, keep_scores=True))
     [scores] = Predictor(base).predict([picture()], CLASSES, runner.fuse(choice))
     expected = pixel_maps(scores, BOTH)
     np.testing.assert_array_equal(result.scores, scores.numpy())
@@ -182,22 +205,22 @@ def test_maps_are_those_of_the_scores(base, runner, packed):
 
 
 def test_no_jobs_no_results(runner):
-    assert runner.run([], CLASSES) == []
+    assert runner.run([], []) == []
 
 
 def test_what_makes_no_result_is_refused(runner):
     with pytest.raises(ConfigError, match="classes: "):
-        runner.run([make_job(runner, picture())], [])
+        run(runner, make_job(runner, picture(), classes=()))
     with pytest.raises(ConfigError, match="maps: got"):
-        runner.run([make_job(runner, picture(), maps=frozenset({"depth"}))], CLASSES)
+        run(runner, make_job(runner, picture(), maps=frozenset({"depth"})))
     with pytest.raises(DatasetError, match="expected uint8 RGB"):
-        runner.run([make_job(runner, picture()[..., :1])], CLASSES)
+        run(runner, make_job(runner, picture()[..., :1]))
 
 
 def test_large_images_are_run_in_tiles(base, runner, packed):
     image = picture(size=(40, 48))
     choice = make_selection(packed, day=0.5, night=0.5)
-    work = runner.run_tiled(make_job(runner, image, choice, maps=BOTH), CLASSES)
+    work = runner.run_tiled(*make_job(runner, image, choice, maps=BOTH))
     yields, result = run_to_completion(work)
     expected_yields, expected = run_to_completion(
         segment_tiled(Predictor(base), image, CLASSES, runner.fuse(choice), BOTH)
@@ -213,13 +236,19 @@ def test_large_images_are_run_in_tiles(base, runner, packed):
 def test_other_images_may_run_between_the_tiles_of_a_large_one(runner, packed):
     image = picture(size=(40, 48))
     large = make_job(runner, image, make_selection(packed, day=0.5, night=0.5), maps=BOTH)
-    small = make_job(runner, picture("dusk"), make_selection(packed, fog=0.2, dusk=0.8), maps=BOTH)
-    other = make_job(runner, picture("fog", (48, 40)), maps=BOTH)
-    _, large_alone = run_to_completion(runner.run_tiled(large, CLASSES))
-    _, other_alone = run_to_completion(runner.run_tiled(other, ("sky", "car")))
-    [small_alone] = runner.run([small], ("car", "road"))
+    small = make_job(
+        runner,
+        picture("dusk"),
+        make_selection(packed, fog=0.2, dusk=0.8),
+        maps=BOTH,
+        classes=("car", "road"),
+    )
+    other = make_job(runner, picture("fog", (48, 40)), maps=BOTH, classes=("sky", "car"))
+    _, large_alone = run_to_completion(runner.run_tiled(*large))
+    _, other_alone = run_to_completion(runner.run_tiled(*other))
+    [small_alone] = run(runner, small)
 
-    first, second = runner.run_tiled(large, CLASSES), runner.run_tiled(other, ("sky", "car"))
+    first, second = runner.run_tiled(*large), runner.run_tiled(*other)
     results = {}
     while len(results) < 2:
         for name, work in (("large", first), ("other", second)):
@@ -227,7 +256,7 @@ def test_other_images_may_run_between_the_tiles_of_a_large_one(runner, packed):
                 next(work)
             except StopIteration as end:
                 results.setdefault(name, end.value)
-        [between] = runner.run([small], ("car", "road"))
+        [between] = run(runner, small)
         assert_same(between, small_alone)
     assert_same(results["large"], large_alone)
     assert_same(results["other"], other_alone)
@@ -235,12 +264,12 @@ def test_other_images_may_run_between_the_tiles_of_a_large_one(runner, packed):
 
 def test_giving_up_between_tiles_leaves_the_model_as_it_was(base, runner, packed):
     small = make_job(runner, picture())
-    [before] = runner.run([small], CLASSES)
+    [before] = run(runner, small)
     large = make_job(runner, picture(size=(40, 48)), make_selection(packed, day=1.0))
-    work = runner.run_tiled(large, CLASSES)
+    work = runner.run_tiled(*large)
     next(work)
     work.close()
-    [after] = runner.run([small], CLASSES)
+    [after] = run(runner, small)
     assert_same(before, after)
     assert not base.model.training
 
@@ -248,7 +277,7 @@ def test_giving_up_between_tiles_leaves_the_model_as_it_was(base, runner, packed
 def test_scores_of_tiles_are_refused(runner):
     large = make_job(runner, picture(size=(40, 48)), keep_scores=True)
     with pytest.raises(ConfigError, match=r"keep_scores: an image of \(40, 48\) pixels"):
-        next(runner.run_tiled(large, CLASSES))
+        next(runner.run_tiled(*large))
 
 
 def test_adapters_held_by_a_cache_are_fused_without_loading_them_again(base, packed):

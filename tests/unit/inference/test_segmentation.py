@@ -1,4 +1,5 @@
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,12 +12,13 @@ from loraseg.inference.adapter_ref import AdapterRef, AdapterUnavailableError
 from loraseg.inference.loading import SegmenterConfig, load_segmenter
 from loraseg.inference.model_variants import ModelVariants
 from loraseg.inference.pipeline import AdaptiveSegmenter
-from loraseg.inference.segmentation import SegmentationRequest, SegmentationStage
+from loraseg.inference.request import SegmentRequest
+from loraseg.inference.segmentation import SegmentationStage
 from loraseg.inference.selection import AdapterSelection, SelectedAdapter
 from loraseg.library import Library
 from loraseg.segment.open_vocabulary.predictor import Predictor
 from loraseg.storage import open_store
-from tests.unit.inference.tiny_service import SETTINGS, blob_paths, switched_library
+from tests.unit.inference.tiny_service import SETTINGS, adapter_query, blob_paths, switched_library
 from tests.unit.tiny import CLASSES, DOMAINS, domain_images
 
 WEIGHTS = "adapter_model.safetensors"
@@ -42,14 +44,13 @@ class StageHarness:
             for ref, weight in zip(refs, weights.values(), strict=True)
         )
         given = {"image": domain_images(domain, 1)[0], "classes": CLASSES, **options}
-        return SegmentationRequest(
-            selection=AdapterSelection("fused", parts), attention=attention, **given
-        )
+        selection = AdapterSelection("fused", parts, attention=attention)
+        return SegmentRequest(query=adapter_query(), selection=selection, **given)
 
     def run(self, *tasks):
         prepared = [self.stage.prepare(task) for task in tasks]
         try:
-            return self.stage.run(prepared, tasks[0].classes)
+            return self.stage.run(prepared)
         finally:
             for each in prepared:
                 each.release()
@@ -73,27 +74,29 @@ def test_gives_what_the_segmenter_of_the_command_line_gives(bench, folder, model
         image = domain_images(domain, 1)[0]
         [known] = offline.segment([image], CLASSES, maps={"confidence", "entropy"})
         weights = {used.name: used.weight for used in known.explanation.adapters}
-        task = bench.task(weights, domain=domain, maps=frozenset(["confidence", "entropy"]))
+        task = bench.make_request(weights, domain=domain, maps=frozenset(["confidence", "entropy"]))
         [done] = bench.run(task)
-        assert np.array_equal(done.result.label_map, known.label_map)
-        assert np.array_equal(done.result.confidence, known.confidence)
-        assert np.array_equal(done.result.entropy, known.entropy)
-        assert done.result.explanation.mix == known.explanation.mix
-        assert (done.batch, set(done.timing_ms)) == (1, {"load", "segment"})
+        assert np.array_equal(done.label_map, known.label_map)
+        assert np.array_equal(done.confidence, known.confidence)
+        assert np.array_equal(done.entropy, known.entropy)
+        assert done.explanation.mix == known.explanation.mix
+        assert (done.batch_size, set(done.timing_ms)) == (1, {"load", "segment"})
 
 
 def test_a_mixed_batch_gives_what_each_gives_alone(bench):
     tasks = [
-        bench.task({"fog": 0.5, "day": 0.5}),
-        bench.task({}, domain="night"),
-        bench.task({"night": 0.9, "dusk": 0.1}, domain="dusk", maps=frozenset(["confidence"])),
+        bench.make_request({"fog": 0.5, "day": 0.5}),
+        bench.make_request({}, domain="night"),
+        bench.make_request(
+            {"night": 0.9, "dusk": 0.1}, domain="dusk", maps=frozenset(["confidence"])
+        ),
     ]
     for one, task in zip(bench.run(*tasks), tasks, strict=True):
         [alone] = bench.run(task)
-        assert (one.result.label_map == alone.result.label_map).mean() > 0.9999
-        assert one.result.explanation == alone.result.explanation
-        assert (one.result.confidence is None) == ("confidence" not in task.maps)
-        assert one.batch == 3
+        assert (one.label_map == alone.label_map).mean() > 0.9999
+        assert one.explanation == alone.explanation
+        assert (one.confidence is None) == ("confidence" not in task.maps)
+        assert one.batch_size == 3
 
 
 def test_all_adapters_that_cannot_be_loaded_are_named_and_nothing_stays_pinned(bench, folder):
@@ -101,20 +104,20 @@ def test_all_adapters_that_cannot_be_loaded_are_named_and_nothing_stays_pinned(b
     paths["fog"].unlink()
     paths["day"].write_bytes(paths["day"].read_bytes()[:-1])
     with pytest.raises(AdapterUnavailableError) as caught:
-        bench.stage.prepare(bench.task({"fog": 0.3, "day": 0.3, "night": 0.4}))
+        bench.stage.prepare(bench.make_request({"fog": 0.3, "day": 0.3, "night": 0.4}))
     assert {f.name: f.kind for f in caught.value.failures} == {"fog": "missing", "day": "damaged"}
     assert str(folder) not in str(caught.value)
     assert not any(slot.pins for slot in bench.cache._slots.values())
-    [done] = bench.run(bench.task({"night": 1.0}))
-    assert [used.name for used in done.result.explanation.adapters] == ["night"]
+    [done] = bench.run(bench.make_request({"night": 1.0}))
+    assert [used.name for used in done.explanation.adapters] == ["night"]
 
 
 def test_a_store_out_of_reach_is_told_as_such(bench):
-    bench.run(bench.task({"fog": 1.0}))
+    bench.run(bench.make_request({"fog": 1.0}))
     bench.store.is_on = False
-    bench.run(bench.task({"fog": 1.0}))
+    bench.run(bench.make_request({"fog": 1.0}))
     with pytest.raises(AdapterUnavailableError) as caught:
-        bench.stage.prepare(bench.task({"fog": 0.5, "day": 0.5}))
+        bench.stage.prepare(bench.make_request({"fog": 0.5, "day": 0.5}))
     assert [(f.name, f.kind) for f in caught.value.failures] == [("day", "unreachable")]
     assert "secret-bucket" not in str(caught.value)
 
@@ -126,8 +129,8 @@ def test_what_is_prepared_stays_in_memory_until_it_is_released(folder, models):
     fog, day = (bench.library.entry(name).digest for name in ("fog", "day"))
     assert fog in bench.cache
     assert day in bench.cache
-    [done] = bench.stage.run([prepared], CLASSES)
-    assert {used.digest for used in done.segmentation.explanation.adapters} == {fog, day}
+    [done] = bench.stage.run([prepared])
+    assert {used.digest for used in done.explanation.adapters} == {fog, day}
     prepared.release()
     prepared.release()
     bench.run(bench.make_request({"dusk": 1.0}))
@@ -136,32 +139,35 @@ def test_what_is_prepared_stays_in_memory_until_it_is_released(folder, models):
 
 
 def test_threads_prepare_while_one_runs(bench):
-    tasks = [bench.task({name: 0.6, "fog": 0.4}, domain=name) for name in ("day", "night")]
-    known = [bench.run(task)[0].result for task in tasks]
+    tasks = [bench.make_request({name: 0.6, "fog": 0.4}, domain=name) for name in ("day", "night")]
+    known = [bench.run(task)[0] for task in tasks]
     with ThreadPoolExecutor(6) as threads:
         works = [threads.submit(bench.stage.prepare, tasks[index % 2]) for index in range(60)]
         ready = [(index % 2, work.result()) for index, work in enumerate(works)]
     for index, prepared in ready[::7]:
-        [done] = bench.stage.run([prepared], CLASSES)
-        assert np.array_equal(done.result.label_map, known[index].label_map)
+        [done] = bench.stage.run([prepared])
+        assert np.array_equal(done.label_map, known[index].label_map)
     for _, prepared in ready:
         prepared.release()
     assert not any(slot.pins for slot in bench.cache._slots.values())
 
 
 def test_one_that_breaks_in_the_model_leaves_its_batch_alone(bench):
-    good, bad = bench.task({"fog": 1.0}), bench.task({"day": 1.0}, image=np.zeros((8, 8), np.uint8))
+    good, bad = (
+        bench.make_request({"fog": 1.0}),
+        bench.make_request({"day": 1.0}, image=np.zeros((8, 8), np.uint8)),
+    )
     first, second, third = bench.run(good, bad, good)
     assert isinstance(second, Exception)
-    assert np.array_equal(first.result.label_map, third.result.label_map)
+    assert np.array_equal(first.label_map, third.label_map)
 
 
 def test_large_images_are_cut_unless_they_must_not_be(bench):
     large = np.tile(domain_images("fog", 1)[0], (4, 4, 1))
-    auto = bench.stage.prepare(bench.task({"fog": 1.0}, image=large))
+    auto = bench.stage.prepare(bench.make_request({"fog": 1.0}, image=large))
     assert auto.is_tiled
-    assert not bench.stage.prepare(bench.task({}, image=large, tiling="never")).is_tiled
-    assert bench.stage.prepare(bench.task({}, tiling="always")).is_tiled
+    assert not bench.stage.prepare(bench.make_request({}, image=large, tiling="never")).is_tiled
+    assert bench.stage.prepare(bench.make_request({}, tiling="always")).is_tiled
     work = bench.stage.run_tiled(auto)
     steps = 0
     while True:
@@ -172,9 +178,9 @@ def test_large_images_are_cut_unless_they_must_not_be(bench):
             done = end.value
             break
     assert steps > 1
-    assert done.result.tiles > 1
-    assert done.result.label_map.shape == large.shape[:2]
-    assert [used.name for used in done.result.explanation.adapters] == ["fog"]
+    assert done.tiles > 1
+    assert done.label_map.shape == large.shape[:2]
+    assert [used.name for used in done.explanation.adapters] == ["fog"]
     assert done.timing_ms["segment"] > 0
 
 
@@ -182,7 +188,7 @@ def test_what_would_not_fit_into_memory_without_tiles_is_refused(bench):
     # As large as limits allow, without taking the memory.
     image = np.lib.stride_tricks.as_strided(np.zeros(3, np.uint8), (6000, 6000, 3), (0, 0, 1))
     classes = tuple(f"class {index}" for index in range(100))
-    task = bench.task({}, image=image, classes=classes, tiling="never")
+    task = bench.make_request({}, image=image, classes=classes, tiling="never")
     with pytest.raises(ServiceError, match="6000 x 6000 pixels with 100 classes") as caught:
         bench.stage.prepare(task)
     assert caught.value.code == "invalid"
@@ -208,11 +214,11 @@ def test_both_kinds_of_attention_share_weights_and_act_as_loaded_alone(bench, mo
         [known] = offline.segment([image], CLASSES, maps={"confidence"})
         weights = {used.name: used.weight for used in known.explanation.adapters}
         options = {"attention": kind, "maps": frozenset(["confidence"])}
-        [done] = bench.run(bench.task(weights, **options))
-        assert np.array_equal(done.result.confidence, known.confidence)
-        [bare] = bench.run(bench.task({}, **options))
-        [plain] = bench.run(bench.task({}, attention=None, maps=options["maps"]))
-        assert np.array_equal(bare.result.confidence, plain.result.confidence)
+        [done] = bench.run(bench.make_request(weights, **options))
+        assert np.array_equal(done.confidence, known.confidence)
+        [bare] = bench.run(bench.make_request({}, **options))
+        [plain] = bench.run(bench.make_request({}, attention=None, maps=options["maps"]))
+        assert np.array_equal(bare.confidence, plain.confidence)
 
 
 def test_a_kind_that_is_set_holds_whatever_adapters_say(models):
@@ -225,18 +231,14 @@ def test_a_kind_that_is_set_holds_whatever_adapters_say(models):
 
 
 def test_an_adapter_that_is_not_what_was_chosen_is_never_used(bench):
-    task = bench.task({"fog": 1.0})
-    entry = task.choice.parts[0].entry
+    task = bench.make_request({"fog": 1.0})
+    entry = task.selection.adapters[0].entry
     day = bench.library.entry("day")
     wrong = AdapterRef(
         "main", "fog", 1, day.digest, entry.record_digest, entry.base_digest, entry.size_bytes
     )
-    lying = SegmentationRequest(
-        image=task.image,
-        classes=CLASSES,
-        selection=AdapterSelection("fused", (SelectedAdapter(wrong, 1.0, 1.0),)),
-        attention="active",
-    )
+    part = SelectedAdapter(wrong, 1.0, 1.0)
+    lying = replace(task, selection=AdapterSelection("fused", (part,), attention="active"))
     with pytest.raises(AdapterUnavailableError) as caught:
         bench.stage.prepare(lying)
     assert caught.value.failures[0].kind == "damaged"

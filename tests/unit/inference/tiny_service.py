@@ -3,10 +3,10 @@
 import time
 
 from loraseg.errors import StoreError
+from loraseg.inference.request import SegmentRequest
 from loraseg.inference.selection import AdapterQuery, AdaptiveSettings
 from loraseg.library import Library
 from loraseg.serving.config import ServiceConfig
-from loraseg.serving.engine import SegmentRequest
 from loraseg.storage import LocalStore, open_store
 from tests.unit.tiny import CLASSES
 
@@ -50,7 +50,6 @@ def segment_request(image, *, library="main", timeout_s=30.0, classes=CLASSES, *
         name: options.pop(name) for name in ("only", "exclude", "settings") if name in options
     }
     return SegmentRequest(
-        request_id="test",
         image=image,
         classes=tuple(classes),
         library=library,

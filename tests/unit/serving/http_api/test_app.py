@@ -7,7 +7,8 @@ from PIL import Image
 
 from loraseg.data.mask_encodings.rle import decode_rle
 from loraseg.inference.loading import SegmenterConfig, load_segmenter
-from loraseg.inference.pipeline import AdaptiveSegmenter, AdaptiveSettings
+from loraseg.inference.pipeline import AdaptiveSegmenter
+from loraseg.inference.selection import AdaptiveSettings
 from loraseg.segment.open_vocabulary.predictor import Predictor
 from loraseg.serving.http_api.parameters import RETURNS
 from tests.unit.serving.api_client import FOG, NIGHT, decode_png, jpeg, png, status_and_code
