@@ -1,4 +1,4 @@
-"""LoRA pairs that train: fresh ones, and how they act in a model that stays as it is."""
+"""LoRA pairs as parameters, and how a frozen model computes with them."""
 
 import dataclasses
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -10,19 +10,26 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from loraseg.adapters.adapter import LoraPair
-from loraseg.errors import AdapterMismatchError
-from loraseg.seeding import torch_generator
+from loraseg.adapters.init import INITIALISERS, ParameterGroup
+from loraseg.errors import AdapterMismatchError, ConfigError
 from loraseg.tensor_types import Tensor
 
-__all__ = ["TrainablePairs", "apply_lora", "freeze", "init_lora"]
+__all__ = ["TrainablePairs", "apply_lora", "freeze", "init_pairs"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TrainablePairs:
-    """Parameters (down, up) by module name, and the scale that all of them share."""
+    """LoRA pairs as parameters.
+
+    Attributes:
+        pairs: ``(down, up)`` by module name, of shapes (r, d_in) and (d_out, r).
+        scale: Factor of every update.
+        groups: Every module in one group of a learning rate.
+    """
 
     pairs: Mapping[str, tuple[nn.Parameter, nn.Parameter]]
     scale: float
+    groups: tuple[ParameterGroup, ...]
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return all parameters by a name that is stable between runs."""
@@ -30,6 +37,17 @@ class TrainablePairs:
         for module, (down, up) in self.pairs.items():
             named[f"{module}.lora_A"], named[f"{module}.lora_B"] = down, up
         return named
+
+    def optimiser_groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Return the optimiser's parameter groups with their peak learning rates."""
+        return [
+            {
+                "params": [side for module in group.modules for side in self.pairs[module]],
+                "lr": learning_rate * group.rate_factor,
+                "weight_decay": weight_decay,
+            }
+            for group in self.groups
+        ]
 
     def detached(self) -> dict[str, LoraPair]:
         """Return the pairs as they are now, on the CPU."""
@@ -39,53 +57,66 @@ class TrainablePairs:
         }
 
 
-def init_lora(
-    model: nn.Module, modules: Sequence[str], *, rank: int, alpha: float, seed: int
+def init_pairs(
+    model: nn.Module,
+    modules: Sequence[str],
+    *,
+    rank: int,
+    alpha: float,
+    seed: int,
+    method: str = "lora",
 ) -> TrainablePairs:
-    """Return new pairs for linear layers of a model, on its device, in float32.
+    """Return trainable pairs for linear layers of a model, on their devices, in float32.
 
-    A starts as in LoRA's reference (uniform within 1 / sqrt(d_in)) from a stream of the module's
-    own, B at zero, so that the pairs change nothing at first.
+    Args:
+        model: The base.
+        modules: Full names of its linear layers.
+        rank: r of every pair.
+        alpha: The scale is ``alpha / rank``.
+        seed: Seed of the random streams.
+        method: A key of :data:`~loraseg.adapters.init.INITIALISERS`.
+
+    Raises:
+        ConfigError: The method changes the weights of the base, which training does not support.
     """
-    pairs: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
-    for module in modules:
-        weight: Any = model.get_submodule(module).weight
-        d_out, d_in = weight.shape
-        start = torch.rand((rank, d_in), generator=torch_generator(seed, "lora", module))
-        down = ((2 * start - 1) * d_in**-0.5).to(weight.device)
-        up = torch.zeros((d_out, rank), device=weight.device)
-        pairs[module] = nn.Parameter(down), nn.Parameter(up)
-    return TrainablePairs(pairs, alpha / rank)
+    initial = INITIALISERS[method](model, modules, rank=rank, alpha=alpha, seed=seed)
+    if initial.residual:
+        raise ConfigError(f"initialiser {method!r} changes the base's weights; expected none")
+    pairs = {
+        module: (nn.Parameter(down), nn.Parameter(up))
+        for module, (down, up) in initial.pairs.items()
+    }
+    return TrainablePairs(pairs, initial.scale, initial.groups)
 
 
 @contextmanager
 def freeze(model: nn.Module, *, training: bool) -> Generator[None, None, None]:
-    """Let no parameter of a model train; its mode and ``requires_grad`` come back at the end.
+    """Freeze all parameters of a model; restore its mode and ``requires_grad`` on exit.
 
     Args:
         model: The base.
-        training: The mode meanwhile.
+        training: The mode of the model inside the block.
     """
     mode = model.training
-    wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.requires_grad_(False).train(training)
     try:
         yield
     finally:
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(wanted[name])
+            parameter.requires_grad_(required[name])
         model.train(mode)
 
 
 @contextmanager
 def apply_lora(model: nn.Module, pairs: TrainablePairs) -> Generator[None, None, None]:
-    """Let pairs act on every forward pass of a block; backward may run after it.
+    """Add the pairs' updates to every forward pass inside the block; backward may run after it.
 
-    The layers and their weights are not touched: only what a call of them does. Entering and
-    leaving takes microseconds, so that several sets of pairs can take turns on one model.
+    Only the ``forward`` attribute of the layers is replaced, not the layers or their weights.
+    Entering and leaving takes microseconds, so several sets of pairs can alternate on one model.
 
     Raises:
-        AdapterMismatchError: Other pairs act in one of the layers already.
+        AdapterMismatchError: Pairs are applied to one of the layers already.
     """
     layers: list[Any] = [model.get_submodule(module) for module in pairs.pairs]
     if any("forward" in vars(layer) for layer in layers):
@@ -100,7 +131,11 @@ def apply_lora(model: nn.Module, pairs: TrainablePairs) -> Generator[None, None,
 
 
 def _adapted_forward(layer: Any, down: Tensor, up: Tensor, scale: float) -> Callable[..., Tensor]:
-    """Return what replaces ``layer.forward``; a second input is that of a guided layer."""
+    """Return a replacement of ``layer.forward``.
+
+    ``x`` is (..., d_in). A guided layer takes ``guide`` as well, the shared last columns of its
+    input, see :mod:`loraseg.segment.open_vocabulary.catseg.guided`.
+    """
 
     def forward(x: Tensor, guide: Tensor | None = None) -> Tensor:
         device = x.device.type
@@ -120,11 +155,11 @@ def _adapted_forward(layer: Any, down: Tensor, up: Tensor, scale: float) -> Call
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """W x + b + scale B A x with W and b frozen.
+    """``W x + b + scale B A x`` with W and b frozen.
 
-    Autograd over the plain formula passes over arrays as large as the output eight times more: it
-    casts the input twice, scales and adds the second product apart, and so again on the way back.
-    Here both products meet in one array each way, and the scale is multiplied into the small A.
+    Autograd over the plain formula makes eight more passes over arrays of the output's size: it
+    casts the input twice, and scales and adds the second product separately, forward and backward.
+    Here both products accumulate in one array each way, and the scale multiplies the small A.
     """
 
     @staticmethod
@@ -137,7 +172,7 @@ class _AdaptedLinear(torch.autograd.Function):
         y.addmm_(hidden, up.t())
         ctx.save_for_backward(tokens, hidden, weight, down, up)
         ctx.scale, ctx.shape, ctx.dtype, ctx.pair_dtype = scale, x.shape, x.dtype, inputs[3].dtype
-        # Not a view, so that callers may go on in place, as after a plain linear layer.
+        # Not a view: callers may modify the output in place, as after a plain linear layer.
         return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
 
     @staticmethod

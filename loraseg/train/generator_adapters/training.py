@@ -1,4 +1,4 @@
-"""Train a generator: LoRA pairs and fusion layers on a frozen UNet, or the whole UNet."""
+"""Train a generator: LoRA pairs and attention-mix layers on a frozen UNet, or the whole UNet."""
 
 import dataclasses
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -21,7 +21,7 @@ from loraseg.synth.region_attention import RegionControl
 from loraseg.tensor_types import Tensor
 from loraseg.train.core.checkpoint import CheckpointStore
 from loraseg.train.core.loop import LoopResult, StepCallback, TrainingLoop
-from loraseg.train.core.lora import apply_lora, freeze, init_lora
+from loraseg.train.core.lora import apply_lora, freeze, init_pairs
 from loraseg.train.generator_adapters.denoising import DenoisingBatch, denoising_loss
 from loraseg.train.generator_adapters.recipes import GeneratorRecipe
 from loraseg.train.generator_adapters.samples import DenoisingData, SampleDraw
@@ -37,19 +37,20 @@ __all__ = [
     "train_generator",
 ]
 
-# What a score rests on: so many views at so many noise levels.
+# A loss is scored on this many crops, each at this many noise levels.
 _SCORED_CROPS, _SCORED_NOISE_LEVELS = 32, 4
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TrainedGenerator:
-    """Pairs and fusion layers on the CPU, and how training went.
+    """Trained pairs and attention-mix layers on the CPU.
 
     Attributes:
-        pairs: By module name.
-        alphas: As :meth:`~loraseg.synth.region_attention.RegionControl.alpha_state`; may be empty.
-        loop: How training went; None in the course of it.
-        losses: Mean loss at the end, by the names of :attr:`Hooks.score_on`.
+        pairs: Pairs by module name.
+        alphas: Weights of the attention-mix layers, see
+            :meth:`~loraseg.synth.region_attention.RegionControl.alpha_state`; may be empty.
+        loop: Result of the training loop; None while training.
+        losses: Mean loss after training, by the names of :attr:`Callbacks.score_data`.
     """
 
     pairs: dict[str, LoraPair]
@@ -58,19 +59,19 @@ class TrainedGenerator:
     losses: dict[str, float] = dataclasses.field(default_factory=dict[str, float])
 
     def adapter(self, base: DiffusionBase, recipe: GeneratorRecipe) -> GeneratorAdapter:
-        """Return what a :class:`~loraseg.synth.generator.Generator` draws with."""
-        fusion = None
+        """Return the adapter that :class:`~loraseg.synth.generator.Generator` takes."""
+        attention_mix = None
         if self.alphas:
-            fusion = AttentionMix(self.alphas, cast(AttentionMixMode, recipe.fusion.mode))
+            attention_mix = AttentionMix(self.alphas, cast(AttentionMixMode, recipe.fusion.mode))
         files = to_peft_files(self.pairs, base_digest=base.digest)
-        return GeneratorAdapter.from_adapter(load_adapter(files), attention_mix=fusion)
+        return GeneratorAdapter.from_adapter(load_adapter(files), attention_mix=attention_mix)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FinetunedUNet:
-    """The UNet's weights after full tuning, on the CPU, with those of fusion layers.
+    """Weights of UNet and attention-mix layers after full fine-tuning, on the CPU.
 
-    ``losses`` as in :class:`TrainedGenerator`.
+    ``losses`` is as in :class:`TrainedGenerator`.
     """
 
     unet: dict[str, Tensor]
@@ -81,19 +82,19 @@ class FinetunedUNet:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Callbacks:
-    """What goes on beside a training.
+    """Checkpoints, callbacks and frozen adapters of a training run.
 
     Attributes:
-        checkpoints: Checkpoints; None keeps none.
-        on_step: Called after each step with (steps done, loss).
-        frozen_adapters: Adapters that act, frozen, all the while.
-        on_sample_grid: Called every ``grid.every`` steps with (steps done, what would be kept
-            now), while nothing of the training is in the UNet.
-        score_data: Data to score on at the end, always at the same noise. (The last step's loss is
-            no such figure: it depends on the draw, and a run resumed at its end has none.)
-        should_stop: For full tuning. Called after each step with (steps done, the UNet's state
-            before the
-            first one, on the CPU) while the UNet holds what has been learnt; True ends it there.
+        checkpoints: Store of the checkpoints; None keeps none.
+        on_step: Called after each step with (finished steps, loss).
+        frozen_adapters: Adapters merged into the UNet during training, frozen.
+        on_sample_grid: Called every ``grid.every`` steps with (finished steps, the adapter as it
+            would be kept now) while the UNet is the bare base.
+        score_data: Data to score after training, by name, always with the same noise. The loss of
+            the last step cannot replace it: it depends on the draw, and a run that resumes after
+            its last step has none.
+        should_stop: For full fine-tuning: called after each step with (finished steps, the UNet's
+            initial state on the CPU) while the UNet holds the trained weights; True stops.
     """
 
     checkpoints: CheckpointStore | None = None
@@ -115,15 +116,15 @@ def train_generator(
     recipe: GeneratorRecipe,
     callbacks: Callbacks = _NO_CALLBACKS,
 ) -> TrainedGenerator:
-    """Train an adapter; the base is frozen and afterwards as it was, bit by bit.
+    """Train an adapter on a frozen base; the base's weights are unchanged afterwards, bit for bit.
 
-    On the CPU the same arguments give the same bytes, however often the run is killed and resumed.
+    On the CPU equal arguments give equal bytes, however often the run is killed and resumed.
 
     Args:
-        base: Where its UNet is (CPU or GPU) is where training happens.
-        data: Its seed decides the initial pairs as well.
-        recipe: What to train and how.
-        callbacks: Checkpoints, progress, active adapters, pictures.
+        base: The generator; training runs on its UNet's device.
+        data: Training data; its seed also decides the initial pairs.
+        recipe: Targets, rank and optimisation.
+        callbacks: Checkpoints, progress, frozen adapters, sample grids.
 
     Raises:
         ConfigError: The recipe does not fit the UNet.
@@ -134,26 +135,27 @@ def train_generator(
     unet = base.unet
     names = generator_targets(unet, recipe)
     alpha = float(recipe.rank) if recipe.alpha is None else recipe.alpha
-    pairs = init_lora(unet, names, rank=recipe.rank, alpha=alpha, seed=data.seed)
+    pairs = init_pairs(unet, names, rank=recipe.rank, alpha=alpha, seed=data.seed)
     control = _region_control(unet, recipe, attention_mix_modules(unet, recipe, names))
 
     @contextmanager
-    def in_place() -> Generator[None, None, None]:
+    def apply_adapters() -> Generator[None, None, None]:
         with merged(unet, callbacks.frozen_adapters), apply_lora(unet, pairs):
             yield
 
-    def now() -> TrainedGenerator:
+    def current() -> TrainedGenerator:
         return TrainedGenerator(pairs.detached(), control.alpha_state() if control else {})
 
     with ExitStack() as stack:
         stack.enter_context(fixed_threads(recipe.threads))
         stack.enter_context(freeze(unet, training=False))
         stack.enter_context(_gradient_checkpointing(unet, recipe))
-        run = _GeneratorTrainer(base, data, recipe, control, in_place)
-        loop = run.train(pairs.parameters(), callbacks, now)
-        with run.loop.averaged():
-            losses = {name: run.score(held) for name, held in callbacks.score_data.items()}
-            return dataclasses.replace(now(), loop=loop, losses=losses)
+        trainer = _GeneratorTrainer(base, data, recipe, control, apply_adapters)
+        groups = pairs.optimiser_groups(recipe.learning_rate, recipe.weight_decay)
+        loop = trainer.train(pairs.parameters(), groups, callbacks, current)
+        with trainer.loop.averaged():
+            losses = trainer.score_all(callbacks.score_data)
+            return dataclasses.replace(current(), loop=loop, losses=losses)
 
 
 def finetune_unet(
@@ -162,17 +164,17 @@ def finetune_unet(
     recipe: GeneratorRecipe,
     callbacks: Callbacks = _NO_CALLBACKS,
 ) -> FinetunedUNet:
-    """Train every weight of the UNet, for comparison; afterwards the base is as it was.
+    """Train every weight of the UNet, for comparison; the base's weights are restored afterwards.
 
-    The recipe's targets and rank do not count; all cross attention gets fusion layers if the
-    recipe has any. A copy of the weights waits on the CPU.
+    Targets and rank of the recipe are ignored; all cross attention gets attention-mix layers if
+    the recipe has any. A copy of the initial weights is kept on the CPU.
 
     Args:
-        base: As in :func:`train_generator`, like the rest.
-        data: Its seed decides the batches.
-        recipe: How to train.
-        callbacks: ``frozen_adapters`` and ``on_sample_grid`` are for adapters only. With
-            ``should_stop`` no checkpoints are kept.
+        base: The generator; training runs on its UNet's device.
+        data: Training data.
+        recipe: Optimisation.
+        callbacks: ``frozen_adapters`` and ``on_sample_grid`` are ignored. With ``should_stop`` no
+            checkpoints are kept.
 
     Raises:
         StageError: The loss is not finite.
@@ -185,31 +187,38 @@ def finetune_unet(
     )
     before = {name: value.detach().cpu().clone() for name, value in unet.state_dict().items()}
     parameters: dict[str, nn.Parameter] = dict(unet.named_parameters())
-    wanted = {name: parameter.requires_grad for name, parameter in parameters.items()}
-    slot = None if callbacks.should_stop else callbacks.checkpoints
+    required = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    checkpoints = None if callbacks.should_stop else callbacks.checkpoints
     callbacks = dataclasses.replace(
-        callbacks, frozen_adapters=None, on_sample_grid=None, checkpoints=slot
+        callbacks, frozen_adapters=None, on_sample_grid=None, checkpoints=checkpoints
     )
+    group = {
+        "params": list(parameters.values()),
+        "lr": recipe.learning_rate,
+        "weight_decay": recipe.weight_decay,
+    }
     try:
         unet.requires_grad_(True)
         with fixed_threads(recipe.threads), _gradient_checkpointing(unet, recipe):
-            run = _GeneratorTrainer(base, data, recipe, control, nullcontext)
+            trainer = _GeneratorTrainer(base, data, recipe, control, nullcontext)
             stop = partial(_should_stop, callbacks, before)
-            loop = run.train(parameters, callbacks, lambda: TrainedGenerator({}, {}), stop)
-            with run.loop.averaged():
+            loop = trainer.train(
+                parameters, [group], callbacks, lambda: TrainedGenerator({}, {}), stop
+            )
+            with trainer.loop.averaged():
                 state = {k: v.detach().cpu().clone() for k, v in unet.state_dict().items()}
                 alphas = control.alpha_state() if control else {}
-                losses = {name: run.score(held) for name, held in callbacks.score_data.items()}
+                losses = trainer.score_all(callbacks.score_data)
                 return FinetunedUNet(state, alphas, loop, losses)
     finally:
         unet.load_state_dict(before)
         for name, parameter in parameters.items():
-            parameter.requires_grad_(wanted[name])
+            parameter.requires_grad_(required[name])
             parameter.grad = None
 
 
 def base_model_loss(base: DiffusionBase, data: DenoisingData, recipe: GeneratorRecipe) -> float:
-    """Return the loss of the bare base with plain attention, at the noise of ``score_data``."""
+    """Return the mean loss of the bare base with plain attention, with the noise of scoring."""
     batches = (
         dataclasses.replace(batch, regions=None)
         for batch in _scoring_batches(data, recipe, base.device)
@@ -219,7 +228,7 @@ def base_model_loss(base: DiffusionBase, data: DenoisingData, recipe: GeneratorR
 
 
 class _GeneratorTrainer:
-    """One training while it goes on."""
+    """A training run: its loop, and the UNet as it computes during a step."""
 
     loop: TrainingLoop
 
@@ -237,31 +246,30 @@ class _GeneratorTrainer:
     def train(
         self,
         parameters: Mapping[str, nn.Parameter],
+        groups: Sequence[Mapping[str, Any]],
         callbacks: Callbacks,
         snapshot: Callable[[], TrainedGenerator],
         stop: Callable[[int], bool] = lambda done: False,
     ) -> LoopResult:
         recipe = self._recipe
         alphas = self._control.alphas() if self._control else {}
-        groups = [
-            {"params": list(parameters.values()), "weight_decay": recipe.weight_decay},
-            {"params": list(alphas.values()), "weight_decay": 0.0},
-        ]
-        rated = [{**group, "lr": recipe.learning_rate} for group in groups if group["params"]]
+        if alphas:
+            # No weight decay: it would pull the mixing shares towards one half.
+            mix = {"params": list(alphas.values()), "lr": recipe.learning_rate, "weight_decay": 0.0}
+            groups = [*groups, mix]
         self.loop = TrainingLoop(
             {**parameters, **alphas},
-            rated,
+            groups,
             recipe.loop,
             checkpoints=callbacks.checkpoints,
             on_step=callbacks.on_step,
         )
         first = self.loop.first_step
         if first:
-            self._emit_sample_grid(
-                first, callbacks, snapshot
-            )  # the kill may have come before the picture
+            # The run may have been killed between the checkpoint and the sample grid.
+            self._emit_sample_grid(first, callbacks, snapshot)
         for step in range(first, recipe.loop.steps):
-            # Entered anew for each step: pictures and checkpoints see the bare UNet in between.
+            # Entered for each step: sample grids and checkpoints need the bare UNet in between.
             with self._adapted(), closing(self._losses(step)) as losses:
                 self.loop.step(step, losses)
             self._emit_sample_grid(step + 1, callbacks, snapshot)
@@ -270,13 +278,16 @@ class _GeneratorTrainer:
         return self.loop.result()
 
     def _emit_sample_grid(
-        self, done: int, hooks: Callbacks, now: Callable[[], TrainedGenerator]
+        self, done: int, callbacks: Callbacks, snapshot: Callable[[], TrainedGenerator]
     ) -> None:
         every = self._recipe.grid.every
-        if hooks.on_sample_grid and every and done % every == 0:
+        if callbacks.on_sample_grid and every and done % every == 0:
             with self.loop.averaged():
-                kept = now()
-            hooks.on_sample_grid(done, kept)
+                current = snapshot()
+            callbacks.on_sample_grid(done, current)
+
+    def score_all(self, data: Mapping[str, DenoisingData]) -> dict[str, float]:
+        return {name: self.score(part) for name, part in data.items()}
 
     def score(self, data: DenoisingData) -> float:
         batches = _scoring_batches(data, self._recipe, self._base.device)
@@ -289,11 +300,11 @@ class _GeneratorTrainer:
             yield
 
     def _losses(self, step: int) -> Generator[Tensor, None, None]:
-        """Yield the parts of a step's loss; each is taken back before the next is asked for."""
+        """Yield the loss of each microbatch; the loop runs its backward pass before the next."""
         recipe, size = self._recipe, self._recipe.batch_size
         device = self._base.device
         for batch in self._data.microbatches(step, size, recipe.accumulate, device):
-            # Around the backward pass too, for gradient checkpointing runs layers again there.
+            # Covers the backward pass, since gradient checkpointing runs layers again there.
             with self._regions(batch):
                 loss = denoising_loss(
                     self._base, batch, self._control, recipe.loss, recipe.loop.precision
@@ -306,8 +317,8 @@ class _GeneratorTrainer:
         return self._control.regions(batch.regions, latent=batch.latent_size)
 
 
-def _should_stop(hooks: Callbacks, before: Mapping[str, Tensor], done: int) -> bool:
-    return hooks.should_stop is not None and hooks.should_stop(done, before)
+def _should_stop(callbacks: Callbacks, before: Mapping[str, Tensor], done: int) -> bool:
+    return callbacks.should_stop is not None and callbacks.should_stop(done, before)
 
 
 def _region_control(

@@ -15,7 +15,7 @@ from loraseg.segment.open_vocabulary.base import SegmentationBase
 from loraseg.tensor_types import Tensor, ndarray
 from loraseg.train.core.checkpoint import CheckpointStore
 from loraseg.train.core.loop import LoopResult, StepCallback, TrainingLoop
-from loraseg.train.core.lora import TrainablePairs, apply_lora, freeze, init_lora
+from loraseg.train.core.lora import TrainablePairs, apply_lora, freeze, init_pairs
 from loraseg.train.segmenter_adapters.recipes import AdapterRecipe, group_signature
 from loraseg.train.segmenter_adapters.samples import (
     ImageFeatures,
@@ -189,17 +189,15 @@ class _AdapterTrainer:
     ) -> None:
         recipe = member.recipe
         self._model, self._mask_ignored = model, recipe.mask_ignored
-        self.pairs: TrainablePairs = init_lora(
+        self.pairs: TrainablePairs = init_pairs(
             model, names, rank=recipe.rank, alpha=recipe.alpha, seed=seed
         )
-        parameters = self.pairs.parameters()
-        group = {
-            "params": list(parameters.values()),
-            "lr": recipe.learning_rate,
-            "weight_decay": recipe.weight_decay,
-        }
         self.loop = TrainingLoop(
-            parameters, [group], recipe.loop, checkpoints=member.checkpoints, on_step=member.on_step
+            self.pairs.parameters(),
+            self.pairs.optimiser_groups(recipe.learning_rate, recipe.weight_decay),
+            recipe.loop,
+            checkpoints=member.checkpoints,
+            on_step=member.on_step,
         )
 
     def step(self, step: int, inputs: "_BatchInputs") -> None:

@@ -11,7 +11,7 @@ from loraseg.adapters.adapter import Adapter, LoraPair
 from loraseg.adapters.peft_io import load_adapter
 from loraseg.errors import AdapterMismatchError, StageError
 from loraseg.fuse import AdapterBank, fuse, merged
-from loraseg.train.core.lora import apply_lora, init_lora
+from loraseg.train.core.lora import apply_lora, init_pairs
 
 SHAPES = {"a": (6, 4), "b": (5, 6)}
 
@@ -120,7 +120,7 @@ def test_adapters_do_not_stand_on_each_other_unseen(model):
 
 def test_pairs_may_train_on_merged_weights(model):
     """A frozen adapter that is active while another trains."""
-    pairs = init_lora(model, ["a"], rank=2, alpha=2.0, seed=0)
+    pairs = init_pairs(model, ["a"], rank=2, alpha=2.0, seed=0)
     with merged(model, fuse([adapter("x")], [1.0])), apply_lora(model, pairs):
         model(torch.randn(3, 4)).square().mean().backward()
     assert pairs.pairs["a"][1].grad.abs().max() > 0

@@ -7,7 +7,7 @@ import torch
 
 from loraseg.adapters.targets.catseg import target_modules
 from loraseg.errors import AdapterMismatchError
-from loraseg.train.core.lora import apply_lora, freeze, init_lora
+from loraseg.train.core.lora import apply_lora, freeze, init_pairs
 from loraseg.train.segmenter_adapters.samples import (
     encode_image_features,
     encode_text,
@@ -20,7 +20,7 @@ CLASSES = ["sky", "road", "car"]
 
 def random_pairs(base, rule="semla", dtype=torch.float32):
     """Pairs that are not at rest, so that every gradient is there."""
-    pairs = init_lora(base.model, target_modules(base.model, rule), rank=3, alpha=1.5, seed=0)
+    pairs = init_pairs(base.model, target_modules(base.model, rule), rank=3, alpha=1.5, seed=0)
     generator = torch.Generator().manual_seed(1)
     for parameter in pairs.parameters().values():
         parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.3).to(dtype)
@@ -102,7 +102,9 @@ def test_fresh_pairs_change_nothing_and_start_as_in_the_reference():
     base = tiny_base()
     names = target_modules(base.model)
     x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    pairs, others = (init_lora(base.model, names, rank=64, alpha=8.0, seed=seed) for seed in (0, 1))
+    pairs, others = (
+        init_pairs(base.model, names, rank=64, alpha=8.0, seed=seed) for seed in (0, 1)
+    )
     with torch.no_grad():
         text = base.encode_classes(["sky", "road"])
         plain = base.model(x, text)

@@ -56,7 +56,7 @@ def test_a_batch_depends_on_seed_keys_and_step_alone(base, folder, data):
 
 def test_parts_are_the_batch_cut_up(data):
     whole = data.batch(3, 7)
-    parts = list(data.parts(3, 7, 3))
+    parts = list(data.microbatches(3, 7, 3))
     assert [len(part) for part in parts] == [3, 3, 1]
     assert torch.equal(torch.cat([part.latents for part in parts]), whole.latents)
     assert torch.equal(torch.cat([part.noise for part in parts]), whole.noise)
@@ -75,7 +75,7 @@ def test_latents_prompts_and_regions_are_those_of_the_image(base, folder, data):
     samples = dataset.samples("train")
     conditioner = Conditioner(base.tokenizers, dataset.label_space, ConditioningConfig())
     flips = set()
-    for draw in data.draws(0, 12):
+    for draw in data.draw_samples(0, 12):
         batch = data.of([draw])
         image, mask = dataset.load(samples[draw.view])
         image = np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC))
@@ -126,11 +126,11 @@ def test_noise_is_normal_and_new_each_time(data):
 
 
 def test_levels_spread_over_all_views(data):
-    draws = data.levels(4, 9)
+    draws = data.fixed_samples(4, 9)
     assert sorted({draw.timestep for draw in draws}) == [125, 375, 625, 875]
     assert len(draws) == 4 * len(data)
     assert len({draw.keys for draw in draws}) == len(draws)
-    assert {draw.view for draw in data.levels(4, 2)} == {0, 1}
+    assert {draw.view for draw in data.fixed_samples(4, 2)} == {0, 1}
 
 
 def views_of(folder, **config):

@@ -175,7 +175,7 @@ def test_pictures_see_the_bare_unet_and_change_nothing(base, data, plain):
         base, data, tiny_recipe(grid={"every": 3}), Callbacks(on_sample_grid=show)
     )
     assert [step for step, _ in seen] == [3, 6]
-    assert seen[1][1].adapter(base, tiny_recipe()).fusion is not None
+    assert seen[1][1].adapter(base, tiny_recipe()).attention_mix is not None
     assert same(shown, plain)
     assert same(seen[1][1], dataclasses.replace(plain, loop=None))
 

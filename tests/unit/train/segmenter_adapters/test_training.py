@@ -8,7 +8,7 @@ from loraseg.data import DatasetFolder
 from loraseg.errors import ConfigError, DatasetError, StageError
 from loraseg.storage import open_store
 from loraseg.train.core.checkpoint import CheckpointStore
-from loraseg.train.core.lora import init_lora
+from loraseg.train.core.lora import init_pairs
 from loraseg.train.segmenter_adapters.recipes import RULES_WITHOUT_CLIP, named_recipe
 from loraseg.train.segmenter_adapters.samples import TrainingImages
 from loraseg.train.segmenter_adapters.training import (
@@ -92,7 +92,7 @@ def test_inert_and_active_must_agree(images):
 def test_counted_is_what_trains():
     base, recipe = tiny_base(), named_recipe("miniature", {"rank": 3})
     names = target_modules(base.model, recipe.targets)
-    parameters = init_lora(base.model, names, rank=3, alpha=1.0, seed=0).parameters()
+    parameters = init_pairs(base.model, names, rank=3, alpha=1.0, seed=0).parameters()
     assert sum(p.numel() for p in parameters.values()) == count_parameters(base.model, recipe)
 
 
