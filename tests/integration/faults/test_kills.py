@@ -32,7 +32,7 @@ def ambush(request, chronicle, tmp_path):
 
     yield lay
     for ambush in laid:
-        chronicle.extend(ambush.happened())
+        chronicle.extend(ambush.log_lines())
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_workers(ray_cluster, training, undisturbed, ambush, chronicle, run):
     _, config = training
     trap = ambush("worker", run)
     outcomes = list(train_adapters(config.tasks(), config.resources, runner=trap))
-    assert trap.killed()
+    assert trap.kill_count()
     assert [outcome.error for outcome in outcomes] == [None] * len(ADAPTERS)
     chronicle.append(f"resumed from steps {[o.result.resumed_from_step for o in outcomes]}")
     check_library(config.library, undisturbed)
@@ -83,7 +83,7 @@ def test_nodes(ray_cluster, training, undisturbed, ambush, chronicle, run):
         placement = ResourceConfig(node="spot", retries=10)
         outcomes = list(train_adapters(config.tasks(), placement, runner=trap))
         chronicle.append(f"{nodes.replaced} nodes were replaced while the training ran")
-    assert trap.killed()
+    assert trap.kill_count()
     assert [outcome.error for outcome in outcomes] == [None] * len(ADAPTERS)
     chronicle.append(f"resumed from steps {[o.result.resumed_from_step for o in outcomes]}")
     check_library(config.library, undisturbed)

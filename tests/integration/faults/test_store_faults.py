@@ -105,7 +105,7 @@ def test_training_outlives_an_outage(
 
 def test_publishing_outlives_faults_and_restarts(workplace, proxy, restart, chronicle):
     direct = Library(open_store(workplace.uri))
-    spoilt = workplace.through(proxy.url)
+    spoilt = workplace.via_proxy(proxy.url)
     readers = publishing.start_readers(spoilt)
     started = time.perf_counter()
     publishers = [spoilt.start(publish_many, name, PUBLICATIONS) for name in publishing.names()]

@@ -70,13 +70,13 @@ def test_conflict_answers_are_tried_again(faulty, store):
 def test_damage_on_the_way_is_refused(store, monkeypatch):
     monkeypatch.setattr(s3, "_content_md5", lambda data: "AAAAAAAAAAAAAAAAAAAAAA==")
     with pytest.raises(StoreError, match=r"cannot write 'key' in s3://bucket/prefix.*BadDigest"):
-        store.with_patience(0.5).put("key", b"data")
+        store.with_retry_timeout(0.5).put("key", b"data")
 
 
 def test_lasting_failure_says_where(faulty, store, caplog):
     faulty.faults = [503] * 1000
     with pytest.raises(StoreError, match=r"cannot write 'key' .* at http://127.0.0.1:.*SlowDown"):
-        store.with_patience(0.5).put("key", b"data")
+        store.with_retry_timeout(0.5).put("key", b"data")
     assert 10 < len(faulty.seen) <= 51, "as often as pauses of 0.01 s allow"
 
 
@@ -99,7 +99,7 @@ def test_endless_truncation_is_an_error(faulty, store):
     store.put("key", b"data")
     faulty.faults = ["cut"] * 1000
     with pytest.raises(StoreError, match="cannot read 'key'"):
-        store.with_patience(0.5).get("key")
+        store.with_retry_timeout(0.5).get("key")
 
 
 def test_unreachable_endpoint(faulty, monkeypatch):

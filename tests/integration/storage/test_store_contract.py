@@ -144,7 +144,7 @@ def test_a_key_and_one_below_it(store, store_uri, first, second):
 
 
 def test_sub_is_the_same_store_below_a_prefix(store):
-    below = store.sub("one").sub("two")
+    below = store.with_prefix("one").with_prefix("two")
     below.put("key", b"data")
     store.put("one/twofold", b"")
     assert store.get("one/two/key") == b"data"

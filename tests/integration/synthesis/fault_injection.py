@@ -58,6 +58,6 @@ class _KilledStage:
 
     def __call__(self, item):
         self._calls += 1
-        if self._calls % self._accident.calls == 0 and self._accident.is_first():
-            threading.Timer(self._accident.delay_s, self._accident.strike).start()
+        if self._calls % self._accident.calls == 0 and self._accident.claim_kill():
+            threading.Timer(self._accident.delay_s, self._accident.kill).start()
         return self._stage(item)

@@ -126,7 +126,7 @@ def trickle(head, chunk, pause_s=0.02):
 
     def act(stage):
         stage.send(head)
-        stage.forever(chunk, pause_s)
+        stage.send_repeatedly(chunk, pause_s)
 
     return act
 

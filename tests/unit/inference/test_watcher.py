@@ -181,10 +181,10 @@ def test_an_adapter_set_aside_is_out_of_service_for_a_while(library, live, monke
     live.refresh()
     monkeypatch.setattr(LibraryWatcher, "BROKEN_QUARANTINE_S", 0.2)
     failure = make_failure(entry)
-    live.set_aside(failure)
-    assert live.status().out_of_service == (failure,)
-    wait_until(lambda: live.status().out_of_service == ())
-    assert live._aside == {}
+    live.quarantine(failure)
+    assert live.status().quarantined == (failure,)
+    wait_until(lambda: live.status().quarantined == ())
+    assert live._quarantine == {}
 
 
 def test_a_store_out_of_reach_takes_adapters_out_for_a_shorter_time(library, live, monkeypatch):
@@ -192,27 +192,27 @@ def test_a_store_out_of_reach_takes_adapters_out_for_a_shorter_time(library, liv
     monkeypatch.setattr(LibraryWatcher, "UNREACHABLE_QUARANTINE_S", 0.05)
     fog, rain = publish(library, "fog"), publish(library, "rain")
     live.refresh()
-    live.set_aside(make_failure(fog))
-    live.set_aside(make_failure(rain, "unreachable"))
-    wait_until(lambda: [f.name for f in live.status().out_of_service] == ["fog"])
+    live.quarantine(make_failure(fog))
+    live.quarantine(make_failure(rain, "unreachable"))
+    wait_until(lambda: [f.name for f in live.status().quarantined] == ["fog"])
 
 
 def test_only_the_version_that_failed_is_set_aside(library, live):
     publish(library, "fog", "first")
     second = publish(library, "fog", "second")
     live.refresh()
-    live.set_aside(make_failure(second))
+    live.quarantine(make_failure(second))
     library.rollback("fog", 1)
-    assert [f.name for f in live.out_of_service(live.shelf())] == ["fog"]
-    live._look()
-    assert live.status().out_of_service == ()
+    assert [f.name for f in live.quarantined(live.shelf())] == ["fog"]
+    live._poll_once()
+    assert live.status().quarantined == ()
 
 
 def test_refreshing_tries_anew_what_was_set_aside(library, live):
     entry = publish(library, "fog")
     live.refresh()
-    live.set_aside(make_failure(entry))
-    assert live.refresh().out_of_service == ()
+    live.quarantine(make_failure(entry))
+    assert live.refresh().quarantined == ()
 
 
 def test_setting_aside_from_many_threads_loses_none(library, live):
@@ -221,12 +221,12 @@ def test_setting_aside_from_many_threads_loses_none(library, live):
 
     def work(entry):
         for _ in range(200):
-            live.set_aside(make_failure(entry))
-            live.out_of_service(live.shelf())
+            live.quarantine(make_failure(entry))
+            live.quarantined(live.shelf())
 
     threads = [threading.Thread(target=work, args=(entry,)) for entry in entries]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(live.status().out_of_service) == 8
+    assert len(live.status().quarantined) == 8

@@ -40,5 +40,5 @@ def open_talk(engine, world):
 @pytest.fixture
 def talk(open_talk):
     """Talks to an open API over the engine."""
-    open_talk.visits.clear()
+    open_talk.contexts.clear()
     return open_talk

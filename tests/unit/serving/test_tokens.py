@@ -185,8 +185,8 @@ class TestProtectedRoutes:
         caplog.set_level("INFO")
         guarded.segment(headers=bearer("all-seeing"))
         guarded.segment(headers=bearer("not-to-be-seen"))
-        assert guarded.visits[0].token == "all-seeing"
-        assert guarded.visits[1].token is None
+        assert guarded.contexts[0].token == "all-seeing"
+        assert guarded.contexts[1].token is None
         assert "not-to-be-seen" not in caplog.text
         assert "not-to-be-seen" not in str([vars(record) for record in caplog.records])
 

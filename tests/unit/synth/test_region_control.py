@@ -42,7 +42,7 @@ def cached(control, regions, arguments, unet, hidden, index, *, steps=1):
     arguments = {**arguments, "encoder_hidden_states": hidden[:1].expand(rows, -1, -1)}
     latent = tuple(arguments["sample"].shape[2:])
     told = control.regions(regions, unconditional=4, latent=latent)
-    with torch.no_grad(), control.installed(), control.constant_text(hidden, index), told:
+    with torch.no_grad(), control.installed(), control.cached_text(hidden, index), told:
         return [unet(**arguments).sample for _ in range(steps)][-1]
 
 

@@ -67,7 +67,7 @@ def run_scenario(scenario, **options):
     async def main():
         replica = FakeReplica()
         carrier = CallBatcher(
-            replica.call, name="stage", **{"most": 4, "linger_s": 0.05, **options}
+            replica.call, name="stage", **{"max_batch_size": 4, "linger_s": 0.05, **options}
         )
         return await scenario(carrier, replica)
 
@@ -77,7 +77,7 @@ def run_scenario(scenario, **options):
 def test_what_comes_at_the_same_time_goes_in_one_call_and_answers_find_their_way():
     async def scenario(carrier, replica):
         answers = await asyncio.gather(
-            *(carrier.send(n, key="any", deadline=deadline_in()) for n in (1, 2, 3))
+            *(carrier.submit(n, key="any", deadline=deadline_in()) for n in (1, 2, 3))
         )
         assert answers == [2, 4, 6]
         assert replica.bundles == [[1, 2, 3]]
@@ -89,7 +89,7 @@ def test_no_call_takes_more_than_most_and_keys_are_kept_apart():
     async def scenario(carrier, replica):
         keys = ["a", "b", "a", None, "a", None, "a", "a"]
         await asyncio.gather(
-            *(carrier.send(n, key=key, deadline=deadline_in()) for n, key in enumerate(keys))
+            *(carrier.submit(n, key=key, deadline=deadline_in()) for n, key in enumerate(keys))
         )
         assert sorted(n for bundle in replica.bundles for n in bundle) == list(range(8))
         assert all(len(bundle) <= 4 for bundle in replica.bundles)
@@ -104,10 +104,11 @@ def test_no_call_takes_more_than_most_and_keys_are_kept_apart():
 def test_while_a_call_is_under_way_the_next_ones_wait_for_company():
     async def scenario(carrier, replica):
         replica.free.clear()
-        first = asyncio.create_task(carrier.send(1, key="any", deadline=deadline_in()))
+        first = asyncio.create_task(carrier.submit(1, key="any", deadline=deadline_in()))
         await asyncio.sleep(0.01)
         others = [
-            asyncio.create_task(carrier.send(n, key="any", deadline=deadline_in())) for n in (2, 3)
+            asyncio.create_task(carrier.submit(n, key="any", deadline=deadline_in()))
+            for n in (2, 3)
         ]
         await asyncio.sleep(0.01)
         assert replica.bundles == [[1]]
@@ -121,9 +122,9 @@ def test_while_a_call_is_under_way_the_next_ones_wait_for_company():
 def test_nobody_waits_for_company_longer_than_the_linger():
     async def scenario(carrier, replica):
         replica.free.clear()
-        tasks = [asyncio.create_task(carrier.send(1, key="any", deadline=deadline_in()))]
+        tasks = [asyncio.create_task(carrier.submit(1, key="any", deadline=deadline_in()))]
         await asyncio.sleep(0.01)
-        tasks.append(asyncio.create_task(carrier.send(2, key="any", deadline=deadline_in())))
+        tasks.append(asyncio.create_task(carrier.submit(2, key="any", deadline=deadline_in())))
         while len(replica.calls) < 2:
             await asyncio.sleep(0.01)
         replica.free.set()
@@ -135,7 +136,7 @@ def test_nobody_waits_for_company_longer_than_the_linger():
 def test_an_answer_that_is_an_error_belongs_to_its_item_alone():
     async def scenario(carrier, replica):
         answers = await asyncio.gather(
-            *(carrier.send(n, key="any", deadline=deadline_in()) for n in (1, -1, 3)),
+            *(carrier.submit(n, key="any", deadline=deadline_in()) for n in (1, -1, 3)),
             return_exceptions=True,
         )
         assert answers[0] == 2
@@ -150,7 +151,7 @@ def test_what_a_lost_replica_had_in_hand_is_sent_again_one_by_one():
     async def scenario(carrier, replica):
         replica.lost = 1
         answers = await asyncio.gather(
-            *(carrier.send(n, key="any", deadline=deadline_in()) for n in (1, 2, 3))
+            *(carrier.submit(n, key="any", deadline=deadline_in()) for n in (1, 2, 3))
         )
         assert answers == [2, 4, 6]
         assert replica.bundles == [[1, 2, 3], [1], [2], [3]]
@@ -162,7 +163,7 @@ def test_what_brings_down_replica_after_replica_is_given_up():
     async def scenario(carrier, replica):
         replica.lost = 100
         with pytest.raises(ServiceError, match="was lost") as caught:
-            await carrier.send(1, key="any", deadline=deadline_in())
+            await carrier.submit(1, key="any", deadline=deadline_in())
         assert caught.value.code == "replica_lost"
         assert caught.value.retry_after_s is not None
         assert len(replica.calls) == 3
@@ -174,7 +175,7 @@ def test_after_a_loss_the_answer_at_the_deadline_says_so():
     async def scenario(carrier, replica):
         replica.lost, replica.hangs_after_loss = 1, True
         with pytest.raises(ServiceError) as caught:
-            await carrier.send(1, key="any", deadline=deadline_in(0.6))
+            await carrier.submit(1, key="any", deadline=deadline_in(0.6))
         assert caught.value.code == "replica_lost"
 
     run_scenario(scenario)
@@ -184,7 +185,8 @@ def test_a_call_is_given_up_when_nobody_waits_for_any_of_its_items():
     async def scenario(carrier, replica):
         replica.free.clear()
         tasks = [
-            asyncio.create_task(carrier.send(n, key="any", deadline=deadline_in())) for n in (1, 2)
+            asyncio.create_task(carrier.submit(n, key="any", deadline=deadline_in()))
+            for n in (1, 2)
         ]
         await asyncio.sleep(0.01)
         tasks[0].cancel()

@@ -181,7 +181,7 @@ def test_each_request_is_reported_once_with_route_and_bytes(talk):
     talk.segment(headers={"X-Request-ID": "seen"})
     talk("GET", "/v1/adapters/fog")
     talk("GET", "/nothing/here")
-    first, second, third = talk.visits
+    first, second, third = talk.contexts
     assert (first.request_id, first.route, first.status) == ("seen", "/v1/segment", 200)
     assert first.bytes_in > 100
     assert first.bytes_out > 500
