@@ -53,12 +53,12 @@ def add_fidelity(commands: Any) -> None:
 def _fidelity(arguments: argparse.Namespace) -> int:
     from loraseg.backbones.clip import load_clip
     from loraseg.backbones.device import best_device
-    from loraseg.data.readers.folder import DatasetFolder
+    from loraseg.data.readers.opening import open_dataset
     from loraseg.data.shards.reader import ShardDataset
     from loraseg.evaluate.fidelity.run import measure_fidelity
 
     dataset = ShardDataset.open(arguments.uri)
-    real = DatasetFolder.open(arguments.real)
+    real = open_dataset(arguments.real)
     encoder = load_clip(arguments.encoder)
     encoder.model.to(best_device())
     result = measure_fidelity(dataset, real, arguments.split, encoder)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from loraseg.data.readers.folder import Sample
+from loraseg.data.datasets import Sample
 from loraseg.errors import DatasetError
 from loraseg.seeding import derive
 

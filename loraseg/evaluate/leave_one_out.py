@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from loraseg.adapters.packed import PackedAdapter
-from loraseg.data.readers.folder import Sample
+from loraseg.data.datasets import Sample
 from loraseg.errors import ConfigError, DatasetError
 from loraseg.evaluate.tuning import Hyperparameters, mixing_weight_matrix
 from loraseg.fuse.late import LateFusion
@@ -100,7 +100,7 @@ class TargetDomain:
     family: str
     classes: tuple[str, ...]
     samples: Sequence[Sample]
-    load: Callable[[Sample], tuple[ndarray, ndarray | None]]
+    load: Callable[[Sample], tuple[ndarray, ndarray]]
     digest: str = ""
 
 
@@ -325,18 +325,12 @@ class TargetScorer:
         size = self._scoring.batch_size
         for start in range(0, len(samples), size):
             chunk = samples[start : start + size]
-            loaded = [self._load(sample) for sample in chunk]
+            loaded = [self._target.load(sample) for sample in chunk]
             yield (
                 [image for image, _ in loaded],
                 [mask for _, mask in loaded],
                 [sample.id for sample in chunk],
             )
-
-    def _load(self, sample: Sample) -> tuple[ndarray, ndarray]:
-        image, mask = self._target.load(sample)
-        if mask is None:
-            raise DatasetError(f"{sample.image}: has no mask, so it cannot be scored")
-        return image, mask
 
 
 def _method_score(count: ConfusionMatrix) -> MethodScore:

@@ -9,7 +9,7 @@ from typing import Any
 
 from loraseg import config as configuration
 from loraseg.backbones.weights import absolute_spec
-from loraseg.data.readers.folder import DatasetFolder
+from loraseg.data import digest_samples, load_pair, open_dataset
 from loraseg.errors import AdapterNotFoundError, ConfigError
 from loraseg.evaluate.leave_one_out import (
     EvaluationContext,
@@ -230,15 +230,15 @@ def _segmenter_config(config: EvaluationConfig, generation: int | None = None) -
 
 
 def _target_domain(config: EvaluationConfig, domain: EvaluationDomain) -> TargetDomain:
-    folder = DatasetFolder.open(domain.data, skip_bad=config.skip_bad)
-    samples = folder.samples(domain.split)[: config.images]
+    dataset = open_dataset(domain.data, skip_bad=config.skip_bad)
+    samples = dataset.samples(domain.split)[: config.images]
     return TargetDomain(
         name=domain.name,
         family=domain.family or domain.name,
-        classes=folder.label_space.names,
+        classes=dataset.label_space.names,
         samples=samples,
-        load=folder.load,
-        digest=folder.digest(samples),
+        load=functools.partial(load_pair, dataset),
+        digest=digest_samples(dataset, samples),
     )
 
 

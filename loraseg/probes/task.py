@@ -9,7 +9,7 @@ from loraseg.adapters.targets.layer_report_io import find_layer_report, open_par
 from loraseg.backbones.device import best_device
 from loraseg.backbones.diffusion import DiffusionBase, load_diffusion
 from loraseg.backbones.weights import absolute_spec
-from loraseg.data import DatasetFolder, LabelSpace, few_shot
+from loraseg.data import LabelSpace, digest_samples, few_shot, open_dataset
 from loraseg.errors import ConfigError
 from loraseg.probes.gradient import GradientProbeConfig, gradient_probe
 from loraseg.storage import absolute_uri, open_store
@@ -115,13 +115,13 @@ def run_probe(task: ProbeTask) -> ProbeResult:
         StageError: The loss is not finite.
         StoreError: A store cannot be reached.
     """
-    dataset = DatasetFolder.open(task.data, skip_bad=task.skip_bad)
+    dataset = open_dataset(task.data, skip_bad=task.skip_bad)
     samples = dataset.samples(task.split)
     if task.images is not None:
         samples = few_shot(samples, task.images, task.seed)
     base = load_diffusion(task.base)
     size = _image_size(task, base)
-    data_digest = dataset.digest(samples)
+    data_digest = digest_samples(dataset, samples)
     digest = task_digest(
         _FORMAT,
         {

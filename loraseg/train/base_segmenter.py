@@ -10,7 +10,7 @@ from typing import Literal
 from loraseg import config as configuration
 from loraseg.backbones.device import best_device
 from loraseg.backbones.weights import resolve_weights
-from loraseg.data import DatasetFolder, few_shot
+from loraseg.data import digest_samples, few_shot, open_dataset
 from loraseg.data.transforms import AugmentConfig
 from loraseg.errors import ConfigError
 from loraseg.revision import code_revision
@@ -155,7 +155,7 @@ def train_base(
         StoreError: The checkpoints cannot be read.
     """
     started = time.monotonic()
-    dataset = DatasetFolder.open(task.data, skip_bad=task.skip_bad)
+    dataset = open_dataset(task.data, skip_bad=task.skip_bad)
     samples = dataset.samples(task.split)
     if task.images is not None:
         samples = few_shot(samples, task.images, task.seed)
@@ -166,7 +166,7 @@ def train_base(
         {
             "seed": task.seed,
             "recipe": task.recipe,
-            "training_digest": dataset.digest(samples),
+            "training_digest": digest_samples(dataset, samples),
             "base_digest": base.digest,
         },
     )

@@ -13,7 +13,7 @@ from torch import nn
 
 from loraseg.adapters.targets.catseg import target_modules
 from loraseg.compat import prepare_torchvision
-from loraseg.data import DatasetFolder
+from loraseg.data import Dataset, open_dataset
 from loraseg.miniature.world.dataset import write_world
 from loraseg.segment.open_vocabulary.base import SegmentationBase, load_base
 from loraseg.segment.open_vocabulary.catseg.config import CATSegConfig
@@ -39,7 +39,7 @@ def run() -> dict[str, object]:
         folder = Path(name)
         write_world(folder, DOMAINS, train=24, val=8)
         processes, same_processes = _processes(folder)
-        data = DatasetFolder.open(folder / "night")
+        data = open_dataset(folder / "night")
         base = load_base()
         steps = _steps(base, data)
         together, same_group = _groups(base, data, _sweep("miniature", steps=2), rounds=2)
@@ -102,7 +102,7 @@ def _children_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def _steps(base: SegmentationBase, data: DatasetFolder) -> dict[str, list[float]]:
+def _steps(base: SegmentationBase, data: Dataset) -> dict[str, list[float]]:
     """CPU seconds of three steps: ours, and as they were with stock peft's layers."""
     rivals = {}
     for precision in ("bf16", "fp32"):
@@ -112,17 +112,17 @@ def _steps(base: SegmentationBase, data: DatasetFolder) -> dict[str, list[float]
     return interleave(rivals, rounds=3)
 
 
-def _images(data: DatasetFolder, recipe: AdapterRecipe) -> TrainingImages:
+def _images(data: Dataset, recipe: AdapterRecipe) -> TrainingImages:
     return TrainingImages(data, data.samples("train"), recipe.augment, keys=("bench",))
 
 
-def _together(base: SegmentationBase, data: DatasetFolder, recipes: Sequence[AdapterRecipe]):
+def _together(base: SegmentationBase, data: Dataset, recipes: Sequence[AdapterRecipe]):
     members = [GroupMember(recipe=recipe) for recipe in recipes]
     images = _images(data, recipes[0])
     return train_group(base, images, data.label_space.names, members)
 
 
-def _peft_steps(data: DatasetFolder, recipe: AdapterRecipe) -> Callable[[], None]:
+def _peft_steps(data: Dataset, recipe: AdapterRecipe) -> Callable[[], None]:
     prepare_torchvision()
     base = load_base()
     names = list(target_modules(base.model, recipe.targets))
@@ -156,7 +156,7 @@ def _sweep(name: str, *, steps: int) -> list[AdapterRecipe]:
 
 
 def _groups(
-    base: SegmentationBase, data: DatasetFolder, recipes: Sequence[AdapterRecipe], *, rounds: int
+    base: SegmentationBase, data: Dataset, recipes: Sequence[AdapterRecipe], *, rounds: int
 ) -> tuple[dict[str, list[float]], bool]:
     """CPU seconds of the adapters of a sweep, and whether their bytes are the same."""
 

@@ -68,7 +68,7 @@ class MaskSource:
         """Return all masks in an order that depends on nothing but their names.
 
         Of a dataset folder first those with an image, in the order of the training samples
-        (:meth:`loraseg.data.DatasetFolder.samples`), then the others; these, and all masks that
+        (:meth:`loraseg.data.Dataset.samples`), then the others; these, and all masks that
         lie otherwise, in code point order of their names.
 
         Raises:

@@ -14,8 +14,8 @@ from loraseg.batch.synthesize.state import (
     ResolvedSynthesisModels,
     SynthesisRunState,
 )
+from loraseg.data import Dataset, load_pair, open_dataset
 from loraseg.data.labels import LabelSpace
-from loraseg.data.readers.folder import DatasetFolder
 from loraseg.errors import ConfigError
 from loraseg.inference.generator_adapters import load_generator_adapter
 from loraseg.library.catalog import Library
@@ -126,7 +126,7 @@ def _class_loss(
     """Return FreeMask's mean loss of each class on real images, if the filter needs it."""
     if config.real is None:
         return None
-    dataset = DatasetFolder.open(config.real)
+    dataset = open_dataset(config.real)
     if dataset.label_space.names != segmenter.label_space.names:
         raise ConfigError(f"real: {config.real} has other classes than the segmenter")
     means = class_mean_loss(
@@ -136,13 +136,11 @@ def _class_loss(
 
 
 def _losses(
-    dataset: DatasetFolder, segmenter: ClosedSetSegmenter, limit: int | None
+    dataset: Dataset, segmenter: ClosedSetSegmenter, limit: int | None
 ) -> Iterator[tuple[ndarray, ndarray]]:
     """Yield mask and loss of each labelled image."""
     for sample in dataset.samples("train")[:limit]:
-        image, mask = dataset.load(sample)
-        if mask is None:
-            raise ConfigError(f"real: {dataset.path}: {sample.id} has no mask")
+        image, mask = load_pair(dataset, sample)
         judged = predict_pseudo_labels(segmenter, image[None], mask, outputs=("loss",))
         if judged.loss is not None:
             yield mask, judged.loss[0]

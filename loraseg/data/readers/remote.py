@@ -1,11 +1,11 @@
-"""A local copy of a dataset folder that lies in an object store."""
+"""Copies a dataset from an object store to the local cache."""
 
 import hashlib
 import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Protocol, runtime_checkable
 
@@ -19,11 +19,11 @@ logger = logging.getLogger(__name__)
 
 @runtime_checkable
 class ReadableStore(Protocol):
-    """The part of an object store that reading needs."""
+    """The methods of an object store that copying needs."""
 
     @property
     def uri(self) -> str:
-        """Where the store is."""
+        """The URI of the root."""
         ...
 
     def list(self, prefix: str = "") -> Iterator[str]:
@@ -31,29 +31,26 @@ class ReadableStore(Protocol):
         ...
 
     def get(self, key: str) -> bytes:
-        """Return an object."""
+        """Return the bytes of an object."""
         ...
 
 
-def download_to_cache(store: ReadableStore, cache: Path | None = None) -> Path:
-    """Copy the dataset folder at the root of ``store`` into the cache and return the copy.
+def download_to_cache(store: ReadableStore, keys: Sequence[str], cache: Path | None = None) -> Path:
+    """Copy objects into a folder of the cache and return the folder.
 
-    The copy is named by the keys and content of what was read and renamed into place when whole, so
-    any number of processes may ask at once and a data set changed in the store gets a new copy.
-    Every call reads the whole folder: an object store has no cheaper promise that nothing changed.
+    The folder is named by a digest of keys and contents and renamed into place when complete:
+    concurrent processes share it, and a changed dataset gets a new one. Every call reads all
+    objects, because an object store offers no cheaper proof that nothing has changed.
 
     Args:
-        store: Rooted at the dataset folder.
-        cache: Where copies are kept; by default ``$LORASEG_CACHE``, else ``loraseg`` in the
-            user's cache folder.
+        store: Rooted at the dataset.
+        keys: The objects to copy.
+        cache: Parent folder; by default "datasets" of :func:`loraseg.cache_dir.cache_dir`.
 
     Raises:
-        DatasetError: Nothing of a dataset folder is there, or a key is not a plain path.
+        DatasetError: A key is not a plain path.
         StoreError: The store cannot be read.
     """
-    keys = [key for key in store.list() if _is_dataset_key(key)]
-    if not keys:
-        raise DatasetError(f"{store.uri}: no images/, masks/ or classes.json; not a dataset folder")
     cache = cache or cache_dir("datasets")
     cache.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache))
@@ -67,7 +64,7 @@ def download_to_cache(store: ReadableStore, cache: Path | None = None) -> Path:
     return target
 
 
-def _download(store: ReadableStore, keys: list[str], folder: Path) -> str:
+def _download(store: ReadableStore, keys: Sequence[str], folder: Path) -> str:
     """Write the objects below ``folder`` and return the digest over keys and contents."""
     rows: list[tuple[str, str]] = []
     for key in keys:
@@ -80,10 +77,3 @@ def _download(store: ReadableStore, keys: list[str], folder: Path) -> str:
         path.write_bytes(data)
         rows.append((key, hashlib.sha256(data).hexdigest()))
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-
-
-def _is_dataset_key(key: str) -> bool:
-    if key.endswith("/"):  # the marker that some tools leave for an empty folder
-        return False
-    top, _, rest = key.partition("/")
-    return top in ("images", "masks") if rest else top == "classes.json" or top.endswith(".txt")

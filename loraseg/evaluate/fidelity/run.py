@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from loraseg.backbones.clip import ClipEncoder
-from loraseg.data.images import read_image
-from loraseg.data.readers.folder import DatasetFolder
+from loraseg.data.datasets import Dataset, digest_samples
 from loraseg.data.shards.reader import ShardDataset
 from loraseg.errors import DatasetError
 from loraseg.evaluate.fidelity import measures
@@ -95,7 +94,7 @@ class FidelityReport:
 
 
 def measure_fidelity(
-    dataset: ShardDataset, real: DatasetFolder, split: str, encoder: ClipEncoder
+    dataset: ShardDataset, real: Dataset, split: str, encoder: ClipEncoder
 ) -> FidelityReport:
     """Compare the kept pairs of a synthetic dataset with a split of real images.
 
@@ -117,7 +116,7 @@ def measure_fidelity(
     start = time.monotonic()
     samples = real.samples(split)
     _check_counts(real=len(samples), synthetic=len(dataset))
-    theirs = embed_images(encoder, ((sample.id, read_image(sample.image)) for sample in samples))
+    theirs = embed_images(encoder, ((sample.id, real.load_image(sample)) for sample in samples))
     ours = embed_pairs(encoder, dataset)
     figures, suspects = compare_embeddings(theirs, ours, encoder)
     logger.info(
@@ -129,7 +128,7 @@ def measure_fidelity(
     manifest = dataset.manifest
     return FidelityReport(
         encoder=encoder.name,
-        real={"split": split, "digest": real.digest(samples)},
+        real={"split": split, "digest": digest_samples(real, samples)},
         synthetic={"generation": manifest.generation, "dataset_sha256": manifest.dataset_sha256},
         figures=figures,
         suspects=suspects,

@@ -9,7 +9,14 @@ import numpy as np
 from numpy import ndarray
 from PIL import Image
 
-from loraseg.data import DatasetFolder, LabelSpace, write_classes, write_mask
+from loraseg.data import (
+    Dataset,
+    LabelSpace,
+    load_pair,
+    open_dataset,
+    write_classes,
+    write_mask,
+)
 from loraseg.errors import DatasetError
 from loraseg.miniature.models.weights_io import WEIGHTS
 from loraseg.miniature.world.canvas import CLASSES
@@ -82,7 +89,7 @@ def from_folder(source: Path, count: int, seed: int, folder: Path) -> FewShotDat
     Raises:
         DatasetError: It has too few images.
     """
-    dataset = DatasetFolder.open(source)
+    dataset = open_dataset(source)
     train, test = _load_shrunk(dataset, "train"), _load_shrunk(dataset, "val")
     order = numpy_generator(seed, "fewshot", "folder").permutation(len(train[0]))
     if len(order) < count + 4:
@@ -102,13 +109,11 @@ def from_folder(source: Path, count: int, seed: int, folder: Path) -> FewShotDat
     )
 
 
-def _load_shrunk(dataset: DatasetFolder, split: str) -> PairArrays:
+def _load_shrunk(dataset: Dataset, split: str) -> PairArrays:
     height, width = REAL_SIZE
     images, masks = [], []
     for sample in dataset.samples(split):
-        image, mask = dataset.load(sample)
-        if mask is None:
-            raise DatasetError(f"{sample.image}: it has no mask")
+        image, mask = load_pair(dataset, sample)
         images.append(Image.fromarray(image).resize((width, height), Image.Resampling.BOX))
         masks.append(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
     return np.stack([np.asarray(i) for i in images]), np.stack([np.asarray(m) for m in masks])

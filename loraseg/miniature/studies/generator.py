@@ -28,7 +28,7 @@ from loraseg.adapters.targets.layer_report import LayerReport
 from loraseg.adapters.targets.selection import bottom_k, select_from_report
 from loraseg.adapters.targets.unet import attention_projections
 from loraseg.backbones.diffusion import DiffusionBase, load_diffusion
-from loraseg.data import DatasetFolder, LabelSpace, write_classes
+from loraseg.data import LabelSpace, open_dataset, write_classes
 from loraseg.evaluate.agreement import measure_agreement
 from loraseg.miniature.models.weights_io import WEIGHTS
 from loraseg.miniature.world.canvas import CLASSES
@@ -324,7 +324,7 @@ def _data(
     folder: Path,
     dataset_folder: Path,
 ) -> tuple[DenoisingData, Conditioner]:
-    dataset = DatasetFolder.open(dataset_folder)
+    dataset = open_dataset(dataset_folder)
     conditioner = Conditioner(base.tokenizers, dataset.label_space, recipe.conditioning)
     keys = ("study", cell.name)
     views = CroppedImages(dataset, dataset.samples("train"), recipe.view, seed=cell.seed, keys=keys)

@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 
-from loraseg.data.readers.folder import DatasetFolder, Sample
+from loraseg.data import Dataset, Sample, digest_samples, open_dataset
 from loraseg.data.shards.reader import ShardDataset
 from loraseg.errors import ConfigError
 from loraseg.train.closed_set.loop import TrainingData
@@ -46,20 +46,21 @@ class DataSpec:
             IntegrityError: A manifest is damaged.
             StoreError: A store cannot be read.
         """
-        folder = DatasetFolder.open(self.real)
+        dataset = open_dataset(self.real)
         synthetic = [ShardDataset.open(place) for place in self.synthetic]
-        space = folder.label_space
-        real, val = select_samples(folder, self.split, self.images), folder.samples(self.val_split)
+        space = dataset.label_space
+        real = select_samples(dataset, self.split, self.images)
+        val = dataset.samples(self.val_split)
         data = TrainingData(
             label_space=space,
-            real=FolderPairs(folder, real),
+            real=FolderPairs(dataset, real),
             synthetic=ShardPairs(synthetic, space) if synthetic else None,
-            val=FolderPairs(folder, val),
+            val=FolderPairs(dataset, val),
         )
-        manifests = (dataset.manifest.to_bytes() for dataset in synthetic)
+        manifests = (shards.manifest.to_bytes() for shards in synthetic)
         return data, TrainingDataDigests(
-            real=folder.digest(real),
-            val=folder.digest(val),
+            real=digest_samples(dataset, real),
+            val=digest_samples(dataset, val),
             synthetic=tuple(hashlib.sha256(manifest).hexdigest() for manifest in manifests),
         )
 
@@ -73,7 +74,7 @@ class DataSpec:
 
 
 def select_samples(
-    folder: DatasetFolder, split: str, images: int | tuple[str, ...] | None
+    dataset: Dataset, split: str, images: int | tuple[str, ...] | None
 ) -> tuple[Sample, ...]:
     """Return so many samples of a split, the first by name, or some by name; None for all.
 
@@ -81,7 +82,7 @@ def select_samples(
         ConfigError: There are fewer, or there is none of that name.
         DatasetError: The split cannot be read.
     """
-    samples = folder.samples(split)
+    samples = dataset.samples(split)
     if images is None:
         return samples
     if isinstance(images, int):
@@ -90,5 +91,5 @@ def select_samples(
         return samples[:images]
     by_id = {sample.id: sample for sample in samples}
     if absent := [name for name in images if name not in by_id]:
-        raise ConfigError(f"images: no {absent[0]!r} in split {split!r} of {folder.path}")
+        raise ConfigError(f"images: no {absent[0]!r} in split {split!r} of {dataset.location}")
     return tuple(by_id[name] for name in sorted(set(images)))

@@ -14,8 +14,8 @@ import torch
 import torch.utils.data
 
 from loraseg.data import transforms
+from loraseg.data.datasets import Dataset, Sample, load_pair
 from loraseg.data.labels import IGNORE, LabelSpace
-from loraseg.data.readers.folder import DatasetFolder, Sample
 from loraseg.data.shards.manifest import ShardEntry
 from loraseg.data.shards.pictures import decode_pair
 from loraseg.data.shards.reader import ShardDataset
@@ -80,7 +80,7 @@ class ArrayPairs:
 class FolderPairs:
     """The labelled samples of a dataset folder; the decoded ones are kept up to 256 MiB."""
 
-    def __init__(self, folder: DatasetFolder, samples: Sequence[Sample]) -> None:
+    def __init__(self, dataset: Dataset, samples: Sequence[Sample]) -> None:
         """Use some samples of a folder.
 
         Raises:
@@ -89,8 +89,8 @@ class FolderPairs:
         bare = [sample.id for sample in samples if sample.mask is None]
         if bare or not samples:
             what = f"sample {bare[0]!r} has no mask" if bare else "no samples"
-            raise DatasetError(f"{folder.path}: {what}; expected labelled ones")
-        self.folder, self.samples = folder, tuple(samples)
+            raise DatasetError(f"{dataset.location}: {what}; expected labelled ones")
+        self._dataset, self.samples = dataset, tuple(samples)
         self.windows = ((len(samples),),)
         self._cache: OrderedDict[int, Pair] = OrderedDict()
         self._cache_bytes = 0
@@ -105,9 +105,7 @@ class FolderPairs:
         if position in self._cache:
             self._cache.move_to_end(position)
             return self._cache[position]
-        image, mask = self.folder.load(self.samples[position])
-        if mask is None:
-            raise DatasetError(f"{self.samples[position].image}: its mask has gone")
+        image, mask = load_pair(self._dataset, self.samples[position])
         self._cache[position] = image, mask
         self._cache_bytes += image.nbytes + mask.nbytes
         while self._cache_bytes > _CACHE_BYTES:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from loraseg.data import DatasetFolder, Sample
+from loraseg.data import Dataset, Sample
 from loraseg.errors import DatasetError
 from loraseg.seeding import numpy_generator
 
@@ -19,7 +19,7 @@ def shuffled_index(position: int, count: int, seed: int, *keys: str | int) -> in
     return int(numpy_generator(seed, *keys, "order", round_).permutation(count)[place])
 
 
-def require_labels(dataset: DatasetFolder, samples: Sequence[Sample]) -> None:
+def require_labels(dataset: Dataset, samples: Sequence[Sample]) -> None:
     """Make sure that there is something to train on.
 
     Raises:
@@ -28,6 +28,6 @@ def require_labels(dataset: DatasetFolder, samples: Sequence[Sample]) -> None:
     unlabelled = [sample.id for sample in samples if sample.mask is None]
     if not samples or unlabelled:
         raise DatasetError(
-            f"{dataset.path}: expected labelled training images, got {len(samples)} images, "
+            f"{dataset.location}: expected labelled training images, got {len(samples)} images, "
             f"{len(unlabelled)} without a mask"
         )

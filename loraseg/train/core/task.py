@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from loraseg import config as configuration
-from loraseg.data import DatasetFolder, Sample, few_shot
+from loraseg.data import Dataset, Sample, few_shot, open_dataset
+from loraseg.data.datasets import check_samples
 from loraseg.errors import ConfigError, IntegrityError, StoreError
 from loraseg.library import AdapterCard, CatalogEntry, Library
 from loraseg.library.card import check_name
@@ -156,15 +157,13 @@ class SharedResources:
         return self._values[key]
 
 
-def open_samples(
-    task: TrainingTask, shared: SharedResources
-) -> tuple[DatasetFolder, tuple[Sample, ...]]:
+def open_samples(task: TrainingTask, shared: SharedResources) -> tuple[Dataset, tuple[Sample, ...]]:
     """Return a task's data and the images that it trains on.
 
     Raises:
         DatasetError: The data cannot be used, or there are fewer images than are asked for.
     """
-    dataset = shared.get(DatasetFolder.open, task.data, skip_bad=task.skip_bad)
+    dataset = shared.get(open_dataset, task.data, skip_bad=task.skip_bad)
     samples = dataset.samples(task.split)
     if task.images is not None:
         whose = (task.name,) if task.data_order == "per_adapter" else ()
@@ -185,7 +184,7 @@ class TrainingRun:
     """
 
     task: TrainingTask
-    dataset: DatasetFolder
+    dataset: Dataset
     samples: tuple[Sample, ...]
     training_digest: str
     digest: str
@@ -280,7 +279,8 @@ class TrainingRun:
         Raises:
             DatasetError: An image or mask is broken.
         """
-        shared.get(self.dataset.check, (*self.samples, *self.validation_samples()))
+        samples = (*self.samples, *self.validation_samples())
+        shared.get(check_samples, self.dataset, samples)
 
     def _clear_checkpoints(self) -> None:
         """Remove what is not needed any more; the adapter is published, whatever is answered."""

@@ -1,15 +1,14 @@
 """What a generator is shown of labelled images: whole ones resized, or a few crops of each."""
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
-from loraseg.data import IGNORE, DatasetFolder, Sample
-from loraseg.errors import ConfigError, DatasetError
+from loraseg.data import IGNORE, Dataset, Sample, load_pair
+from loraseg.errors import ConfigError
 from loraseg.seeding import numpy_generator
 from loraseg.tensor_types import UInt8, ndarray
 from loraseg.train.core.shuffling import require_labels
@@ -59,7 +58,7 @@ class CroppedImages:
 
     def __init__(
         self,
-        dataset: DatasetFolder,
+        dataset: Dataset,
         samples: Sequence[Sample],
         config: ViewConfig,
         *,
@@ -91,9 +90,7 @@ class CroppedImages:
         Raises:
             DatasetError: A file is broken.
         """
-        image, mask = self._dataset.load(crop.sample)
-        if mask is None:
-            raise DatasetError(f"{crop.sample.image}: has no mask")
+        image, mask = load_pair(self._dataset, crop.sample)
         height, width = self.config.size
         if self.config.fit == "resize":
             return _resize_pair(image, mask, (height, width))
@@ -111,16 +108,16 @@ class CroppedImages:
         Raises:
             DatasetError: The image cannot be read.
         """
-        known: dict[str, Any] = {
-            "image": _file_digest(crop),
+        image_digest, mask_digest = self._dataset.digest(crop.sample)
+        values: dict[str, Any] = {
+            "image": image_digest,
             "size": list(self.config.size),
             "fit": self.config.fit,
         }
         if self.config.fit == "crop":
             # The corner may depend on the mask, see below.
-            mask = crop.sample.mask and hashlib.sha256(crop.sample.mask.read_bytes()).hexdigest()
-            known |= {"mask": mask, "draw": [self.seed, crop.sample.id, crop.index]}
-        return known
+            values |= {"mask": mask_digest, "draw": [self.seed, crop.sample.id, crop.index]}
+        return values
 
     def _corner(self, view: Crop, mask: ndarray) -> tuple[int, int]:
         """Draw where a crop begins; one without a labelled pixel is moved to where there is one."""
@@ -148,11 +145,3 @@ def _resize_pair(image: ndarray, mask: ndarray, size: tuple[int, int]) -> tuple[
         np.array(Image.fromarray(image).resize(to, Image.Resampling.BICUBIC)),
         np.array(Image.fromarray(mask).resize(to, Image.Resampling.NEAREST)),
     )
-
-
-def _file_digest(view: Crop) -> str:
-    try:
-        with view.sample.image.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DatasetError(f"{view.sample.image}: cannot be read: {error.strerror}") from error

@@ -15,7 +15,7 @@ from loraseg.adapters.attention_mix import (
 from loraseg.adapters.exchange import KOHYA_FILE, to_diffusers_files, to_kohya_file
 from loraseg.backbones.device import best_device
 from loraseg.backbones.diffusion import DiffusionBase, load_diffusion
-from loraseg.data import Sample
+from loraseg.data import Sample, digest_samples
 from loraseg.errors import ConfigError, StoreError
 from loraseg.fuse import Mix, fuse
 from loraseg.library import AdapterCard, BaseModelInfo, Library, TrainingSet
@@ -94,7 +94,7 @@ class GeneratorAdapterJob:
         base = load_diffusion(task.base)
         _check_size(base, recipe)
         active = tuple(_FrozenAdapter.load(task.library, one, base) for one in task.active)
-        training_digest = dataset.digest(samples)
+        training_digest = digest_samples(dataset, samples)
         # Where data and library are, what is drawn on the way and how often work is saved change
         # nothing.
         digest = task_digest(

@@ -11,7 +11,7 @@ from loraseg import config as configuration
 from loraseg.adapters import Adapter, load_adapter, to_peft_files
 from loraseg.backbones.clip import ClipEncoder, load_clip
 from loraseg.backbones.device import best_device
-from loraseg.data import DatasetFolder, Sample
+from loraseg.data import Dataset, Sample, digest_samples
 from loraseg.fuse import fuse
 from loraseg.library import AdapterCard, BaseModelInfo, Centroid, TrainingSet
 from loraseg.revision import code_revision
@@ -88,7 +88,7 @@ class SegmenterAdapterJob:
         base = shared.get(load_base, task.base, clip_attention_lora=task.recipe.clip_attention_lora)
         base.model.to(best_device())
         encoder = shared.get(load_clip, task.encoder)
-        training_digest = shared.get(dataset.digest, samples)
+        training_digest = shared.get(digest_samples, dataset, samples)
         # Where data and library are and how often work is saved change nothing; the number of
         # images is part of the training set's digest.
         digest = task_digest(
@@ -148,7 +148,7 @@ class SegmenterAdapterJob:
 
     def _base_score(self, samples: tuple[Sample, ...]) -> float:
         dataset = self.training_run.dataset
-        data = self.shared.get(dataset.digest, samples)
+        data = self.shared.get(digest_samples, dataset, samples)
         key = (self.base.digest, self.base.device, torch.get_num_threads(), data)
         if key not in _base_scores:
             if len(_base_scores) >= _MAX_CACHED_SCORES:
@@ -183,12 +183,13 @@ def _canonical_recipe(recipe: AdapterRecipe) -> AdapterRecipe:
     return dataclasses.replace(recipe, loop=loop)
 
 
-def _centroid(clip: ClipEncoder, dataset: DatasetFolder, samples: tuple[Sample, ...]) -> Centroid:
+def _centroid(clip: ClipEncoder, dataset: Dataset, samples: tuple[Sample, ...]) -> Centroid:
     """Average the embeddings of the images trained on, none normalised (methods B.3)."""
     clip.model.to(best_device())
     rows: list[ndarray] = []
     for start in range(0, len(samples), _EMBED_BATCH_SIZE):
-        images = [dataset.load(sample)[0] for sample in samples[start : start + _EMBED_BATCH_SIZE]]
+        batch = samples[start : start + _EMBED_BATCH_SIZE]
+        images = [dataset.load_image(sample) for sample in batch]
         rows.append(np.asarray(clip.encode_images(images)))
     embeddings = np.concatenate(rows).astype(np.float64)
     return Centroid.from_embeddings(embeddings, encoder_id=clip.encoder_id, normalised=False)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from loraseg.data import IGNORE, DatasetFolder, Sample
+from loraseg.data import IGNORE, Dataset, Sample, load_pair
 from loraseg.data.transforms import AugmentConfig, augment, resize_shortest_edge
 from loraseg.errors import DatasetError
 from loraseg.seeding import numpy_generator
@@ -44,7 +44,7 @@ class TrainingImages:
 
     def __init__(
         self,
-        dataset: DatasetFolder,
+        dataset: Dataset,
         samples: Sequence[Sample],
         augmentation: AugmentConfig,
         *,
@@ -99,16 +99,14 @@ class TrainingImages:
         """
         if not any((self._load(i)[1] != IGNORE).any() for i in range(len(self))):
             raise DatasetError(
-                f"{self._dataset.path}: no labelled pixel in any of {len(self)} masks (all "
+                f"{self._dataset.location}: no labelled pixel in any of {len(self)} masks (all "
                 f"{IGNORE}); nothing to learn from"
             )
 
     def _load(self, index: int) -> tuple[ndarray, ndarray]:
         if index in self._decoded:
             return self._decoded[index]
-        image, mask = self._dataset.load(self._samples[index])
-        if mask is None:
-            raise DatasetError(f"{self._samples[index].image}: has no mask")
+        image, mask = load_pair(self._dataset, self._samples[index])
         if self._resize is not None:
             image, mask = (_resize_nearest(pixels, self._resize) for pixels in (image, mask))
         if len(self._augment.shortest_edge) == 1:

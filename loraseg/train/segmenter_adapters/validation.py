@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-from loraseg.data import DatasetFolder, Sample
-from loraseg.errors import DatasetError
+from loraseg.data import Dataset, Sample, load_pair
 from loraseg.fuse.mix import Mix
 from loraseg.segment.metrics import ConfusionMatrix
 from loraseg.segment.open_vocabulary.base import SegmentationBase
@@ -16,7 +15,7 @@ _BATCH = 8
 
 
 def mean_iou(
-    base: SegmentationBase, dataset: DatasetFolder, samples: Sequence[Sample], mix: Mix | None
+    base: SegmentationBase, dataset: Dataset, samples: Sequence[Sample], mix: Mix | None
 ) -> float:
     """Return the mIoU in [0, 1] of plain prediction over all images together.
 
@@ -28,10 +27,8 @@ def mean_iou(
     predictor = Predictor(base)
     counts = ConfusionMatrix(len(classes))
     for start in range(0, len(samples), _BATCH):
-        loaded = [dataset.load(sample) for sample in samples[start : start + _BATCH]]
+        loaded = [load_pair(dataset, sample) for sample in samples[start : start + _BATCH]]
         maps = predictor.predict([image for image, _ in loaded], classes, mix)
-        for sample, (_, mask), scores in zip(samples[start:], loaded, maps, strict=False):
-            if mask is None:
-                raise DatasetError(f"{sample.image}: has no mask to score against")
+        for (_, mask), scores in zip(loaded, maps, strict=True):
             counts.add(mask, label_map(scores))
     return counts.miou()

@@ -8,7 +8,7 @@ from PIL import Image
 
 from loraseg.cli import main
 from loraseg.cli.synth import FORMATS
-from loraseg.data import DatasetFolder
+from loraseg.data import open_dataset
 from loraseg.data.exports import EXPORTERS
 from tests.unit.data.shards.sample_dataset import (
     commit_sample_dataset,
@@ -99,7 +99,7 @@ def test_export_writes_every_format(uri, capsys, tmp_path, kind):
 
 def test_export_takes_the_name_of_the_split(uri, capsys, tmp_path):
     run(capsys, "export", uri, "folder", str(tmp_path / "out"), "--split", "extra")
-    assert DatasetFolder.open(tmp_path / "out").splits == ("extra",)
+    assert open_dataset(tmp_path / "out").splits == ("extra",)
     status, _, err = run(capsys, "export", uri, "coco", str(tmp_path / "c"), "--split", "extra")
     assert (status, "--split" in err) == (2, True)
     status, _, err = run(capsys, "export", uri, "folder", str(tmp_path / "d"), "--split", "../x")

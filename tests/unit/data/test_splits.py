@@ -1,13 +1,11 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-from loraseg.data.readers.folder import Sample
+from loraseg.data.datasets import Sample
 from loraseg.data.splits import few_shot
 from loraseg.errors import DatasetError
 
-SAMPLES = tuple(Sample(f"{index:04d}", Path(f"{index:04d}.png"), None) for index in range(60))
+SAMPLES = tuple(Sample(f"{index:04d}", f"{index:04d}.png", None) for index in range(60))
 
 
 def test_independent_of_the_listing_order():

@@ -1,8 +1,11 @@
+import dataclasses
+import functools
+
 import numpy as np
 import pytest
 
 from loraseg.adapters import pack
-from loraseg.data.readers.folder import DatasetFolder
+from loraseg.data import load_pair, open_dataset
 from loraseg.errors import ConfigError, DatasetError
 from loraseg.evaluate.leave_one_out import (
     METHODS,
@@ -14,6 +17,7 @@ from loraseg.evaluate.leave_one_out import (
 from loraseg.evaluate.tuning import Hyperparameters
 from loraseg.segment.metrics import ConfusionMatrix
 from loraseg.segment.open_vocabulary.predictor import Predictor
+from tests.unit.data.memory_dataset import memory_copy
 from tests.unit.inference.test_pipeline import Entry
 from tests.unit.tiny import (
     CLASSES,
@@ -53,8 +57,12 @@ def bench(base, adapters):
 
 @pytest.fixture
 def target(tmp_path):
-    folder = DatasetFolder.open(write_domain(tmp_path, "fog", count=5))
-    return TargetDomain("fog", "haze", CLASSES, folder.samples("val"), folder.load, "digest")
+    return target_domain(open_dataset(write_domain(tmp_path, "fog", count=5)))
+
+
+def target_domain(dataset):
+    load = functools.partial(load_pair, dataset)
+    return TargetDomain("fog", "haze", CLASSES, dataset.samples("val"), load, "digest")
 
 
 def dense_scores(base, image, parts):
@@ -101,6 +109,16 @@ def test_methods_differ_and_the_result_says_where_it_comes_from(bench, target):
     assert (result.name, result.family, result.images) == ("fog", "haze", 5)
     assert result.setting == SETTING
     assert result.data_digest == "digest"
+
+
+def test_a_dataset_without_files_gets_the_same_scores(bench, target, tmp_path):
+    in_memory = target_domain(memory_copy(open_dataset(tmp_path)))
+    expected, scores = (
+        TargetScorer(bench, domain, ScoringConfig()).score_methods(SETTING)
+        for domain in (target, in_memory)
+    )
+    assert scores.methods == expected.methods
+    assert scores.weights == expected.weights
 
 
 def test_the_own_adapter_gets_no_weight(bench, target):
@@ -203,9 +221,11 @@ def test_refuses_a_domain_without_another_adapter(base, bench, target):
 
 
 def test_refuses_images_without_masks_and_no_images(bench, target):
-    blind = TargetDomain("fog", "x", CLASSES, target.samples, lambda s: (target.load(s)[0], None))
+    unlabelled = [dataclasses.replace(sample, mask=None) for sample in target.samples]
     with pytest.raises(DatasetError, match="has no mask"):
-        TargetScorer(bench, blind, ScoringConfig()).score_methods(SETTING)
+        TargetScorer(
+            bench, dataclasses.replace(target, samples=unlabelled), ScoringConfig()
+        ).score_methods(SETTING)
     none = TargetDomain("fog", "x", CLASSES, (), target.load)
     with pytest.raises(DatasetError, match="no images"):
         TargetScorer(bench, none, ScoringConfig()).score_methods(SETTING)

@@ -11,7 +11,7 @@ from PIL import Image
 from loraseg.adapters import load_adapter
 from loraseg.adapters.peft_io import CONFIG_FILE, WEIGHTS_FILE
 from loraseg.backbones.clip import load_clip
-from loraseg.data import DatasetFolder
+from loraseg.data import digest_samples, open_dataset
 from loraseg.errors import ConfigError, DatasetError, StageError
 from loraseg.fuse import fuse
 from loraseg.library import Library
@@ -50,7 +50,7 @@ def done(tmp_path_factory):
 def test_publishes_an_adapter_with_a_full_card(done):
     task, result, _ = done
     files, card = published(task)
-    dataset = DatasetFolder.open(task.data)
+    dataset = open_dataset(task.data)
     assert load_adapter(files).digest == result.digest
     assert (result.name, result.version, result.skipped) == ("fog", 1, False)
     assert card.label_space == ("sky", "road", "car")
@@ -58,7 +58,7 @@ def test_publishes_an_adapter_with_a_full_card(done):
     assert card.base.name == "base.safetensors"
     assert (card.training.images, card.training.digest) == (
         4,
-        dataset.digest(dataset.samples("train")),
+        digest_samples(dataset, dataset.samples("train")),
     )
     assert card.recipe["rank"] == 2
     assert card.recipe["loop"]["steps"] == 6
@@ -70,8 +70,8 @@ def test_publishes_an_adapter_with_a_full_card(done):
 def test_the_centroid_is_the_mean_of_the_training_images(done):
     task, _, _ = done
     (centroid,) = published(task)[1].centroids
-    dataset = DatasetFolder.open(task.data)
-    images = [dataset.load(sample)[0] for sample in dataset.samples("train")]
+    dataset = open_dataset(task.data)
+    images = [dataset.load_image(sample) for sample in dataset.samples("train")]
     clip = load_clip(task.encoder)
     expected = clip.encode_images(images).astype(np.float64).mean(axis=0)
     np.testing.assert_allclose(centroid.vector, expected, rtol=0, atol=1e-7)
@@ -89,7 +89,7 @@ def test_reports_every_step_and_phase(done):
 def test_the_score_is_that_of_the_published_adapter(done):
     task, result, _ = done
     files, _ = published(task)
-    dataset = DatasetFolder.open(task.data)
+    dataset = open_dataset(task.data)
     for mix, name in ((None, "miou_base"), (fuse([load_adapter(files)], [1.0]), "miou")):
         hits, unions = np.zeros(3), np.zeros(3)
         images, masks = zip(*map(dataset.load, dataset.samples("val")), strict=True)

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from loraseg.backbones.diffusion import DiffusionBase
-from loraseg.data import DatasetFolder
+from loraseg.data import open_dataset
 from loraseg.storage import open_store
 from loraseg.synth.conditioning import Conditioner
 from loraseg.train.generator_adapters.crops import CroppedImages
@@ -40,7 +40,7 @@ def denoising_data(folder, base, recipe, *, split="train", seed=0, keys=("t",)):
     """Data of the domain in a folder, which is written if it is not there."""
     if not (folder / "fog").exists():
         write_domain(folder / "fog", "fog")
-    dataset = DatasetFolder.open(folder / "fog")
+    dataset = open_dataset(folder / "fog")
     views = CroppedImages(dataset, dataset.samples(split), recipe.view, seed=seed, keys=keys)
     conditioner = Conditioner(base.tokenizers, dataset.label_space, recipe.conditioning)
     conditions = CropConditions(views, conditioner)

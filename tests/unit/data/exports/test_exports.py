@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from loraseg.data import DatasetFolder
+from loraseg.data import load_pair, open_dataset
 from loraseg.data.exports import (
     EXPORTERS,
     export_coco,
@@ -62,13 +62,15 @@ def jpeg(index):
 
 def test_folder_is_one_that_training_reads(dataset, tmp_path):
     assert export_folder(dataset, tmp_path / "out", split="synthetic") == 12
-    folder = DatasetFolder.open(tmp_path / "out")
+    folder = open_dataset(tmp_path / "out")
     assert folder.splits == ("synthetic",)
     assert folder.label_space.names == CLASSES
     samples = folder.samples("synthetic")
     assert {sample.id for sample in samples} == set(IDS)
     for sample in samples:
-        for read, made in zip(folder.load(sample), random_arrays(IDS[sample.id]), strict=True):
+        for read, made in zip(
+            load_pair(folder, sample), random_arrays(IDS[sample.id]), strict=True
+        ):
             np.testing.assert_array_equal(read, made)
 
 

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from loraseg.data.datasets import digest_samples
 from loraseg.data.labels import LabelSpace, write_classes
 from loraseg.data.masks import write_mask
-from loraseg.data.readers.folder import DatasetFolder
+from loraseg.data.readers.opening import open_dataset
 from loraseg.data.readers.remote import download_to_cache
 from loraseg.errors import DatasetError
 from loraseg.storage import open_store
@@ -25,39 +26,58 @@ def source(tmp_path):
     return root
 
 
-def test_copy_equals_the_source(source, tmp_path):
-    copy = download_to_cache(open_store(source.as_uri()), tmp_path / "cache")
-    here, there = DatasetFolder.open(source), DatasetFolder.open(copy)
-    assert there.digest(there.samples("train")) == here.digest(here.samples("train"))
-    assert not (copy / "licence.pdf").exists()
+@pytest.fixture
+def open_remote(monkeypatch, tmp_path):
+    """open_dataset for s3:// URIs, with each bucket a folder of ``tmp_path``."""
+    monkeypatch.setattr(
+        "loraseg.storage.open_store",
+        lambda uri: open_store((tmp_path / uri.removeprefix("s3://")).as_uri()),
+    )
+    return open_dataset
+
+
+def copy_all(source, cache):
+    store = open_store(source.as_uri())
+    return download_to_cache(store, list(store.list()), cache)
+
+
+def test_copy_equals_the_source(source, tmp_path, open_remote, monkeypatch):
+    monkeypatch.setenv("LORASEG_CACHE", str(tmp_path / "cache"))
+    local, remote = open_dataset(source), open_remote("s3://source")
+    assert remote.location != local.location
+    assert digest_samples(remote, remote.samples("train")) == digest_samples(
+        local, local.samples("train")
+    )
+    (copy,) = (tmp_path / "cache" / "datasets").iterdir()
+    assert sorted(path.name for path in copy.iterdir()) == ["classes.json", "images", "masks"]
 
 
 def test_same_content_is_one_copy_and_other_content_another(source, tmp_path):
-    cache, store = tmp_path / "cache", open_store(source.as_uri())
+    cache = tmp_path / "cache"
     with ThreadPoolExecutor(4) as pool:
-        copies = set(pool.map(lambda _: download_to_cache(store, cache), range(8)))
+        copies = set(pool.map(lambda _: copy_all(source, cache), range(8)))
     assert len(copies) == 1
     assert list(cache.iterdir()) == list(copies)
     Image.new("RGB", (8, 6), (99, 0, 0)).save(source / "images/train/0.png")
-    changed = download_to_cache(store, cache)
+    changed = copy_all(source, cache)
     assert {*copies, changed} == set(cache.iterdir())
-    assert len(DatasetFolder.open(changed).samples("train")) == 3
+    assert len(open_dataset(changed).samples("train")) == 3
 
 
 def test_cache_folder_comes_from_the_environment(source, tmp_path, monkeypatch):
     monkeypatch.setenv("LORASEG_CACHE", str(tmp_path / "named"))
-    assert (tmp_path / "named") in download_to_cache(open_store(source.as_uri())).parents
+    assert (tmp_path / "named") in copy_all(source, None).parents
 
 
-def test_nothing_there(tmp_path):
+def test_a_store_without_a_dataset(tmp_path, open_remote):
     (tmp_path / "void").mkdir()
-    with pytest.raises(DatasetError, match="not a dataset folder"):
-        download_to_cache(open_store((tmp_path / "void").as_uri()), tmp_path / "cache")
+    with pytest.raises(DatasetError, match=r"void: not a dataset; expected a folder 'images'"):
+        open_remote("s3://void")
 
 
 @pytest.mark.parametrize("key", ["images/../../x.png", "images/a\\b.png", "images/a\nb.png"])
 def test_keys_that_leave_the_folder(key, tmp_path):
-    class Hostile:
+    class HostileStore:
         uri = "s3://bucket/set"
 
         def list(self, prefix=""):
@@ -67,5 +87,5 @@ def test_keys_that_leave_the_folder(key, tmp_path):
             return b"x"
 
     with pytest.raises(DatasetError, match=r"s3://bucket/set: key .* is not a plain path"):
-        download_to_cache(Hostile(), tmp_path / "cache")
+        download_to_cache(HostileStore(), [key], tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []

@@ -9,7 +9,7 @@ import torch
 from scipy.spatial.distance import cdist
 
 from loraseg.backbones.clip import load_clip
-from loraseg.data.readers.folder import DatasetFolder
+from loraseg.data.readers.opening import open_dataset
 from loraseg.data.shards.reader import ShardDataset
 from loraseg.data.untrusted_images import decode_image
 from loraseg.errors import DatasetError
@@ -35,7 +35,7 @@ def encoder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    return DatasetFolder.open(write_real(tmp_path_factory.mktemp("real"), REAL))
+    return open_dataset(write_real(tmp_path_factory.mktemp("real"), REAL))
 
 
 @pytest.fixture(scope="module")

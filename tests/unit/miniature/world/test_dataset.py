@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loraseg.data import DatasetFolder, read_mask
+from loraseg.data import open_dataset, read_mask
 from loraseg.errors import ConfigError
 from loraseg.miniature.world.captions import LABEL_NAMES
 from loraseg.miniature.world.dataset import write_dataset, write_world
@@ -11,7 +11,7 @@ from loraseg.miniature.world.render import render
 
 def test_the_folder_reads_back_as_rendered(tmp_path):
     write_dataset("snow", tmp_path, train=3, val=2, seed=5)
-    folder = DatasetFolder.open(tmp_path)
+    folder = open_dataset(tmp_path)
     assert folder.label_space.names == LABEL_NAMES
     for split, count in (("train", 3), ("val", 2)):
         images, masks = render("snow", count, 5, split)

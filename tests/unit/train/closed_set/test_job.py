@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from loraseg.data.readers.folder import DatasetFolder
+from loraseg.data import load_pair, open_dataset
 from loraseg.errors import ConfigError, DatasetError, IntegrityError, StageError
 from loraseg.segment.closed_set.checkpoint import load_closed_set_segmenter
 from loraseg.segment.metrics import ConfusionMatrix
@@ -43,13 +43,13 @@ def test_writes_segmenter_control_results_and_report(world, tmp_path):
     results = train_segmenters(_config(world, tmp_path))
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
     assert list(results["arms"]) == ["segmenter", "control"]
-    folder = DatasetFolder.open(world / "real")
+    folder = open_dataset(world / "real")
     for name, arm in results["arms"].items():
         segmenter = load_closed_set_segmenter(tmp_path / f"{name}.safetensors")
         assert segmenter.digest == arm["sha256"]
         confusion = ConfusionMatrix(3)
         for sample in folder.samples("val"):
-            image, label = folder.load(sample)
+            image, label = load_pair(folder, sample)
             confusion.add(label, segmenter.labels(image[None])[0])
         np.testing.assert_array_equal(confusion.counts, arm["confusion"])
         assert arm["miou"] == pytest.approx(confusion.miou())

@@ -3,8 +3,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from loraseg.data import load_pair, open_dataset
 from loraseg.data.labels import LabelSpace
-from loraseg.data.readers.folder import DatasetFolder
 from loraseg.data.shards.reader import ShardDataset
 from loraseg.errors import ConfigError, DatasetError
 from loraseg.train.closed_set import samples as closed_set_samples
@@ -179,15 +179,15 @@ def test_refuses_datasets_without_use(tmp_path):
 
 
 def test_folder_pairs_are_kept_within_bounds(tmp_path, monkeypatch):
-    folder = DatasetFolder.open(write_domain(tmp_path, "fog"))
+    folder = open_dataset(write_domain(tmp_path, "fog"))
     samples = folder.samples("train")
     monkeypatch.setattr(closed_set_samples, "_CACHE_BYTES", 1)
     pairs = FolderPairs(folder, samples)
     for _ in range(2):
         for place, sample in enumerate(samples):
             image, label = pairs.load(0, place)
-            assert (image == folder.load(sample)[0]).all()
-            assert (label == folder.load(sample)[1]).all()
+            assert (image == load_pair(folder, sample)[0]).all()
+            assert (label == load_pair(folder, sample)[1]).all()
     with pytest.raises(DatasetError, match="no samples"):
         FolderPairs(folder, [])
 

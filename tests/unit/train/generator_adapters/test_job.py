@@ -16,7 +16,7 @@ from PIL import Image
 from loraseg.adapters import load_adapter
 from loraseg.adapters.attention_mix import ATTENTION_MIX_FILE, decode_attention_mix
 from loraseg.backbones.diffusion import load_diffusion
-from loraseg.data import DatasetFolder
+from loraseg.data import digest_samples, open_dataset
 from loraseg.errors import AdapterNotFoundError, ConfigError, DatasetError
 from loraseg.library import BaseModelInfo, Library
 from loraseg.storage import open_store
@@ -58,7 +58,7 @@ def done(tmp_path_factory):
 def test_publishes_an_adapter_with_a_full_card(done):
     task, result, _ = done
     files, card = published(task)
-    dataset = DatasetFolder.open(task.data)
+    dataset = open_dataset(task.data)
     assert set(files) == {
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -74,7 +74,7 @@ def test_publishes_an_adapter_with_a_full_card(done):
     assert card.label_space == ("sky", "road", "car")
     assert (card.training.images, card.training.digest) == (
         4,
-        dataset.digest(dataset.samples("train")),
+        digest_samples(dataset, dataset.samples("train")),
     )
     assert (card.recipe["rank"], card.recipe["loop"]["steps"]) == (2, 6)
     assert card.recipe["task_digest"] == plan_task(task).digest

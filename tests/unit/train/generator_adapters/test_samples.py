@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from loraseg.data import DatasetFolder, LabelSpace, write_classes
+from loraseg.data import LabelSpace, load_pair, open_dataset, write_classes
 from loraseg.errors import ConfigError, DatasetError
 from loraseg.synth.conditioning import Conditioner, ConditioningConfig
 from loraseg.train.core.shuffling import shuffled_index
@@ -71,13 +71,13 @@ def test_every_view_comes_once_a_round():
 
 
 def test_latents_prompts_and_regions_are_those_of_the_image(base, folder, data):
-    dataset = DatasetFolder.open(folder / "fog")
+    dataset = open_dataset(folder / "fog")
     samples = dataset.samples("train")
     conditioner = Conditioner(base.tokenizers, dataset.label_space, ConditioningConfig())
     flips = set()
     for draw in data.draw_samples(0, 12):
         batch = data.of([draw])
-        image, mask = dataset.load(samples[draw.view])
+        image, mask = load_pair(dataset, samples[draw.view])
         image = np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC))
         mask = np.asarray(Image.fromarray(mask).resize((32, 32), Image.Resampling.NEAREST))
         if draw.flipped:
@@ -134,21 +134,21 @@ def test_levels_spread_over_all_views(data):
 
 
 def views_of(folder, **config):
-    dataset = DatasetFolder.open(folder)
+    dataset = open_dataset(folder)
     return CroppedImages(dataset, dataset.samples("train"), ViewConfig(**config), keys=("v",))
 
 
 def test_crops_are_parts_of_the_image_and_always_the_same(tmp_path):
     write_domain(tmp_path, "fog")
     views, again = (views_of(tmp_path, size=(24, 40), fit="crop", crops=3) for _ in range(2))
-    dataset = DatasetFolder.open(tmp_path)
+    dataset = open_dataset(tmp_path)
     assert len(views.crops) == 12
     corners = set()
     for view in views.crops:
         image, mask = views.load(view)
         assert image.shape == (24, 40, 3)
         assert all(np.array_equal(a, b) for a, b in zip((image, mask), again.load(view), strict=1))
-        whole, labels = dataset.load(view.sample)
+        whole, labels = load_pair(dataset, view.sample)
         windows = np.lib.stride_tricks.sliding_window_view(whole, (24, 40, 3))[:, :, 0]
         (place, *_) = np.argwhere((windows == image).all(axis=(2, 3, 4)))
         assert np.array_equal(labels[place[0] :, place[1] :][:24, :40], mask)
@@ -177,7 +177,7 @@ def conditions_of(folder, names=None):
     if names is not None:
         write_classes(folder / "classes.json", LabelSpace(tuple(names)))
     views = views_of(folder, size=(32, 32))
-    space = DatasetFolder.open(folder).label_space
+    space = open_dataset(folder).label_space
     return CropConditions(views, Conditioner((tiny_tokenizer(),), space, ConditioningConfig()))
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from loraseg.data import DatasetFolder
+from loraseg.data import open_dataset
 from loraseg.data.transforms import AugmentConfig
 from loraseg.errors import DatasetError
 from loraseg.train.segmenter_adapters.samples import (
@@ -25,7 +25,7 @@ FULL = AugmentConfig(crop=24, shortest_edge=(24, 32))
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    return DatasetFolder.open(write_domain(tmp_path_factory.mktemp("data"), "fog", train=5))
+    return open_dataset(write_domain(tmp_path_factory.mktemp("data"), "fog", train=5))
 
 
 def loss_of(base, classes, batch, precision="fp32", **options):
@@ -55,7 +55,7 @@ def test_a_batch_depends_on_seed_keys_and_step_alone(dataset):
 
 def test_every_image_comes_once_a_round(dataset):
     images = batches(dataset, PLAIN)
-    originals = {dataset.load(s)[0].tobytes(): s.id for s in dataset.samples("train")}
+    originals = {dataset.load_image(s).tobytes(): s.id for s in dataset.samples("train")}
     seen = [originals[i.tobytes()] for step in range(6) for i in images.batch(step, 5)[0]]
     rounds = [seen[start : start + 5] for start in range(0, 30, 5)]
     assert all(sorted(ids) == ["0", "1", "2", "3", "4"] for ids in rounds)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loraseg.adapters.targets.catseg import TARGET_RULES, target_modules
-from loraseg.data import DatasetFolder
+from loraseg.data import open_dataset
 from loraseg.errors import ConfigError, DatasetError, StageError
 from loraseg.storage import open_store
 from loraseg.train.core.checkpoint import CheckpointStore
@@ -26,7 +26,7 @@ from tests.unit.train.tiny_files import RECIPE
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    return DatasetFolder.open(write_domain(tmp_path_factory.mktemp("fog"), "fog"))
+    return open_dataset(write_domain(tmp_path_factory.mktemp("fog"), "fog"))
 
 
 @pytest.fixture(scope="module")
