@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from loraseg.client.asynchronous import AsyncClient
     from loraseg.client.synchronous import Client
     from loraseg.data.labels import LabelSpace
-    from loraseg.data.readers.folder import DatasetFolder
+    from loraseg.data.readers.opening import open_dataset
     from loraseg.data.shards.torch_stream import ShardStream
     from loraseg.errors import LorasegError
     from loraseg.fuse.concat import concat_lora
@@ -67,7 +67,6 @@ __all__ = [
     "Adapter",
     "AsyncClient",
     "Client",
-    "DatasetFolder",
     "LabelSpace",
     "Library",
     "LorasegError",
@@ -77,13 +76,13 @@ __all__ = [
     "load_generator",
     "load_segmenter",
     "mixing_weights",
+    "open_dataset",
 ]
 
 _MODULES = {
     "Adapter": "loraseg.adapters.adapter",
     "AsyncClient": "loraseg.client.asynchronous",
     "Client": "loraseg.client.synchronous",
-    "DatasetFolder": "loraseg.data.readers.folder",
     "LabelSpace": "loraseg.data.labels",
     "Library": "loraseg.library.catalog",
     "LorasegError": "loraseg.errors",
@@ -93,6 +92,7 @@ _MODULES = {
     "load_generator": "loraseg.inference.generation",
     "load_segmenter": "loraseg.inference.loading",
     "mixing_weights": "loraseg.fuse.weights",
+    "open_dataset": "loraseg.data.readers.opening",
 }
 
 

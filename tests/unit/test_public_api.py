@@ -14,7 +14,6 @@ NAMES = [
     "Adapter",
     "AsyncClient",
     "Client",
-    "DatasetFolder",
     "LabelSpace",
     "Library",
     "LorasegError",
@@ -24,6 +23,7 @@ NAMES = [
     "load_generator",
     "load_segmenter",
     "mixing_weights",
+    "open_dataset",
 ]
 
 

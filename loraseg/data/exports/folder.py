@@ -1,4 +1,4 @@
-"""A dataset folder, as :class:`loraseg.data.DatasetFolder` and most programs read it."""
+"""Export as a dataset folder, the layout of :mod:`loraseg.data.readers.folder`."""
 
 from pathlib import Path
 

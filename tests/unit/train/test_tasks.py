@@ -11,7 +11,7 @@ from PIL import Image
 from loraseg.adapters import load_adapter
 from loraseg.adapters.peft_io import CONFIG_FILE, WEIGHTS_FILE
 from loraseg.backbones.clip import load_clip
-from loraseg.data import digest_samples, open_dataset
+from loraseg.data import digest_samples, load_pair, open_dataset
 from loraseg.errors import ConfigError, DatasetError, StageError
 from loraseg.fuse import fuse
 from loraseg.library import Library
@@ -92,7 +92,8 @@ def test_the_score_is_that_of_the_published_adapter(done):
     dataset = open_dataset(task.data)
     for mix, name in ((None, "miou_base"), (fuse([load_adapter(files)], [1.0]), "miou")):
         hits, unions = np.zeros(3), np.zeros(3)
-        images, masks = zip(*map(dataset.load, dataset.samples("val")), strict=True)
+        pairs = [load_pair(dataset, sample) for sample in dataset.samples("val")]
+        images, masks = zip(*pairs, strict=True)
         predictor = Predictor(load_base(task.base))
         for mask, scores in zip(
             masks, predictor.predict(images, dataset.label_space.names, mix), strict=True

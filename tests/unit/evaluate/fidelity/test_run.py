@@ -9,7 +9,7 @@ import torch
 from scipy.spatial.distance import cdist
 
 from loraseg.backbones.clip import load_clip
-from loraseg.data.readers.opening import open_dataset
+from loraseg.data import digest_samples, open_dataset
 from loraseg.data.shards.reader import ShardDataset
 from loraseg.data.untrusted_images import decode_image
 from loraseg.errors import DatasetError
@@ -175,7 +175,7 @@ def test_every_figure_names_its_encoder_and_counts(result, encoder, real):
         assert figure.real in (0, 12)
         assert figure.synthetic in (0, 9, 10, 11)
         assert figure.real + figure.synthetic > 0
-    assert result.real == {"split": "train", "digest": real.digest(real.samples("train"))}
+    assert result.real == {"split": "train", "digest": digest_samples(real, real.samples("train"))}
     assert result.synthetic == {"generation": 1, "dataset_sha256": "ab" * 32}
 
 
