@@ -29,7 +29,7 @@ from actors.tasks import run_ray_tasks
 from loraseg.errors import LorasegError
 from loraseg.train.core.progress import Progress, ProgressCallback
 from loraseg.train.core.progress_tracker import ProgressTracker, TaskProgress, format_changes
-from loraseg.train.tasks import AnyAdapterTask, TaskResult, group_tasks, train_adapter_group
+from loraseg.train.tasks import TaskResult, TrainingTask, group_tasks, train_adapter_group
 
 __all__ = ["TrainingOutcome", "train_adapters"]
 
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 _REPORT_INTERVAL_S = 0.5
 
-TaskRunner = Callable[[Sequence[AnyAdapterTask], ProgressCallback], list[TaskResult | LorasegError]]
+TaskRunner = Callable[[Sequence[TrainingTask], ProgressCallback], list[TaskResult | LorasegError]]
 ProgressWatcher = Callable[[Mapping[str, TaskProgress]], None]
 
 
@@ -51,7 +51,7 @@ class TrainingOutcome:
 
 
 def train_adapters(
-    tasks: Sequence[AnyAdapterTask],
+    tasks: Sequence[TrainingTask],
     resources: ResourceConfig,
     *,
     runner: TaskRunner = train_adapter_group,
@@ -104,7 +104,7 @@ def _parallel_workers(tasks: int, resources: ResourceConfig) -> int:
     return resources.max_parallel or room or max(tasks, 1)
 
 
-def _warn_resource_mismatch(tasks: Sequence[AnyAdapterTask], resources: ResourceConfig) -> None:
+def _warn_resource_mismatch(tasks: Sequence[TrainingTask], resources: ResourceConfig) -> None:
     """Say what works but is hardly meant."""
     threads = max((task.recipe.threads for task in tasks), default=0)
     if threads > resources.cpus:
@@ -128,7 +128,7 @@ def _start_tracker() -> Any:
 
 
 def _run_with_progress(
-    runner: TaskRunner, tasks: Sequence[AnyAdapterTask], tracker: Any
+    runner: TaskRunner, tasks: Sequence[TrainingTask], tracker: Any
 ) -> list[TaskResult | LorasegError]:
     return runner(tasks, _RemoteProgressReporter(tracker))
 

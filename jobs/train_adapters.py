@@ -14,8 +14,9 @@ from loraseg import config as configuration
 from loraseg.errors import LorasegError
 from loraseg.storage import SHORT_RETRY_TIMEOUT_S, open_store, probe_conditional_writes
 from loraseg.train.manifest import TrainingManifest
+from loraseg.train.roles import ROLES
 from loraseg.train.tables import format_skipped_files, plan_table, result_table
-from loraseg.train.tasks import AnyAdapterTask, TrainingPlan, plan_task
+from loraseg.train.tasks import TrainingPlan, TrainingTask, plan_task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,11 +40,13 @@ def main(config: Config) -> int:
     check_capacity(config.resources, may_grow=not started_here)
     outcomes = list(train_adapters(tasks, config.resources))
     results = [o.result or (o.name, o.error or "") for o in outcomes]
-    sys.stdout.write(result_table(results) + format_skipped_files(results))
+    sys.stdout.write(
+        result_table(results, ROLES[config.role].columns) + format_skipped_files(results)
+    )
     return int(any(outcome.result is None for outcome in outcomes))
 
 
-def _plan(task: AnyAdapterTask) -> TrainingPlan | tuple[str, str]:
+def _plan(task: TrainingTask) -> TrainingPlan | tuple[str, str]:
     try:
         return plan_task(task)
     except LorasegError as error:

@@ -1,27 +1,26 @@
-"""A manifest of domains: what to train, into which library, one adapter a domain."""
+"""The manifest of a training job: the domains to train and what they share."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from loraseg.backbones.weights import absolute_spec
 from loraseg.errors import ConfigError
+from loraseg.library.card import Role
 from loraseg.storage import absolute_uri
-from loraseg.train.generator_adapters.recipes import named_generator_recipe
-from loraseg.train.generator_adapters.targets import absolute_targets
+from loraseg.train.core.task import TrainingTask
 from loraseg.train.generator_adapters.task import ActiveAdapter
-from loraseg.train.segmenter_adapters.recipes import named_recipe
-from loraseg.train.tasks import AnyAdapterTask, GeneratorAdapterTask, SegmenterAdapterTask
+from loraseg.train.roles import ROLES
 
 __all__ = ["TrainingDomain", "TrainingManifest"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingDomain:
-    """One labelled domain.
+    """One labelled domain, which becomes one adapter.
 
     Attributes:
-        name: The adapter's.
-        data: Dataset folder, a path or URI; several domains may name the same, for a sweep.
+        name: Name of the adapter.
+        data: Dataset folder, a path or URI; several domains may name the same one, for a sweep.
         split: Split to train on.
         val_split: Split to score on.
         images: Overrides the manifest's number of training images.
@@ -38,31 +37,32 @@ class TrainingDomain:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingManifest:
-    """What all domains share.
+    """Domains and their common settings.
 
     Attributes:
         library: Store URI of the adapter library to publish to.
-        checkpoints: Store URI below which unfinished adapters keep their state.
-        role: What the adapters are for: a "segmenter" or a "generator" of images.
-        base: The frozen segmenter (:func:`loraseg.segment.load_base`) or generator
-            (:func:`loraseg.backbones.diffusion.load_diffusion`).
-        encoder: The CLIP that places domains of segmenters in the index.
-        recipe: Name of the recipe; None is the role's for its miniature.
+        checkpoints: Store URI of the checkpoints.
+        role: A key of :data:`~loraseg.train.roles.ROLES`.
+        base: The frozen segmenter (:func:`loraseg.segment.open_vocabulary.base.load_base`) or
+            generator (:func:`loraseg.backbones.diffusion.load_diffusion`).
+        encoder: For segmenters, the CLIP of the index.
+        recipe: Name of the recipe; None is the default of the role.
         overrides: Fields of the recipe that differ from the named one.
-        data_order: See :class:`~loraseg.train.tasks.SegmenterAdapterTask`; "per_dataset" lets
-            domains with the same data be trained together.
-        images: Few-shot: train on so many images of each domain; None for all.
-        skip_bad: List and leave out unusable images rather than fail the domain.
-        active: Generators' adapters that act, frozen, while others are trained.
+        seed: Seed of the choice of images, the initial pairs and the batches.
+        data_order: See :class:`~loraseg.train.core.task.TrainingTask`; "per_dataset" allows domains
+            of the same data to train together.
+        images: Number of training images of each domain; None for all.
+        skip_bad: Leave out unusable images, and list them, instead of failing the domain.
+        active: For generators, adapters that are merged into the base, frozen, during training.
         cache: For generators, see
             :class:`~loraseg.train.generator_adapters.task.GeneratorAdapterTask`.
-        output: For generators, where reports go.
+        output: For generators, the store URI of the reports.
         domains: One adapter each; names must differ.
     """
 
     library: str
     checkpoints: str
-    role: Literal["segmenter", "generator"] = "segmenter"
+    role: Role = "segmenter"
     base: str = "miniature"
     encoder: str = "miniature"
     recipe: str | None = None
@@ -77,7 +77,11 @@ class TrainingManifest:
     domains: tuple[TrainingDomain, ...]
 
     def __post_init__(self) -> None:
-        """Check what no single task can see."""
+        """Check the list of domains.
+
+        Raises:
+            ConfigError: There is no domain, or two have one name.
+        """
         if not self.domains:
             raise ConfigError("domains: expected at least one, got none")
         names = [domain.name for domain in self.domains]
@@ -85,37 +89,31 @@ class TrainingManifest:
         if twice:
             raise ConfigError(f"domains: names must differ, got {', '.join(twice)} more than once")
 
-    def tasks(self) -> tuple[AnyAdapterTask, ...]:
-        """Return one unit of work for each domain, with addresses that hold on any machine.
+    def tasks(self) -> tuple[TrainingTask, ...]:
+        """Return one task per domain, with absolute paths and URIs.
 
         Raises:
-            ConfigError: The recipe is unknown, an override does not fit it, or a field is for the
-                other role.
+            ConfigError: The recipe is unknown, an override does not fit it, or a field is set that
+                belongs to another role.
         """
-        if self.role == "generator":
-            return tuple(self._generator_task(domain) for domain in self.domains)
-        if self.active or self.cache or self.output:
-            raise ConfigError("active, cache and output are for role generator only")
-        return tuple(self._segmenter_task(domain) for domain in self.domains)
-
-    def _segmenter_task(self, domain: TrainingDomain) -> SegmenterAdapterTask:
-        recipe = self.recipe or "miniature"
-        return SegmenterAdapterTask(
-            **self._common_fields(domain),
-            encoder=absolute_spec(self.encoder),
-            recipe=named_recipe(recipe, self.overrides, domain.overrides),
+        self._check_role_fields()
+        role = ROLES[self.role]
+        fields = role.task_fields(self)
+        return tuple(
+            role.task(**self._common_fields(domain), **self._recipe(domain), **fields)
+            for domain in self.domains
         )
 
-    def _generator_task(self, domain: TrainingDomain) -> GeneratorAdapterTask:
-        name = self.recipe or "matchmask-miniature"
-        recipe = named_generator_recipe(name, self.overrides, domain.overrides)
-        return GeneratorAdapterTask(
-            **self._common_fields(domain),
-            recipe=replace(recipe, targets=absolute_targets(recipe.targets)),
-            active=self.active,
-            cache=self.cache and absolute_uri(self.cache),
-            output=self.output and absolute_uri(self.output),
-        )
+    def _recipe(self, domain: TrainingDomain) -> dict[str, Any]:
+        role = ROLES[self.role]
+        name = self.recipe or role.default_recipe
+        return {"recipe": role.named_recipe(name, self.overrides, domain.overrides)}
+
+    def _check_role_fields(self) -> None:
+        for name, role in ROLES.items():
+            if name != self.role and any(getattr(self, field) for field in role.manifest_fields):
+                *first, last = role.manifest_fields
+                raise ConfigError(f"{', '.join(first)} and {last} are for role {name} only")
 
     def _common_fields(self, domain: TrainingDomain) -> dict[str, Any]:
         return {

@@ -1,4 +1,4 @@
-"""The two tables of a training job, as text: what is planned, and what came of it."""
+"""The tables that a training job prints: plans and results."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ __all__ = ["format_skipped_files", "format_table", "plan_table", "result_table"]
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Align the columns with two spaces between them; every line ends in a newline."""
+    """Return aligned columns, two spaces apart; every line ends in a newline."""
     lines = [list(header), *map(list, rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     return "".join(
@@ -19,11 +19,11 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def plan_table(plans: Sequence[TrainingPlan | tuple[str, str]], resources: str) -> str:
-    """Show one row for each adapter.
+    """Return a table with one row per adapter.
 
     Args:
-        plans: What each would do, or (name, reason) where it cannot be planned.
-        resources: What each takes, such as ``"1 CPU"``.
+        plans: The plan of each adapter, or (name, reason) if planning failed.
+        resources: Resources of each, such as ``"1 CPU"``.
     """
     header = ("adapter", "images", "parameters", "steps", "resources", "state")
     rows = [
@@ -42,14 +42,21 @@ def plan_table(plans: Sequence[TrainingPlan | tuple[str, str]], resources: str) 
     return format_table(header, rows)
 
 
-def result_table(results: Sequence[TaskResult | tuple[str, str]]) -> str:
-    """Show one row for each adapter: its result, or (name, reason) where it failed."""
+def result_table(
+    results: Sequence[TaskResult | tuple[str, str]], metrics: Sequence[str] = ()
+) -> str:
+    """Return a table with one row per adapter.
+
+    Args:
+        results: The result of each adapter, or (name, reason) if it failed.
+        metrics: Metrics to show first, in this order; the others follow by name.
+    """
     header = ("adapter", "state", "digest", "resumed at", "seconds", "metrics or reason")
-    return format_table(header, [_result_row(result) for result in results])
+    return format_table(header, [_result_row(result, metrics) for result in results])
 
 
 def format_skipped_files(results: Sequence[TaskResult | tuple[str, str]]) -> str:
-    """List every file that was left out as unusable, one a line; empty if none was."""
+    """Return one line per unusable file that was left out; empty if there is none."""
     return "".join(
         f"left out of {result.name}: {reason}\n"
         for result in results
@@ -58,10 +65,12 @@ def format_skipped_files(results: Sequence[TaskResult | tuple[str, str]]) -> str
     )
 
 
-def _result_row(result: TaskResult | tuple[str, str]) -> tuple[str, ...]:
+def _result_row(result: TaskResult | tuple[str, str], metrics: Sequence[str]) -> tuple[str, ...]:
     if isinstance(result, tuple):
         name, reason = result
         return (name, "failed", "-", "-", "-", reason)
+    order = [name for name in metrics if name in result.metrics]
+    order += sorted(set(result.metrics) - set(order))
     return (
         result.name,
         ("skipped" if result.skipped else "published")
@@ -69,5 +78,5 @@ def _result_row(result: TaskResult | tuple[str, str]) -> tuple[str, ...]:
         result.digest[:12],
         str(result.resumed_from_step) if result.resumed_from_step else "-",
         f"{result.seconds:.1f}",
-        "  ".join(f"{name} {value:.3f}" for name, value in sorted(result.metrics.items())),
+        "  ".join(f"{name} {result.metrics[name]:.3f}" for name in order),
     )

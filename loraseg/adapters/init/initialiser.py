@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import nn
 
@@ -42,6 +42,7 @@ class InitialPairs:
     groups: tuple[ParameterGroup, ...]
 
 
+@runtime_checkable
 class Initialiser(Protocol):
     """A method that makes the initial pairs of an adapter."""
 

@@ -1,31 +1,35 @@
-"""A unit of work of either role: its data, its checkpoints, its place in the library."""
+"""What the adapter jobs of all roles share: the task, its data, checkpoints and publication."""
 
 import dataclasses
 import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 from loraseg import config as configuration
 from loraseg.data import Dataset, Sample, few_shot, open_dataset
 from loraseg.data.datasets import check_samples
-from loraseg.errors import ConfigError, IntegrityError, StoreError
+from loraseg.errors import ConfigError, IntegrityError, LorasegError, StoreError
 from loraseg.library import AdapterCard, CatalogEntry, Library
-from loraseg.library.card import check_name
+from loraseg.library.card import Role, check_name
 from loraseg.storage import open_store
 from loraseg.train.core.checkpoint import CheckpointStore
+from loraseg.train.core.loop import LoopConfig
 from loraseg.train.core.progress import Phase, ProgressCallback, ProgressReporter
 
 __all__ = [
+    "AdapterJob",
     "SharedResources",
     "TaskResult",
     "TrainingPlan",
+    "TrainingRecipe",
     "TrainingRun",
     "TrainingTask",
     "open_samples",
+    "run_each",
     "task_digest",
 ]
 
@@ -34,25 +38,49 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+@runtime_checkable
+class TrainingRecipe(Protocol):
+    """What the recipes of all roles have in common."""
+
+    @property
+    def batch_size(self) -> int:
+        """Images per step."""
+        ...
+
+    @property
+    def threads(self) -> int:
+        """CPU threads while training."""
+        ...
+
+    @property
+    def loop(self) -> LoopConfig:
+        """Steps and schedule."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingTask:
-    """What to train on, and where the result goes; each role adds how.
+    """One adapter to train, as plain settings. Each role has a subclass with its own recipe.
 
     Attributes:
-        name: The adapter's name in the library.
+        role: Key of :data:`loraseg.train.roles.ROLES`.
+        name: Name of the adapter in the library.
         data: Dataset folder, a path or URI.
         split: Split to train on.
-        val_split: Split to score on; skipped if the folder has none of that name.
-        images: Train on so many images, chosen by seed; None for all.
+        val_split: Split to score on; not scored if the dataset has no split of that name.
+        images: Number of training images, chosen by seed; None for all.
         base: The frozen model.
-        seed: Decides the choice of images, the initial values and the batches.
-        data_order: "per_adapter" draws images and batches for each adapter's name. "per_dataset"
-            draws them for the data alone: adapters of one dataset and seed see the same batches,
-            so that they differ by their recipes only.
+        recipe: Targets, rank and optimisation.
+        seed: Seed of the choice of images, the initial pairs and the batches.
+        data_order: "per_adapter" draws images and batches per adapter name. "per_dataset" draws
+            them per dataset: adapters of one dataset and seed see the same batches and differ by
+            their recipes only.
         library: Store URI to publish to.
-        checkpoints: Store URI for unfinished work.
-        skip_bad: Leave out unusable images rather than fail.
+        checkpoints: Store URI of checkpoints.
+        skip_bad: Leave out unusable images instead of failing.
     """
+
+    role: ClassVar[Role]
 
     name: str
     data: str
@@ -60,6 +88,7 @@ class TrainingTask:
     val_split: str = "val"
     images: int | None = None
     base: str = "miniature"
+    recipe: TrainingRecipe
     seed: int = 0
     data_order: Literal["per_adapter", "per_dataset"] = "per_adapter"
     library: str
@@ -67,10 +96,10 @@ class TrainingTask:
     skip_bad: bool = False
 
     def __post_init__(self) -> None:
-        """Check what can be checked without the data.
+        """Check name and number of images.
 
         Raises:
-            ConfigError: The name or the number of images is not possible.
+            ConfigError: The name is not allowed, or ``images`` is below 1.
         """
         try:
             check_name(self.name)
@@ -80,14 +109,27 @@ class TrainingTask:
             raise ConfigError(f"images: got {self.images}, expected at least 1, or null for all")
 
     def required_uris(self) -> tuple[str, ...]:
-        """Return all addresses that a worker has to reach; names of models are none."""
+        """Return the paths and URIs that a worker must reach; model names are not among them."""
         weights = (self.base,) if Path(self.base).is_absolute() else ()
         return self.data, self.library, self.checkpoints, *weights
+
+    def group_key(self) -> object | None:
+        """Return a key that is equal for tasks that share frozen work; None if it shares none."""
+        return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingPlan:
-    """What a task would do; ``digest`` tells tasks with different results apart."""
+    """What running a task would do.
+
+    Attributes:
+        name: Name of the adapter.
+        images: Number of training images.
+        parameters: Number of trained values.
+        steps: Number of training steps.
+        digest: The task digest, see :func:`task_digest`.
+        published: Whether the library holds the result already.
+    """
 
     name: str
     images: int
@@ -99,13 +141,18 @@ class TrainingPlan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TaskResult:
-    """What became of a task: the published version, and whether anything had to be done.
+    """The published version of a task.
 
     Attributes:
-        digest: The adapter's.
-        current: Whether the library hands out this version under the name; not so after a
-            rollback, or when another task has published since.
-        metrics: By name; empty without a validation split.
+        name: Name of the adapter.
+        digest: Digest of the adapter.
+        version: Version in the library.
+        metrics: Metrics of the adapter's card.
+        skipped: Whether an earlier run had published it.
+        resumed_from_step: Step of the checkpoint that training resumed from; 0 without one.
+        seconds: Wall-clock time of the run.
+        current: Whether the library serves this version under the name. False after a rollback, or
+            if another task published later.
         skipped_files: Unusable files that ``skip_bad`` left out, each with its reason.
     """
 
@@ -144,43 +191,96 @@ def task_digest(version: int, parts: Mapping[str, Any], *, compact: bool = True)
 
 
 class SharedResources:
-    """What the tasks of a group have in common, made once."""
+    """Memoised calls: models and datasets that several tasks of a group use."""
 
     def __init__(self) -> None:
         self._values: dict[object, Any] = {}
 
     def get(self, make: Callable[..., T], *arguments: Any, **options: Any) -> T:
-        """Return ``make(*arguments, **options)``; the second time the value of the first."""
+        """Return ``make(*arguments, **options)``, computed once for equal arguments."""
         key = (make, arguments, tuple(sorted(options.items())))
         if key not in self._values:
             self._values[key] = make(*arguments, **options)
         return self._values[key]
 
 
+@runtime_checkable
+class AdapterJob(Protocol):
+    """A task with its dataset opened and its models loaded. Each role has one implementation."""
+
+    @classmethod
+    def prepare(cls, task: Any, shared: SharedResources) -> "AdapterJob":
+        """Open the data and load the models.
+
+        Args:
+            task: A task of the job's role.
+            shared: Shared with the other tasks of the group.
+
+        Raises:
+            LorasegError: Data, weights or settings cannot be used.
+        """
+        ...
+
+    def plan(self) -> TrainingPlan:
+        """Check the data and describe what :meth:`run` would do.
+
+        Raises:
+            LorasegError: As in :meth:`run`.
+        """
+        ...
+
+    def run(self, on_progress: ProgressCallback) -> TaskResult:
+        """Train, score and publish; return the published version if the task is done already.
+
+        Raises:
+            DatasetError: The data cannot be used.
+            StageError: The loss is not finite, or there is nothing to learn from.
+            StoreError: A store cannot be reached.
+        """
+        ...
+
+
+def run_each(
+    jobs: Sequence[AdapterJob], on_progress: ProgressCallback
+) -> list[TaskResult | LorasegError]:
+    """Run jobs one after the other; return the result or the error of each."""
+    outcomes: list[TaskResult | LorasegError] = []
+    for job in jobs:
+        try:
+            outcomes.append(job.run(on_progress))
+        except LorasegError as error:
+            outcomes.append(error)
+    return outcomes
+
+
 def open_samples(task: TrainingTask, shared: SharedResources) -> tuple[Dataset, tuple[Sample, ...]]:
-    """Return a task's data and the images that it trains on.
+    """Return the dataset of a task and its training samples.
 
     Raises:
-        DatasetError: The data cannot be used, or there are fewer images than are asked for.
+        DatasetError: The data cannot be used, or has fewer images than ``task.images``.
     """
     dataset = shared.get(open_dataset, task.data, skip_bad=task.skip_bad)
     samples = dataset.samples(task.split)
     if task.images is not None:
-        whose = (task.name,) if task.data_order == "per_adapter" else ()
-        samples = few_shot(samples, task.images, task.seed, *whose)
+        keys = (task.name,) if task.data_order == "per_adapter" else ()
+        samples = few_shot(samples, task.images, task.seed, *keys)
     return dataset, samples
 
 
 @dataclasses.dataclass(slots=True)
 class TrainingRun:
-    """A task with its data at hand.
+    """The data, checkpoints, progress and publication of one task.
 
     Attributes:
-        digest: Of all that decides what is published; tells where checkpoints are and whether the
-            task has been done.
-        steps: Training steps in all.
+        task: The task.
+        dataset: Its dataset.
+        samples: Its training samples.
+        training_digest: Digest of the training samples.
+        digest: The task digest: part of the checkpoints' prefix and of the published card.
+        steps: Number of training steps.
         batch_size: Images per step.
-        progress: Who is told of progress; nobody until :meth:`report_to`.
+        progress: Reports steps and phases; reports nothing before :meth:`set_progress_callback`.
+        started: ``time.monotonic()`` of the start.
     """
 
     task: TrainingTask
@@ -198,13 +298,16 @@ class TrainingRun:
 
     @property
     def stream_keys(self) -> tuple[str, ...]:
-        """What the batches are drawn with beside the seed."""
+        """Keys of the random streams of the batches, beside the seed."""
         if self.task.data_order == "per_adapter":
             return "train", self.task.name
         return "train-data", self.training_digest
 
     def plan(self, parameters: int) -> TrainingPlan:
-        """Say what the task would do, which trains so many values.
+        """Return the plan of the task.
+
+        Args:
+            parameters: Number of trained values.
 
         Raises:
             StoreError: The library cannot be read.
@@ -219,20 +322,24 @@ class TrainingRun:
         )
 
     def set_progress_callback(self, callback: ProgressCallback) -> None:
-        """Send progress there from now on."""
+        """Report progress to ``callback`` from now on."""
         self.progress = ProgressReporter(self.task.name, self.steps, self.batch_size, callback)
 
     def set_phase(self, phase: Phase) -> None:
-        """Report that what comes before or after training begins."""
+        """Report the start of a phase before or after training."""
         self.progress.set_phase(phase, 0 if phase == "encode" else self.steps)
 
     def checkpoint_store(self) -> CheckpointStore:
-        """Return where this very task keeps its checkpoints."""
+        """Return the checkpoint store of this task."""
         store = open_store(self.task.checkpoints)
         return CheckpointStore(store.with_prefix(f"{self.task.name}/{self.digest}"))
 
     def published_entry(self) -> CatalogEntry | None:
-        """Find the version that this very task has made."""
+        """Return the newest library entry with this task's digest, None if there is none.
+
+        Raises:
+            StoreError: The library cannot be read.
+        """
         library = Library(open_store(self.task.library))
         for entry in reversed(library.versions(self.task.name)):
             if entry.card.recipe.get("task_digest") == self.digest:
@@ -240,24 +347,31 @@ class TrainingRun:
         return None
 
     def find_published(self) -> TaskResult | None:
-        """Return the result if this very task has been published."""
+        """Return the result of an earlier run that published this task, None if there is none.
+
+        Raises:
+            StoreError: The library cannot be read.
+        """
         entry = self.published_entry()
         if entry is None:
             return None
-        logger.info("%s: published as version %d already", self.task.name, entry.version)
-        # A kill between publishing and clearing leaves checkpoints behind.
+        logger.info("%s: already published as version %d", self.task.name, entry.version)
+        # A run that was killed between publishing and clearing left its checkpoints.
         self._clear_checkpoints()
         return self._result(entry, skipped=True, resumed_from_step=0)
 
     def publish(
         self, files: Mapping[str, bytes], card: AdapterCard, resumed_from_step: int
     ) -> TaskResult:
-        """Publish what has been trained and let go of the checkpoints.
+        """Publish an adapter and delete its checkpoints.
 
         Args:
-            files: The adapter's.
-            card: Holds :attr:`digest` under "task_digest" of its recipe.
-            resumed_from_step: Step that training took up again at.
+            files: Files of the adapter by name.
+            card: Its card, with :attr:`digest` as ``recipe["task_digest"]``.
+            resumed_from_step: Step of the checkpoint that training resumed from.
+
+        Raises:
+            StoreError: The library cannot be written.
         """
         self.set_phase("publish")
         entry = Library(open_store(self.task.library)).publish(self.task.name, files, card)
@@ -269,12 +383,12 @@ class TrainingRun:
         return result
 
     def validation_samples(self) -> tuple[Sample, ...]:
-        """Return what to score on; nothing if there is no such split."""
+        """Return the samples of the validation split, empty if the dataset has no such split."""
         split = self.task.val_split
         return self.dataset.samples(split) if split in self.dataset.splits else ()
 
     def check_images(self, shared: SharedResources) -> None:
-        """Find broken images and masks before the long work, not in the middle or after it.
+        """Decode all training and validation files, so that broken ones fail before training.
 
         Raises:
             DatasetError: An image or mask is broken.
@@ -283,11 +397,11 @@ class TrainingRun:
         shared.get(check_samples, self.dataset, samples)
 
     def _clear_checkpoints(self) -> None:
-        """Remove what is not needed any more; the adapter is published, whatever is answered."""
+        """Delete the checkpoints; a failure is only logged, since the adapter is published."""
         try:
             self.checkpoint_store().clear()
         except StoreError as error:
-            logger.warning("checkpoints not removed: %s", error)
+            logger.warning("checkpoints not deleted: %s", error)
 
     def _result(self, entry: CatalogEntry, *, skipped: bool, resumed_from_step: int) -> TaskResult:
         metrics = {

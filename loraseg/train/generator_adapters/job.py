@@ -1,4 +1,4 @@
-"""A generator adapter's work with its data and model at hand: what it is, and its end."""
+"""The job that trains, scores and publishes a generator adapter."""
 
 import dataclasses
 import logging
@@ -62,12 +62,16 @@ GENERATOR_FORMAT = 1
 
 @dataclasses.dataclass(slots=True)
 class GeneratorAdapterJob:
-    """A task with its data and model at hand.
+    """A generator task with its dataset, base and frozen adapters.
 
     Attributes:
-        train_crops: Of the images trained on, and of those held out; None without a validation
-            split.
-        frozen_adapters: What acts meanwhile, with the digests and versions found.
+        task: The task.
+        training_run: Data, checkpoints and publication.
+        base: The frozen generator.
+        conditioner: Makes prompts and regions from masks.
+        train_crops: Crops of the training images.
+        val_crops: Crops of the validation images; None without a validation split.
+        frozen_adapters: Adapters merged into the base during training.
     """
 
     task: GeneratorAdapterTask
@@ -79,24 +83,23 @@ class GeneratorAdapterJob:
     frozen_adapters: tuple["_FrozenAdapter", ...]
 
     @classmethod
-    def prepare(cls, task: GeneratorAdapterTask) -> "GeneratorAdapterJob":
-        """Look at the data and load the model.
+    def prepare(cls, task: GeneratorAdapterTask, shared: SharedResources) -> "GeneratorAdapterJob":
+        """Open the data and load the models.
 
         Raises:
-            ConfigError: The recipe does not fit the model.
+            ConfigError: The recipe does not fit the base, or an adapter cannot be active.
             DatasetError: The data cannot be used.
             IntegrityError: Weights or an active adapter are damaged.
             AdapterNotFoundError: The library lacks an active adapter.
             StoreError: The library or a layer report cannot be read.
         """
         recipe = task.recipe
-        dataset, samples = open_samples(task, SharedResources())
+        dataset, samples = open_samples(task, shared)
         base = load_diffusion(task.base)
         _check_size(base, recipe)
-        active = tuple(_FrozenAdapter.load(task.library, one, base) for one in task.active)
+        active = tuple(_FrozenAdapter.load(task.library, spec, base) for spec in task.active)
         training_digest = digest_samples(dataset, samples)
-        # Where data and library are, what is drawn on the way and how often work is saved change
-        # nothing.
+        # URIs, sample grids and the checkpoint interval change nothing about the result.
         digest = task_digest(
             GENERATOR_FORMAT,
             {
@@ -112,27 +115,28 @@ class GeneratorAdapterJob:
             },
         )
         steps, batch_size = recipe.loop.steps, recipe.batch_size
-        unit = TrainingRun(task, dataset, samples, training_digest, digest, steps, batch_size)
-        held_out: Sequence[Sample] = unit.validation_samples()
+        run = TrainingRun(task, dataset, samples, training_digest, digest, steps, batch_size)
+        validation = run.validation_samples()
 
-        def views(of: Sequence[Sample]) -> CroppedImages:
-            return CroppedImages(dataset, of, recipe.view, seed=task.seed, keys=unit.stream_keys)
+        def crops(of: Sequence[Sample]) -> CroppedImages:
+            return CroppedImages(dataset, of, recipe.view, seed=task.seed, keys=run.stream_keys)
 
         return cls(
             task=task,
-            training_run=unit,
+            training_run=run,
             base=base,
             conditioner=Conditioner(base.tokenizers, dataset.label_space, recipe.conditioning),
-            train_crops=views(samples),
-            val_crops=views(held_out) if held_out else None,
+            train_crops=crops(samples),
+            val_crops=crops(validation) if validation else None,
             frozen_adapters=active,
         )
 
     def plan(self) -> TrainingPlan:
-        """Say what :meth:`run` would do.
+        """Check the data and describe what :meth:`run` would do.
 
         Raises:
-            DatasetError: A file is broken, or a mask cannot be made into a prompt.
+            DatasetError: A file is broken, or a mask gives no prompt.
+            StoreError: The library cannot be read.
         """
         self._load_conditions()
         return self.training_run.plan(
@@ -140,26 +144,26 @@ class GeneratorAdapterJob:
         )
 
     def run(self, on_progress: ProgressCallback) -> TaskResult:
-        """Train, score and publish, or find that this has been done.
+        """Train, score and publish; return the published version if the task is done already.
 
         Raises:
-            DatasetError: A file is broken, or a mask cannot be made into a prompt.
+            DatasetError: A file is broken, or a mask gives no prompt.
             StageError: The loss is not finite.
             StoreError: A store cannot be reached.
         """
-        done = self.training_run.find_published()
-        if done is not None:
-            return done
+        published = self.training_run.find_published()
+        if published is not None:
+            return published
         self.training_run.set_progress_callback(on_progress)
-        train, held = self._load_conditions()
+        train_conditions, val_conditions = self._load_conditions()
         self.base.to(best_device())
         self.training_run.set_phase("encode")
         with encoders_on_device(self.base), fixed_threads(self.task.recipe.threads):
             draws = self.task.recipe.draws
-            data = {"train_loss": self._prepare_data(self.train_crops, train, draws)}
-            if self.val_crops is not None and held is not None:
+            data = {"train_loss": self._prepare_data(self.train_crops, train_conditions, draws)}
+            if self.val_crops is not None and val_conditions is not None:
                 unflipped = dataclasses.replace(draws, flip=0.0)
-                data["val_loss"] = self._prepare_data(self.val_crops, held, unflipped)
+                data["val_loss"] = self._prepare_data(self.val_crops, val_conditions, unflipped)
         self.training_run.progress.restart_throughput()
         trained = train_generator(
             self.base, data["train_loss"], self.task.recipe, self._callbacks(data)
@@ -178,7 +182,7 @@ class GeneratorAdapterJob:
         )
 
     def build_files(self, trained: TrainedGenerator) -> dict[str, bytes]:
-        """Return peft's files, the fusion layers, and the forms that other programs read."""
+        """Return the adapter's files: peft's, the attention mix, diffusers' and kohya's."""
         name = self.base.name.rstrip("/").rpartition("/")[2]
         files = to_peft_files(trained.pairs, base_name=name, base_digest=self.base.digest)
         if trained.alphas:
@@ -191,70 +195,70 @@ class GeneratorAdapterJob:
         }
 
     def build_card(self, metrics: dict[str, float]) -> AdapterCard:
-        """Return what the library is told about the adapter."""
-        task, unit = self.task, self.training_run
+        """Return the card to publish with the adapter."""
+        task, run = self.task, self.training_run
         recipe: dict[str, Any] = {
             **configuration.to_dict(task.recipe),
             "seed": task.seed,
-            "task_digest": unit.digest,
-            "active": [one.as_json() for one in self.frozen_adapters],
-            "active_adapters": [one.adapter.adapter.digest for one in self.frozen_adapters],
+            "task_digest": run.digest,
+            "active": [frozen.as_json() for frozen in self.frozen_adapters],
+            "active_adapters": [frozen.adapter.adapter.digest for frozen in self.frozen_adapters],
         }
         return AdapterCard(
             name=task.name,
-            role="generator",
+            role=task.role,
             base=BaseModelInfo(self.base.name.rstrip("/").rpartition("/")[2], self.base.digest),
-            label_space=unit.dataset.label_space.names,
+            label_space=run.dataset.label_space.names,
             recipe=recipe,
-            training=TrainingSet(unit.training_digest, len(unit.samples)),
+            training=TrainingSet(run.training_digest, len(run.samples)),
             metrics=metrics,
             code_revision=code_revision(),
-            parents=tuple(one.adapter.adapter.digest for one in self.frozen_adapters),
+            parents=tuple(frozen.adapter.adapter.digest for frozen in self.frozen_adapters),
         )
 
     def _load_conditions(self) -> tuple[CropConditions, CropConditions | None]:
-        """Look at all masks, so that bad ones show before long work starts."""
-        held = self.val_crops and CropConditions(self.val_crops, self.conditioner)
-        return CropConditions(self.train_crops, self.conditioner), held
+        """Read all masks of both splits, so that bad ones fail before anything is encoded."""
+        validation = self.val_crops and CropConditions(self.val_crops, self.conditioner)
+        return CropConditions(self.train_crops, self.conditioner), validation
 
     def _prepare_data(
-        self, views: CroppedImages, conditions: CropConditions, draws: DrawConfig
+        self, crops: CroppedImages, conditions: CropConditions, draws: DrawConfig
     ) -> DenoisingData:
         cache = TensorCache(open_store(self.task.cache_uri))
-        return DenoisingData.prepare(self.base, views, conditions, draws, cache)
+        return DenoisingData.prepare(self.base, crops, conditions, draws, cache)
 
     def _callbacks(self, data: dict[str, DenoisingData]) -> Callbacks:
-        slot = self.training_run.checkpoint_store()
+        checkpoints = self.training_run.checkpoint_store()
         grid = self._sample_grid()
-        adapters = [one.adapter for one in self.frozen_adapters]
+        adapters = [frozen.adapter for frozen in self.frozen_adapters]
         mix: Mix | None = None
         if adapters:
-            mix = fuse([one.adapter for one in adapters], [one.weight for one in adapters])
+            mix = fuse([part.adapter for part in adapters], [part.weight for part in adapters])
         return Callbacks(
-            checkpoints=slot,
+            checkpoints=checkpoints,
             on_step=self.training_run.progress,
             frozen_adapters=mix,
-            on_sample_grid=lambda step, kept: slot.save_image(step, grid.render(kept)),
+            on_sample_grid=lambda step, current: checkpoints.save_image(step, grid.render(current)),
             score_data=data,
         )
 
     def _sample_grid(self) -> SampleGrid:
-        views, config = self.val_crops or self.train_crops, self.task.recipe.grid
-        # Of an image that is cut into crops the first: a row for each mask of the split.
-        first = {view.sample.id: view for view in reversed(views.crops)}
-        names = list(dict.fromkeys(view.sample.id for view in views.crops))[: config.masks]
-        shown = [(name, *views.load(first[name])) for name in names]
+        images, config = self.val_crops or self.train_crops, self.task.recipe.grid
+        # The first crop of each image: one row per mask of the split.
+        first = {crop.sample.id: crop for crop in reversed(images.crops)}
+        names = list(dict.fromkeys(crop.sample.id for crop in images.crops))[: config.masks]
+        examples = [(name, *images.load(first[name])) for name in names]
         return SampleGrid(
             base=self.base,
             conditioner=self.conditioner,
             recipe=self.task.recipe,
-            examples=shown,
-            frozen_adapters=[one.adapter for one in self.frozen_adapters],
+            examples=examples,
+            frozen_adapters=[frozen.adapter for frozen in self.frozen_adapters],
             seed=self.task.seed,
         )
 
     def _write_report(self, card: AdapterCard) -> None:
-        """Write the report; the adapter is worth more, so a store that fails is only logged."""
+        """Write the report; a failure is only logged, since the adapter must still be published."""
         key = f"{self.task.name}.html"
         try:
             page = render_generator_report(card, self.training_run.checkpoint_store().load_images())
@@ -266,30 +270,30 @@ class GeneratorAdapterJob:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _FrozenAdapter:
-    """An adapter that acts while another is trained."""
+    """A library adapter that is merged into the base during training, and its version."""
 
     adapter: GeneratorAdapter
     version: int
 
     @classmethod
     def load(cls, library: str, spec: ActiveAdapter, base: DiffusionBase) -> "_FrozenAdapter":
-        shelf = Library(open_store(library))
-        entry = shelf.entry(spec.name, spec.version)
-        files, card = shelf.load_entry(entry)
+        source = Library(open_store(library))
+        entry = source.entry(spec.name, spec.version)
+        files, card = source.load_entry(entry)
         if card.role != "generator" or ATTENTION_MIX_FILE in files:
             reason = (
-                f"is a {card.role}'s"
+                f"has role {card.role}"
                 if card.role != "generator"
-                else "has fusion layers of its own"
+                else "has attention-mix layers of its own"
             )
             raise ConfigError(
-                f"active: {spec.name} version {entry.version} {reason}; expected a generator's "
+                f"active: {spec.name} version {entry.version} {reason}; expected a generator "
                 "adapter of pairs only"
             )
         adapter = load_adapter(files, name=spec.name)
-        found = GeneratorAdapter.from_adapter(adapter, weight=spec.weight)
-        check_base([found], base.name, base.digest)
-        return cls(found, entry.version)
+        weighted = GeneratorAdapter.from_adapter(adapter, weight=spec.weight)
+        check_base([weighted], base.name, base.digest)
+        return cls(weighted, entry.version)
 
     def as_json(self) -> dict[str, Any]:
         adapter = self.adapter.adapter

@@ -1,9 +1,10 @@
-"""A generator's adapter as a unit of work: its settings, free of what loads models."""
+"""The task of a generator adapter: its settings, without the models they name."""
 
 import dataclasses
+from typing import ClassVar
 
 from loraseg.errors import ConfigError, IntegrityError
-from loraseg.library.card import check_name
+from loraseg.library.card import Role, check_name
 from loraseg.train.core.task import TrainingTask
 from loraseg.train.generator_adapters.recipes import GeneratorRecipe
 
@@ -12,12 +13,14 @@ __all__ = ["ActiveAdapter", "GeneratorAdapterTask"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ActiveAdapter:
-    """An adapter of the library that acts, frozen, while another is trained (methods d.1).
+    """A library adapter that is merged into the base, frozen, while another one trains.
+
+    CA-LoRA trains a viewpoint adapter on a frozen style adapter in this way.
 
     Attributes:
-        name: In the library that is published to.
-        version: None for the current one.
-        weight: How much of it acts.
+        name: Name in the library that the task publishes to.
+        version: Version; None for the current one.
+        weight: Weight of its update.
     """
 
     name: str
@@ -28,7 +31,7 @@ class ActiveAdapter:
         """Check the name.
 
         Raises:
-            ConfigError: No adapter can have it.
+            ConfigError: The name is not allowed.
         """
         try:
             check_name(self.name)
@@ -38,17 +41,19 @@ class ActiveAdapter:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class GeneratorAdapterTask(TrainingTask):
-    """A generator's adapter to train.
+    """A generator adapter to train.
 
     Attributes:
         base: The frozen generator, see :func:`loraseg.backbones.diffusion.load_diffusion`.
-        recipe: How to train.
-        active: Adapters that act meanwhile.
-        cache: Store URI for latents and encoded prompts, for all tasks; None for ``_cache`` below
-            the checkpoints.
-        output: Store URI for the report ``<name>.html``; None for ``_reports`` below the
+        recipe: Targets, rank and optimisation.
+        active: Adapters merged into the base during training.
+        cache: Store URI of latents and encoded prompts, shared by all tasks; None for ``_cache``
+            below the checkpoints.
+        output: Store URI of the report ``<name>.html``; None for ``_reports`` below the
             checkpoints.
     """
+
+    role: ClassVar[Role] = "generator"
 
     recipe: GeneratorRecipe
     active: tuple[ActiveAdapter, ...] = ()
@@ -57,14 +62,14 @@ class GeneratorAdapterTask(TrainingTask):
 
     @property
     def cache_uri(self) -> str:
-        """Where latents and encoded prompts are kept."""
+        """Store URI of latents and encoded prompts."""
         return self.cache or f"{self.checkpoints.rstrip('/')}/_cache"
 
     @property
     def report_uri(self) -> str:
-        """The folder of the report."""
+        """Store URI of the report."""
         return self.output or f"{self.checkpoints.rstrip('/')}/_reports"
 
     def required_uris(self) -> tuple[str, ...]:
-        """Return all addresses that a worker has to reach; names of models are none."""
+        """Return the paths and URIs that a worker must reach; model names are not among them."""
         return *TrainingTask.required_uris(self), self.cache_uri, self.report_uri

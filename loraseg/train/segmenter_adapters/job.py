@@ -1,7 +1,7 @@
-"""A segmenter adapter's work with its data and models at hand: what it is, and its end."""
+"""The job that trains, scores and publishes segmenter adapters."""
 
 import dataclasses
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from loraseg.adapters import Adapter, load_adapter, to_peft_files
 from loraseg.backbones.clip import ClipEncoder, load_clip
 from loraseg.backbones.device import best_device
 from loraseg.data import Dataset, Sample, digest_samples
+from loraseg.errors import LorasegError
 from loraseg.fuse import fuse
 from loraseg.library import AdapterCard, BaseModelInfo, Centroid, TrainingSet
 from loraseg.revision import code_revision
@@ -21,49 +22,36 @@ from loraseg.train.core.progress import ProgressCallback
 from loraseg.train.core.task import (
     SharedResources,
     TaskResult,
+    TrainingPlan,
     TrainingRun,
-    TrainingTask,
     open_samples,
     task_digest,
 )
 from loraseg.train.segmenter_adapters.recipes import AdapterRecipe
 from loraseg.train.segmenter_adapters.samples import TrainingImages
-from loraseg.train.segmenter_adapters.training import GroupMember, TrainedPairs
+from loraseg.train.segmenter_adapters.task import SegmenterAdapterTask
+from loraseg.train.segmenter_adapters.training import (
+    GroupMember,
+    TrainedPairs,
+    count_parameters,
+    train_group,
+)
 from loraseg.train.segmenter_adapters.validation import mean_iou
 
-__all__ = ["SegmenterAdapterJob", "SegmenterAdapterTask"]
+__all__ = ["SegmenterAdapterJob", "run_group"]
 
 # Part of every task digest: raise it when the same task would give other bytes than before.
 TRAINING_FORMAT = 3
 _EMBED_BATCH_SIZE = 32
 _MAX_CACHED_SCORES = 64
 
-# Of the bare base, by all that decides it; the same for every adapter of a domain.
+# mIoU of the bare base, shared by all adapters of a domain.
 _base_scores: dict[tuple[object, ...], float] = {}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class SegmenterAdapterTask(TrainingTask):
-    """A segmenter's adapter to train.
-
-    Attributes:
-        base: The frozen segmenter, see :func:`loraseg.segment.open_vocabulary.base.load_base`.
-        encoder: The CLIP whose space the centroid lies in.
-        recipe: How to train.
-    """
-
-    encoder: str = "miniature"
-    recipe: AdapterRecipe
-
-    def required_uris(self) -> tuple[str, ...]:
-        """Return all addresses that a worker has to reach; names of models are none."""
-        encoder = (self.encoder,) if Path(self.encoder).is_absolute() else ()
-        return *TrainingTask.required_uris(self), *encoder
 
 
 @dataclasses.dataclass(slots=True)
 class SegmenterAdapterJob:
-    """A task with its data and models at hand."""
+    """A segmenter task with its dataset, base and encoder."""
 
     task: SegmenterAdapterTask
     shared: SharedResources
@@ -73,12 +61,12 @@ class SegmenterAdapterJob:
 
     @property
     def base_name(self) -> str:
-        """The base's name without a folder, which would differ from machine to machine."""
+        """The base's name without its folder, which differs between machines."""
         return self.base.name.rstrip("/").rpartition("/")[2]
 
     @classmethod
     def prepare(cls, task: SegmenterAdapterTask, shared: SharedResources) -> "SegmenterAdapterJob":
-        """Look at the data and load the models.
+        """Open the data and load the models.
 
         Raises:
             DatasetError: The data cannot be used.
@@ -89,8 +77,8 @@ class SegmenterAdapterJob:
         base.model.to(best_device())
         encoder = shared.get(load_clip, task.encoder)
         training_digest = shared.get(digest_samples, dataset, samples)
-        # Where data and library are and how often work is saved change nothing; the number of
-        # images is part of the training set's digest.
+        # URIs and the checkpoint interval change nothing about the result; the number of images
+        # is part of the training set's digest.
         digest = task_digest(
             TRAINING_FORMAT,
             {
@@ -104,11 +92,34 @@ class SegmenterAdapterJob:
             },
         )
         steps, batch_size = task.recipe.loop.steps, task.recipe.batch_size
-        unit = TrainingRun(task, dataset, samples, training_digest, digest, steps, batch_size)
-        return cls(task, shared, unit, base, encoder)
+        run = TrainingRun(task, dataset, samples, training_digest, digest, steps, batch_size)
+        return cls(task, shared, run, base, encoder)
+
+    def plan(self) -> TrainingPlan:
+        """Check the data and describe what :meth:`run` would do.
+
+        Raises:
+            DatasetError: An image or mask is broken.
+            StoreError: The library cannot be read.
+        """
+        self.training_run.check_images(self.shared)
+        return self.training_run.plan(count_parameters(self.base.model, self.task.recipe))
+
+    def run(self, on_progress: ProgressCallback) -> TaskResult:
+        """Train, score and publish; return the published version if the task is done already.
+
+        Raises:
+            DatasetError: A file is broken, or no pixel is labelled.
+            StageError: The loss is not finite, or no batch has a labelled pixel.
+            StoreError: A store cannot be reached.
+        """
+        (outcome,) = run_group([self], on_progress)
+        if isinstance(outcome, LorasegError):
+            raise outcome
+        return outcome
 
     def group_member(self, on_progress: ProgressCallback) -> GroupMember:
-        """Return this work as part of a training group; its steps are reported."""
+        """Return this job's recipe, checkpoints and progress reports for :func:`train_group`."""
         self.training_run.set_progress_callback(on_progress)
         return GroupMember(
             recipe=self.task.recipe,
@@ -117,7 +128,12 @@ class SegmenterAdapterJob:
         )
 
     def score_and_publish(self, trained: TrainedPairs) -> TaskResult:
-        """Score and publish what has been trained."""
+        """Score trained pairs on the validation split and publish them.
+
+        Raises:
+            DatasetError: A validation image is broken.
+            StoreError: The library cannot be written.
+        """
         files = to_peft_files(trained.pairs, base_name=self.base_name, base_digest=self.base.digest)
         adapter = load_adapter(files, name=self.task.name)
         self.training_run.set_phase("evaluate")
@@ -125,7 +141,7 @@ class SegmenterAdapterJob:
         return self.training_run.publish(files, card, trained.loop.resumed_from_step)
 
     def training_images(self) -> TrainingImages:
-        """Return the batches, drawn as ``data_order`` says."""
+        """Return the training batches, drawn as the task's ``data_order`` says."""
         return TrainingImages(
             self.training_run.dataset,
             self.training_run.samples,
@@ -136,7 +152,11 @@ class SegmenterAdapterJob:
         )
 
     def score(self, adapter: Adapter) -> dict[str, float]:
-        """Return the mIoU of the bare base and with the adapter; empty without validation."""
+        """Return the mIoU in [0, 1] of the bare base and with the adapter; empty without a split.
+
+        Raises:
+            DatasetError: A validation image is broken.
+        """
         samples, dataset = self.training_run.validation_samples(), self.training_run.dataset
         if not samples:
             return {}
@@ -148,8 +168,8 @@ class SegmenterAdapterJob:
 
     def _base_score(self, samples: tuple[Sample, ...]) -> float:
         dataset = self.training_run.dataset
-        data = self.shared.get(digest_samples, dataset, samples)
-        key = (self.base.digest, self.base.device, torch.get_num_threads(), data)
+        data_digest = self.shared.get(digest_samples, dataset, samples)
+        key = (self.base.digest, self.base.device, torch.get_num_threads(), data_digest)
         if key not in _base_scores:
             if len(_base_scores) >= _MAX_CACHED_SCORES:
                 _base_scores.pop(next(iter(_base_scores)))
@@ -157,25 +177,74 @@ class SegmenterAdapterJob:
         return _base_scores[key]
 
     def build_card(self, trained: TrainedPairs, metrics: dict[str, float]) -> AdapterCard:
-        """Return what the library is told about the adapter."""
-        task, unit = self.task, self.training_run
+        """Return the card to publish with the adapter."""
+        task, run = self.task, self.training_run
         recipe: dict[str, Any] = {
             **configuration.to_dict(task.recipe),
             "seed": task.seed,
-            "task_digest": unit.digest,
+            "task_digest": run.digest,
             "skipped_batches": trained.loop.skipped_batches,
         }
         return AdapterCard(
             name=task.name,
-            role="segmenter",
+            role=task.role,
             base=BaseModelInfo(self.base_name, self.base.digest),
-            label_space=unit.dataset.label_space.names,
-            centroids=(self.shared.get(_centroid, self.encoder, unit.dataset, unit.samples),),
+            label_space=run.dataset.label_space.names,
+            centroids=(self.shared.get(_centroid, self.encoder, run.dataset, run.samples),),
             recipe=recipe,
-            training=TrainingSet(unit.training_digest, len(unit.samples)),
+            training=TrainingSet(run.training_digest, len(run.samples)),
             metrics=metrics,
             code_revision=code_revision(),
         )
+
+
+def run_group(
+    jobs: Sequence[SegmenterAdapterJob], on_progress: ProgressCallback
+) -> list[TaskResult | LorasegError]:
+    """Run jobs of one group key, training all of them on the same batches.
+
+    Args:
+        jobs: Jobs that share one :class:`~loraseg.train.core.task.SharedResources`.
+        on_progress: Called about once per step of each job.
+
+    Returns:
+        The result or the error of each job. An error ends the job that raised it only.
+    """
+    outcomes: dict[int, TaskResult | LorasegError] = {}
+    members: dict[int, GroupMember] = {}
+    for index, job in enumerate(jobs):
+        try:
+            published = job.training_run.find_published()
+            if published is None:
+                job.training_run.check_images(job.shared)
+                members[index] = job.group_member(on_progress)
+            else:
+                outcomes[index] = published
+        except LorasegError as error:
+            outcomes[index] = error
+    trained = _train([jobs[index] for index in members], list(members.values()))
+    for index, pairs in zip(members, trained, strict=True):
+        try:
+            is_error = isinstance(pairs, LorasegError)
+            outcomes[index] = pairs if is_error else jobs[index].score_and_publish(pairs)
+        except LorasegError as error:
+            outcomes[index] = error
+    return [outcomes[index] for index in range(len(jobs))]
+
+
+def _train(
+    jobs: Sequence[SegmenterAdapterJob], members: Sequence[GroupMember]
+) -> list[TrainedPairs | LorasegError]:
+    if not jobs:
+        return []
+    for job in jobs:
+        job.training_run.progress.restart_throughput()
+    first = jobs[0]
+    try:
+        classes = first.training_run.dataset.label_space.names
+        return train_group(first.base, first.training_images(), classes, members)
+    except LorasegError as error:
+        return [error] * len(jobs)
 
 
 def _canonical_recipe(recipe: AdapterRecipe) -> AdapterRecipe:
@@ -184,12 +253,12 @@ def _canonical_recipe(recipe: AdapterRecipe) -> AdapterRecipe:
 
 
 def _centroid(clip: ClipEncoder, dataset: Dataset, samples: tuple[Sample, ...]) -> Centroid:
-    """Average the embeddings of the images trained on, none normalised (methods B.3)."""
+    """Average the CLIP embeddings of the training images, not normalised, as SemLA's index does."""
     clip.model.to(best_device())
-    rows: list[ndarray] = []
+    batches: list[ndarray] = []
     for start in range(0, len(samples), _EMBED_BATCH_SIZE):
         batch = samples[start : start + _EMBED_BATCH_SIZE]
         images = [dataset.load_image(sample) for sample in batch]
-        rows.append(np.asarray(clip.encode_images(images)))
-    embeddings = np.concatenate(rows).astype(np.float64)
+        batches.append(np.asarray(clip.encode_images(images)))
+    embeddings = np.concatenate(batches).astype(np.float64)
     return Centroid.from_embeddings(embeddings, encoder_id=clip.encoder_id, normalised=False)

@@ -49,3 +49,17 @@ def test_the_summary_names_the_failed_and_why():
     assert fog.split() == ["fog", "published", "abababababab", "20", "1.5", "miou", "0.500"]
     assert snow.split()[:2] == ["snow", "failed"]
     assert snow.endswith("DatasetError: snow/classes.json: no such file")
+
+
+def test_metrics_of_the_role_come_first():
+    result = TaskResult(
+        name="fog",
+        digest="ab" * 32,
+        version=1,
+        metrics={"c": 0.3, "a": 0.1, "b": 0.2},
+        skipped=False,
+        resumed_from_step=0,
+        seconds=1.5,
+    )
+    _, row = result_table([result], ("b", "absent")).splitlines()
+    assert row.endswith("b 0.200  a 0.100  c 0.300")

@@ -277,7 +277,7 @@ def test_pictures_show_what_is_active_too(with_active):
 def test_what_cannot_be_active_is_refused(with_active):
     for name, error, reason in (
         ("absent", AdapterNotFoundError, "no adapter 'absent'"),
-        ("control", ConfigError, "has fusion layers of its own"),
+        ("control", ConfigError, "has attention-mix layers of its own"),
     ):
         task = dataclasses.replace(with_active[0], active=(ActiveAdapter(name=name),))
         with pytest.raises(error, match=reason):

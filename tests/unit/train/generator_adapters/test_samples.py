@@ -76,8 +76,8 @@ def test_latents_prompts_and_regions_are_those_of_the_image(base, folder, data):
     conditioner = Conditioner(base.tokenizers, dataset.label_space, ConditioningConfig())
     flips = set()
     for draw in data.draw_samples(0, 12):
-        batch = data.of([draw])
-        image, mask = load_pair(dataset, samples[draw.view])
+        batch = data.collate([draw])
+        image, mask = load_pair(dataset, samples[draw.crop])
         image = np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC))
         mask = np.asarray(Image.fromarray(mask).resize((32, 32), Image.Resampling.NEAREST))
         if draw.flipped:
@@ -130,7 +130,7 @@ def test_levels_spread_over_all_views(data):
     assert sorted({draw.timestep for draw in draws}) == [125, 375, 625, 875]
     assert len(draws) == 4 * len(data)
     assert len({draw.keys for draw in draws}) == len(draws)
-    assert {draw.view for draw in data.fixed_samples(4, 2)} == {0, 1}
+    assert {draw.crop for draw in data.fixed_samples(4, 2)} == {0, 1}
 
 
 def views_of(folder, **config):
