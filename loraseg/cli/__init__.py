@@ -1,4 +1,4 @@
-"""The tool for a person: ``loraseg --help``. Jobs for a cluster are in ``jobs``."""
+"""The command line ``loraseg``. Jobs that run on Ray are in ``jobs``."""
 
 from loraseg.cli.entry import main
 

@@ -1,4 +1,4 @@
-"""What a person gets: results on stdout and in files, complaints on stderr."""
+"""Output of commands: results go to stdout and files, errors and progress to stderr."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from loraseg.errors import StoreError
 
-__all__ = ["print_error", "print_line", "print_table", "split_names", "write_files"]
+__all__ = ["print_error", "print_line", "print_table", "write_files"]
 
 
 def print_line(line: str) -> None:
@@ -15,7 +15,7 @@ def print_line(line: str) -> None:
 
 
 def print_error(error: Exception) -> None:
-    """Print why something failed, in one line."""
+    """Print an error message on one line of stderr."""
     sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
 
 
@@ -26,16 +26,11 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
         print_line("  ".join(map(str.ljust, row, widths)).rstrip())
 
 
-def split_names(text: str) -> tuple[str, ...]:
-    """Split "road, car" into its names; empty ones fall away."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write files by name into a folder, which is made at need.
+    """Write files by name into a folder, which is created if it is missing.
 
     Raises:
-        StoreError: It cannot be written.
+        StoreError: The folder or a file cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

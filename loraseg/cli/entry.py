@@ -1,4 +1,4 @@
-"""Parse the command line, run one command, turn errors into an exit status."""
+"""Parse the command line, run one command and map errors to the exit status."""
 
 import argparse
 import logging
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraseg.cli import generate, library, miniature, report, segment, synth, tokens, train_base
 from loraseg.cli.console import print_error, print_line, print_table
+from loraseg.cli.inputs import endpoint_token
 from loraseg.errors import AdapterNotFoundError, ConfigError, LorasegError
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status: 0 done, 1 failed, 2 the user's mistake."""
+    """Run one command and return the exit status: 0 success, 1 failure, 2 usage error."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     arguments = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = arguments.command
@@ -32,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_error(error)
         return 1
     except BrokenPipeError:
-        # Whoever read our output has seen enough, as in `loraseg library ls URI | head`. Python
-        # would complain once more while it closes stdout.
+        # The reader closed the pipe, as in `loraseg library ls URI | head`. Without the redirection
+        # Python reports the error a second time when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
@@ -44,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="loraseg",
-        description="A library of LoRA adapters for segmentation, retrieved and fused per image.",
-        epilog="On a cluster: python -m jobs.train_adapters, jobs.evaluate and jobs.probe.",
+        description="Train, store and use LoRA adapters for segmentation.",
+        epilog="Training, evaluation, serving and batches on Ray: python -m jobs.NAME --help.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     segment.add(commands)
@@ -62,21 +63,30 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_spread(commands: Any) -> None:
-    parser = commands.add_parser("spread", help="mean and deviation over several results.json")
+    parser = commands.add_parser(
+        "spread", help="mean and standard deviation over several results.json files"
+    )
     parser.add_argument("results", nargs="+", metavar="RESULTS")
     parser.set_defaults(command=_spread)
 
 
 def _add_doctor(commands: Any) -> None:
-    parser = commands.add_parser("doctor", help="check versions, devices, a store, an endpoint")
-    parser.add_argument("--store", metavar="URI", help="probe it for conditional writes")
+    parser = commands.add_parser("doctor", help="check versions and devices, a store, an endpoint")
+    parser.add_argument(
+        "--store", metavar="URI", help="also check conditional writes in this store"
+    )
     parser.add_argument(
         "--measure-merging",
         action="store_true",
-        help="measure when to merge adapters on this device and keep it in the cache folder",
+        help="measure when merging adapters is faster on this device; store the table in the "
+        "cache folder",
     )
-    parser.add_argument("--endpoint", metavar="URL", help="check it, and segment a tiny image")
-    parser.add_argument("--token-file", metavar="FILE", help="holds its bearer token")
+    parser.add_argument(
+        "--endpoint", metavar="URL", help="also check this endpoint and segment a tiny image"
+    )
+    parser.add_argument(
+        "--token-file", metavar="FILE", help="file with the bearer token of the endpoint"
+    )
     parser.set_defaults(command=_doctor)
 
 
@@ -90,24 +100,20 @@ def _spread(arguments: argparse.Namespace) -> int:
 def _doctor(arguments: argparse.Namespace) -> int:
     from loraseg.doctor import measure_merging, run_checks
 
-    findings = list(run_checks(arguments.store))
-    findings += _check_endpoint(arguments)
+    checks = [*run_checks(arguments.store), *_check_endpoint(arguments)]
     if arguments.measure_merging:
-        findings.append(measure_merging())
-    print_table([("ok" if f.ok else "BAD", f.name, f.detail) for f in findings])
-    unwell = [finding.name for finding in findings if not finding.ok]
-    if unwell:
-        print_line(f"needs care: {', '.join(unwell)}")
-    return int(bool(unwell))
+        checks.append(measure_merging())
+    print_table([("ok" if check.ok else "BAD", check.name, check.detail) for check in checks])
+    failed = [check.name for check in checks if not check.ok]
+    if failed:
+        print_line(f"failed: {', '.join(failed)}")
+    return int(bool(failed))
 
 
 def _check_endpoint(arguments: argparse.Namespace) -> "list[Check]":
+    token = endpoint_token(arguments)
     if arguments.endpoint is None:
-        if arguments.token_file is not None:
-            raise ConfigError("--token-file: goes with --endpoint only")
         return []
-    from loraseg.client.endpoint import read_token
     from loraseg.client.health import check_endpoint
 
-    token = None if arguments.token_file is None else read_token(arguments.token_file)
     return list(check_endpoint(arguments.endpoint, token))

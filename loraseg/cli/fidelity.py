@@ -1,4 +1,4 @@
-"""``loraseg synth fidelity URI --real FOLDER``: how near synthetic images come to real ones."""
+"""``loraseg synth fidelity URI --real FOLDER``: compare synthetic images with real ones."""
 
 import argparse
 import sys
@@ -12,16 +12,16 @@ if TYPE_CHECKING:
 __all__ = ["add_fidelity"]
 
 _DESCRIPTIONS = {
-    "cmmd": "CMMD x 1000, middle square; 0 is best",
+    "cmmd": "CMMD x 1000, centre crop; 0 is best",
     "cmmd_no_crop": "CMMD x 1000, whole frame; 0 is best",
     "fid": "Frechet distance in CLIP's space; 0 is best",
-    "coverage_of_real": "share of real images with a synthetic one near",
-    "coverage_of_synthetic": "share of synthetic images with a real one near",
-    "clip_score": "100 cos of image and prompt",
+    "coverage_of_real": "share of real images with a synthetic image nearby",
+    "coverage_of_synthetic": "share of synthetic images with a real image nearby",
+    "clip_score": "100 x cosine similarity of image and prompt",
     "nearest_real": "median distance to the nearest real image",
-    "copies": "share nearer to a real image than real ones to each other",
-    "sibling_distance": "mean 1 - cos between images of one mask",
-    "real_distance": "mean 1 - cos between any two real images",
+    "copies": "share closer to a real image than real images to each other",
+    "sibling_distance": "mean cosine distance between images of one mask",
+    "real_distance": "mean cosine distance between two real images",
 }
 
 
@@ -29,22 +29,22 @@ def add_fidelity(commands: Any) -> None:
     """Add the command to the parser of ``loraseg synth``."""
     parser = commands.add_parser(
         "fidelity",
-        help="compare a synthetic dataset's images with real ones",
-        description="Figures hold for one encoder and one number of images: compare them only "
-        "where both are the same.",
+        help="compare the images of a synthetic dataset with real ones",
+        description="Values depend on the encoder and the number of images: compare values only if "
+        "both are equal.",
     )
-    parser.add_argument("uri", metavar="URI", help="of the synthetic dataset")
+    parser.add_argument("uri", metavar="URI", help="synthetic dataset")
     parser.add_argument("--real", required=True, metavar="FOLDER", help="dataset folder or URI")
     parser.add_argument(
         "--split",
         default="train",
-        help="of the real images; copies are looked for in it; default: %(default)s",
+        help="split of the real images, also searched for copies; default: %(default)s",
     )
     parser.add_argument(
         "--encoder",
         default="miniature",
         metavar="CLIP",
-        help="such as ViT-L-14-336/openai, that of CMMD in papers; default: %(default)s",
+        help="e.g. ViT-L-14-336/openai, the encoder of published CMMD values; default: %(default)s",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(command=_fidelity)
@@ -78,7 +78,7 @@ def _print_figures(result: "FidelityReport") -> None:
     )
     for suspect in result.suspects:
         print_line(
-            f"perhaps a copy: {suspect.pair_id[:12]} of {suspect.real} "
+            f"possible copy: {suspect.pair_id[:12]} of {suspect.real} "
             f"(distance {suspect.distance:.4f})"
         )
 

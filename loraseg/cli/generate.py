@@ -1,20 +1,18 @@
-"""``loraseg generate MASK... --k 5``: images that follow masks."""
+"""``loraseg generate MASK... --k 5``: generate images from masks."""
 
 import argparse
 import sys
 import time
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraseg.cli.console import split_names
-from loraseg.errors import ConfigError, DatasetError
+from loraseg.cli.inputs import check_files, parse_classes
+from loraseg.errors import ConfigError
 
 if TYPE_CHECKING:
-    from loraseg.backbones.diffusion import DiffusionBase
     from loraseg.data.labels import LabelSpace
-    from loraseg.inference.generator_adapters import LoadedGeneratorAdapter
+    from loraseg.inference.generation import LoadedGenerator
     from loraseg.synth.generator import Generator
     from loraseg.synth.sampling import SamplingConfig
 
@@ -25,17 +23,17 @@ def add(commands: Any) -> None:
     """Add the command to the parser."""
     parser = commands.add_parser(
         "generate",
-        help="make images that follow masks",
+        help="generate images from masks",
         description="Writes NAME_0.png ... (images), NAME_0_label.png ... (class ids with a "
-        "palette) and NAME_0.json ... (where the pair comes from) for every mask, and sheet.png "
-        "with the masks and their images side by side.",
+        "palette) and NAME_0.json ... (lineage) for every mask, and sheet.png with the masks and "
+        "their images side by side.",
     )
     parser.add_argument("masks", nargs="+", metavar="MASK", help="PNG files of class ids")
     parser.add_argument(
         "--classes",
         metavar="NAMES",
-        help='classes.json, or "road, car, sky" in the order of the ids; default: those of the '
-        "first adapter that knows its own",
+        help='classes.json, or "road, car, sky" in the order of the ids; default: the classes of '
+        "the first adapter that lists them",
     )
     parser.add_argument("--base", default="miniature", help="default: %(default)s")
     parser.add_argument(
@@ -51,31 +49,33 @@ def add(commands: Any) -> None:
         type=float,
         default=[],
         metavar="W",
-        help="of each adapter, in their order; default: 1",
+        help="weight of each adapter, in the same order; default: 1",
     )
     parser.add_argument("--out", default="generated", metavar="DIR", help="default: %(default)s")
-    _add_sampling(parser.add_argument_group("how to sample"))
+    _add_sampling(parser.add_argument_group("sampling"))
     parser.set_defaults(command=_generate)
 
 
 def _add_sampling(group: Any) -> None:
-    group.add_argument("--k", type=int, metavar="K", help="images of each mask; default: 5")
+    group.add_argument("--k", type=int, metavar="K", help="images per mask; default: 5")
     group.add_argument(
         "--prompt-template",
         metavar="TEXT",
-        help='such as "{classes} in heavy fog"; default: "{classes}"',
+        help='e.g. "{classes} in heavy fog"; default: "{classes}"',
     )
-    group.add_argument("--steps", type=int, metavar="N", help="default: 50")
-    group.add_argument("--guidance", type=float, metavar="S", help="default: 2")
+    group.add_argument("--steps", type=int, metavar="N", help="sampler steps; default: 50")
+    group.add_argument(
+        "--guidance", type=float, metavar="S", help="classifier-free guidance scale; default: 2"
+    )
     group.add_argument("--seed", type=int, metavar="N", help="default: 0")
     group.add_argument(
-        "--scheduler", metavar="NAME", help="pndm, ddim, euler, dpm++, ... or a class of diffusers"
+        "--scheduler", metavar="NAME", help="pndm, ddim, euler, dpm++, ... or a diffusers class"
     )
-    group.add_argument("--size", metavar="HxW", help="of the images; default: those of the masks")
-    group.add_argument("--batch", type=int, metavar="N", help="images at once; default: 8")
+    group.add_argument("--size", metavar="HxW", help="image size; default: the size of the mask")
+    group.add_argument("--batch", type=int, metavar="N", help="images per batch; default: 8")
     group.add_argument("--precision", choices=("fp32", "bf16"), help="default: fp32")
     group.add_argument(
-        "--no-regions", action="store_true", help="let the prompt alone say what is in a mask"
+        "--no-regions", action="store_true", help="no region attention: only the prompt is used"
     )
 
 
@@ -83,52 +83,39 @@ def _generate(arguments: argparse.Namespace) -> int:
     config = _sampling_config(arguments)
     paths = _check_masks(arguments.masks, Path(arguments.out), config.images)
     weights = _weights(arguments)
-    from loraseg.backbones.device import best_device
-    from loraseg.backbones.diffusion import load_diffusion
     from loraseg.cli.generate_output import GenerateWriter
     from loraseg.data.masks import read_mask
-    from loraseg.inference.generator_adapters import load_generator_adapter
-    from loraseg.synth.sampling import DTYPES
+    from loraseg.inference.generation import load_generator
 
-    base = load_diffusion(arguments.base, device=best_device(), dtype=DTYPES[config.precision])
-    loaded = [
-        load_generator_adapter(spec, base, weight=weight)
-        for spec, weight in zip(arguments.adapter, weights, strict=True)
-    ]
+    loaded = load_generator(arguments.base, arguments.adapter, weights=weights, sampling=config)
     label_space = _label_space(arguments.classes, loaded)
     masks = [(path.stem, read_mask(path, classes=len(label_space))) for path in paths]
-    generator = _generator(base, label_space, loaded, arguments.prompt_template, config)
+    generator = _generator(loaded, label_space, arguments.prompt_template)
     output = GenerateWriter(Path(arguments.out), label_space, generator.digest)
     total = len(masks) * config.images
     started = time.monotonic()
-    for count, made in enumerate(generator.generate(masks), 1):
-        output.write(made)
+    for count, image in enumerate(generator.generate(masks), 1):
+        output.write(image)
         _print_progress(count, total, time.monotonic() - started)
     output.write_sheet(dict(masks))
     return 0
 
 
 def _generator(
-    base: "DiffusionBase",
-    label_space: "LabelSpace",
-    loaded: "list[LoadedGeneratorAdapter]",
-    template: str | None,
-    config: "SamplingConfig",
+    loaded: "LoadedGenerator", label_space: "LabelSpace", template: str | None
 ) -> "Generator":
-    from loraseg.synth.conditioning import Conditioner, ConditioningConfig
-    from loraseg.synth.generator import Generator
+    from loraseg.synth.conditioning import ConditioningConfig
 
     conditioning = ConditioningConfig()
     if template is not None:
         conditioning = replace(conditioning, template=template)
-    conditioner = Conditioner(base.tokenizers, label_space, conditioning)
-    return Generator(base, conditioner, adapters=[one.adapter for one in loaded], config=config)
+    return loaded.for_classes(label_space, conditioning)
 
 
 def _sampling_config(arguments: argparse.Namespace) -> "SamplingConfig":
     from loraseg.synth.sampling import SamplingConfig
 
-    given: dict[str, Any] = {
+    options: dict[str, Any] = {
         "images": arguments.k,
         "size": _size(arguments.size),
         "regions": not arguments.no_regions,
@@ -137,7 +124,7 @@ def _sampling_config(arguments: argparse.Namespace) -> "SamplingConfig":
             for name in ("steps", "guidance", "seed", "scheduler", "batch", "precision")
         },
     }
-    return SamplingConfig(**{name: value for name, value in given.items() if value is not None})
+    return SamplingConfig(**{name: value for name, value in options.items() if value is not None})
 
 
 def _size(text: str | None) -> tuple[int, int] | None:
@@ -158,45 +145,34 @@ def _weights(arguments: argparse.Namespace) -> list[float]:
     return arguments.weight or [1.0] * count
 
 
-def _label_space(text: str | None, loaded: "list[LoadedGeneratorAdapter]") -> "LabelSpace":
-    from loraseg.data.labels import LabelSpace, read_classes
-
-    if text is None:
-        known = [one.card.label_space for one in loaded if one.card and one.card.label_space]
-        if not known:
-            raise ConfigError(
-                "--classes: expected the classes of the masks, since no adapter knows its own"
-            )
-        return LabelSpace(known[0])
-    try:
-        if text.endswith(".json") or Path(text).is_file():
-            return read_classes(text)
-        return LabelSpace(split_names(text))
-    except DatasetError as error:
-        raise ConfigError(f"--classes: {error}") from error
+def _label_space(text: str | None, loaded: "LoadedGenerator") -> "LabelSpace":
+    if text is not None:
+        return parse_classes(text, allow_file=True)
+    if loaded.label_space is None:
+        raise ConfigError(
+            "--classes: expected the classes of the masks, since no adapter lists its classes"
+        )
+    return loaded.label_space
 
 
 def _check_masks(masks: list[str], out: Path, images: int) -> list[Path]:
-    """Refuse masks that are not there, and images that would take the name of another or a mask."""
-    paths = [Path(mask) for mask in masks]
-    if absent := [str(path) for path in paths if not path.is_file()]:
-        raise ConfigError(f"no such mask: {', '.join(absent)}")
-    for stem, count in Counter(path.stem for path in paths).items():
-        if count > 1:
-            raise ConfigError(f"{count} masks are called {stem!r}; their images would collide")
+    """Check that the masks exist and that no output overwrites an output or a mask."""
+    paths = check_files(masks, "mask", "images")
     from loraseg.cli.generate_output import SHEET, file_names
 
     inputs = {path.resolve() for path in paths}
-    written = {SHEET, *(n for p in paths for k in range(images) for n in file_names(p.stem, k))}
-    if lost := sorted(inputs & {(out / name).resolve() for name in written}):
-        raise ConfigError(f"--out: {lost[0]} is a mask and would be overwritten; give another")
+    names = {SHEET, *(n for p in paths for k in range(images) for n in file_names(p.stem, k))}
+    if overwritten := sorted(inputs & {(out / name).resolve() for name in names}):
+        raise ConfigError(
+            f"--out: {overwritten[0]} is a mask and would be overwritten; choose another folder"
+        )
     return paths
 
 
 def _print_progress(count: int, total: int, elapsed_s: float) -> None:
     left_s = elapsed_s / count * (total - count)
     line = f"{count}/{total} images, {elapsed_s:.0f} s, {left_s:.0f} s left"
-    # On a terminal one line that changes, in a log file one line for every image.
+    # A terminal shows one line that is updated; a log file gets one line per image.
     end = "\r" if sys.stderr.isatty() and count < total else "\n"
     sys.stderr.write(f"{line}{end}")
     sys.stderr.flush()

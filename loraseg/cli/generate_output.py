@@ -18,18 +18,18 @@ SHEET = "sheet.png"
 
 
 def file_names(mask: str, k: int) -> tuple[str, str, str]:
-    """Return the names of image k of a mask, of its label and of what tells where they are from."""
+    """Return the file names of image ``k`` of a mask, its label and its lineage."""
     stem = f"{mask}_{k}"
     return f"{stem}.png", f"{stem}_label.png", f"{stem}.json"
 
 
 class GenerateWriter:
-    """A folder of pairs.
+    """Writes generated pairs into a folder.
 
     Args:
-        folder: Made when the first pair is written.
-        label_space: The classes.
-        generator: Digest of what makes them.
+        folder: Created with the first pair.
+        label_space: Classes of the labels.
+        generator: Digest of the generator.
     """
 
     def __init__(self, folder: Path, label_space: LabelSpace, generator: str) -> None:
@@ -39,25 +39,25 @@ class GenerateWriter:
         self._images: dict[str, list[UInt8[ndarray, "_ _ 3"]]] = {}
 
     def write(self, generated: GeneratedImage) -> None:
-        """Write one image, its label and where they come from.
+        """Write one image, its label and its lineage.
 
         Raises:
             StoreError: The folder cannot be written.
         """
         image, label, lineage = file_names(generated.mask_name, generated.lineage.k)
-        told = {"image": image, "label": label, **generated.lineage.to_json()}
+        record = {"image": image, "label": label, **generated.lineage.to_json()}
         write_files(
             self._folder,
             {
                 image: encode_png(generated.image),
                 label: encode_mask(generated.label, self._label_space),
-                lineage: (json.dumps(told, indent=1, ensure_ascii=False) + "\n").encode(),
+                lineage: (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode(),
             },
         )
         self._images.setdefault(generated.mask_name, []).append(generated.image)
 
     def write_sheet(self, masks: Mapping[str, ndarray]) -> None:
-        """Write the sheet of all pairs and say where everything is.
+        """Write the contact sheet of all pairs and print the paths.
 
         Raises:
             StoreError: The folder cannot be written.

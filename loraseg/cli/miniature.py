@@ -1,10 +1,11 @@
-"""``loraseg miniature write FOLDER``: the small world as dataset folders."""
+"""``loraseg miniature write FOLDER``: domains of the miniature world as dataset folders."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
-from loraseg.cli.console import print_line, split_names
+from loraseg.cli.console import print_line
+from loraseg.cli.inputs import split_names
 from loraseg.errors import ConfigError
 
 __all__ = ["add"]
@@ -12,13 +13,25 @@ __all__ = ["add"]
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    group = commands.add_parser("miniature", help="the small world that needs no data")
+    group = commands.add_parser("miniature", help="built-in miniature world, which needs no data")
     actions = group.add_subparsers(required=True, metavar="ACTION")
-    write = actions.add_parser("write", help="write its domains as dataset folders")
+    write = actions.add_parser("write", help="write domains as dataset folders")
     write.add_argument("folder", metavar="FOLDER")
     write.add_argument("--domains", metavar="NAMES", help="comma-separated; default: all")
-    write.add_argument("--train", type=int, default=30, metavar="N", help="default: %(default)s")
-    write.add_argument("--val", type=int, default=20, metavar="N", help="default: %(default)s")
+    write.add_argument(
+        "--train",
+        type=int,
+        default=30,
+        metavar="N",
+        help="images of the split train; default: %(default)s",
+    )
+    write.add_argument(
+        "--val",
+        type=int,
+        default=20,
+        metavar="N",
+        help="images of the split val; default: %(default)s",
+    )
     write.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     write.set_defaults(command=_write)
 
@@ -29,10 +42,10 @@ def _write(arguments: argparse.Namespace) -> int:
 
     if min(arguments.train, arguments.val) < 1:
         raise ConfigError("--train and --val: expected at least 1")
-    wanted = split_names(arguments.domains) if arguments.domains else tuple(DOMAINS)
+    names = split_names(arguments.domains) if arguments.domains else tuple(DOMAINS)
     folders = write_world(
         Path(arguments.folder),
-        wanted,
+        names,
         train=arguments.train,
         val=arguments.val,
         seed=arguments.seed,

@@ -1,4 +1,4 @@
-"""``loraseg report show | compare``."""
+"""``loraseg report show | compare``: read and compare layer reports."""
 
 import argparse
 import sys
@@ -9,24 +9,30 @@ __all__ = ["add"]
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    group = commands.add_parser("report", help="look into reports of probes (jobs.probe)")
+    group = commands.add_parser("report", help="show and compare layer reports (of jobs.probe)")
     actions = group.add_subparsers(required=True, metavar="ACTION")
-    show = actions.add_parser("show", help="print which layers lead, and which parts of the model")
+    show = actions.add_parser(
+        "show", help="print the top layers and the scores per part of the model"
+    )
     show.add_argument("file", metavar="FILE", help="path or URI of a layer report")
     show.add_argument("--top", type=int, default=10, metavar="K", help="default: 10 layers")
     show.set_defaults(command=_show)
-    compare = actions.add_parser("compare", help="print how far two reports agree")
+    compare = actions.add_parser("compare", help="print how much two reports agree")
     compare.add_argument("first", metavar="A")
     compare.add_argument("second", metavar="B")
     compare.add_argument(
-        "--top", type=int, action="append", metavar="K", help="of the first K; may be repeated"
+        "--top",
+        type=int,
+        action="append",
+        metavar="K",
+        help="compare the first K layers; may be repeated",
     )
     compare.set_defaults(command=_compare)
     for parser in (show, compare):
         parser.add_argument(
             "--projections",
             action="store_true",
-            help="only the attention projections, which adapters are put on",
+            help="only the attention projections, the layers that adapters change",
         )
 
 
@@ -40,7 +46,7 @@ def _show(arguments: argparse.Namespace) -> int:
 def _compare(arguments: argparse.Namespace) -> int:
     from loraseg.probes.tables import format_comparison
 
-    first, second = (_read(place, arguments) for place in (arguments.first, arguments.second))
+    first, second = (_read(file, arguments) for file in (arguments.first, arguments.second))
     sys.stdout.write(format_comparison(first, second, arguments.top or ()))
     return 0
 

@@ -1,13 +1,14 @@
 """``loraseg segment IMAGE... --classes "road, car"``, on this machine or by an endpoint."""
 
 import argparse
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraseg.cli.console import print_error, split_names
+from loraseg.cli.console import print_error
+from loraseg.cli.inputs import check_files, endpoint_token, parse_classes, split_names
 from loraseg.errors import ConfigError, LorasegError
 
 if TYPE_CHECKING:
@@ -77,18 +78,17 @@ def add(commands: Any) -> None:
 
 
 def _segment(arguments: argparse.Namespace) -> int:
-    label_space = _label_space(arguments.classes)
-    paths = _check_images(arguments.images)
+    label_space = parse_classes(arguments.classes)
+    paths = check_files(arguments.images, "image", "results")
+    token = endpoint_token(arguments)
     arguments.maps = _parse_maps(arguments.maps)
     if arguments.endpoint is None:
-        if arguments.token_file is not None:
-            raise ConfigError("--token-file: goes with --endpoint only")
         return _segment_locally(arguments, label_space, paths)
     if given := [name for name in _LOCAL_DEFAULTS if getattr(arguments, name) is not None]:
         raise ConfigError(f"--{given[0]}: the endpoint decides this for all of its clients")
     from loraseg.cli.segment_online import segment_online
 
-    return segment_online(arguments, label_space, paths)
+    return segment_online(arguments, label_space, paths, token)
 
 
 def _segment_locally(
@@ -137,31 +137,10 @@ def _write(output: "SegmentWriter", path: Path, image: "ndarray", result: "Segme
     output.write(path, image, result.label_map, maps, result.explanation.to_json())
 
 
-def _label_space(text: str) -> "LabelSpace":
-    from loraseg.data.labels import LabelSpace
-    from loraseg.errors import DatasetError
-
-    try:
-        return LabelSpace(split_names(text))
-    except DatasetError as error:
-        raise ConfigError(f"--classes: {error}") from error
-
-
 def _parse_maps(text: str) -> tuple[str, ...]:
     if unknown := set(split_names(text)) - set(_MAP_NAMES):
         raise ConfigError(f"--maps: got {sorted(unknown)[0]!r}, expected {' or '.join(_MAP_NAMES)}")
     return tuple(name for name in _MAP_NAMES if name in split_names(text))
-
-
-def _check_images(images: list[str]) -> list[Path]:
-    """Refuse images that are not there, and two whose results would have the same name."""
-    paths = [Path(image) for image in images]
-    if absent := [str(path) for path in paths if not path.is_file()]:
-        raise ConfigError(f"no such image: {', '.join(absent)}")
-    for stem, count in Counter(path.stem for path in paths).items():
-        if count > 1:
-            raise ConfigError(f"{count} images are called {stem!r}; their results would collide")
-    return paths
 
 
 def _settings(arguments: argparse.Namespace) -> "AdaptiveSettings":

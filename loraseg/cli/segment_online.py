@@ -9,7 +9,6 @@ from typing import Any
 from loraseg.cli.console import print_error
 from loraseg.cli.segment_output import SegmentWriter
 from loraseg.client import Client, SegmentOptions, SegmentResponse
-from loraseg.client.endpoint import read_token
 from loraseg.data.images import read_image
 from loraseg.data.labels import LabelSpace
 from loraseg.errors import ConfigError, DatasetError, LorasegError, ServiceError
@@ -27,7 +26,7 @@ _USER_ERROR_CODES = {
 
 
 def segment_online(
-    arguments: argparse.Namespace, label_space: LabelSpace, paths: list[Path]
+    arguments: argparse.Namespace, label_space: LabelSpace, paths: list[Path], token: str | None
 ) -> int:
     """Let an endpoint segment images and write what comes back, as it comes.
 
@@ -35,7 +34,6 @@ def segment_online(
         ConfigError: The endpoint refuses the arguments or the token.
         ServiceError: It cannot be reached, or cannot answer now.
     """
-    token = None if arguments.token_file is None else read_token(arguments.token_file)
     with Client(arguments.endpoint, token, timeout_s=_TIMEOUT_S) as client:
         try:
             settings = _settings(arguments, client.base())

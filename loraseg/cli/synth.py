@@ -1,4 +1,4 @@
-"""``loraseg synth ls | show | export | verify | replay | fidelity``."""
+"""``loraseg synth ls | show | export | verify | replay | fidelity``: use synthetic datasets."""
 
 import argparse
 import contextlib
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraseg.cli.console import print_line, print_table, write_files
 from loraseg.cli.fidelity import add_fidelity
+from loraseg.cli.inputs import open_store_briefly
 from loraseg.cli.replay import add_replay
 from loraseg.errors import ConfigError
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMATS", "add"]
 
-# Of loraseg.data.exports, which takes too long to import for a help text.
+# The keys of loraseg.data.exports.EXPORTERS, which is slow to import.
 FORMATS = ("folder", "webdataset", "coco", "hf-parquet")
 _STATUSES = ("ok", "dropped", "bad_mask", "duplicate")
 _IMAGE_COLUMNS = ("image", "label", "mask", "predicted")
@@ -26,7 +27,7 @@ _IMAGE_COLUMNS = ("image", "label", "mask", "predicted")
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    group = commands.add_parser("synth", help="look into synthetic datasets, export, replay")
+    group = commands.add_parser("synth", help="inspect, export and replay synthetic datasets")
     actions = group.add_subparsers(required=True, metavar="ACTION")
     _add_read_actions(actions)
     _add_export(actions)
@@ -35,21 +36,23 @@ def add(commands: Any) -> None:
 
 
 def _add_read_actions(actions: Any) -> None:
-    listing = actions.add_parser("ls", help="list the committed shards, or their pairs")
+    listing = actions.add_parser("ls", help="list the committed shards, or their rows")
     listing.add_argument("uri", metavar="URI")
     listing.add_argument(
         "--status",
         choices=_STATUSES,
         action="append",
-        help="list the rows of this status, one a line; may be repeated",
+        help="list the rows with this status, one per line; may be repeated",
     )
     listing.set_defaults(command=_ls)
-    show = actions.add_parser("show", help="print what is known of a pair, and write its pictures")
+    show = actions.add_parser("show", help="print the row of a pair and write its images")
     show.add_argument("uri", metavar="URI")
-    show.add_argument("pair", metavar="PAIR_ID", help="the first digits do")
-    show.add_argument("--out", metavar="DIR", help="write its image, label, mask there")
+    show.add_argument("pair", metavar="PAIR_ID", help="id or its first digits")
+    show.add_argument("--out", metavar="DIR", help="write its image, label and mask to this folder")
     show.set_defaults(command=_show)
-    verify = actions.add_parser("verify", help="read everything and compare it with its digests")
+    verify = actions.add_parser(
+        "verify", help="read all shards and compare them with their digests"
+    )
     verify.add_argument("uri", metavar="URI")
     verify.set_defaults(command=_verify)
 
@@ -58,8 +61,8 @@ def _add_export(actions: Any) -> None:
     export = actions.add_parser("export", help="write the pairs in another format")
     export.add_argument("uri", metavar="URI")
     export.add_argument("format", choices=FORMATS)
-    export.add_argument("folder", metavar="FOLDER", help="is made; must not exist")
-    export.add_argument("--split", metavar="NAME", help="default: train; COCO has none")
+    export.add_argument("folder", metavar="FOLDER", help="folder to create; must not exist")
+    export.add_argument("--split", metavar="NAME", help="default: train; not for coco")
     export.set_defaults(command=_export)
 
 
@@ -70,8 +73,8 @@ def _ls(arguments: argparse.Namespace) -> int:
         return 0
     for row in dataset.rows(statuses=arguments.status, columns=("reason", "k", "kept")):
         kept = "-" if row.kept is None else f"{100 * row.kept:.1f} %"
-        facts = (row.pair_id or "-", row.status, _or_dash(row.k), kept, row.mask_name)
-        print_line("\t".join((*facts, _printable(row.reason or "-"))))
+        columns = (row.pair_id or "-", row.status, _or_dash(row.k), kept, row.mask_name)
+        print_line("\t".join((*columns, _printable(row.reason or "-"))))
     return 0
 
 
@@ -108,16 +111,16 @@ def _printable_row(row: "PairRow") -> dict[str, Any]:
             {"name": used, "digest": digest, "weight": weight}
             for used, digest, weight in values[name]
         ]
-    with contextlib.suppress(ValueError, RecursionError):  # else it is shown as the text it is
+    with contextlib.suppress(ValueError, RecursionError):  # invalid JSON is shown as text
         values["lineage"] = json.loads(row.lineage or "null")
     return values
 
 
 def _file_name(row: "PairRow", name: str) -> str:
-    # Hex digits, and what was not checked to be a PNG is not called one.
-    known = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpg"}
+    # The suffix follows the file's first bytes: a shard may hold other data than it claims.
+    signatures = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpg"}
     data: bytes = getattr(row, name)
-    suffix = next((end for start, end in known.items() if data.startswith(start)), "bin")
+    suffix = next((end for start, end in signatures.items() if data.startswith(start)), "bin")
     return f"{(row.pair_id or '')[:16]}_{name}.{suffix}"
 
 
@@ -151,9 +154,8 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _open_dataset(uri: str) -> "ShardDataset":
     from loraseg.data.shards.reader import ShardDataset
-    from loraseg.storage import SHORT_RETRY_TIMEOUT_S, open_store
 
-    return ShardDataset.open(open_store(uri).with_retry_timeout(SHORT_RETRY_TIMEOUT_S))
+    return ShardDataset.open(open_store_briefly(uri))
 
 
 def _or_dash(value: int | None) -> str:
@@ -161,5 +163,5 @@ def _or_dash(value: int | None) -> str:
 
 
 def _printable(text: str) -> str:
-    """Leave nothing in a line that a terminal would obey."""
+    """Replace control characters, which a terminal would execute."""
     return "".join(char if char.isprintable() else "?" for char in text)

@@ -1,4 +1,4 @@
-"""``loraseg train-base``: train a segmenter further on a dataset folder."""
+"""``loraseg train-base``: continue the training of a segmenter on a dataset folder."""
 
 import argparse
 import json
@@ -20,13 +20,13 @@ def add(commands: Any) -> None:
     """Add the command to the parser."""
     parser = commands.add_parser(
         "train-base",
-        help="train a segmenter further, to become the base of a library",
-        description="Any other field of the task is set by key=value, for instance "
+        help="continue training a segmenter, to use it as the base of a library",
+        description="key=value sets any other field of the task, for example "
         "recipe.loop.steps=400 recipe.augment.crop=64 seed=1 images=50.",
     )
-    parser.add_argument("--data", metavar="FOLDER", help="dataset folder, a path or URI")
+    parser.add_argument("--data", metavar="FOLDER", help="path or URI of a dataset")
     parser.add_argument("--out", metavar="FILE", help="the .safetensors file to write")
-    parser.add_argument("--base", metavar="BASE", help="what to start from; default: miniature")
+    parser.add_argument("--base", metavar="BASE", help="initial segmenter; default: miniature")
     parser.add_argument("--config", metavar="FILE", help="YAML file with fields of the task")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="set single fields")
     parser.set_defaults(command=_train_base)
@@ -36,9 +36,9 @@ def _train_base(arguments: argparse.Namespace) -> int:
     from loraseg import config as configuration
     from loraseg.train.base_segmenter import BaseTrainingTask, train_base
 
-    named = {"data": arguments.data, "output": arguments.out, "base": arguments.base}
-    # As JSON, so that a path such as 2026 or a:b stays text.
-    overrides = [f"{key}={json.dumps(value)}" for key, value in named.items() if value]
+    options = {"data": arguments.data, "output": arguments.out, "base": arguments.base}
+    # JSON keeps a path such as 2026 or a:b a string; overrides are parsed as YAML.
+    overrides = [f"{key}={json.dumps(value)}" for key, value in options.items() if value]
     task = configuration.load(
         BaseTrainingTask, arguments.config, [*overrides, *arguments.overrides]
     )
@@ -46,7 +46,7 @@ def _train_base(arguments: argparse.Namespace) -> int:
     scores = ", ".join(f"{name} {100 * value:.1f}" for name, value in result.metrics.items())
     print_line(f"{result.path}  sha256 {result.digest}  {scores}")
     if result.skipped:
-        print_line("nothing to do: the file was made by the same task")
+        print_line("nothing to do: the file is the result of the same task")
     return 0
 
 

@@ -171,7 +171,7 @@ def test_library_rollback(models, tmp_path, capsys):
     assert library.entry("day").version == 2
     assert main(["library", "rollback", str(tmp_path), "day", "1"]) == 0
     assert library.entry("day").version == 1
-    assert capsys.readouterr().out.startswith("day is version 1 now")
+    assert capsys.readouterr().out.startswith("day is now version 1")
     assert main(["library", "rollback", str(tmp_path), "day", "9"]) == 2
     capsys.readouterr()
     assert main(["library", "retire", str(tmp_path), "day"]) == 0

@@ -34,7 +34,7 @@ def test_table(places, capsys):
     assert cells["clip_score"][1:4] == ["-", "-", "-"]
     assert cells["copies"][1] == "0.1429"
     assert cells["sibling_distance"][2:4] == ["-", "6"]
-    assert lines[11:] == ["perhaps a copy: 0009 of real4 (distance 0.0000)"]
+    assert lines[11:] == ["possible copy: 0009 of real4 (distance 0.0000)"]
 
 
 def test_json(places, capsys):

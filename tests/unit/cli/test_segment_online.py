@@ -161,4 +161,4 @@ def test_mistakes(online, options, message, capsys):
 
 def test_a_token_without_an_endpoint(offline, capsys):
     assert offline("--token-file", "x") == 2
-    assert "--token-file: goes with --endpoint only" in capsys.readouterr().err
+    assert "--token-file: requires --endpoint" in capsys.readouterr().err

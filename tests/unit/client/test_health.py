@@ -98,7 +98,7 @@ def test_an_endpoint_that_is_not_ready(capsys):
     told = capsys.readouterr().out
     assert "Waiting for the models." in told
     assert "behind this machine's" in told
-    assert "needs care: clock, ready, base" in told
+    assert "failed: clock, ready, base" in told
 
 
 @pytest.mark.parametrize(
@@ -115,4 +115,4 @@ def test_something_else_answers(act, state, monkeypatch):
 
 def test_a_token_file_needs_an_endpoint(capsys):
     assert main(["doctor", "--token-file", "x"]) == 2
-    assert "--token-file: goes with --endpoint only" in capsys.readouterr().err
+    assert "--token-file: requires --endpoint" in capsys.readouterr().err
