@@ -1,4 +1,4 @@
-"""Where things are kept that can be made or fetched again."""
+"""Local cache folders for data that can be computed or downloaded again."""
 
 import os
 from pathlib import Path
@@ -7,17 +7,17 @@ __all__ = ["cache_dir", "publish_directory"]
 
 
 def cache_dir(kind: str) -> Path:
-    """Return the folder for one kind of thing; it need not exist.
+    """Return the cache folder of one kind of data; the folder may not exist yet.
 
-    It lies in ``$LORASEG_CACHE``, else in ``loraseg`` of the user's cache folder.
+    Its parent is ``$LORASEG_CACHE`` or, if that is unset, ``loraseg`` in the user's cache folder.
     """
-    if named := os.environ.get("LORASEG_CACHE"):
-        return Path(named) / kind
+    if root := os.environ.get("LORASEG_CACHE"):
+        return Path(root) / kind
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "loraseg" / kind
 
 
 def publish_directory(source: Path, target: Path) -> None:
-    """Give a finished folder its name, unless another process was first with the same content."""
+    """Rename a complete folder; do nothing if another process has already created the target."""
     try:
         source.rename(target)
     except OSError:

@@ -1,10 +1,10 @@
-"""Make ``import torchvision`` work beside a CPU-only torch.
+"""Make ``import torchvision`` work with a CPU-only torch.
 
-The torchvision wheel on PyPI is linked to CUDA torch. Beside a ``+cpu`` torch its compiled
-operators cannot load, and its Python half then fails at import time with "operator
-torchvision::nms does not exist", which takes open_clip, peft and timm down with it although none
-of them needs an operator. Declaring the two operator schemas that torchvision registers fake
-kernels for is enough. With a torchvision whose operators do load, nothing here runs.
+The torchvision wheel on PyPI is linked against CUDA torch. With a ``+cpu`` torch its compiled
+operators cannot be loaded, and ``import torchvision`` fails with "operator torchvision::nms does
+not exist". Importing open_clip, peft or timm then fails as well, although none of them uses an
+operator. It is enough to declare the schemas of the two operators for which torchvision registers
+fake kernels. If the compiled operators can be loaded, this module does nothing.
 """
 
 import importlib.util
@@ -26,7 +26,7 @@ def prepare_torchvision() -> None:
 
     Call it before ``import open_clip``, ``import peft`` or ``import timm``. Idempotent and cheap.
     """
-    global _library  # a torch Library lives as long as the operators that it declared
+    global _library  # keep the Library alive: its deletion would remove the schemas
     if _library is not None or _operators_load():
         return
     _library = torch.library.Library("torchvision", "FRAGMENT")

@@ -1,7 +1,7 @@
-"""One way to configure everything: a frozen dataclass, a YAML file and ``key=value`` overrides.
+"""Configuration from a YAML file and ``key=value`` overrides, as frozen dataclasses.
 
-Parsing and type coercion are pydantic's; loraseg adds what people meet first, a readable error
-with the nearest known key.
+pydantic parses and validates the values. This module adds overrides, inlined configs and error
+messages that name the closest known key.
 """
 
 import argparse
@@ -36,8 +36,8 @@ def build(cls: type[ConfigT], values: Mapping[str, Any], *, where: str = "config
 
     Args:
         cls: A dataclass.
-        values: Plain values as YAML gives them.
-        where: What the values came from, for error messages.
+        values: Plain values, as parsed from YAML.
+        where: Source of the values, for error messages.
 
     Raises:
         ConfigError: A key is unknown or missing, or a value has the wrong type or range.
@@ -54,11 +54,11 @@ def load(cls: type[ConfigT], path: str | Path | None, overrides: Sequence[str] =
 
     Args:
         cls: A dataclass.
-        path: A YAML file holding a mapping, or None for an empty one.
+        path: A YAML file with a mapping at the top; None for no file.
         overrides: ``key=value`` or ``outer.inner=value``; values are read as YAML.
 
     Raises:
-        ConfigError: The file is not a YAML mapping, or as in :func:`build`.
+        ConfigError: The file is not a YAML mapping, or :func:`build` fails.
     """
     values: dict[str, Any] = {} if path is None else _read_yaml(Path(path))
     for item in overrides:
@@ -70,7 +70,7 @@ def load(cls: type[ConfigT], path: str | Path | None, overrides: Sequence[str] =
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Return the config as plain JSON values; ``build`` of the result gives it back."""
+    """Return the config as plain JSON values, from which :func:`build` restores it."""
     values = TypeAdapter(type(config)).dump_python(config, mode="json")
     for name in _inlined_fields(type(config)):
         values |= values.pop(name)
@@ -99,10 +99,10 @@ def main(
     *,
     description: str | None = None,
 ) -> typing.NoReturn:
-    """Run a job from the command line and exit: 0 done, 1 work failed, 2 the user's mistake.
+    """Run a job from the command line and exit: 0 success, 1 failed work, 2 invalid configuration.
 
-    ``--config FILE`` and ``key=value`` set fields; a boolean field ``dry_run`` may also be written
-    ``--dry-run``.
+    ``--config FILE`` and ``key=value`` set fields. Each boolean field is also an option, for
+    example ``--dry-run`` for ``dry_run``.
     """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     for name in ("loraseg", "actors", "jobs", "__main__"):
@@ -114,7 +114,7 @@ def main(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with the fields below")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="set single fields")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="set one field")
     for name in switches:
         parser.add_argument(
             f"--{name.replace('_', '-')}", dest=name, action="store_true", help=f"{name}=true"
@@ -166,7 +166,7 @@ def _set_nested(values: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 def _reject_unknown_keys(cls: Any, values: Any, where: str, prefix: str) -> None:
-    """Walk nested dataclasses, also inside Optional, tuple, list and dict, for unknown keys."""
+    """Check nested dataclasses, also inside Optional, tuple, list and dict, for unknown keys."""
     for inner in _dataclasses_in(cls):
         if not isinstance(values, Mapping):
             continue
@@ -192,7 +192,7 @@ def _reject_unknown_keys(cls: Any, values: Any, where: str, prefix: str) -> None
 
 
 def _keys(cls: Any) -> dict[str, tuple[dataclasses.Field[Any], Any]]:
-    """Return field and type of each key, those of inlined fields in their place."""
+    """Return field and type of each key; an inlined field is replaced by its own keys."""
     hints = typing.get_type_hints(cls)
     keys: dict[str, tuple[dataclasses.Field[Any], Any]] = {}
     for field in dataclasses.fields(cls):
@@ -218,7 +218,7 @@ def _nest_inlined(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _dataclasses_in(cls: Any) -> list[Any]:
-    """Return the dataclasses that a plain or optional type stands for."""
+    """Return the dataclass, or the dataclasses of a union."""
     options = (
         typing.get_args(cls)
         if typing.get_origin(cls) in (typing.Union, types.UnionType)
@@ -232,13 +232,13 @@ def _first_error(error: ValidationError, inlined_fields: Sequence[str]) -> str:
     location = problem["loc"]
     if location and location[0] in inlined_fields:
         location = location[1:]
-    place = ".".join(str(part) for part in location)
+    key = ".".join(str(part) for part in location)
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "missing":
-        return f"missing key {place!r}"
-    if not place:
+        return f"missing key {key!r}"
+    if not key:
         return message
-    return f"{place}: {message} (got {problem['input']!r})"
+    return f"{key}: {message} (got {problem['input']!r})"
 
 
 def _field_help(cls: Any) -> str:

@@ -1,15 +1,15 @@
-"""Look at what loraseg stands on: versions, devices, torchvision, and a store if one is named."""
+"""Check the installation: versions, device, torchvision and, optionally, a store."""
 
 import importlib.metadata
 import platform
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from loraseg.adapters import target_modules
 from loraseg.backbones.device import best_device
+from loraseg.checks import Check
 from loraseg.compat import prepare_torchvision
 from loraseg.errors import LorasegError
 from loraseg.fuse.merging import measure_table, save_table
@@ -17,32 +17,26 @@ from loraseg.revision import code_revision
 from loraseg.segment.open_vocabulary.base import load_base
 from loraseg.storage import open_store, probe_conditional_writes
 
-__all__ = ["Check", "measure_merging", "run_checks"]
+__all__ = ["measure_merging", "run_checks"]
 
 _PACKAGES = ("torch", "torchvision", "open_clip_torch", "peft", "ray", "boto3", "numpy", "pyarrow")
 
-# (d_out, d_in) in the towers of ViT-B/16 and ViT-L/14 and in CAT-Seg's aggregator.
+# (d_out, d_in) of the linear layers in ViT-B/16, ViT-L/14 and CAT-Seg's aggregator.
 _COMMON_SHAPES = (
     *((768, 768), (3072, 768), (768, 3072), (512, 512), (2048, 512), (512, 2048)),
     *((1024, 1024), (4096, 1024), (1024, 4096), (128, 256), (128, 128), (512, 128), (128, 512)),
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One line of the examination; ``ok`` is False where something has to be done."""
-
-    name: str
-    detail: str
-    ok: bool = True
-
-
 def run_checks(store: str | None = None) -> Iterator[Check]:
-    """Yield findings, the store's last.
+    """Check packages and device, then the store.
 
     Args:
-        store: URI of a store to probe for conditional writes, which publishing relies on. The
-            probe writes and deletes one small object.
+        store: URI of a store to check for conditional writes, which publishing requires; None
+            for no store. The check writes and deletes one small object.
+
+    Yields:
+        One result per check.
     """
     yield Check("loraseg", code_revision())
     yield Check("python", platform.python_version())
@@ -58,10 +52,10 @@ def run_checks(store: str | None = None) -> Iterator[Check]:
 
 
 def measure_merging(base: str = "miniature") -> Check:
-    """Measure from how many tokens on merging adapters pays on this device, and keep the table.
+    """Measure the number of tokens above which merging adapters is faster, and store the table.
 
     Args:
-        base: Whose layers to measure with, besides those of ViT-B/16 and ViT-L/14.
+        base: Base whose layer shapes are measured in addition to those of ViT-B/16 and ViT-L/14.
     """
     device, dtype = best_device(), torch.float32
     model = load_base(base).model
@@ -73,7 +67,7 @@ def measure_merging(base: str = "miniature") -> Check:
     }
     table = measure_table([*sorted(shapes), *_COMMON_SHAPES], device, dtype)
     path = save_table(table, device, dtype)
-    return Check("merging", f"{len(table.measured)} layer shapes measured, kept in {path}")
+    return Check("merging", f"{len(table.measured)} layer shapes measured, stored in {path}")
 
 
 def _device_description() -> str:
@@ -88,13 +82,13 @@ def _check_torchvision() -> Check:
     try:
         import torchvision  # pyright: ignore[reportUnusedImport]  # noqa: F401
     except (ImportError, RuntimeError) as error:
-        state = f"does not import ({error}); install the wheel that belongs to this torch"
+        state = f"fails ({error}); install the torchvision wheel that matches this torch"
         return Check("torchvision import", state, ok=False)
     try:
         torch.ops.torchvision.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
     except NotImplementedError:
-        return Check("torchvision import", "works, without compiled operators (none is needed)")
-    return Check("torchvision import", "works, compiled operators too")
+        return Check("torchvision import", "works without compiled operators; loraseg needs none")
+    return Check("torchvision import", "works, with compiled operators")
 
 
 def _check_store(uri: str) -> Check:
@@ -102,4 +96,4 @@ def _check_store(uri: str) -> Check:
         probe_conditional_writes(open_store(uri))
     except LorasegError as error:
         return Check(f"store {uri}", str(error), ok=False)
-    return Check(f"store {uri}", "conditional writes work: of racing writers one wins")
+    return Check(f"store {uri}", "conditional writes work")

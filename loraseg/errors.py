@@ -1,14 +1,14 @@
-"""The error tree. Every message says what, got, expected and where.
+"""Exceptions of loraseg. A message names the subject, the value, the expected value and the place.
 
 LorasegError
-├── ConfigError           (ValueError)    a setting is unknown, mistyped or out of range
-├── AdapterMismatchError  (ValueError)    an adapter does not fit the model or its mixing partners
-├── AdapterNotFoundError  (LookupError)   no adapter of that name or version
-├── StoreError            (OSError)       a store cannot be reached or lacks what is needed of it
-├── IntegrityError        (ValueError)    bytes differ from their digest or claim
-├── DatasetError          (ValueError)    an image, mask or class list is unusable
-├── StageError            (RuntimeError)  a computation stopped for its own reason (NaN loss, ...)
-└── ServiceError          (RuntimeError)  the endpoint refuses a request or cannot answer it now
+├── ConfigError           (ValueError)    a setting is unknown or has a wrong type or value
+├── AdapterMismatchError  (ValueError)    an adapter does not fit the model or the other adapters
+├── AdapterNotFoundError  (LookupError)   the library has no adapter of that name or version
+├── StoreError            (OSError)       a store is unreachable or lacks a required feature
+├── IntegrityError        (ValueError)    data differ from their digest or format
+├── DatasetError          (ValueError)    an image, mask or class list is invalid
+├── StageError            (RuntimeError)  a computation failed (NaN loss, lost worker, ...)
+└── ServiceError          (RuntimeError)  the endpoint refuses or cannot answer a request
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ __all__ = [
     "StoreError",
 ]
 
-# What taking apart JSON from outside may raise where it is not of the shape that is expected.
+# Raised by code that reads a field of untrusted JSON if the JSON has an unexpected structure.
 MALFORMED_INPUT_ERRORS: tuple[type[Exception], ...] = (
     ValueError,
     TypeError,
@@ -38,15 +38,15 @@ MALFORMED_INPUT_ERRORS: tuple[type[Exception], ...] = (
 
 
 class LorasegError(Exception):
-    """Base of all errors that loraseg raises on purpose."""
+    """Base of all errors that loraseg raises."""
 
 
 class ConfigError(LorasegError, ValueError):
-    """A setting is unknown, mistyped or out of range."""
+    """A setting is unknown or has a wrong type or value."""
 
 
 class AdapterMismatchError(LorasegError, ValueError):
-    """An adapter does not fit the model, or the adapters it is mixed with."""
+    """An adapter does not fit the model or the adapters that it is mixed with."""
 
 
 class AdapterNotFoundError(LorasegError, LookupError):
@@ -54,27 +54,27 @@ class AdapterNotFoundError(LorasegError, LookupError):
 
 
 class StoreError(LorasegError, OSError):
-    """A store cannot be reached, or lacks something that loraseg relies on."""
+    """A store is unreachable or lacks a feature that loraseg requires."""
 
 
 class IntegrityError(LorasegError, ValueError):
-    """Bytes differ from their digest, or a file is not what it claims to be."""
+    """Data differ from their digest, or a file does not have the declared format."""
 
 
 class DatasetError(LorasegError, ValueError):
-    """An image, a mask or a class list cannot be used; the message names the file."""
+    """An image, a mask or a class list is invalid; the message names the file."""
 
 
 class StageError(LorasegError, RuntimeError):
-    """A computation stopped for a reason of its own, such as a loss that is not finite."""
+    """A computation failed, for example because the loss is not finite."""
 
 
 class ServiceError(LorasegError, RuntimeError):
-    """The endpoint refuses a request, or cannot answer it now.
+    """The endpoint refuses a request or cannot answer it.
 
     Attributes:
-        code: One of the documented ones, such as ``overloaded``; each belongs to one HTTP status.
-        retry_after_s: When asking again may help; None if it will not.
+        code: A documented problem code, such as ``overloaded``; each has one HTTP status.
+        retry_after_s: Seconds after which a retry may succeed; None if a retry cannot succeed.
     """
 
     def __init__(self, code: str, message: str, *, retry_after_s: float | None = None) -> None:
@@ -83,7 +83,7 @@ class ServiceError(LorasegError, RuntimeError):
         self.retry_after_s = retry_after_s
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Keep the attributes when the error travels between processes."""
+        """Keep the attributes when the error is pickled."""
         return _service_error, (self.code, str(self), self.retry_after_s)
 
 

@@ -1,4 +1,4 @@
-"""What holds wherever pictures are decoded; for the endpoint's client too, which loads no torch."""
+"""Limits and errors of image decoding. Also used by the client, so torch is not imported."""
 
 import struct
 import zlib
@@ -7,9 +7,9 @@ from PIL import Image
 
 __all__ = ["DECODE_ERRORS", "MAX_PIXELS"]
 
-# Below Pillow's own limit (89 million), so that ours is the message that people see.
+# Below Pillow's limit (89 million), so that loraseg's own error message is shown.
 MAX_PIXELS = 64_000_000
-# What Pillow raises on broken or hostile files: the tests cut and flip bytes of good ones.
+# Raised by Pillow for corrupt or hostile files; the tests truncate and modify valid files.
 DECODE_ERRORS = (
     OSError,
     SyntaxError,

@@ -1,7 +1,7 @@
-"""Which code made a result: the version and a digest of the package's own source files.
+"""Identify the code that produced a result: the version and a digest of the source files.
 
-A git commit would be shorter, but a cluster runs an uploaded copy without ``.git``, and a commit
-says nothing about uncommitted changes. The digest is the same wherever the same sources run.
+A git commit is not used because a cluster runs an uploaded copy without ``.git``, and because a
+commit does not cover uncommitted changes. Equal sources have equal digests on every machine.
 """
 
 import functools

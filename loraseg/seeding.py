@@ -1,7 +1,7 @@
-"""The only source of randomness: a seed and a path of keys give an independent stream.
+"""Random streams: a seed and a path of keys determine an independent stream.
 
-Streams depend on nothing else, so a result does not change with the number of workers, the
-batch position or the order of arrival.
+All randomness comes from this module. A stream depends on nothing else, so results do not change
+with the number of workers, the position in a batch or the order of arrival.
 """
 
 import hashlib
@@ -22,8 +22,8 @@ def derive(seed: int, *keys: str | int) -> int:
     ``(1,)`` against ``("1",)`` give unrelated seeds.
 
     Args:
-        seed: Any integer; the user's one seed.
-        keys: What the stream is for, such as ``("train", "fog-light", step)``.
+        seed: Any integer; the seed that the user sets.
+        keys: Purpose of the stream, for example ``("train", "fog-light", step)``.
 
     Returns:
         An integer in [0, 2**63).
@@ -42,6 +42,6 @@ def numpy_generator(seed: int, *keys: str | int) -> np.random.Generator:
 
 def torch_generator(seed: int, *keys: str | int) -> "torch.Generator":
     """Return a CPU torch generator for the stream ``derive(seed, *keys)``."""
-    import torch  # here, so that a client of the endpoint need not load it
+    import torch  # imported here so that the client does not load torch
 
     return torch.Generator().manual_seed(derive(seed, *keys))

@@ -1,4 +1,4 @@
-"""Shape annotations, e.g. ``Float[Tensor, "b c h w"]``; no-ops on nodes without jaxtyping."""
+"""Shape annotations, e.g. ``Float[Tensor, "b c h w"]``; no-ops if jaxtyping is not installed."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -13,7 +13,7 @@ from loraseg.cli.inputs import endpoint_token
 from loraseg.errors import AdapterNotFoundError, ConfigError, LorasegError
 
 if TYPE_CHECKING:
-    from loraseg.doctor import Check
+    from loraseg.checks import Check
 
 __all__ = ["main"]
 

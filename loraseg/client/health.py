@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from loraseg.checks import Check
 from loraseg.client.requests import Request
 from loraseg.client.responses import LibraryInfo
 from loraseg.client.synchronous import Client
 from loraseg.client.transport import Response
-from loraseg.doctor import Check
 from loraseg.errors import LorasegError, ServiceError
 
 __all__ = ["check_endpoint"]

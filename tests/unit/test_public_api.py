@@ -60,7 +60,7 @@ def test_import_loads_no_heavy_library():
 
 def test_the_client_loads_neither_torch_nor_ray():
     result = run(
-        "import sys, loraseg; loraseg.Client; loraseg.AsyncClient; "
+        "import sys, loraseg, loraseg.client.health; loraseg.Client; loraseg.AsyncClient; "
         "print(sorted({'torch', 'ray'} & set(sys.modules)))"
     )
     assert (result.stdout, result.stderr) == ("[]\n", "")
