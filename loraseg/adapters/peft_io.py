@@ -1,4 +1,3 @@
-# pyright: basic
 """Adapters as files in peft's own format; every file is read as if a stranger had made it.
 
 ``adapter_config.json`` and ``adapter_model.safetensors`` with keys

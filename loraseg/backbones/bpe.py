@@ -1,5 +1,4 @@
 """OpenAI CLIP's byte-pair tokenizer, as open_clip ships it."""
-# pyright: basic
 
 from collections.abc import Sequence
 

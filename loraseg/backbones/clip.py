@@ -1,5 +1,4 @@
 """The CLIP that embeds images for the index (methods B.3), from open_clip or a local file."""
-# pyright: basic
 
 import difflib
 import hashlib

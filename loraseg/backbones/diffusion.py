@@ -1,4 +1,3 @@
-# pyright: basic
 """The frozen text-to-image model: text and images in, latents and training targets out.
 
 One class for Stable Diffusion 1, 2 and XL and the miniature, made of diffusers' and transformers'

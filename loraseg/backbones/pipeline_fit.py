@@ -1,4 +1,3 @@
-# pyright: basic
 """Whether the parts of a diffusers pipeline fit each other."""
 
 import math

@@ -1,4 +1,3 @@
-# pyright: basic
 """What a diffusers pipeline folder must hold, checked as if a stranger had made it.
 
 Only the parts that loraseg uses are looked at, each with the one class that it may have.

@@ -1,4 +1,3 @@
-# pyright: basic
 """Diffusers pipeline folders: found or fetched, checked as if a stranger had made them, loaded.
 
 Only the parts that loraseg uses are read, each with the one class that it may have; nothing of
@@ -9,7 +8,7 @@ import contextlib
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +113,7 @@ def load_parts(source: PipelineSource, dtype: torch.dtype) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def _without_progress_bars() -> Generator[None, None, None]:
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

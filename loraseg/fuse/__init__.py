@@ -1,4 +1,4 @@
-"""Mixing adapters: weights from distances, mixes, and the bank that lets them act per image."""
+"""Fusion of adapters: mixing weights from distances, mixes, and per-image mixes in one batch."""
 
 __all__ = [
     "AdapterBank",

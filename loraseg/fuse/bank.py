@@ -1,15 +1,14 @@
-"""A different mix of adapters for every image of one batch, at about the cost of the bare model.
+"""A different mix of adapters for each image of a batch, at about the cost of the base model.
 
-The rows of a mix's adapters lie stacked in buffers of a fixed size, weights folded into the up
-side, one slot a mix. Where a layer is called, its rows of each mix either pass beside the weight
-(``x W^T + (x down^T) up``) or through a merged copy of it (``W + up^T down`` in scratch memory),
-whichever takes less time (:mod:`loraseg.fuse.merging`). The base's weights are only ever read, so
-nothing has to be restored and nothing drifts. What a forward pass costs depends on the mixes in
-use, not on how many adapters a library has.
+The LoRA rows of a mix are stacked in buffers of fixed size, one slot per mix, with the mixing
+weights folded into the up side. A layer either adds the low-rank product to its output
+(``x W^T + (x down^T) up``) or uses a merged copy of its weight (``W + up^T down`` in scratch
+memory), whichever is faster (:mod:`loraseg.fuse.merging`). The base's weights are only read, so
+nothing has to be restored and nothing drifts. The cost of a forward pass depends on the mixes in
+use, not on the number of adapters in the library.
 
-On the CPU slots are worked off one by one; on a GPU all at once by batched products, with shapes
-and addresses that stay the same from batch to batch, so that compiled or captured code stays
-valid.
+On the CPU the slots run one after the other. On a GPU they run together as batched products with
+constant shapes and addresses, so that compiled or captured code stays valid between batches.
 """
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -30,13 +29,13 @@ from loraseg.tensor_types import Tensor
 
 __all__ = ["AdapterBank", "check_fits"]
 
-# Mixes of other sizes than the usual one, such as that of all adapters, get buffers of their own.
+# A mix of unusual rank, such as the uniform mix of all adapters, gets separate buffers.
 _MAX_BUFFERS = 2
 _RANK_STEP = 8
 
 
 class AdapterBank:
-    """The places of a model where mixes plug in. For inference; one thread a model."""
+    """Applies mixes to the linear layers of a model. For inference; one thread per model."""
 
     def __init__(
         self, model: nn.Module, *, table: MergeTable | None = None, batched: bool | None = None
@@ -44,10 +43,11 @@ class AdapterBank:
         """Find the linear layers of a model; nothing is allocated yet.
 
         Args:
-            model: Frozen. Layers with two inputs take ``forward(x, guide)``, where a weight
-                (d_out, d + a) acts on x (b, s, ..., d) and guide (b, ..., a), shared along s.
-            table: When to merge; by default what is known of the model's device and type.
-            batched: Work on all mixes at once; by default on a GPU only.
+            model: A frozen model. Layers with two inputs take ``forward(x, guide)``, where a
+                weight (d_out, d + a) acts on x (b, s, ..., d) and guide (b, ..., a), shared
+                along s.
+            table: When to merge; by default the table of the model's device and dtype.
+            batched: Whether to run all mixes together; by default only on a GPU.
         """
         self._linears = {
             name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
@@ -63,11 +63,11 @@ class AdapterBank:
 
     @contextmanager
     def use(self, mixes: Sequence[Mix | None]) -> Generator[None, None, None]:
-        """Let equal shares of the leading axis of every layer's input run with these mixes.
+        """Apply n mixes to n equal parts of the leading axis of every layer's input.
 
-        Within the ``with`` block, n mixes cut the leading axis of what a layer is given into n
-        equal parts, in order; None stands for the bare base. Neighbours with one digest share
-        their merged weights. Gradients are off meanwhile.
+        Inside the ``with`` block part i of the leading axis runs with ``mixes[i]``; None is the
+        bare base. Neighbouring parts with the same digest share merged weights. Gradients are
+        disabled inside the block.
 
         Raises:
             AdapterMismatchError: A layer is unknown or has another size.
@@ -75,76 +75,77 @@ class AdapterBank:
         """
         if self._in_use:
             raise StageError("other adapter mixes are in use on this model; leave them first")
-        opened: list[MixedLayer] = []
+        attached: list[MixedLayer] = []
         self._in_use = True
         try:
             if any(mix is not None for mix in mixes):
-                opened = self._attach(mixes)
+                attached = self._attach(mixes)
             with torch.no_grad():
                 yield
         finally:
-            for site in opened:
-                site.detach()
+            for layer in attached:
+                layer.detach()
             self._in_use = False
 
     def _attach(self, mixes: Sequence[Mix | None]) -> list[MixedLayer]:
-        plan, order = self._plan(mixes)
-        slots = self._buffers_for([mix for mix in order if mix is not None], len(order))
-        for index, mix in enumerate(order):
-            slots.fill(index, mix)
-        opened: list[MixedLayer] = []
+        plan, slots = self._plan(mixes)
+        buffers = self._buffers_for([mix for mix in slots if mix is not None], len(slots))
+        for slot, mix in enumerate(slots):
+            buffers.fill(slot, mix)
+        attached: list[MixedLayer] = []
         try:
-            for shape, names in slots.layers.items():
+            for shape, names in buffers.layers.items():
                 for name in names:
-                    site = self._layers[name]
-                    site.attach(plan, *slots.view(name), self._scratch_for(shape))
-                    opened.append(site)
+                    layer = self._layers[name]
+                    layer.attach(plan, *buffers.view(name), self._scratch_for(shape))
+                    attached.append(layer)
         except BaseException:
-            for site in opened:
-                site.detach()
+            for layer in attached:
+                layer.detach()
             raise
-        return opened
+        return attached
 
     def _plan(self, mixes: Sequence[Mix | None]) -> tuple[BatchPlan, list[Mix | None]]:
-        """Return the plan and what each slot has to hold."""
+        """Return the plan and the mix of each slot."""
         device, table = self._device_and_dtype[0], self._merge_table()
         runs = [list(run) for _, run in groupby(mixes, lambda mix: mix.digest if mix else None)]
         if self._batched or (self._batched is None and device.type == "cuda"):
-            # Images of several windows each, or several with one mix: as few parts as are equal.
-            order = list(mixes[:: gcd(*map(len, runs))])
-            return BatchPlan(len(order), _mix_digests(order), (), True, table), order
-        order: list[Mix | None] = [run[0] for run in runs if run[0] is not None]
+            # An image may have several windows, and several images the same mix: use the
+            # smallest number of equal parts.
+            slots = list(mixes[:: gcd(*map(len, runs))])
+            return BatchPlan(len(slots), _mix_digests(slots), (), True, table), slots
+        slots: list[Mix | None] = [run[0] for run in runs if run[0] is not None]
         segments: list[MixSegment] = []
         start = slot = 0
         for run in runs:
             bare = run[0] is None
             segments.append(MixSegment(start, start + len(run), None if bare else slot))
             start, slot = start + len(run), slot + (not bare)
-        return BatchPlan(len(mixes), _mix_digests(order), tuple(segments), False, table), order
+        return BatchPlan(len(mixes), _mix_digests(slots), tuple(segments), False, table), slots
 
     def _buffers_for(self, mixes: Sequence[Mix], count: int) -> AdapterBuffers:
-        """Return buffers with room for these mixes, the most recently used ones first."""
+        """Return buffers that can hold these mixes, the most recently used ones if possible."""
         for adapter in {id(a): a for mix in mixes for a, _ in mix.parts}.values():
             self._register(adapter)
         device, dtype = self._device_and_dtype
         rank = max(max(mix.rank for mix in mixes), 1)
-        for index, slots in enumerate(self._buffers):
-            roomy = slots.count >= count and rank <= slots.rank <= 2 * rank
-            same = (slots.device, slots.dtype) == (device, dtype)
-            if roomy and same and sum(map(len, slots.layers.values())) == len(self._layers):
+        for index, buffers in enumerate(self._buffers):
+            fits = buffers.count >= count and rank <= buffers.rank <= 2 * rank
+            same = (buffers.device, buffers.dtype) == (device, dtype)
+            if fits and same and sum(map(len, buffers.layers.values())) == len(self._layers):
                 self._buffers.insert(0, self._buffers.pop(index))
-                return slots
-        wanted: dict[WeightShape, list[str]] = {}
+                return buffers
+        by_shape: dict[WeightShape, list[str]] = {}
         for name in sorted(self._layers):
-            wanted.setdefault(self._layers[name].shape, []).append(name)
+            by_shape.setdefault(self._layers[name].shape, []).append(name)
         rank = -(-rank // _RANK_STEP) * _RANK_STEP
-        self._buffers = [slots for slots in self._buffers if not rank <= slots.rank <= 2 * rank]
-        made = AdapterBuffers(wanted, count=count, rank=rank, device=device, dtype=dtype)
-        self._buffers = [made, *self._buffers][:_MAX_BUFFERS]
-        return made
+        others = [buffers for buffers in self._buffers if not rank <= buffers.rank <= 2 * rank]
+        new = AdapterBuffers(by_shape, count=count, rank=rank, device=device, dtype=dtype)
+        self._buffers = [new, *others][:_MAX_BUFFERS]
+        return new
 
     def _register(self, adapter: PackedAdapter) -> None:
-        """Check that an adapter fits the model, and note its layers."""
+        """Check that an adapter fits the model and register its layers."""
         if adapter.digest in self._checked_digests:
             return
         check_fits(adapter, self._linears)
@@ -155,14 +156,14 @@ class AdapterBank:
 
     def _scratch_for(self, shape: WeightShape) -> Tensor:
         device, dtype = self._device_and_dtype
-        known = self._scratch.get(shape)
-        if known is None or (known.device, known.dtype) != (device, dtype):
-            known = self._scratch[shape] = torch.empty(shape, device=device, dtype=dtype)
-        return known
+        scratch = self._scratch.get(shape)
+        if scratch is None or (scratch.device, scratch.dtype) != (device, dtype):
+            scratch = self._scratch[shape] = torch.empty(shape, device=device, dtype=dtype)
+        return scratch
 
     @property
     def _device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
-        """Where the model is now, and its type."""
+        """Current device and dtype of the model."""
         weight = next(iter(self._linears.values())).weight
         return weight.device, weight.dtype
 
@@ -175,10 +176,10 @@ class AdapterBank:
 
 
 def check_fits(adapter: PackedAdapter, linears: Mapping[str, nn.Linear]) -> None:
-    """Check that every layer which an adapter changes is there, and has its size.
+    """Check that the model has every layer that an adapter changes, with the same weight shape.
 
     Args:
-        adapter: Any.
+        adapter: The adapter.
         linears: The linear layers of the model, by name.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Buffers of a fixed size in which the adapters of several mixes lie stacked."""
+"""Buffers of fixed size that hold the stacked adapters of several mixes."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,14 +10,14 @@ from loraseg.tensor_types import Float, Tensor
 
 __all__ = ["AdapterBuffers"]
 
-# Which rows of which sites an adapter takes: equal layouts overwrite each other completely.
+# The rows of each layer that a mix occupies: equal layouts overwrite each other completely.
 _Layout = tuple[tuple[int, WeightShape, int, tuple[str, ...]], ...]
 
 
 class AdapterBuffers:
-    """Room for the adapters of ``count`` mixes of at most ``rank`` rows each.
+    """Buffers for the adapters of ``count`` mixes of at most ``rank`` rows each.
 
-    Memory: ``count * rank * sum over sites (d_in + d_out)`` values.
+    Memory: ``count * rank * sum over layers (d_in + d_out)`` values.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class AdapterBuffers:
         self._slot_digests: list[str | None] = [None] * count
         self._layouts: list[_Layout] = [()] * count
         self._index_cache: dict[tuple[WeightShape, tuple[str, ...]], slice | list[int]] = {}
-        # Views are made once: making hundreds for each batch takes longer than filling them.
+        # Creating hundreds of views for each batch would take longer than filling the buffers.
         self._views = {
             name: (self._down[shape][:, index], self._up[shape][:, index])
             for shape, names in self.layers.items()
@@ -52,26 +52,28 @@ class AdapterBuffers:
     def view(
         self, layer: str
     ) -> tuple[Float[Tensor, "slots r d_in"], Float[Tensor, "slots r d_out"]]:
-        """Return the down and up rows of one layer for all slots; they change with :meth:`fill`."""
+        """Return views of the down and up rows of one layer, for all slots."""
         return self._views[layer]
 
     def fill(self, slot: int, mix: Mix | None) -> None:
-        """Copy a mix into a slot, weights into the up side; nothing if it is there already.
+        """Copy a mix into a slot, with its weights folded into the up side.
+
+        A slot that already holds the mix is left alone.
 
         Args:
             slot: 0 to ``count`` - 1.
-            mix: Of no more than ``rank`` rows and of known sites; None for all zeros.
+            mix: A mix of at most ``rank`` rows that changes only ``layers``; None for zeros.
         """
         digest = mix.digest if mix else None
         if digest is not None and self._slot_digests[slot] == digest:
             return
-        self._slot_digests[slot] = None  # until it is whole
+        self._slot_digests[slot] = None  # until the copy is complete
         parts = mix.parts if mix else ()
         layout = _layout(parts)
         if layout != self._layouts[slot]:
             for buffer in (*self._down.values(), *self._up.values()):
                 buffer[slot].zero_()
-        self._layouts[slot] = layout  # ahead of the rows: half of them may be all that is written
+        self._layouts[slot] = layout  # before the rows: an error may leave only some of them
         start = 0
         for adapter, weight in parts:
             self._write(slot, start, adapter, weight)
@@ -81,24 +83,24 @@ class AdapterBuffers:
     def _write(self, slot: int, start: int, adapter: PackedAdapter, weight: float) -> None:
         for shape, block in adapter.blocks.items():
             rows = slice(start, start + block.rank)
-            place = self._layer_indices(shape, block.layers)
+            layers = self._layer_indices(shape, block.layers)
             down, up = self._down[shape][slot], self._up[shape][slot]
-            if isinstance(place, slice) and block.up.device == up.device:
-                down[place, rows].copy_(block.down)
-                torch.mul(block.up.to(up.dtype), weight, out=up[place, rows])
+            if isinstance(layers, slice) and block.up.device == up.device:
+                down[layers, rows].copy_(block.down)
+                torch.mul(block.up.to(up.dtype), weight, out=up[layers, rows])
             else:
-                down[place, rows] = block.down.to(down)
-                up[place, rows] = block.up.to(up) * weight
+                down[layers, rows] = block.down.to(down)
+                up[layers, rows] = block.up.to(up) * weight
 
     def _layer_indices(self, shape: WeightShape, layers: tuple[str, ...]) -> slice | list[int]:
-        """Return where an adapter's sites are among ours."""
+        """Return the positions of an adapter's layers in the buffers."""
         key = (shape, layers)
         if key not in self._index_cache:
-            ours = {name: index for index, name in enumerate(self.layers[shape])}
-            found = [ours[name] for name in layers]
-            first, last = found[0], found[-1]
-            dense = last - first + 1 == len(found)
-            self._index_cache[key] = slice(first, last + 1) if dense else found
+            positions = {name: index for index, name in enumerate(self.layers[shape])}
+            indices = [positions[name] for name in layers]
+            first, last = indices[0], indices[-1]
+            contiguous = last - first + 1 == len(indices)
+            self._index_cache[key] = slice(first, last + 1) if contiguous else indices
         return self._index_cache[key]
 
 

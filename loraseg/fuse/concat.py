@@ -1,4 +1,9 @@
-"""Exact fusion of LoRA adapters by concatenation along the rank (methods B.5)."""
+"""Exact fusion of LoRA adapters by concatenation along the rank.
+
+SemLA (arXiv 2503.21780), concat-based merging; in its code
+``domain_orchestrator/domain_orchestrator.py``, ``DomainOrchestrator._merge_adapters``, which calls
+peft's ``add_weighted_adapter`` with ``combination_type="cat"``.
+"""
 
 from collections.abc import Sequence
 
@@ -17,14 +22,18 @@ def concat_lora(
 ) -> tuple[Float[Tensor, "r_sum d_in"], Float[Tensor, "d_out r_sum"]]:
     """Stack n LoRA pairs so that one product equals their weighted sum.
 
-    ``up @ down == sum_i weights[i] * (ups[i] @ downs[i])`` up to rounding. The
-    rank grows to ``r_sum = sum_i r_i``; no d_out x d_in matrix is formed.
+    ``down = [w_1 A_1; ...; w_n A_n]`` and ``up = [B_1, ..., B_n]``, hence
+    ``up @ down == sum_i w_i B_i A_i`` up to rounding. The rank grows to
+    ``r_sum = sum_i r_i``; no (d_out, d_in) matrix is formed.
 
     Args:
         downs: A_i, one (r_i, d_in) matrix per adapter; ranks may differ.
-        ups: B_i, one (d_out, r_i) matrix per adapter. alpha_i / r_i must be in
-            a factor or in the weight already.
-        weights: One weight per adapter; any sign, need not sum to one.
+        ups: B_i, one (d_out, r_i) matrix per adapter. The LoRA scale
+            alpha_i / r_i must already be part of a factor or of the weight.
+        weights: w_i, one weight per adapter; any sign, need not sum to one.
+
+    Returns:
+        The stacked pair (down, up).
 
     Raises:
         AdapterMismatchError: Counts differ, or a pair disagrees with adapter 0
@@ -43,7 +52,7 @@ def concat_lora(
                 f"adapter {i}: down {tuple(down.shape)}, up {tuple(up.shape)}; "
                 f"expected down (r, {d_in}) and up ({d_out}, r) as in adapter 0"
             )
-    # On one side only: split as sqrt(w) * sqrt(w) a weight could not be negative. The down side
-    # is peft's choice for `cat`, so the factors compare with peft's one by one.
+    # The weight goes on one side, since sqrt(w) on both would exclude negative weights. peft's
+    # `cat` also scales the down side, so the factors are comparable one by one.
     scaled = [weight * down for weight, down in zip(weights, downs, strict=True)]
     return torch.cat(scaled, dim=0), torch.cat(list(ups), dim=1)

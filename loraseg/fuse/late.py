@@ -1,4 +1,8 @@
-"""Late fusion: combine what the adapters predict instead of their weights (methods B.6)."""
+"""Late fusion: the predictions of the adapters are combined instead of their weights.
+
+SemLA (arXiv 2503.21780) reports it as a baseline ("SemLA Late Fusion", "Uniform Late Fusion"); its
+code does not contain it. Here sigmoid score maps are summed with the mixing weights.
+"""
 
 from collections.abc import Sequence
 
@@ -12,19 +16,20 @@ __all__ = ["LateFusion", "late_fusion"]
 
 
 class LateFusion:
-    """The weighted sum of score maps that arrive one after the other.
-
-    Memory does not depend on how many there are.
-    """
+    """Running weighted sum of score maps; memory does not grow with their number."""
 
     def __init__(self) -> None:
         self._total: Tensor | None = None
 
     def add(self, scores: Float[Tensor, "..."], weight: float) -> None:
-        """Add ``weight * scores`` in the maps' own precision.
+        """Add ``weight * scores`` in the dtype of the first map.
+
+        Args:
+            scores: Any shape, such as (t, h, w); the same for every map.
+            weight: Mixing weight of the map.
 
         Raises:
-            AdapterMismatchError: Its shape is not that of the first map.
+            AdapterMismatchError: The shape differs from that of the first map.
         """
         if self._total is None:
             self._total = torch.zeros_like(scores)
@@ -37,10 +42,10 @@ class LateFusion:
 
     @property
     def total(self) -> Float[Tensor, "..."]:
-        """The sum so far.
+        """The sum of the maps added so far, in their shape.
 
         Raises:
-            AdapterMismatchError: Nothing was added.
+            AdapterMismatchError: No map was added.
         """
         if self._total is None:
             raise AdapterMismatchError("late fusion: expected at least one score map")
@@ -53,15 +58,16 @@ def late_fusion(
     """Return ``sum_i weights[i] * score_maps[i]``.
 
     Args:
-        score_maps: One map per adapter after its own full forward pass, for instance sigmoid
-            scores (t, h, w) in [0, 1]; all of one shape.
-        weights: One finite weight per map; with sum 1 the result stays in the maps' range.
+        score_maps: One map per adapter, from a full forward pass with that adapter, such as
+            sigmoid scores (t, h, w) in [0, 1]; all of one shape.
+        weights: One finite weight per map. If they are non-negative and sum to 1, the result
+            stays in the range of the maps.
 
     Raises:
         AdapterMismatchError: Counts or shapes differ, or a weight is not finite.
     """
     check_weights(weights, len(score_maps))
-    late = LateFusion()
+    fusion = LateFusion()
     for scores, weight in zip(score_maps, weights, strict=True):
-        late.add(scores, float(weight))
-    return late.total
+        fusion.add(scores, float(weight))
+    return fusion.total

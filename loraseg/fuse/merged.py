@@ -1,7 +1,7 @@
-"""One mix in the weights themselves, for as long as every sample of every batch runs with it.
+"""Merge one mix into the weights, for batches whose samples all use the same mix.
 
-Where mixes differ from image to image there is :class:`loraseg.fuse.bank.AdapterBank`. Here the
-layers hold ``W + delta`` meanwhile, so that a forward pass costs exactly what the bare base costs.
+Inside the block the layers hold ``W + delta``, so a forward pass costs exactly as much as that of
+the base. :class:`loraseg.fuse.bank.AdapterBank` handles mixes that differ between images.
 """
 
 from collections.abc import Generator
@@ -20,15 +20,15 @@ __all__ = ["merged"]
 
 @contextmanager
 def merged(model: nn.Module, mix: Mix | None) -> Generator[None, None, None]:
-    """Let the linear layers that a mix changes hold ``W + delta`` within the block.
+    """Replace the weights of the linear layers that a mix changes by ``W + delta``.
 
-    The sum is formed in float32 (float64 for float64 weights) and rounded once to the weight's
-    type. Afterwards the very same parameter objects are back: nothing is subtracted, so nothing
-    drifts. Gradients are not switched off, but the merged weights have none.
+    The sum is formed in float32 (float64 for float64 weights) and rounded once to the dtype of
+    the weight. On exit the original parameter objects are restored: nothing is subtracted, so
+    nothing drifts. Gradients stay enabled, but the merged weights do not require any.
 
     Args:
-        model: Any with linear layers of the mix's names.
-        mix: None changes nothing.
+        model: A model with linear layers of the names in the mix.
+        mix: The mix; None changes nothing.
 
     Raises:
         AdapterMismatchError: A layer is unknown or has another size, or parts disagree on one.
@@ -43,17 +43,17 @@ def merged(model: nn.Module, mix: Mix | None) -> Generator[None, None, None]:
     pairs = mix.pairs()
     for name in pairs:
         require_unmodified(name, linears[name])
-    kept: list[tuple[nn.Linear, nn.Parameter]] = []
+    originals: list[tuple[nn.Linear, nn.Parameter]] = []
     try:
         for name, (down, up) in pairs.items():
             linear = linears[name]
-            weight = cast(nn.Parameter, linear.weight)  # torch calls it a Tensor
-            kept.append((linear, weight))
+            weight = cast(nn.Parameter, linear.weight)  # typed as Tensor by torch
+            originals.append((linear, weight))
             vars(linear)[MERGED_ATTRIBUTE] = mix.digest
             linear.weight = _merged_weight(weight, down, up)
         yield
     finally:
-        for linear, weight in kept:
+        for linear, weight in originals:
             linear.weight = weight
             vars(linear).pop(MERGED_ATTRIBUTE, None)
 

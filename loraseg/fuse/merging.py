@@ -1,10 +1,10 @@
-"""When to merge a mix into a layer's weight, and when to run it beside the layer.
+"""Whether to merge a mix into a layer's weight or to add its low-rank product to the output.
 
-Per layer and mix of R rows, merging costs R d_in d_out products once, running beside costs
-R (d_in + d_out) for each token, so they cross at T* = d_in d_out / (d_in + d_out) tokens, whatever
-R is. Real devices deviate from that by a factor; it can be measured (``loraseg doctor
---measure-merging``) and is then kept in the user's cache folder. It is never measured unasked: the
-two forms differ in their last bits, and results must not depend on how busy a machine was.
+For a layer and a mix of R rows, merging costs R d_in d_out multiplications once and the low-rank
+product R (d_in + d_out) per token. The costs are equal at T* = d_in d_out / (d_in + d_out) tokens,
+independent of R. Devices deviate from T* by a factor, which ``loraseg doctor --measure-merging``
+measures and stores in the user's cache folder. It is never measured implicitly: the two forms
+differ in their last bits, and results must not depend on the load of a machine.
 """
 
 import json
@@ -27,33 +27,39 @@ __all__ = ["MergeTable", "load_table", "measure_table", "save_table", "table_fil
 
 logger = logging.getLogger(__name__)
 
-# Of T*. On the CPU running beside gains from one large product for all images (float32: measured
-# on a whole ViT-B/16 tower at 577 tokens), and a fresh bfloat16 weight has to be packed anew for
-# the fast product (single layers: merging lost at 577 tokens and won at 2885).
+# Multiples of T*. On the CPU the low-rank form gains from one large product for all images
+# (float32: measured on a whole ViT-B/16 tower at 577 tokens), and each new bfloat16 weight must be
+# repacked for the fast kernel (single layers: merging lost at 577 tokens and won at 2885).
 _FACTORS = {("cpu", torch.float32): 2.0, ("cpu", torch.bfloat16): 3.0}
 _ROUNDS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class MergeTable:
-    """From how many tokens of one mix on its weight is merged.
+    """The number of tokens per mix above which merging is the faster form.
 
     Attributes:
-        factor: Of T* for shapes that were not measured.
-        measured: Tokens by (d_out, d_in).
+        factor: Multiple of T* used for shapes that were not measured.
+        measured: Measured crossover in tokens, by weight shape (d_out, d_in).
     """
 
     factor: float = 1.0
     measured: Mapping[WeightShape, float] = field(default_factory=dict)
 
     def should_merge(self, shape: WeightShape, tokens: int) -> bool:
-        """Tell whether ``tokens`` of one mix are enough to merge it into a weight (d_out, d_in)."""
-        known = self.measured.get(shape)
-        return tokens > (self.factor * _crossover_tokens(shape) if known is None else known)
+        """Return whether to merge a mix into a weight (d_out, d_in) that sees ``tokens`` tokens."""
+        crossover = self.measured.get(shape)
+        if crossover is None:
+            crossover = self.factor * _crossover_tokens(shape)
+        return tokens > crossover
 
 
 def load_table(device: torch.device, dtype: torch.dtype) -> MergeTable:
-    """Return what was measured on this device, else what is known of its kind."""
+    """Return the table measured on this device, or the default of its kind.
+
+    Raises:
+        IntegrityError: The stored table cannot be parsed.
+    """
     factor = _FACTORS.get((device.type, dtype), 1.0)
     path = table_file(device, dtype)
     try:
@@ -63,13 +69,13 @@ def load_table(device: torch.device, dtype: torch.dtype) -> MergeTable:
         return MergeTable(factor)
     except (OSError, ValueError, TypeError) as error:
         raise IntegrityError(
-            f"{path}: not a table of merging ({error}); delete it, or measure again"
+            f"{path}: not a merge table ({error}); delete it, or measure again"
         ) from error
     return MergeTable(factor, measured)
 
 
 def save_table(table: MergeTable, device: torch.device, dtype: torch.dtype) -> Path:
-    """Keep a measured table for this device; every later process uses it."""
+    """Store a measured table for this device; later processes load it. Return its path."""
     path = table_file(device, dtype)
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [[*shape, tokens] for shape, tokens in sorted(table.measured.items())]
@@ -78,7 +84,7 @@ def save_table(table: MergeTable, device: torch.device, dtype: torch.dtype) -> P
 
 
 def table_file(device: torch.device, dtype: torch.dtype) -> Path:
-    """Return where the table of a device, type and number of threads is kept."""
+    """Return the path of the table for a device, dtype and number of threads."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -90,12 +96,12 @@ def table_file(device: torch.device, dtype: torch.dtype) -> Path:
 def measure_table(
     shapes: Sequence[WeightShape], device: torch.device, dtype: torch.dtype, *, rank: int = 40
 ) -> MergeTable:
-    """Find by bisection of the tokens where merging becomes the faster form, for each shape.
+    """Measure by bisection, for each shape, the number of tokens above which merging is faster.
 
     Args:
         shapes: (d_out, d_in) of the layers that adapters change; takes about a second each.
-        device: Where to measure.
-        dtype: In which type.
+        device: Device to measure on.
+        dtype: Dtype of weights and inputs.
         rank: Rows of the mix, K r.
     """
     factor = _FACTORS.get((device.type, dtype), 1.0)
@@ -104,13 +110,13 @@ def measure_table(
     }
     for shape, tokens in measured.items():
         logger.info(
-            "%s: merged from %.0f tokens on (T* %.0f)", shape, tokens, _crossover_tokens(shape)
+            "%s: merged above %.0f tokens (T* %.0f)", shape, tokens, _crossover_tokens(shape)
         )
     return MergeTable(factor, measured)
 
 
 def _crossover_tokens(shape: WeightShape) -> float:
-    """T*: the tokens at which both forms take equally many products."""
+    """Return T*, the number of tokens at which both forms need equally many multiplications."""
     return shape[0] * shape[1] / (shape[0] + shape[1])
 
 
@@ -142,12 +148,12 @@ def _merging_is_faster(
         torch.addmm(weight, up.t(), down, out=scratch)
         torch.mm(x, scratch.t(), out=out)
 
-    def beside() -> None:
+    def low_rank() -> None:
         torch.mm(x, weight.t(), out=out)
         out.addmm_(x @ down.t(), up)
 
     with torch.no_grad():
-        return _median_seconds(merged, device) < _median_seconds(beside, device)
+        return _median_seconds(merged, device) < _median_seconds(low_rank, device)
 
 
 def _median_seconds(action: Callable[[], None], device: torch.device) -> float:

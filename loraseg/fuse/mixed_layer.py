@@ -1,4 +1,4 @@
-"""One linear layer while mixes act on it: each part of its input with the mix it belongs to."""
+"""One linear layer with mixes applied: each part of its input uses its own mix."""
 
 from dataclasses import dataclass
 from itertools import groupby
@@ -13,16 +13,16 @@ from loraseg.tensor_types import Float, Tensor
 
 __all__ = ["MERGED_ATTRIBUTE", "BatchPlan", "MixSegment", "MixedLayer", "require_unmodified"]
 
-# What :func:`loraseg.fuse.merged.merged` leaves on a layer instance while a mix is in its weight.
+# :func:`loraseg.fuse.merged.merged` sets this attribute on a layer whose weight holds a mix.
 MERGED_ATTRIBUTE = "merged_mix"
 
-# Values of a merged weight that is worth keeping: those of the aggregator, not of large towers.
+# Largest merged weight (in values) that is cached: the aggregator's layers, not those of towers.
 _MAX_CACHED_WEIGHT_SIZE = 2**17
 
 
 @dataclass(frozen=True, slots=True)
 class MixSegment:
-    """Neighbouring parts ``start`` to ``stop`` with one mix; ``slot`` None is the bare base."""
+    """The parts from ``start`` to before ``stop``, with one mix; ``slot`` None is the base."""
 
     start: int
     stop: int
@@ -31,13 +31,13 @@ class MixSegment:
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """How the leading axis of every layer's input is shared out.
+    """How the leading axis of every layer's input is split between mixes.
 
     Attributes:
         parts: Number of equal parts.
-        digests: Of the mix in each slot.
-        segments: They cover the parts in order. Not used if ``batched``: slot i is part i's.
-        batched: All parts at once, by batched products.
+        digests: Digest of the mix in each slot.
+        segments: They cover the parts in order. Unused if ``batched``, where part i has slot i.
+        batched: Whether all parts run together as batched products.
         table: When to merge.
     """
 
@@ -49,7 +49,7 @@ class BatchPlan:
 
 
 class MixedLayer:
-    """Stands in for the ``forward`` of one linear layer; its weight is only read."""
+    """Replaces the ``forward`` of one linear layer; the layer's weight is only read."""
 
     def __init__(self, name: str, linear: nn.Linear) -> None:
         self.name, self.linear = name, linear
@@ -69,31 +69,37 @@ class MixedLayer:
         up: Float[Tensor, "slots r d_out"],
         scratch: Float[Tensor, "d_out d_in"],
     ) -> None:
-        """Take the layer's place until :meth:`close`; ``scratch`` is overwritten at will.
+        """Replace the layer's ``forward`` until :meth:`detach`; ``scratch`` may be overwritten.
 
         Raises:
-            StageError: Something else stands in its place already.
+            StageError: Other adapters are in use on the layer.
         """
         require_unmodified(self.name, self.linear)
         self._plan, self._down, self._up, self._scratch = plan, down, up, scratch
-        kept, weight = self._cached_weights, self.linear.weight
-        self._cached_weights = {key: kept[key] for key in plan.digests if key in kept}
-        if any((m.device, m.dtype) != (weight.device, weight.dtype) for m in kept.values()):
-            self._cached_weights = {}  # the model has moved
-        # On the instance, as hooks cannot keep a layer from computing what is not wanted.
+        cached, weight = self._cached_weights, self.linear.weight
+        self._cached_weights = {key: cached[key] for key in plan.digests if key in cached}
+        if any((m.device, m.dtype) != (weight.device, weight.dtype) for m in cached.values()):
+            self._cached_weights = {}  # the model was moved
+        # An instance attribute, because a hook cannot skip the layer's own computation.
         self.linear.forward = self.forward  # pyright: ignore[reportAttributeAccessIssue]
 
     def detach(self) -> None:
-        """Give the layer its own ``forward`` back."""
+        """Restore the layer's own ``forward``."""
         self.linear.__dict__.pop("forward", None)
         self._plan = None
 
     def forward(self, x: Tensor, guide: Tensor | None = None) -> Tensor:
-        """Return what the layer would with each part's mix added to its weight.
+        """Return the layer's output with each part's mix added to its weight.
 
         Args:
             x: (b, ..., d_in), b a multiple of the plan's parts; with a guide (b, s, ..., d).
             guide: (b, ..., a), shared along s; d + a = d_in.
+
+        Returns:
+            (b, ..., d_out), or (b, s, ..., d_out) with a guide.
+
+        Raises:
+            StageError: No plan is attached, or its parts do not divide b.
         """
         plan = self._plan
         if plan is None or x.shape[0] % plan.parts:
@@ -101,7 +107,7 @@ class MixedLayer:
                 f"layer {self.name}: got an input of shape {tuple(x.shape)}, expected "
                 f"{plan.parts if plan else 'no'} equal parts along the first axis"
             )
-        # With a guide (images, s, places, d) and (images, places, a), else (rows, d).
+        # With a guide (images, s, positions, d) and (images, positions, a), else (rows, d).
         if guide is None:
             rows, sides = x.reshape(-1, x.shape[-1]), None
         else:
@@ -111,37 +117,37 @@ class MixedLayer:
         return run(plan, rows, sides).view(*x.shape[:-1], self.shape[0])
 
     def _run_segments(self, plan: BatchPlan, rows: Tensor, sides: Tensor | None) -> Tensor:
-        """Work off one segment after the other, each result straight into its place."""
+        """Run one segment after the other, each writing into its slice of the output."""
         out = rows.new_empty(*rows.shape[:-1], self.shape[0])
-        each = len(rows) // plan.parts
-        tokens = rows.shape[:-1].numel() // plan.parts
+        part_rows = len(rows) // plan.parts
+        part_tokens = rows.shape[:-1].numel() // plan.parts
 
-        def part(start: int, stop: int) -> _LayerSlice:
-            here = slice(start * each, stop * each)
-            return rows[here], None if sides is None else sides[here], out[here]
+        def layer_slice(start: int, stop: int) -> _LayerSlice:
+            span = slice(start * part_rows, stop * part_rows)
+            return rows[span], None if sides is None else sides[span], out[span]
 
         def is_merged(segment: MixSegment) -> bool:
-            count = tokens * (segment.stop - segment.start)
-            return segment.slot is not None and plan.table.should_merge(self.shape, count)
+            tokens = part_tokens * (segment.stop - segment.start)
+            return segment.slot is not None and plan.table.should_merge(self.shape, tokens)
 
-        # What passes through the weight itself does so in one large product.
+        # Neighbouring segments that use the weight itself share one large product.
         for merged, run in groupby(plan.segments, is_merged):
             segments = list(run)
             if merged:
                 for segment in segments:
                     weight = self._merged_weight(segment)
-                    _linear_into(part(segment.start, segment.stop), weight, self.linear.bias)
+                    _linear_into(layer_slice(segment.start, segment.stop), weight, self.linear.bias)
                 continue
-            whole = part(segments[0].start, segments[-1].stop)
+            whole = layer_slice(segments[0].start, segments[-1].stop)
             _linear_into(whole, self.linear.weight, self.linear.bias)
             for segment in segments:
-                self._add_low_rank(segment, part(segment.start, segment.stop))
+                self._add_low_rank(segment, layer_slice(segment.start, segment.stop))
         return out
 
     def _merged_weight(self, segment: MixSegment) -> Tensor:
-        """Return ``W + up^T down``; what is small is kept while its mix is in use.
+        """Return ``W + up^T down``; small weights are cached while their mix is in use.
 
-        The aggregator calls its layers once for every few classes.
+        The aggregator calls its layers once per chunk of classes.
         """
         weight, plan, slot = self.linear.weight, self._plan, segment.slot
         if plan is None or slot is None:
@@ -164,7 +170,7 @@ class MixedLayer:
         out.view(-1, out.shape[-1]).addmm_(low.view(-1, low.shape[-1]), up)
 
     def _run_batched(self, plan: BatchPlan, rows: Tensor, sides: Tensor | None) -> Tensor:
-        """Work on all parts at once; part i has slot i."""
+        """Run all parts together; part i uses slot i."""
         parts = plan.parts
         down, up = self._down[:parts], self._up[:parts]
         if plan.table.should_merge(self.shape, rows.shape[:-1].numel() // parts):
@@ -177,21 +183,21 @@ class MixedLayer:
 
 
 def require_unmodified(name: str, linear: nn.Linear) -> None:
-    """Check that no adapters act on a layer, in its weight or in place of its ``forward``.
+    """Check that no adapter is merged into a layer and that its ``forward`` is its own.
 
     Raises:
-        StageError: Some do.
+        StageError: Adapters are in use on the layer.
     """
     if vars(linear).keys() & {"forward", MERGED_ATTRIBUTE}:
         raise StageError(f"layer {name}: other adapters are in use on it; leave them first")
 
 
-# Rows, what goes with them on the second input, and where their results go.
+# Rows, their guides (second input) and the output slice.
 _LayerSlice = tuple[Tensor, Tensor | None, Tensor]
 
 
 def _linear_into(part: _LayerSlice, weight: Tensor, bias: Tensor | None) -> None:
-    """Write ``[rows, side] weight^T + bias`` into the results, a contiguous block."""
+    """Write ``[rows, guide] weight^T + bias`` into the output slice, which is contiguous."""
     x, side, out = part
     width, flat = x.shape[-1], out.view(-1, out.shape[-1])
     if side is None and bias is not None:

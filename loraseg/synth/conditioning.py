@@ -1,4 +1,9 @@
-"""From a mask to what the generator is told: prompt, token classes and regions (methods b.1)."""
+"""Conditions of the generator: prompt, token classes and regions of a mask.
+
+FreestyleNet (arXiv 2303.14412), text and mask of rectified cross-attention, as used by MatchMask
+(CVPR 2026). Differences: class names may have any number of tokens; prompts that are too long drop
+their smallest classes; ignored pixels are conditioned on the nearest class.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,15 +25,18 @@ Downsampling = Literal["nearest", "max"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConditioningConfig:
-    """How masks become prompts and regions.
+    """Settings for prompts and regions of masks.
 
     Attributes:
-        template: Holds ``{classes}`` once, e.g. ``{classes} in heavy fog``; its own words are
-            seen by all pixels.
+        template: Text with ``{classes}`` once, e.g. ``{classes} in heavy fog``; all pixels attend
+            to its other words.
         background_word: Word of a class named "background"; None leaves it out of the prompt.
-        words: Other words for class names that mean something else to the text model.
+        words: Words that replace class names which mean something else to the text model.
         downsampling: ``nearest``, or ``max`` for thin objects
             (:class:`~loraseg.synth.regions.Regions`).
+
+    Raises:
+        ConfigError: The template does not contain ``{classes}`` exactly once.
     """
 
     template: str = "{classes}"
@@ -42,17 +50,17 @@ class ConditioningConfig:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Condition:
-    """What one mask asks for.
+    """The condition made from one mask.
 
     Attributes:
         prompt: The words of its classes by rising id, in the template.
         token_classes: (l,) class id of each token; -1 for start, end, padding and template.
-        regions: (h, w) classes for conditioning: ignored pixels have the nearest class, 255 is a
-            place that sees only the tokens of no class.
-        label: (h, w) the mask as a label of the images: 255 also where a class was dropped.
-        classes: Ids of the classes in the prompt, rising.
-        dropped: Ids of the classes left out because the prompt would be too long, rising.
-        downsampling: How ``regions`` is reduced to a layer's resolution.
+        regions: (h, w) classes for conditioning: ignored pixels have the nearest class; pixels of
+            255 attend only to tokens without a class.
+        label: (h, w) label of the generated images: the mask, with 255 where a class was dropped.
+        classes: Ids of the classes in the prompt, ascending.
+        dropped: Ids of the classes left out because the prompt would be too long, ascending.
+        downsampling: How ``regions`` is reduced to the resolution of a layer.
     """
 
     prompt: str
@@ -65,7 +73,7 @@ class Condition:
 
 
 class Conditioner:
-    """Turns masks into conditions, for one label space and one pipeline's tokenizers."""
+    """Makes conditions from masks, for one label space and the tokenizers of one pipeline."""
 
     def __init__(
         self, tokenizers: Sequence[Any], label_space: LabelSpace, config: ConditioningConfig
@@ -73,14 +81,14 @@ class Conditioner:
         """Tokenise every class name once.
 
         Args:
-            tokenizers: Those of the pipeline; two must agree on where each word stands.
+            tokenizers: The tokenizers of the pipeline; two must agree on the position of each word.
             label_space: Class of each id in the masks.
             config: Template, words and downsampling.
 
         Raises:
             ConfigError: ``words`` names an unknown class, the template is too long, or the
                 tokenizers disagree.
-            DatasetError: A class name makes no token, a special one, or more than fit.
+            DatasetError: A class name has no tokens, a special token, or too many tokens.
         """
         self.label_space = label_space
         self.config = config
@@ -94,8 +102,7 @@ class Conditioner:
         if self._max_class_tokens < 1:
             raise ConfigError(
                 f"{where}: it leaves {self._max_class_tokens} of {self._tokens.max_tokens} "
-                f"tokens for class names, "
-                "expected at least 1"
+                f"tokens for class names, expected at least 1"
             )
         self._token_counts = {
             index: self._token_count(index, word)
@@ -106,32 +113,32 @@ class Conditioner:
     def __call__(self, mask: ndarray, *, where: str = "mask") -> Condition:
         """Return the condition of a mask.
 
-        If the names of its classes make too many tokens, the class with the fewest pixels is left
-        out (of equal ones that with the larger id), until they fit: its pixels become 255. A mask
-        of nothing but a background without a word has a prompt without classes.
+        If the class names have too many tokens, the class with the fewest pixels is dropped (of
+        equal ones that with the larger id) until they fit; its pixels become 255. A mask that
+        contains only a background without a word has a prompt without classes.
 
         Args:
-            mask: (h, w) uint8, ids of the label space or 255; not changed.
-            where: What to call the mask in errors.
+            mask: (h, w) uint8, ids of the label space or 255; not modified.
+            where: Name of the mask in error messages.
 
         Raises:
-            DatasetError: It is empty, of another type or shape, holds unknown ids, or ignores
-                every pixel.
-            ConfigError: A word reads differently inside the prompt than alone.
+            DatasetError: The mask is empty, of another dtype or shape, contains unknown ids, or
+                ignores every pixel.
+            ConfigError: A word is tokenised differently inside the prompt than alone.
         """
-        areas = self._pixel_counts(mask, where)
-        classes, dropped = self._select_classes(areas)
+        pixel_counts = self._pixel_counts(mask, where)
+        classes, dropped = self._select_classes(pixel_counts)
         words = [word for index in classes if (word := self._words[index]) is not None]
         prompt, pieces = build_prompt(self.config.template, words)
-        seen = np.full(256, IGNORE, dtype=np.uint8)
-        seen[list(classes)] = classes
-        kept = np.arange(256, dtype=np.uint8)
-        kept[list(dropped)] = IGNORE
+        region_ids = np.full(256, IGNORE, dtype=np.uint8)
+        region_ids[list(classes)] = classes
+        label_ids = np.arange(256, dtype=np.uint8)
+        label_ids[list(dropped)] = IGNORE
         return Condition(
             prompt=prompt,
             token_classes=self._tokens.token_classes(prompt, pieces, (-1, *classes, -1)),
-            regions=seen[fill_ignored(mask)],
-            label=kept[mask],
+            regions=region_ids[fill_ignored(mask)],
+            label=label_ids[mask],
             classes=classes,
             dropped=dropped,
             downsampling=self.config.downsampling,
@@ -142,14 +149,13 @@ class Conditioner:
         length = self._tokens.count_tokens(word, where)
         if not 1 <= length <= self._max_class_tokens:
             raise DatasetError(
-                f"{where}: its word {word!r} makes {length} tokens, expected 1 to "
-                f"{self._max_class_tokens}; "
-                "give it another one by words"
+                f"{where}: its word {word!r} has {length} tokens, expected 1 to "
+                f"{self._max_class_tokens}; set another word in words"
             )
         return length
 
     def _pixel_counts(self, mask: ndarray, where: str) -> dict[int, int]:
-        """Return the pixels of each class in a mask, by rising id."""
+        """Return the number of pixels of each class in a mask, by ascending id."""
         if mask.dtype != np.uint8 or mask.ndim != 2 or not mask.size:
             raise DatasetError(
                 f"{where}: got {mask.dtype} {mask.shape}, expected uint8 (h, w), not empty"
@@ -166,16 +172,18 @@ class Conditioner:
             raise DatasetError(f"{where}: every pixel is ignored, expected at least one class")
         return {index: int(counts[index]) for index in present}
 
-    def _select_classes(self, areas: dict[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the ids of the classes that the prompt has room for, and of the others."""
-        chosen = [index for index in areas if index in self._token_counts]
+    def _select_classes(
+        self, pixel_counts: dict[int, int]
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the ids of the classes that fit into the prompt, and those of the others."""
+        with_word = [index for index in pixel_counts if index in self._token_counts]
         dropped: list[int] = []
-        by_area = sorted(chosen, key=lambda index: (areas[index], -index))
-        total = sum(self._token_counts[index] for index in chosen)
-        for index in by_area:
+        smallest_first = sorted(with_word, key=lambda index: (pixel_counts[index], -index))
+        total = sum(self._token_counts[index] for index in with_word)
+        for index in smallest_first:
             if total <= self._max_class_tokens:
                 break
             total -= self._token_counts[index]
             dropped.append(index)
-        classes = tuple(index for index in chosen if index not in dropped)
+        classes = tuple(index for index in with_word if index not in dropped)
         return classes, tuple(sorted(dropped))

@@ -1,4 +1,8 @@
-"""FreeMask's statistics: how hard a class is on real images (methods b.5)."""
+"""Mean loss of each class on real images, for FreeMask's label filter.
+
+FreeMask (arXiv 2310.15160), filtering of noisy synthetic regions; in its code
+``preprocess/filter.py`` (``class_wise_mean_loss``).
+"""
 
 from collections.abc import Iterable
 
@@ -17,15 +21,15 @@ def class_mean_loss(
     """Return the mean cross-entropy of each class over the pixels of real images.
 
     Args:
-        pairs: (mask, loss) of each image, taken one by one: (h, w) uint8 or uint16 class ids, and
-            the cross-entropy of its class at each pixel. Pixels without a label are left out.
+        pairs: (mask, loss) of each image: (h, w) uint8 or uint16 class ids, and (h, w) the
+            cross-entropy of the labelled class at each pixel. Ignored pixels are left out.
         classes: Number of classes.
 
     Returns:
-        float64; NaN for a class that no image has.
+        (classes,) float64; NaN for a class that no image contains.
 
     Raises:
-        DatasetError: A mask and its loss have different shapes, or a mask holds other ids.
+        DatasetError: A mask and its loss differ in shape, or a mask contains an unknown id.
     """
     sums, pixels = np.zeros(classes), np.zeros(classes)
     for number, (mask, loss) in enumerate(pairs):

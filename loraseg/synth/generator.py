@@ -1,8 +1,8 @@
-"""Masks in, images that follow them out (methods b.5, d.1).
+"""The generator: images that follow given masks.
 
-K homologous images of a mask share its prompt, its regions and its text; each has noise of its own
-that depends on the seed, the mask and k alone. So an image is the same alone, in any batch, in any
-order and on any worker.
+The K homologous images of a mask (MatchMask, CVPR 2026, "Relative Filtering") share its prompt,
+regions and text; the noise of each depends only on the seed, the mask and k. An image is therefore
+the same in any batch, in any order and on any worker.
 """
 
 import dataclasses
@@ -55,12 +55,12 @@ class GeneratedImage:
     """One image and its label.
 
     Attributes:
-        mask_name: What the caller calls the mask.
+        mask_name: The caller's name of the mask.
         image: RGB.
-        label: Class ids at the image's size; 255 as in the mask, and where a class was dropped.
-        latents: What the image was decoded from, on the CPU.
-        condition: What the generator was told.
-        lineage: Where all this comes from; mask id, k, seed and prompt are there.
+        label: Class ids at the image's size; 255 where the mask is ignored or a class was dropped.
+        latents: The latents that the image was decoded from, on the CPU.
+        condition: The condition made from the mask.
+        lineage: Origin of the pair, with mask id, k, seed and prompt.
     """
 
     mask_name: str
@@ -73,7 +73,7 @@ class GeneratedImage:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class _ImageRequest:
-    """One image that is to be made."""
+    """One image to generate."""
 
     mask_name: str
     mask_id: str
@@ -84,7 +84,7 @@ class _ImageRequest:
 
 
 class Generator:
-    """A text-to-image model with adapters, told by masks what to draw. One thread at a time."""
+    """A text-to-image model with adapters that generates images from masks. Not thread-safe."""
 
     def __init__(
         self,
@@ -95,27 +95,27 @@ class Generator:
         heads: Sequence[PackedAdapter] = (),
         config: SamplingConfig = _DEFAULT_CONFIG,
     ) -> None:
-        """Check that all fits; nothing in the base changes yet.
+        """Check that adapters and base fit; nothing in the base changes yet.
 
         Args:
-            base: In the precision of the config.
-            conditioner: Made with the tokenizers of the base.
-            adapters: They act on every image.
-            heads: They act on each image with weights of its own, see :meth:`generate`.
-            config: How to sample.
+            base: The base, in the precision of the config.
+            conditioner: Conditioner with the tokenizers of the base.
+            adapters: Adapters used for every image.
+            heads: Adapters whose weights differ between images, see :meth:`generate`.
+            config: Settings of sampling.
 
         Raises:
             AdapterMismatchError: An adapter was trained on another base or does not fit, or
-                several have fusion layers.
-            ConfigError: The base has another number type than the config says.
+                several have an attention mix.
+            ConfigError: The dtype of the base differs from the precision of the config.
         """
         if base.dtype != DTYPES[config.precision]:
             raise ConfigError(
                 f"base {base.name!r} is in {base.dtype}, the config says {config.precision}; "
-                "load the base in that type"
+                "load the base in that precision"
             )
-        everyone = [*adapters, *(GeneratorAdapter(adapter=head) for head in heads)]
-        check_base(everyone, base.name, base.digest)
+        all_adapters = [*adapters, *(GeneratorAdapter(adapter=head) for head in heads)]
+        check_base(all_adapters, base.name, base.digest)
         warn_untested_combination(adapters)
         self.base = base
         self.conditioner = conditioner
@@ -125,23 +125,23 @@ class Generator:
         self._mix = self._mix_with_heads(())
         self._bank = AdapterBank(base.unet)
         linears = {n: m for n, m in base.unet.named_modules() if isinstance(m, torch.nn.Linear)}
-        for one in everyone:
-            check_fits(one.adapter, linears)
-        fusion = find_attention_mix(adapters)
-        self._control = _region_control(base, fusion)
-        # An adapter's own digest holds its fusion layers only if both came from files.
-        self._attention_mix_digest = fusion and fusion.digest
+        for generator_adapter in all_adapters:
+            check_fits(generator_adapter.adapter, linears)
+        attention_mix = find_attention_mix(adapters)
+        self._control = _region_control(base, attention_mix)
+        # The digest of an adapter covers its attention mix only if both were read from files.
+        self._attention_mix_digest = attention_mix and attention_mix.digest
         self._prompts = PromptCache(base)
         self._conditioners = {conditioner.config.template: conditioner}
 
     @property
     def digest(self) -> str:
-        """The sha256 (hex) of all that decides what a mask and a seed become."""
+        """Sha256 (hex) of everything that, with a mask and a seed, determines an image."""
         return self._digest_of(self.conditioner)
 
     @property
     def projections_computed(self) -> int:
-        """Text rows whose keys and values were computed so far, summed over modules."""
+        """Number of text rows whose keys and values were computed, summed over modules."""
         return self._control.projections_computed
 
     def generate(
@@ -152,34 +152,35 @@ class Generator:
         heads: Float[ndarray, "n k heads"] | None = None,
         first: int = 0,
     ) -> Iterator[GeneratedImage]:
-        """Make images ``first`` to ``config.images - 1`` of masks, ``config.batch`` at a time.
+        """Generate images ``first`` to ``config.images - 1`` of each mask, in order.
 
-        They come in order. Image k is the same whatever ``first`` is, so that masks that have
-        images already can get more. Between two images the base is as it was: adapters act and
-        processors stand in its UNet only while a batch runs.
+        ``config.batch`` images are sampled together. Image k does not depend on ``first``, so
+        that masks that already have images can get more. Adapters and processors are active in
+        the UNet only while a batch runs; between two images the base is unchanged.
 
         Args:
-            masks: (name, class ids or 255 as uint8 (h, w)). Resized to ``config.size`` (nearest)
-                if there is one, else of a size that the generator can make.
+            masks: (name, mask) pairs; a mask is uint8 (h, w), class ids or 255. It is resized
+                (nearest) to ``config.size``; without that, its sides must be multiples of
+                :func:`~loraseg.synth.sizes.size_multiple`.
             templates: A prompt template for each mask, such as "{classes} in heavy fog"; None for
                 the conditioner's.
-            heads: Weights of the heads for each image that is made of each mask.
-            first: 0 to ``config.images - 1``.
+            heads: Weights (n masks, k images, heads) of the heads for each generated image.
+            first: Index of the first image of each mask, 0 to ``config.images - 1``.
 
         Raises:
-            ConfigError: At once, for a wrong size or ``first``, and later for a template.
-            DatasetError: At once for a mask that the generator cannot make images for as large
-                as it is, and when its turn comes for one that makes no prompt.
-            AdapterMismatchError: At once, if ``heads`` are not the weights of the heads.
+            ConfigError: In the call for a wrong size or ``first``; during iteration for a template.
+            DatasetError: In the call for a mask whose size is not supported; during iteration for
+                a mask that gives no prompt.
+            AdapterMismatchError: In the call, if ``heads`` has the wrong shape.
         """
-        step = size_multiple(self.base)
-        sizes = [output_size(m, self.config.size, step, f"mask {name!r}") for name, m in masks]
+        multiple = size_multiple(self.base)
+        sizes = [output_size(m, self.config.size, multiple, f"mask {name!r}") for name, m in masks]
         if templates is not None and len(templates) != len(masks):
             raise ConfigError(f"templates: got {len(templates)}, expected one for each mask")
         if not 0 <= first < self.config.images:
             raise ConfigError(
-                f"first: got {first}, expected 0 to {self.config.images - 1}: {self.config.images} "
-                "images of each mask are wanted in all"
+                f"first: got {first}, expected 0 to {self.config.images - 1}, for "
+                f"{self.config.images} images of each mask"
             )
         expected = (len(masks), self.config.images - first, len(self._heads))
         if (None if heads is None else heads.shape) != (expected if self._heads else None):
@@ -197,15 +198,15 @@ class Generator:
         heads: ndarray | None,
         first: int,
     ) -> Iterator[GeneratedImage]:
-        def wishes() -> Iterator[_ImageRequest]:
+        def requests() -> Iterator[_ImageRequest]:
             for index, (name, mask) in enumerate(masks):
                 conditioner = self._conditioner_for(templates[index] if templates else None)
                 condition = conditioner(resize_mask(mask, sizes[index]), where=f"mask {name!r}")
                 for k in range(first, self.config.images):
-                    own = () if heads is None else tuple(map(float, heads[index, k - first]))
-                    yield _ImageRequest(name, mask_digest(mask), k, condition, conditioner, own)
+                    weights = () if heads is None else tuple(map(float, heads[index, k - first]))
+                    yield _ImageRequest(name, mask_digest(mask), k, condition, conditioner, weights)
 
-        for group in _batches(wishes(), self.config.batch):
+        for group in _batches(requests(), self.config.batch):
             yield from self._sample_batch(group)
 
     def _sample_batch(self, requests: Sequence[_ImageRequest]) -> list[GeneratedImage]:
@@ -213,9 +214,9 @@ class Generator:
         base, config = self.base, self.config
         height, width = requests[0].condition.regions.shape
         shape = (base.latent_channels, height // base.latent_factor, width // base.latent_factor)
-        streams = [NoiseStream(config.seed, wish.mask_id, wish.k) for wish in requests]
-        prompts = list(dict.fromkeys(wish.condition.prompt for wish in requests))
-        conditions = [wish.condition for wish in requests]
+        streams = [NoiseStream(config.seed, request.mask_id, request.k) for request in requests]
+        prompts = list(dict.fromkeys(request.condition.prompt for request in requests))
+        conditions = [request.condition for request in requests]
         batch = SamplingBatch(
             noise=torch.stack([stream.initial(shape) for stream in streams]),
             text=self._prompts.encode(prompts),
@@ -232,27 +233,27 @@ class Generator:
         logger.info("%d images in %.2f s", len(requests), time.perf_counter() - started)
         return [
             GeneratedImage(
-                mask_name=wish.mask_name,
+                mask_name=request.mask_name,
                 image=images[index],
-                label=wish.condition.label,
+                label=request.condition.label,
                 latents=latents[index],
-                condition=wish.condition,
-                lineage=self._lineage(wish, streams[index].seed),
+                condition=request.condition,
+                lineage=self._lineage(request, streams[index].seed),
             )
-            for index, wish in enumerate(requests)
+            for index, request in enumerate(requests)
         ]
 
     def _adapters_applied(self, requests: Sequence[_ImageRequest]) -> AbstractContextManager[None]:
-        """Let the adapters act: in the weights if all images share one mix, else beside them."""
+        """Return a context with the adapters applied: merged if all images share one mix."""
         if not self._heads:
             return merged(self.base.unet, self._mix)
-        mixes = [self._mix_with_heads(wish.heads) for wish in requests]
-        # The unconditional half comes first and runs with the same adapters.
+        mixes = [self._mix_with_heads(request.heads) for request in requests]
+        # The unconditional half comes first and uses the same adapters.
         return self._bank.use(mixes * (2 if self.config.guidance > 1 else 1))
 
     def _mix_with_heads(self, heads: Sequence[float]) -> Mix | None:
-        """Return the adapters and, with weights of their own, the heads; None for the bare base."""
-        parts = [(one.adapter, one.weight) for one in self._adapters]
+        """Return the mix of the adapters and the weighted heads; None if it is empty."""
+        parts = [(a.adapter, a.weight) for a in self._adapters]
         parts += [(h, w) for h, w in zip(self._heads, heads, strict=False) if w]
         return fuse(*map(list, zip(*parts, strict=True))) if parts else None
 
@@ -260,11 +261,11 @@ class Generator:
         if template is None:
             return self.conditioner
         if template not in self._conditioners:
-            own = self.conditioner
+            default = self.conditioner
             self._conditioners[template] = Conditioner(
                 self.base.tokenizers,
-                own.label_space,
-                dataclasses.replace(own.config, template=template),
+                default.label_space,
+                dataclasses.replace(default.config, template=template),
             )
         return self._conditioners[template]
 
@@ -273,7 +274,7 @@ class Generator:
         return generator_digest(
             {
                 "base": self.base.digest,
-                "adapters": [[one.adapter.digest, float(one.weight)] for one in self._adapters],
+                "adapters": [[a.adapter.digest, float(a.weight)] for a in self._adapters],
                 "heads": [head.digest for head in self._heads],
                 **({"fusion": self._attention_mix_digest} if self._attention_mix_digest else {}),
                 "steps": config.steps,
@@ -302,8 +303,8 @@ class Generator:
             base={"name": self.base.name, "digest": self.base.digest},
             generator=generator,
             adapters=tuple(
-                LineageAdapter(one.adapter.name, one.adapter.digest, float(one.weight))
-                for one in self._adapters
+                LineageAdapter(a.adapter.name, a.adapter.digest, float(a.weight))
+                for a in self._adapters
             ),
             heads=tuple(
                 LineageAdapter(head.name, head.digest, weight)
@@ -318,20 +319,20 @@ class Generator:
 def _region_control(base: DiffusionBase, attention_mix: AttentionMix | None) -> RegionControl:
     if attention_mix is None:
         return RegionControl(base.unet)
-    owners = alpha_module_names(attention_mix.tensors)
-    control = RegionControl(base.unet, alpha_modules=owners, mode=attention_mix.mode)
+    names = alpha_module_names(attention_mix.tensors)
+    control = RegionControl(base.unet, alpha_modules=names, mode=attention_mix.mode)
     control.load_alphas(attention_mix.tensors)
     return control
 
 
 def _batches(requests: Iterable[_ImageRequest], limit: int) -> Iterator[list[_ImageRequest]]:
-    """Cut into runs of at most ``limit`` images of one size."""
-    group: list[_ImageRequest] = []
-    for wish in requests:
-        changed = group and wish.condition.label.shape != group[0].condition.label.shape
-        if changed or len(group) == limit:
-            yield group
-            group = []
-        group.append(wish)
-    if group:
-        yield group
+    """Group consecutive requests of one size into batches of at most ``limit``."""
+    batch: list[_ImageRequest] = []
+    for request in requests:
+        changed = batch and request.condition.label.shape != batch[0].condition.label.shape
+        if changed or len(batch) == limit:
+            yield batch
+            batch = []
+        batch.append(request)
+    if batch:
+        yield batch

@@ -1,4 +1,4 @@
-"""An adapter of the text-to-image model with all that goes with it."""
+"""Adapters of the text-to-image model, with their weight and attention mix."""
 
 import logging
 from collections.abc import Sequence
@@ -17,14 +17,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class GeneratorAdapter:
-    """Low-rank pairs of UNet layers, and what acts beside them.
+    """LoRA pairs of UNet layers with a weight and an optional attention mix.
 
     Attributes:
-        adapter: The pairs, packed for mixing.
-        weight: How much of it acts; any finite number.
-        attention_mix: Layers that mix plain and rectified attention; None if it has none.
-        trained_with: Digests of the adapters that were active while it was trained; None if
-            nobody wrote that down.
+        adapter: The packed LoRA pairs.
+        weight: Factor of the pairs; any finite number.
+        attention_mix: Layers that mix plain and rectified attention; None without them.
+        trained_with: Digests of the adapters that were active during its training; None if
+            unknown.
+
+    Raises:
+        AdapterMismatchError: The weight is not finite.
     """
 
     adapter: PackedAdapter
@@ -39,74 +42,74 @@ class GeneratorAdapter:
     def from_adapter(
         cls, adapter: Adapter, *, weight: float = 1.0, attention_mix: AttentionMix | None = None
     ) -> "GeneratorAdapter":
-        """Wrap an adapter that was just trained or loaded.
+        """Pack an adapter and wrap it.
 
         Raises:
-            AdapterMismatchError: It is more than a sum of products (DoRA, rsLoRA, biases).
+            AdapterMismatchError: The adapter is not a plain sum of low-rank products (DoRA, rsLoRA,
+                biases), or the weight is not finite.
         """
         return cls(adapter=pack(adapter), weight=weight, attention_mix=attention_mix)
 
 
 def check_base(adapters: Sequence[GeneratorAdapter], base_name: str, base_digest: str) -> None:
-    """Check that adapters were trained on a base, as far as they say.
+    """Check that the adapters with a known base digest were trained on this base.
 
     Raises:
-        AdapterMismatchError: One was trained on another.
+        AdapterMismatchError: An adapter was trained on another base.
     """
-    for one in adapters:
-        found = one.adapter.base_digest
-        if found is not None and found != base_digest:
+    for generator_adapter in adapters:
+        adapter = generator_adapter.adapter
+        if adapter.base_digest is not None and adapter.base_digest != base_digest:
             raise AdapterMismatchError(
-                f"adapter {one.adapter.name!r}: trained on base {found[:12]}, expected "
+                f"adapter {adapter.name!r}: trained on base {adapter.base_digest[:12]}, expected "
                 f"{base_digest[:12]} ({base_name})"
             )
 
 
 def find_attention_mix(adapters: Sequence[GeneratorAdapter]) -> AttentionMix | None:
-    """Return the fusion layers of the one adapter that has some; None if none has.
+    """Return the attention mix of the one adapter that has one; None if no adapter does.
 
     Raises:
-        AdapterMismatchError: Several have, and attention can be mixed in one way only.
+        AdapterMismatchError: Several adapters have an attention mix.
     """
-    having = [one for one in adapters if one.attention_mix is not None]
-    if len(having) > 1:
-        names = ", ".join(repr(one.adapter.name) for one in having)
+    owners = [owner for owner in adapters if owner.attention_mix is not None]
+    if len(owners) > 1:
+        names = ", ".join(repr(owner.adapter.name) for owner in owners)
         raise AdapterMismatchError(
-            f"adapters {names} all have fusion layers; expected at most one that has"
+            f"adapters {names} have an attention mix; expected at most one adapter with one"
         )
-    return having[0].attention_mix if having else None
+    return owners[0].attention_mix if owners else None
 
 
 def warn_untested_combination(adapters: Sequence[GeneratorAdapter]) -> None:
-    """Log a warning for adapters that act in another company than they were trained in.
+    """Log a warning for adapters that are combined differently than in their training.
 
-    Corrections add up in any order, but an adapter learned to correct a model in which certain
-    others were active already (methods d.1). So of two that act together, the later one must have
-    been trained with the earlier one, and whatever an adapter was trained with must act too.
+    LoRA updates are additive and commute, but an adapter is trained to correct a model in which
+    certain others are active. Of two adapters that are used together, one must therefore have been
+    trained with the other, and all adapters that one was trained with must be in use.
     """
-    names = {one.adapter.digest: one.adapter.name for one in adapters}
-    for one in adapters:
-        if one.trained_with is None:
-            continue
-        for digest in one.trained_with:
+    names = {first.adapter.digest: first.adapter.name for first in adapters}
+    for first in adapters:
+        for digest in first.trained_with or ():
             if digest not in names:
                 logger.warning(
                     "adapter %r was trained with adapter %s active, which is not in use",
-                    one.adapter.name,
+                    first.adapter.name,
                     digest[:12],
                 )
-    for index, one in enumerate(adapters):
-        for other in adapters[index + 1 :]:
-            if _trained_separately(one, other):
+    for index, first in enumerate(adapters):
+        for second in adapters[index + 1 :]:
+            if _trained_separately(first, second):
                 logger.warning(
-                    "adapters %r and %r act together, but neither was trained with the other",
-                    one.adapter.name,
-                    other.adapter.name,
+                    "adapters %r and %r are used together, but neither was trained with the other",
+                    first.adapter.name,
+                    second.adapter.name,
                 )
 
 
-def _trained_separately(one: GeneratorAdapter, other: GeneratorAdapter) -> bool:
-    if one.trained_with is None or other.trained_with is None:
+def _trained_separately(first: GeneratorAdapter, second: GeneratorAdapter) -> bool:
+    if first.trained_with is None or second.trained_with is None:
         return False
-    met = other.adapter.digest in one.trained_with or one.adapter.digest in other.trained_with
-    return not met and one.adapter.digest != other.adapter.digest
+    digests = first.adapter.digest, second.adapter.digest
+    together = digests[1] in first.trained_with or digests[0] in second.trained_with
+    return not together and digests[0] != digests[1]

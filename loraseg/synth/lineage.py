@@ -1,4 +1,4 @@
-"""Where a synthetic pair comes from: enough to make it again, and to tell it from all others."""
+"""Lineage of synthetic pairs: everything needed to reproduce a pair, and its identifier."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ __all__ = ["Lineage", "LineageAdapter", "generator_digest", "mask_digest", "pair
 
 @dataclass(frozen=True, slots=True)
 class LineageAdapter:
-    """An adapter that acted: its name, the sha256 of its files and its weight."""
+    """An adapter that was in use: its name, the sha256 of its files and its weight."""
 
     name: str
     digest: str
@@ -24,23 +24,24 @@ class LineageAdapter:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lineage:
-    """One image and its label.
+    """The origin of one image and its label.
 
     Attributes:
         pair_id: See :func:`pair_id`.
-        mask_id: See :func:`mask_digest`; with ``k`` and the job's seed it decides the noise.
-        k: Which of the images of this mask, from 0.
-        seed: Of this image's noise.
-        prompt: What the text encoders read.
-        dropped: Classes that had no room in the prompt; their pixels are 255 in the label.
-        size: Height and width of the image and the label.
+        mask_id: See :func:`mask_digest`; with ``k`` and the seed of the job it determines the
+            noise.
+        k: Index of the image among those of its mask, from 0.
+        seed: Seed of the image's noise.
+        prompt: The prompt.
+        dropped: Classes that did not fit into the prompt; their pixels are 255 in the label.
+        size: Height and width of image and label, pixels.
         base: Name and sha256 of the text-to-image model.
         generator: See :func:`generator_digest`.
-        adapters: What acted on all images.
-        heads: What acted on this image beside them.
+        adapters: Adapters used for all images.
+        heads: Further adapters with the weights of this image.
         sampling: The sampling config as JSON values.
         conditioning: The conditioning config as JSON values.
-        code_revision: Which code made it.
+        code_revision: Revision of the code.
     """
 
     pair_id: str
@@ -59,40 +60,40 @@ class Lineage:
     code_revision: str
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
+        """Return the fields as JSON values."""
         return json.loads(json.dumps(asdict(self)))
 
 
 def mask_digest(mask: UInt8[ndarray, "h w"]) -> str:
-    """Return the sha256 (hex) of a mask's ids and shape; how its file was written is no matter."""
+    """Return the sha256 (hex) of a mask's ids and shape, independent of its file's encoding."""
     digest = hashlib.sha256(json.dumps(["mask", *mask.shape]).encode())
     digest.update(np.ascontiguousarray(mask).tobytes())
     return digest.hexdigest()
 
 
 def pair_id(mask: str, k: int, generator: str, seed: int, heads: Sequence[float] = ()) -> str:
-    """Name a pair by what it is made of, so that running a job again gives the same names.
+    """Return the identifier of a pair, a digest of its inputs: a repeated job gives the same one.
 
     Args:
-        mask: Its digest.
-        k: Which image of the mask.
-        generator: Its digest.
-        seed: The job's.
+        mask: Digest of the mask.
+        k: Index of the image among those of the mask.
+        generator: Digest of the generator.
+        seed: Seed of the job.
         heads: Weights of the heads for this image.
     """
     return _digest(["pair", mask, k, generator, seed, *([list(heads)] if heads else [])])
 
 
 def generator_digest(parts: Mapping[str, Any]) -> str:
-    """Return the sha256 (hex) of all that decides what a mask and a seed become.
+    """Return the sha256 (hex) of everything that, with a mask and a seed, determines an image.
 
     Args:
-        parts: Digests, weights and settings as JSON values; their order is no matter.
+        parts: Digests, weights and settings as JSON values; their order does not matter.
     """
     return _digest(["generator", dict(parts)])
 
 
 def _digest(values: Any) -> str:
-    # repr of a float is its shortest exact form, and so is JSON's: nearly equal weights keep apart.
+    # JSON writes the shortest exact form of a float, so nearly equal weights stay distinct.
     text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,4 +1,8 @@
-"""Prompts from class names: the words in the order of their ids, inside a template."""
+"""Prompts from class names: the words of the classes by rising id, inside a template.
+
+FreestyleNet (arXiv 2303.14412) and MatchMask join the names of the classes in a mask by blanks; the
+template around them is an addition.
+"""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -15,16 +19,16 @@ _BACKGROUND = "background"
 def class_words(
     label_space: LabelSpace, words: Mapping[str, str], background_word: str | None
 ) -> tuple[str | None, ...]:
-    """Return the word of each class in prompts; None for a background that has none.
+    """Return the word of each class in prompts; None for a background without a word.
 
     Args:
         label_space: The classes.
-        words: Other words for class names that mean something else to the text model
-            (ADE's "earth" is "ground"); keys as in the label space, in any case.
-        background_word: The word of a class named "background", if any.
+        words: Words that replace class names which mean something else to the text model (ADE's
+            "earth" is "ground"); keys are names of the label space, in any case.
+        background_word: The word of a class named "background"; None for no word.
 
     Raises:
-        ConfigError: ``words`` names no class, or gives one an empty word.
+        ConfigError: A key of ``words`` is not a class name.
     """
     chosen: list[str | None] = list(label_space.names)
     for index, name in enumerate(label_space.names):
@@ -34,7 +38,7 @@ def class_words(
         try:
             index = label_space.index(name)
         except DatasetError as error:
-            folded = {known.casefold(): known for known in label_space.names}
+            folded = {name.casefold(): name for name in label_space.names}
             near = difflib.get_close_matches(name.casefold(), folded, n=1)
             hint = f"; did you mean {folded[near[0]]!r}?" if near else ""
             raise ConfigError(f"words: no class {name!r}{hint}") from error
@@ -43,13 +47,13 @@ def class_words(
 
 
 def split_template(template: str) -> tuple[str, str]:
-    """Return what stands before and after the class names.
+    """Return the text before and after the class names.
 
     Raises:
-        ConfigError: The template holds ``{classes}`` not exactly once, or other braces.
+        ConfigError: The template does not contain ``{classes}`` exactly once, or has other braces.
     """
-    before, slot, after = template.partition(_PLACEHOLDER)
-    if not slot or any(brace in before + after for brace in "{}"):
+    before, placeholder, after = template.partition(_PLACEHOLDER)
+    if not placeholder or any(brace in before + after for brace in "{}"):
         raise ConfigError(
             f"template {template!r}: expected text with {_PLACEHOLDER} exactly once and no "
             f"other braces"
@@ -58,9 +62,9 @@ def split_template(template: str) -> tuple[str, str]:
 
 
 def build_prompt(template: str, words: Sequence[str]) -> tuple[str, tuple[str, ...]]:
-    """Return the prompt, and the pieces it is made of: before, each word, after.
+    """Return the prompt and its pieces: text before, each word, text after.
 
-    Words are joined by one space; without words the blanks around their place are tidied.
+    Words are joined by one space. Without words, the blanks around the placeholder become one.
     """
     before, after = split_template(template)
     prompt = " ".join((before + " ".join(words) + after).split())

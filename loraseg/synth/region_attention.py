@@ -1,5 +1,4 @@
-"""Region attention in a UNet: who installs the processors, sets their masks and owns the shares."""
-# pyright: basic
+"""Region attention in a UNet: installs the processors, sets their masks and owns the shares."""
 
 import difflib
 from collections.abc import Generator, Mapping, Sequence
@@ -9,35 +8,56 @@ from typing import Any
 import torch
 from torch import nn
 
+from loraseg.adapters.attention_mix import AttentionMixMode
 from loraseg.adapters.targets.unet import attention_projections
 from loraseg.compat import prepare_torchvision
 from loraseg.errors import AdapterMismatchError, ConfigError, StageError
 from loraseg.synth.region_processor import (
     RegionAttentionProcessor,
     RegionContext,
-    ShareMode,
     TextKeyValueCache,
 )
 from loraseg.synth.regions import Regions
 from loraseg.tensor_types import Float, Int, Tensor
 
-__all__ = ["RegionAttentionProcessor", "RegionControl", "Regions", "alpha_module_names"]
+__all__ = ["RegionControl", "alpha_module_names"]
 
 _WEIGHT, _BIAS = ".alpha.weight", ".alpha.bias"
 
 
 class RegionControl:
-    """Region attention of one UNet. One thread a UNet.
+    """Rectified cross-attention with layer-adaptive fusion in one UNet.
 
     ::
 
+        A[i, j]  = q_i . k_j / sqrt(d)                      plain scores
+        A'[i, j] = A[i, j] if M[i, j], else -inf            rectified scores
+        out_i    = a_i softmax(A)_i V + (1 - a_i) softmax(A')_i V
+        a_i      = sigmoid(w . h_i + b)                     learned share of plain attention
+
+    * i, j: query position and text token; q, k, V: queries, keys and values of one head of width d.
+    * M: the mask of :class:`~loraseg.synth.regions.Regions`, the same for all heads.
+    * h_i: normed hidden state that enters the module; (w, b): one linear layer per module.
+    * a = 0 is rectified attention alone, a = 1 plain attention.
+
+    Rectified cross-attention: FreestyleNet (arXiv 2303.14412), in its code
+    ``ldm/modules/attention_ADE20K.py``, ``CrossAttention.forward``. Layer-adaptive fusion:
+    MatchMask (CVPR 2026), "Task-Specific Adapters + Layer-Adaptive Cross-Attention Fusion".
+
+    Differences from the papers: MatchMask specifies neither activation, input nor initial value of
+    the share. Here it is a sigmoid, so that the mix is convex; w starts at 0 and b at -2 (a share
+    of 0.12); h is that of each query token or, with ``mode="pooled"``, the mean over the tokens.
+    As in FreestyleNet, the unconditional half of guidance is not masked.
+
+    Usage, by one thread per UNet::
+
         control = RegionControl(unet, alpha_modules=names)
-        with control.installed(), control.constant_text(hidden, index):
+        with control.installed(), control.cached_text(hidden, index):
             with control.regions(regions, unconditional=k, latent=(64, 64)):
                 unet(latents, t, encoder_hidden_states=hidden[index])
 
-    Self-attention keeps its own processor. With gradient checkpointing the backward pass runs
-    layers again, so it belongs inside the same blocks as the forward pass.
+    Self-attention keeps its own processor. With gradient checkpointing the backward pass repeats
+    the forward pass of layers, so it must run inside the same blocks.
     """
 
     def __init__(
@@ -45,7 +65,7 @@ class RegionControl:
         unet: nn.Module,
         *,
         alpha_modules: Sequence[str] = (),
-        mode: ShareMode = "token",
+        mode: AttentionMixMode = "token",
         initial_bias: float = -2.0,
         fixed_share: float = 0.0,
     ) -> None:
@@ -53,20 +73,20 @@ class RegionControl:
 
         Args:
             unet: A diffusers UNet with stock attention.
-            alpha_modules: Cross-attention modules whose share of plain attention is learned.
-            mode: A share per query token, or one per sample (``pooled``).
-            initial_bias: The learned shares start at its sigmoid everywhere; -2 gives 0.12.
-            fixed_share: Share of all other modules: 0 is rectified, 1 plain attention.
+            alpha_modules: Names of the cross-attention modules with a learned share.
+            mode: One share per query token (``token``) or per sample (``pooled``).
+            initial_bias: b; learned shares start at its sigmoid.
+            fixed_share: Share of all other modules, in [0, 1]: 0 is rectified, 1 plain attention.
 
         Raises:
-            ConfigError: ``alpha_modules`` names no cross-attention module, the share is outside
-                [0, 1], or the UNet's attention is not the stock one.
+            ConfigError: A name in ``alpha_modules`` is not a cross-attention module, the share is
+                outside [0, 1], or the UNet's attention is not the stock one.
         """
         if not 0 <= fixed_share <= 1:
             raise ConfigError(f"fixed_share {fixed_share}: expected a value in [0, 1]")
         self._modules = _cross_attention_modules(unet)
-        cross = [one for one in attention_projections(unet) if one.cross]
-        self._factors = sorted({one.factor for one in cross})
+        cross = [projection for projection in attention_projections(unet) if projection.cross]
+        self._factors = sorted({projection.factor for projection in cross})
         self._alphas: dict[str, nn.Linear] = {}
         for name in alpha_modules:
             self._alphas[name] = _new_alpha(_require_module(name, self._modules), initial_bias)
@@ -85,15 +105,15 @@ class RegionControl:
 
     @property
     def projections_computed(self) -> int:
-        """Text rows of which keys and values were computed so far, summed over modules."""
+        """Number of text rows whose keys and values were computed, summed over modules."""
         return self._context.projections
 
     @contextmanager
     def installed(self) -> Generator[None, None, None]:
-        """Put the processors in place; the UNet's own come back at the end.
+        """Install the processors inside the block; the UNet's own are restored on exit.
 
         Raises:
-            StageError: Other processors than the stock ones are in place.
+            StageError: The installed processors are not the stock ones.
         """
         for name, attn in self._modules.items():
             _require_stock(name, attn, StageError)
@@ -109,15 +129,15 @@ class RegionControl:
     def regions(
         self, regions: Regions | None, *, unconditional: int = 0, latent: tuple[int, int]
     ) -> Generator[None, None, None]:
-        """Let the rows after the first ``unconditional`` ones look only where their masks say.
+        """Apply masks to the rows of the batch after the first ``unconditional`` ones.
 
         Args:
-            regions: Of the rows with a condition, in order; None for plain attention.
-            unconditional: Leading rows that stay plain, the unconditional half of guidance.
+            regions: Regions of the conditional rows, in order; None for plain attention.
+            unconditional: Number of leading rows with plain attention (guidance).
             latent: Height and width of the latents.
 
         Raises:
-            StageError: Not within :meth:`installed`, or something replaced the processors.
+            StageError: The call is outside :meth:`installed`, or the processors were replaced.
         """
         self._require_installed()
         context = self._context
@@ -134,31 +154,31 @@ class RegionControl:
     def cached_text(
         self, hidden: Float[Tensor, "n l d"], index: Int[Tensor, " b"]
     ) -> Generator[None, None, None]:
-        """Compute keys and values of each module once, for prompts that do not change.
+        """Compute the keys and values of constant prompts once per module.
 
-        That is done at once, with what acts through ``to_k`` and ``to_v`` at that time. The
-        ``encoder_hidden_states`` of the UNet are then not read, but must have b rows. Adapters
-        that differ from row to row change the keys of one prompt in several ways: then give one
-        row of ``hidden`` per row of the batch, and ``index = arange(b)``.
+        They are computed on entry, with the adapters that are active in ``to_k`` and ``to_v`` at
+        that time. The UNet's ``encoder_hidden_states`` are then not read, but must have b rows. If
+        adapters differ between rows, one prompt has several keys: pass one row of ``hidden`` per
+        row of the batch, and ``index = arange(b)``.
 
         Args:
-            hidden: Encoded distinct prompts.
-            index: Which of them each row of the batch has, the unconditional rows included.
+            hidden: Encodings of n distinct prompts.
+            index: Row of ``hidden`` for each row of the batch, unconditional rows included.
 
         Raises:
-            StageError: Not within :meth:`installed`, or gradients are on.
+            StageError: The call is outside :meth:`installed`, or gradients are enabled.
             ConfigError: An index is out of range.
         """
         self._require_installed()
         if index.numel() == 0 or int(index.min()) < 0 or int(index.max()) >= len(hidden):
             raise ConfigError(
-                f"constant text of {len(hidden)} prompts: got indices {index.tolist()}, "
+                f"cached text of {len(hidden)} prompts: got indices {index.tolist()}, "
                 f"expected at least one, each in 0..{len(hidden) - 1}"
             )
         if torch.is_grad_enabled():
             raise StageError(
-                "constant text is for sampling, but gradients are on; use torch.no_grad(), or "
-                "leave constant_text() for training"
+                "cached text is for sampling, but gradients are enabled; use torch.no_grad(), or "
+                "do not use cached_text() in training"
             )
         before = self._context.text
         self._context.text = TextKeyValueCache(hidden, index, self._modules)
@@ -169,7 +189,11 @@ class RegionControl:
             self._context.text = before
 
     def alphas(self) -> dict[str, nn.Parameter]:
-        """Return the parameters of the learned shares, ``<module>.alpha.weight`` and ``.bias``."""
+        """Return the parameters of the learned shares by key.
+
+        The keys are ``<module>.alpha.weight`` (1, c) and ``<module>.alpha.bias`` (1,), with c the
+        width of the module's input.
+        """
         named: dict[str, nn.Parameter] = {}
         for name, alpha in self._alphas.items():
             for key, parameter in alpha.named_parameters():
@@ -177,22 +201,25 @@ class RegionControl:
         return named
 
     def alpha_state(self) -> dict[str, Tensor]:
-        """Return a copy of :meth:`alphas` on the CPU."""
+        """Return copies of :meth:`alphas` on the CPU: weights (1, c) and biases (1,) by key."""
         return {key: value.detach().cpu().clone() for key, value in self.alphas().items()}
 
     def load_alphas(self, state: Mapping[str, Tensor]) -> None:
-        """Take over the values of :meth:`alpha_state`.
+        """Copy the values of another control's :meth:`alpha_state` into this one.
+
+        Args:
+            state: Weights (1, c) and biases (1,), with the keys of :meth:`alphas`.
 
         Raises:
-            AdapterMismatchError: Keys or shapes differ, or a value is not finite; nothing has
-                changed then.
+            AdapterMismatchError: Keys or shapes differ, or a value is not finite; nothing is
+                changed in that case.
         """
         alphas = self.alphas()
         if state.keys() != alphas.keys():
-            odd = sorted(state.keys() ^ alphas.keys())
+            unmatched = sorted(state.keys() ^ alphas.keys())
             raise AdapterMismatchError(
-                f"alpha layers: got {len(state)} tensors, expected {len(alphas)}; only on one "
-                f"side: {', '.join(odd[:4])}"
+                f"alpha layers: got {len(state)} tensors, expected {len(alphas)}; unmatched keys: "
+                f"{', '.join(unmatched[:4])}"
             )
         for key, value in state.items():
             if value.shape != alphas[key].shape or not value.isfinite().all():
@@ -205,7 +232,7 @@ class RegionControl:
                 alphas[key].copy_(value)
 
     def _precompute_biases(self, regions: Regions, latent: tuple[int, int]) -> None:
-        """Make the masks of all levels ahead, so that a compiled UNet only ever reads them."""
+        """Compute the masks of all levels in advance, so that a compiled UNet only reads them."""
         dtype = next(iter(self._modules.values())).to_q.weight.dtype
         for factor in self._factors:
             rows, columns = (side // factor for side in latent)
@@ -217,25 +244,28 @@ class RegionControl:
             if attn.processor is not self._processors[name]:
                 raise StageError(
                     f"{name}: its processor is {type(attn.processor).__name__}, expected region "
-                    "attention; enter installed() first, and use no attention slicing or xFormers"
+                    "attention; enter installed() first, and disable attention slicing and xFormers"
                 )
 
 
 def alpha_module_names(state: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Return the attention modules that an alpha state belongs to, in its order.
+    """Return the names of the attention modules in an alpha state, in its order.
+
+    Args:
+        state: Weights (1, c) and biases (1,) by key.
 
     Raises:
-        AdapterMismatchError: A key is no ``<module>.alpha.weight`` or ``.bias``.
+        AdapterMismatchError: A key is not ``<module>.alpha.weight`` or ``<module>.alpha.bias``.
     """
-    owners: dict[str, None] = {}
+    names: dict[str, None] = {}
     for key in state:
-        owner = key.removesuffix(_WEIGHT).removesuffix(_BIAS)
-        if owner == key:
+        name = key.removesuffix(_WEIGHT).removesuffix(_BIAS)
+        if name == key:
             raise AdapterMismatchError(
                 f"alpha layers: got key {key!r}, expected <module>{_WEIGHT} or <module>{_BIAS}"
             )
-        owners[owner] = None
-    return tuple(owners)
+        names[name] = None
+    return tuple(names)
 
 
 def _cross_attention_modules(unet: nn.Module) -> dict[str, Any]:
@@ -245,8 +275,8 @@ def _cross_attention_modules(unet: nn.Module) -> dict[str, Any]:
     modules = {
         name: module
         for name, module in unet.named_modules()
-        # By its kind, not by its name: attn1 too attends to text where a block has no
-        # self-attention (only_cross_attention).
+        # Not by name: attn1 also attends to text in blocks without self-attention
+        # (only_cross_attention).
         if isinstance(module, Attention) and module.is_cross_attention
     }
     for name, attn in modules.items():
@@ -255,7 +285,7 @@ def _cross_attention_modules(unet: nn.Module) -> dict[str, Any]:
 
 
 def _require_stock(name: str, attn: Any, error: type[Exception]) -> None:
-    """Refuse attention that does more than project, attend and project."""
+    """Raise ``error`` unless the attention is just projections around a softmax."""
     from diffusers.models.attention_processor import AttnProcessor2_0
 
     if type(attn.processor) is not AttnProcessor2_0:
@@ -263,13 +293,14 @@ def _require_stock(name: str, attn: Any, error: type[Exception]) -> None:
             f"{name}: its processor is {type(attn.processor).__name__}, expected diffusers' "
             "AttnProcessor2_0 (no slicing, no xFormers, no other region attention)"
         )
-    more = [
-        part
-        for part in ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k")
-        if getattr(attn, part, None)
+    norms = [
+        norm
+        for norm in ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k")
+        if getattr(attn, norm, None)
     ]
-    if more or attn.residual_connection or attn.rescale_output_factor != 1:
-        raise error(f"{name}: region attention does not know its {', '.join(more) or 'output'}")
+    if norms or attn.residual_connection or attn.rescale_output_factor != 1:
+        feature = ", ".join(norms) or "output scaling"
+        raise error(f"{name}: region attention does not support its {feature}")
 
 
 def _require_module(name: str, modules: Mapping[str, Any]) -> Any:
@@ -283,9 +314,9 @@ def _require_module(name: str, modules: Mapping[str, Any]) -> Any:
 
 
 def _new_alpha(attn: Any, bias: float) -> nn.Linear:
-    """Return a layer (c -> 1) that gives sigmoid(bias) for every input, in float32."""
+    """Return a float32 layer (c -> 1) with weight zero and the given bias."""
     device = next(attn.parameters()).device
-    # Without the random start of a linear layer, which would move the process' own generator.
+    # Skips the random initialisation, which would advance torch's global generator.
     alpha: Any = nn.utils.skip_init(
         nn.Linear, attn.query_dim, 1, device=device, dtype=torch.float32
     )

@@ -1,4 +1,4 @@
-"""Which text tokens each place of an image may look at (methods b.1)."""
+"""Regions: the text tokens that each position of an image can attend to."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,27 +12,33 @@ from loraseg.tensor_types import Bool, Float, Int, Tensor, UInt8
 
 __all__ = ["Regions", "token_grid"]
 
-# A row of the additive mask starts at a multiple of this many values; fused GPU attention would
-# otherwise copy the mask into such a layout at every call.
+# Rows of the additive mask start at a multiple of this many values; otherwise fused GPU attention
+# copies the mask into such a layout at every call.
 _ROW_ALIGNMENT = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Regions:
-    """The regions of a batch of b samples, and the masks made of them, one per resolution.
+    """The regions of b samples, and the attention masks made from them at each resolution.
 
-    A place of class c may look at the tokens of class c and at those of no class (-1: start, end,
-    padding and the words of a template). A place without a class (255) sees only the latter.
+    A position of class c attends to the tokens of class c and to those of no class (-1: start,
+    end, padding, words of the template); a position without a class (255) only to the latter.
+    This is the mask M of rectified cross-attention (FreestyleNet, arXiv 2303.14412; in its code
+    ``ldm/modules/attention_ADE20K.py``, ``CrossAttention.forward``), which MatchMask uses:
+    ``M[i, j] = 1`` if token j has no class or has the class of position i.
+
+    Differences from FreestyleNet's code: words may have any number of tokens (there, a list names
+    the classes of two or three), the ignore label is supported, and latents need not be square.
 
     Attributes:
-        labels: (b, H, W) class ids at the masks' size; 255 where no word is meant.
+        labels: (b, H, W) class ids at the size of the masks; 255 for positions without a class.
         token_classes: (n, l), n = b, class id of each token, -1 for none.
         downsampling: ``nearest`` takes one pixel per cell, as ``interpolate(mode="nearest")``;
-            ``max`` lets a cell see the tokens of every class that has a pixel in it, so that thin
-            objects do not vanish at coarse resolutions.
+            ``max`` lets a cell attend to the tokens of every class that has a pixel in it, so
+            that thin objects do not vanish at coarse resolutions.
 
     Raises:
-        DatasetError: The counts differ, or a sample has no token that every place may see.
+        DatasetError: The counts differ, or a sample has no token without a class.
     """
 
     labels: UInt8[Tensor, "b H W"] | Int[Tensor, "b H W"]
@@ -48,11 +54,11 @@ class Regions:
             raise DatasetError(
                 f"regions of {len(self.labels)} samples, but tokens of {len(self.token_classes)}"
             )
-        blind = ~(self.token_classes == -1).any(dim=1)
-        if blind.any():
+        invalid = ~(self.token_classes == -1).any(dim=1)
+        if invalid.any():
             raise DatasetError(
-                f"sample {int(blind.nonzero()[0])}: every token belongs to a class; expected at "
-                "least one, such as the start token, that all places may see"
+                f"sample {int(invalid.nonzero()[0])}: every token belongs to a class; expected at "
+                "least one without a class, such as the start token"
             )
 
     def __len__(self) -> int:
@@ -62,10 +68,11 @@ class Regions:
     def stack(
         cls, conditions: Sequence[Condition], device: torch.device | str = "cpu"
     ) -> "Regions":
-        """Put the conditions of several samples into one batch.
+        """Stack the conditions of several samples.
 
         Raises:
-            DatasetError: No conditions, or their masks, tokens or downsampling differ.
+            DatasetError: There are no conditions, or they differ in mask size, number of tokens
+                or downsampling.
         """
         if not conditions:
             raise DatasetError("regions of a batch: got no conditions, expected at least one")
@@ -77,65 +84,69 @@ class Regions:
                     f"condition {index} of a batch: got {got}, expected {expected} as in 0"
                 )
         return cls(
-            torch.stack([torch.from_numpy(one.regions) for one in conditions]).to(device),
-            torch.stack([torch.from_numpy(one.token_classes) for one in conditions]).to(device),
+            torch.stack([torch.from_numpy(c.regions) for c in conditions]).to(device),
+            torch.stack([torch.from_numpy(c.token_classes) for c in conditions]).to(device),
             first.downsampling,
         )
 
-    def mask(self, rows: int, columns: int) -> Bool[Tensor, "b 1 places l"]:
-        """Return True where a place of the (rows, columns) grid may look at a token."""
-        known = self._masks.get((rows, columns))
-        if known is None:
-            open_tokens = (self.token_classes == -1)[:, None, :]
-            seen = self._nearest_mask if self.downsampling == "nearest" else self._any_pixel_mask
-            known = (seen(rows, columns) | open_tokens)[:, None]
-            self._masks[rows, columns] = known
-        return known
+    def mask(self, rows: int, columns: int) -> Bool[Tensor, "b 1 positions l"]:
+        """Return True where a position of the (rows, columns) grid can attend to a token."""
+        mask = self._masks.get((rows, columns))
+        if mask is None:
+            shared_tokens = (self.token_classes == -1)[:, None, :]
+            reduce = self._nearest_mask if self.downsampling == "nearest" else self._any_pixel_mask
+            mask = (reduce(rows, columns) | shared_tokens)[:, None]
+            self._masks[rows, columns] = mask
+        return mask
 
-    def bias(self, rows: int, columns: int, dtype: torch.dtype) -> Float[Tensor, "b 1 places l"]:
-        """Return 0 where :meth:`mask` is True, else minus infinity: what is added to scores."""
-        known = self._biases.get((rows, columns, dtype))
-        if known is None:
+    def bias(self, rows: int, columns: int, dtype: torch.dtype) -> Float[Tensor, "b 1 positions l"]:
+        """Return the additive mask: 0 where :meth:`mask` is True, else minus infinity."""
+        bias = self._biases.get((rows, columns, dtype))
+        if bias is None:
             mask = self.mask(rows, columns)
             tokens = mask.shape[-1]
             stored = -(-tokens // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
-            room = mask.new_zeros((*mask.shape[:-1], stored), dtype=dtype)
-            known = room[..., :tokens].masked_fill_(~mask, float("-inf"))
-            self._biases[rows, columns, dtype] = known
-        return known
+            buffer = mask.new_zeros((*mask.shape[:-1], stored), dtype=dtype)
+            bias = buffer[..., :tokens].masked_fill_(~mask, float("-inf"))
+            self._biases[rows, columns, dtype] = bias
+        return bias
 
-    def _nearest_mask(self, rows: int, columns: int) -> Bool[Tensor, "b places l"]:
+    def _nearest_mask(self, rows: int, columns: int) -> Bool[Tensor, "b positions l"]:
         cells = interpolate(self.labels[:, None].float(), size=(rows, columns), mode="nearest")
         classes = cells.flatten(1).to(self.token_classes.dtype)
         return classes[:, :, None] == self.token_classes[:, None, :]
 
-    def _any_pixel_mask(self, rows: int, columns: int) -> Bool[Tensor, "b places l"]:
-        places = self.token_classes.new_zeros(
+    def _any_pixel_mask(self, rows: int, columns: int) -> Bool[Tensor, "b positions l"]:
+        mask = self.token_classes.new_zeros(
             (len(self), rows * columns, self.token_classes.shape[1]), dtype=torch.bool
         )
-        for one in self.token_classes.unique().tolist():
-            if one >= 0:
-                inside = (self.labels == one).float()[:, None]
+        for index in self.token_classes.unique().tolist():
+            if index >= 0:
+                inside = (self.labels == index).float()[:, None]
                 touched = adaptive_max_pool2d(inside, (rows, columns)).flatten(1) > 0
-                places |= touched[:, :, None] & (self.token_classes == one)[:, None, :]
-        return places
+                mask |= touched[:, :, None] & (self.token_classes == index)[:, None, :]
+        return mask
 
 
 def token_grid(tokens: int, latent: tuple[int, int]) -> tuple[int, int]:
     """Return the rows and columns of a layer's query tokens.
 
-    A UNet halves both sides of its latents (H, W) from level to level, rounding up. Where they
-    divide evenly that is ``rows = H * sqrt(places / (H * W))`` (methods b.1).
+    A UNet halves both sides of its latents (H, W) from level to level, rounding up. If they
+    divide evenly, ``rows = H * sqrt(tokens / (H * W))``.
+
+    Args:
+        tokens: Number of query tokens of the layer.
+        latent: H and W of the latents.
 
     Raises:
-        StageError: No level has that many places.
+        StageError: No level has that number of tokens.
     """
     rows, columns = latent
     while rows * columns > tokens and rows * columns > 1:
         rows, columns = -(-rows // 2), -(-columns // 2)
     if rows * columns != tokens:
         raise StageError(
-            f"a layer has {tokens} query tokens, which is no level of latents of the size {latent}"
+            f"a layer has {tokens} query tokens, which matches no level of latents of size {latent}"
         )
     return rows, columns
 

@@ -1,9 +1,9 @@
-# pyright: basic
-"""From noise to latents: one batch of images through all steps of a scheduler (methods b.5, d.5).
+"""Sampling: one batch of images from noise to latents through all steps of a scheduler.
 
-What does not change from step to step is computed once: the text of a prompt, its keys and values
-in every cross-attention module, the masks, and the timesteps on the device. Everything else is
-what the stock pipelines do, in their order of operations.
+What is constant over the steps is computed once: the text encodings, their keys and values in
+every cross-attention module, the masks, and the timesteps on the device. Everything else follows
+the order of operations of diffusers' ``StableDiffusionPipeline.__call__``. The defaults (5 images
+per mask, 50 steps of PLMS, guidance 2) are those of MatchMask (CVPR 2026).
 """
 
 from collections import OrderedDict
@@ -29,20 +29,23 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingConfig:
-    """How images are sampled.
+    """Settings of sampling.
 
     Attributes:
         images: K, images per mask.
-        steps: Steps of the scheduler; PLMS calls the UNet once more often than that.
+        steps: Steps of the scheduler; PLMS calls the UNet ``steps + 1`` times.
         guidance: Scale of classifier-free guidance, at least 1; at 1 there is no unconditional
             half.
         scheduler: A class of diffusers or a short alias, see :mod:`loraseg.synth.schedulers`.
-        seed: The job's one seed.
+        seed: The seed of the job.
         batch: Images per call of the UNet; with guidance it gets twice as many rows.
-        size: Height and width of the images; None for those of the mask.
-        decode_slice: Images that the VAE decodes at once.
-        precision: Number type of the base.
-        regions: Region attention; off, only the prompt says what is in the mask.
+        size: Height and width of the images, pixels; None for the size of the mask.
+        decode_slice: Images that the VAE decodes together.
+        precision: Dtype of the base.
+        regions: Whether to use region attention; otherwise only the prompt describes the mask.
+
+    Raises:
+        ConfigError: A value is out of range.
     """
 
     images: int = 5
@@ -70,30 +73,30 @@ class SamplingConfig:
 
 
 class NoiseStream:
-    """The noise of one image: a stream of its own, whatever else is made beside it."""
+    """The random stream of one image, independent of the batch that contains the image."""
 
     def __init__(self, seed: int, mask_id: str, k: int) -> None:
         self.seed = derive(seed, "synth", mask_id, k)
         self.generator = torch.Generator().manual_seed(self.seed)
 
     def initial(self, shape: tuple[int, int, int]) -> Float[Tensor, "c y x"]:
-        """Draw what the image starts from: float32 on the CPU, whatever the base computes in."""
+        """Draw the initial noise (c, y, x): float32 on the CPU for every dtype of the base."""
         return torch.randn(shape, generator=self.generator)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SamplingBatch:
-    """What b images are made of.
+    """The inputs of b images.
 
     Attributes:
-        noise: Unit noise, (b, c, y, x) in the size of the latents.
-        text: Of n distinct prompts.
-        prompts: Which of them each image has.
-        unconditional: The one row for guidance; None without guidance.
-        generators: One an image, for schedulers that add noise on the way.
-        regions: Of the b images; None for attention to the whole prompt everywhere.
-        shared_text: Rows of one prompt have the same keys and values. Not so where adapters
-            differ from image to image.
+        noise: Unit noise (b, c, y, x) in the size of the latents.
+        text: Encodings of n distinct prompts.
+        prompts: Row of ``text`` for each image.
+        unconditional: Encoding (one row) of the unconditional half; None without guidance.
+        generators: One per image, for schedulers that add noise at each step.
+        regions: Regions of the b images; None for plain attention.
+        shared_text: Whether images with one prompt share keys and values. False if the adapters
+            differ between images.
     """
 
     noise: Float[Tensor, "b c y x"]
@@ -106,7 +109,7 @@ class SamplingBatch:
 
 
 class PromptCache:
-    """Encoded prompts; each goes through the text encoders once while it is remembered."""
+    """Least-recently-used cache of encoded prompts."""
 
     def __init__(self, base: DiffusionBase, limit: int = 1024) -> None:
         self._base = base
@@ -116,16 +119,17 @@ class PromptCache:
 
     def encode(self, prompts: Sequence[str]) -> TextEncoding:
         """Return the encodings of prompts, one row each."""
-        # One by one: what a prompt is encoded with must not change it in its last digits.
-        found = [self._encode_one(prompt) for prompt in prompts]
-        pooled = [one.pooled for one in found if one.pooled is not None]
+        # One call per prompt: the batch of a prompt must not change the last bits of its encoding.
+        encodings = [self._encode_one(prompt) for prompt in prompts]
+        pooled = [encoding.pooled for encoding in encodings if encoding.pooled is not None]
         return TextEncoding(
-            torch.cat([one.hidden for one in found]), torch.cat(pooled) if pooled else None
+            torch.cat([encoding.hidden for encoding in encodings]),
+            torch.cat(pooled) if pooled else None,
         )
 
     @property
     def unconditional(self) -> TextEncoding:
-        """The one row for "no prompt"."""
+        """Encoding of the unconditional prompt, one row."""
         if self._unconditional is None:
             self._unconditional = self._base.encode_unconditional()
         return self._unconditional
@@ -143,17 +147,23 @@ class PromptCache:
 def denoise(
     base: DiffusionBase, control: RegionControl, batch: SamplingBatch, config: SamplingConfig
 ) -> Float[Tensor, "b c y x"]:
-    """Return the latents of a batch after all steps.
+    """Run all steps of the scheduler and return the final latents.
+
+    Guidance: ``eps = eps_u + g (eps_c - eps_u)`` (Ho and Salimans, classifier-free guidance,
+    arXiv 2207.12598, eq. 6 with g = 1 + w).
 
     Args:
-        base: With the adapters of the batch acting in its UNet.
-        control: Of the same UNet; its processors are in place meanwhile.
-        batch: All of one size.
-        config: Steps, guidance and scheduler are taken from it.
+        base: The base, with the adapters of the batch applied to its UNet.
+        control: Region control of the same UNet; installed during the call.
+        batch: Inputs of b images of one size.
+        config: Steps, guidance and scheduler are read from it.
+
+    Returns:
+        (b, c, y, x) latents in the dtype of the base.
 
     Raises:
-        ConfigError: The scheduler does not fit.
-        StageError: Other attention processors are in place, or the latents are not finite.
+        ConfigError: The scheduler does not support these settings.
+        StageError: Other attention processors are installed, or the latents are not finite.
     """
     images, guided = len(batch.noise), batch.unconditional is not None
     steps = SchedulerSteps(base.scheduler, config.scheduler, config.steps, base.device)
@@ -163,11 +173,11 @@ def denoise(
     size = height * base.latent_factor, width * base.latent_factor
     added = base.added_conditions(rows, size)
     hidden = rows.hidden if not batch.shared_text else text.hidden
-    where = index if batch.shared_text else torch.arange(len(index))
+    hidden_index = index if batch.shared_text else torch.arange(len(index))
     latents = batch.noise.to(base.device, base.dtype) * steps.initial_scale
     with (
         control.installed(),
-        control.cached_text(hidden, where),
+        control.cached_text(hidden, hidden_index),
         control.regions(
             batch.regions, unconditional=images if guided else 0, latent=(height, width)
         ),
@@ -182,8 +192,8 @@ def denoise(
                 return_dict=False,
             )[0]
             if guided:
-                plain, conditional = predicted.chunk(2)
-                predicted = plain + config.guidance * (conditional - plain)
+                unconditional, conditional = predicted.chunk(2)
+                predicted = unconditional + config.guidance * (conditional - unconditional)
             latents = steps.step(step, predicted, latents, batch.generators)
     if not bool(torch.isfinite(latents).all()):
         raise StageError(
@@ -195,7 +205,7 @@ def denoise(
 
 
 def _text_rows(batch: SamplingBatch) -> tuple[TextEncoding, Tensor]:
-    """Return the distinct rows of text, and which of them each row of the UNet's batch has."""
+    """Return the distinct text rows, and the index of one for each row of the UNet's batch."""
     index = list(batch.prompts)
     if batch.unconditional is None:
         return batch.text, torch.tensor(index)
@@ -204,4 +214,4 @@ def _text_rows(batch: SamplingBatch) -> tuple[TextEncoding, Tensor]:
     if empty.pooled is not None and text.pooled is not None:
         pooled = torch.cat([empty.pooled, text.pooled])
     distinct = TextEncoding(torch.cat([empty.hidden, text.hidden]), pooled)
-    return distinct, torch.tensor([0] * len(index) + [1 + one for one in index])
+    return distinct, torch.tensor([0] * len(index) + [1 + row for row in index])

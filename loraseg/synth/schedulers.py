@@ -1,10 +1,9 @@
-# pyright: basic
-"""diffusers' schedulers by name, made from a pipeline's own noise schedule (methods d.5).
+"""Schedulers of diffusers by name, built from the noise schedule of a pipeline.
 
-Why a list and not any class of diffusers: a scheduler of flow matching or of another noise schedule
-builds from the same config without a word and then gives noise. Those below read the schedule and
-the prediction type of Stable Diffusion, and draw what noise they need from the generators that
-they are given, so that an image does not depend on the batch it is made in.
+Why a list and not any class of diffusers: a scheduler for flow matching or for another noise
+schedule is built from the same config without an error and then produces noise. The schedulers
+below use the noise schedule and the prediction type of Stable Diffusion, and draw noise only from
+the generators passed to them, so that an image does not depend on its batch.
 """
 
 import difflib
@@ -57,57 +56,57 @@ SCHEDULER_ALIASES: Mapping[str, str] = MappingProxyType(
         "unipc": "UniPCMultistepScheduler",
     }
 )
-# Why a scheduler of diffusers for Stable Diffusion is not among ours.
+# Reasons why schedulers of diffusers for Stable Diffusion are not supported.
 _UNSUPPORTED: Mapping[str, str] = MappingProxyType(
     {
         "DPMSolverSDEScheduler": "it draws one noise for a whole batch, so that an image would "
-        "depend on the others of its batch; take DPMSolverMultistepScheduler",
+        "depend on the others of its batch; use DPMSolverMultistepScheduler",
         "EDMEulerScheduler": "it ignores the noise schedule of the pipeline",
     }
 )
 
 
 class SchedulerSteps:
-    """The steps of one batch from noise to latents, on one scheduler of its own."""
+    """The steps of one batch from noise to latents, with a scheduler instance of its own."""
 
     def __init__(
         self, pipeline_scheduler: Any, name: str, steps: int, device: torch.device
     ) -> None:
-        """Make a fresh scheduler.
+        """Build the scheduler.
 
         Args:
             pipeline_scheduler: The pipeline's scheduler; it is only read.
-            name: As :func:`scheduler_name` knows it.
-            steps: Steps that are asked for; some schedulers call the UNet more often.
-            device: Where the UNet wants its timesteps.
+            name: A name that :func:`scheduler_name` accepts.
+            steps: Requested number of steps; some schedulers call the UNet more often.
+            device: Device of the UNet.
 
         Raises:
-            ConfigError: The name is unknown, or the scheduler cannot do this.
+            ConfigError: The name is unknown, or the scheduler does not support the settings.
         """
         self._scheduler = _build_scheduler(pipeline_scheduler, scheduler_name(name), steps)
-        # The scheduler computes with timesteps on the CPU, where its tables are: on a GPU every
-        # look-up by a timestep of the device would wait for all the work that is queued.
+        # The scheduler gets timesteps on the CPU, where its tables are: indexing a table with a
+        # timestep on the GPU would wait for all queued work.
         self._timesteps: Int[Tensor, " t"] | Float[Tensor, " t"] = self._scheduler.timesteps
         self._device_timesteps = self._timesteps.to(device)
         self._takes_generators = "generator" in inspect.signature(self._scheduler.step).parameters
 
     def __len__(self) -> int:
-        """How often the UNet is called."""
+        """Return the number of UNet calls."""
         return len(self._timesteps)
 
     @property
     def initial_scale(self) -> float | Tensor:
-        """What unit noise is multiplied with before the first step."""
+        """Factor (a scalar) by which unit noise is multiplied before the first step."""
         return self._scheduler.init_noise_sigma
 
     def timestep(self, index: int) -> Tensor:
-        """Return the timestep of a step for the UNet, a scalar on its device."""
+        """Return the timestep of a step, a scalar tensor () on the UNet's device."""
         return self._device_timesteps[index]
 
     def scale_input(
         self, index: int, latents: Float[Tensor, "b c y x"]
     ) -> Float[Tensor, "b c y x"]:
-        """Return the latents as the UNet wants them."""
+        """Return the latents scaled for the UNet's input at a step."""
         return self._scheduler.scale_model_input(latents, self._timesteps[index])
 
     def step(
@@ -121,13 +120,13 @@ class SchedulerSteps:
 
         Args:
             index: 0 to ``len(self)`` - 1, in order.
-            predicted: What the UNet said, guidance applied.
-            latents: Before the step.
-            generators: One a sample, on the CPU; those schedulers that add noise draw from them.
+            predicted: The UNet's prediction, with guidance applied.
+            latents: The latents before the step.
+            generators: One per sample, on the CPU; schedulers that add noise draw from them.
         """
-        more = {"generator": list(generators)} if self._takes_generators else {}
+        kwargs = {"generator": list(generators)} if self._takes_generators else {}
         return self._scheduler.step(
-            predicted, self._timesteps[index], latents, return_dict=False, **more
+            predicted, self._timesteps[index], latents, return_dict=False, **kwargs
         )[0]
 
 
@@ -135,18 +134,18 @@ def scheduler_name(name: str) -> str:
     """Return the class name for a class name or short alias.
 
     Raises:
-        ConfigError: It is unknown, or a scheduler that cannot be used, with the reason.
+        ConfigError: The scheduler is unknown, or not supported for a stated reason.
     """
-    found = SCHEDULER_ALIASES.get(name.lower(), name)
-    if found in SCHEDULERS:
-        return found
-    if found in _UNSUPPORTED:
-        raise ConfigError(f"scheduler {name!r}: {_UNSUPPORTED[found]}")
-    known = (*SCHEDULER_ALIASES, *SCHEDULERS)
-    folded = {one.casefold(): one for one in known}
+    class_name = SCHEDULER_ALIASES.get(name.lower(), name)
+    if class_name in SCHEDULERS:
+        return class_name
+    if class_name in _UNSUPPORTED:
+        raise ConfigError(f"scheduler {name!r}: {_UNSUPPORTED[class_name]}")
+    accepted = (*SCHEDULER_ALIASES, *SCHEDULERS)
+    folded = {accepted_name.casefold(): accepted_name for accepted_name in accepted}
     close = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.5)
     hint = f"; did you mean {folded[close[0]]!r}?" if close else ""
-    raise ConfigError(f"scheduler {name!r} is unknown{hint} (known: {', '.join(known)})")
+    raise ConfigError(f"scheduler {name!r} is unknown{hint} (known: {', '.join(accepted)})")
 
 
 def _build_scheduler(pipeline_scheduler: Any, name: str, steps: int) -> Any:
@@ -155,27 +154,27 @@ def _build_scheduler(pipeline_scheduler: Any, name: str, steps: int) -> Any:
 
     cls = getattr(diffusers, name, None)
     if cls is None:
-        raise ConfigError(f"scheduler {name!r}: diffusers {diffusers.__version__} has none")
+        raise ConfigError(f"scheduler {name!r}: missing in diffusers {diffusers.__version__}")
     trained = int(pipeline_scheduler.config["num_train_timesteps"])
     if steps >= trained:
         raise ConfigError(
             f"scheduler {name} with {steps} steps: expected fewer than the {trained} of training"
         )
-    config, known = dict(pipeline_scheduler.config), inspect.signature(cls.__init__).parameters
+    config, parameters = dict(pipeline_scheduler.config), inspect.signature(cls.__init__).parameters
     if type(pipeline_scheduler).__name__ != name:
-        # What the pipeline leaves to its own class is left to the new one, as diffusers does, but
-        # for the offset, which stock pipelines set: noise levels are spaced as the class likes.
-        unsaid = set(config.get("_use_default_values", ())) - {"steps_offset"}
-        config = {key: value for key, value in config.items() if key not in unsaid}
-        # PLMS is PNDM without its Runge-Kutta start; configs of other classes do not say so.
+        # As in diffusers, values that are defaults of the pipeline's class are left to the defaults
+        # of the new class, except for the offset, which stock pipelines set.
+        defaults = set(config.get("_use_default_values", ())) - {"steps_offset"}
+        config = {key: value for key, value in config.items() if key not in defaults}
+        # PLMS is PNDM without its Runge-Kutta start; configs of other classes lack this key.
         config = {"skip_prk_steps": True, **config}
-    # As the stock pipeline has it, whatever a config says: latents are not pixels in [-1, 1].
+    # As in the stock pipeline, regardless of the config: latents are not pixels in [-1, 1].
     config["clip_sample"] = False
-    # Settings of other classes are no news to anybody.
-    config = {key: value for key, value in config.items() if key in known}
+    # Settings of other classes would cause a warning.
+    config = {key: value for key, value in config.items() if key in parameters}
     try:
         with warnings.catch_warnings():
-            # diffusers hands tensors to numpy in a way that numpy 2 warns of.
+            # diffusers converts tensors to numpy arrays in a way that numpy 2 warns about.
             warnings.simplefilter("ignore", DeprecationWarning)
             scheduler = cls.from_config(config)
             scheduler.set_timesteps(steps)
@@ -186,6 +185,6 @@ def _build_scheduler(pipeline_scheduler: Any, name: str, steps: int) -> Any:
     if name == "PNDMScheduler" and kind not in supported:
         raise ConfigError(
             f"scheduler {name}: the model predicts {kind!r}, expected {' or '.join(supported)}; "
-            "take ddim"
+            "use ddim"
         )
     return scheduler

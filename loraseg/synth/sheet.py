@@ -1,4 +1,4 @@
-"""One picture that shows masks and what was made of them, side by side."""
+"""A contact sheet: masks and the images generated from them, side by side."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,18 +14,18 @@ from loraseg.tensor_types import UInt8, ndarray
 __all__ = ["SheetRow", "contact_sheet"]
 
 _GAP = 4
-_CAPTION_HEIGHT = 16  # height of a line of text above each picture, pixels
+_CAPTION_HEIGHT = 16  # height of the line of text above each picture, pixels
 _FONT_SIZE = 11
-_MIN_HEIGHT = 96  # height that small pictures are enlarged to, pixels
+_MIN_HEIGHT = 96  # smaller pictures are enlarged to at least this height, pixels
 _MAX_HEIGHT = 256
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SheetRow:
-    """A mask and pictures beside it.
+    """One row of the sheet: a mask and pictures to its right.
 
     Attributes:
-        title: Above the mask.
+        title: Caption of the mask.
         mask: Class ids; 255 and unknown ids are drawn as ignored.
         pictures: (caption, RGB picture) from left to right, of any sizes.
     """
@@ -36,21 +36,21 @@ class SheetRow:
 
 
 def contact_sheet(rows: Sequence[SheetRow], label_space: LabelSpace) -> UInt8[ndarray, "h w 3"]:
-    """Draw a row for each mask, in its class colours, and a legend of all classes below.
+    """Draw a row for each mask, in its class colours, and a legend of their classes below.
 
-    All pictures of a row get one height, from 96 to 256 pixels: small ones are enlarged by whole
-    factors without smoothing, large ones shrunk.
+    The pictures of a row are resized to one height of 96 to 256 pixels: small ones are enlarged by
+    an integer factor without smoothing, large ones are shrunk.
 
     Raises:
-        DatasetError: There is no row.
+        DatasetError: There are no rows.
     """
     if not rows:
         raise DatasetError("sheet: got no rows, expected at least one")
-    lines = [_draw_row(row, label_space) for row in rows]
-    width = max(line.shape[1] for line in lines)
-    seen = np.concatenate([row.mask.reshape(-1) for row in rows])[None]
-    below = draw_legend(legend_entries(seen, label_space), label_space, width)
-    return np.concatenate(pad_to_same_width(*lines, below))
+    drawn_rows = [_draw_row(row, label_space) for row in rows]
+    width = max(drawn.shape[1] for drawn in drawn_rows)
+    ids = np.concatenate([row.mask.reshape(-1) for row in rows])[None]
+    legend = draw_legend(legend_entries(ids, label_space), label_space, width)
+    return np.concatenate(pad_to_same_width(*drawn_rows, legend))
 
 
 def _draw_row(row: SheetRow, label_space: LabelSpace) -> UInt8[ndarray, "h w 3"]:
@@ -75,8 +75,8 @@ def _resize_to_height(
     if picture.shape[0] == height:
         return picture
     width = max(1, round(picture.shape[1] * height / picture.shape[0]))
-    how = Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST
-    return np.asarray(Image.fromarray(picture).resize((width, height), how))
+    resampling = Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST
+    return np.asarray(Image.fromarray(picture).resize((width, height), resampling))
 
 
 def _add_caption(text: str, picture: UInt8[ndarray, "_ _ 3"]) -> UInt8[ndarray, "_ _ 3"]:

@@ -1,4 +1,4 @@
-"""How large the images of a mask become."""
+"""The size of the images that are generated for a mask."""
 
 import numpy as np
 from PIL import Image
@@ -11,7 +11,7 @@ __all__ = ["output_size", "resize_mask", "size_multiple"]
 
 
 def size_multiple(base: DiffusionBase) -> int:
-    """Return what the sides of images must be multiples of, so that every level halves evenly."""
+    """Return the number that image sides must be a multiple of, so that all levels halve evenly."""
     return base.latent_factor * 2 ** (len(base.unet.config.block_out_channels) - 1)
 
 
@@ -21,14 +21,14 @@ def output_size(
     """Return the height and width of the images of a mask.
 
     Args:
-        mask: Class ids.
-        requested: What the config asks for; None for the size of the mask.
-        multiple: See :func:`side_step`.
-        where: What to call the mask in errors.
+        mask: (h, w) uint8 class ids.
+        requested: Height and width from the config; None for the size of the mask.
+        multiple: See :func:`size_multiple`.
+        where: Name of the mask in error messages.
 
     Raises:
-        ConfigError: The wanted size is no multiple of the step.
-        DatasetError: The mask's own size is not, or it is no map of uint8.
+        ConfigError: The requested sides are not multiples of ``multiple``.
+        DatasetError: The mask's own sides are not, or it is not a uint8 map.
     """
     if mask.dtype != np.uint8 or mask.ndim != 2 or not mask.size:
         raise DatasetError(
@@ -38,20 +38,19 @@ def output_size(
     if height % multiple == 0 and width % multiple == 0:
         return height, width
     near = tuple(max(1, round(side / multiple)) * multiple for side in (height, width))
-    asked = f"{height} x {width}"
     if requested is not None:
         raise ConfigError(
-            f"size {asked}: expected multiples of {multiple}, such as {near[0]} x {near[1]}"
+            f"size {height} x {width}: expected multiples of {multiple}, such as "
+            f"{near[0]} x {near[1]}"
         )
     raise DatasetError(
-        f"{where}: {asked} pixels, expected multiples of {multiple} for this generator; give a "
-        f"size, "
-        f"such as {near[0]} x {near[1]}, and the mask is resized to it (nearest)"
+        f"{where}: {height} x {width} pixels, expected multiples of {multiple} for this generator; "
+        f"set a size, such as {near[0]} x {near[1]}, to which the mask is resized (nearest)"
     )
 
 
 def resize_mask(mask: UInt8[ndarray, "h w"], size: tuple[int, int]) -> UInt8[ndarray, "h2 w2"]:
-    """Return the mask at the size of its images, nearest; itself if it has that size."""
+    """Return the mask at the size of its images (nearest); the same array if it has that size."""
     if mask.shape == size:
         return mask
     height, width = size

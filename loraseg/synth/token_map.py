@@ -1,5 +1,4 @@
-"""Which tokens of a prompt belong to which word, found with the pipeline's own tokenizers."""
-# pyright: basic
+"""Positions of words in tokenised prompts, found with the tokenizers of the pipeline."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,17 +12,18 @@ __all__ = ["TokenMap"]
 
 
 class TokenMap:
-    """Counts the tokens of words and finds their places in a prompt.
+    """Counts the tokens of words and finds their positions in a prompt.
 
-    A prompt is tokenised whole, and so are its pieces; where the pieces' tokens in a row are not
-    the prompt's, a word reads differently in its context and no span would be right.
+    A prompt and its pieces are tokenised separately. If the concatenated tokens of the pieces
+    differ from those of the prompt, a word is tokenised differently in its context and has no
+    well-defined span, which is an error.
     """
 
     def __init__(self, tokenizers: Sequence[Any]) -> None:
-        """Take the tokenizers of a pipeline, one for SD, two for SDXL.
+        """Keep the tokenizers of a pipeline: one for SD, two for SDXL.
 
         Raises:
-            ConfigError: None is given, or they have different lengths.
+            ConfigError: There are none, or their maximum lengths differ.
         """
         if not tokenizers:
             raise ConfigError("token map: got no tokenizer, expected those of the pipeline")
@@ -36,20 +36,20 @@ class TokenMap:
 
     @property
     def max_tokens(self) -> int:
-        """Tokens that are left beside start and end."""
+        """Maximum number of tokens of a prompt, start and end not counted."""
         return self.length - self._special_tokens
 
     def count_tokens(self, text: str, where: str) -> int:
-        """Return how many tokens a text makes.
+        """Return the number of tokens of a text.
 
         Raises:
-            DatasetError: A token stands for the start, the end or what the tokenizer cannot spell.
+            DatasetError: The text contains a start, end or unknown token.
             ConfigError: The tokenizers disagree.
         """
         counts = [len(_token_ids(tokenizer, text, where)) for tokenizer in self._tokenizers]
         if len(set(counts)) != 1:
             raise ConfigError(
-                f"{where}: the tokenizers make {counts} tokens of {text!r}, expected one count"
+                f"{where}: the tokenizers give {counts} tokens for {text!r}, expected equal counts"
             )
         return counts[0]
 
@@ -59,32 +59,33 @@ class TokenMap:
         """Return the class of each token of a prompt.
 
         Args:
-            prompt: The whole prompt.
-            pieces: What it consists of, in order.
-            classes: One id per piece; -1 where it is not a class name.
+            prompt: The prompt.
+            pieces: The parts of the prompt, in order.
+            classes: Class id of each piece; -1 for pieces that are not class names.
 
         Returns:
             (length,) int64; -1 also for start, end and padding.
 
         Raises:
-            ConfigError: The tokens of the pieces are not those of the prompt, or the tokenizers
-                put them at different places.
+            ConfigError: The tokens of the pieces are not those of the prompt, or differ in
+                position between the tokenizers.
         """
         first, *others = (
-            self._token_classes(one, prompt, pieces, classes) for one in self._tokenizers
+            self._token_classes(tokenizer, prompt, pieces, classes)
+            for tokenizer in self._tokenizers
         )
         for other in others:
             if not np.array_equal(first, other):
                 raise ConfigError(
-                    f"prompt {prompt!r}: the two tokenizers put class names at different places"
+                    f"prompt {prompt!r}: the two tokenizers put class names at different positions"
                 )
         return first
 
     def _token_classes(
         self, tokenizer: Any, prompt: str, pieces: Sequence[str], classes: Sequence[int]
     ) -> Int[ndarray, " l"]:
-        parts = [_token_ids(tokenizer, piece, f"prompt {prompt!r}") for piece in pieces]
-        joined = [token for part in parts for token in part]
+        piece_tokens = [_token_ids(tokenizer, piece, f"prompt {prompt!r}") for piece in pieces]
+        joined = [token for tokens in piece_tokens for token in tokens]
         padded = list(
             tokenizer(
                 prompt, padding="max_length", max_length=self.length, truncation=True
@@ -93,23 +94,23 @@ class TokenMap:
         start = int(padded[0] == tokenizer.bos_token_id)
         if padded[start : start + len(joined)] != joined:
             raise ConfigError(
-                f"prompt {prompt!r}: its words make other tokens alone than in the prompt; "
-                "keep the template's text apart from {classes} by a blank"
+                f"prompt {prompt!r}: its words have other tokens alone than in the prompt; "
+                "separate the template's text from {classes} by a blank"
             )
-        places = np.full(self.length, -1, dtype=np.int64)
-        spans = np.repeat(np.asarray(classes, dtype=np.int64), [len(part) for part in parts])
-        places[start : start + len(spans)] = spans
-        return places
+        token_classes = np.full(self.length, -1, dtype=np.int64)
+        spans = np.repeat(np.asarray(classes, dtype=np.int64), list(map(len, piece_tokens)))
+        token_classes[start : start + len(spans)] = spans
+        return token_classes
 
 
 def _token_ids(tokenizer: Any, text: str, where: str) -> list[int]:
-    """Return the ids of a text without start and end."""
+    """Return the token ids of a text without start and end."""
     tokens = list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-    marks = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
-    odd = next((token for token in tokens if token in marks), None)
-    if odd is not None:
+    special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
+    invalid = next((token for token in tokens if token in special), None)
+    if invalid is not None:
         raise DatasetError(
-            f"{where}: {text!r} makes the token {tokenizer.convert_ids_to_tokens(odd)!r}; "
-            "expected text that the tokenizer can spell; give the class another word"
+            f"{where}: {text!r} contains the token {tokenizer.convert_ids_to_tokens(invalid)!r}; "
+            "expected text without special tokens; set another word for the class"
         )
     return tokens

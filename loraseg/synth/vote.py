@@ -1,6 +1,15 @@
-"""Which labels of generated images are kept: relative filtering and its rivals (methods b.5).
+"""Filters for the labels of generated images: relative, confidence and FreeMask.
 
-All filters keep the class of the mask or mark a pixel as ignored; none writes another class.
+A filter keeps the class of the mask at a pixel or marks the pixel as ignored; none writes another
+class. With the mask SM, the segmenter's pseudo-label PM_k and class probabilities p_k of image k,
+a pixel keeps its label where
+
+* ``relative``: PM_k = majority vote of PM_1..PM_K (MatchMask, CVPR 2026, "Relative Filtering");
+* ``confidence``: max_c p_k(c) >= threshold (the common baseline, compared in MatchMask);
+* ``freemask``: -log p_k(SM) <= tolerance * mean loss of class SM on real images (FreeMask, arXiv
+  2310.15160; in its code ``preprocess/filter.py``, where the tolerance is 1.25).
+
+Difference from the papers: an image that keeps less than ``min_kept`` of its labels is dropped.
 """
 
 from dataclasses import dataclass
@@ -12,37 +21,32 @@ from loraseg.errors import ConfigError, DatasetError
 from loraseg.synth.majority_vote import (
     TieBreak,
     ignore_value,
-    majority_vote,
     relative_filter,
     write_filtered_labels,
 )
 from loraseg.tensor_types import Bool, Float, Int, UInt, ndarray
 
-__all__ = [
-    "FilterConfig",
-    "FilterMethod",
-    "FilteredLabels",
-    "PseudoLabels",
-    "apply_filter",
-    "majority_vote",
-]
+__all__ = ["FilterConfig", "FilterMethod", "FilteredLabels", "PseudoLabels", "apply_filter"]
 
 FilterMethod = Literal["none", "confidence", "freemask", "relative"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FilterConfig:
-    """How labels are filtered.
+    """Settings of the label filter.
 
     Attributes:
-        method: ``relative`` keeps a pixel where the segmenter sees what it sees in most images of
-            the mask; ``confidence`` where its highest probability is at least ``threshold``;
-            ``freemask`` where the cross-entropy of the mask's class is at most ``tolerance`` times
-            the mean of that class on real images; ``none`` everywhere.
-        ties: Of the vote, see :func:`~loraseg.synth.majority_vote.plurality`.
-        threshold: Of ``confidence``, 0 to 1.
-        tolerance: Of ``freemask``, above 0.
-        min_kept: An image that keeps a smaller share of its labels, 0 to 1, is dropped.
+        method: Where a pixel keeps its label. ``relative``: the segmenter predicts the class that
+            it predicts for most images of the mask; ``confidence``: its highest probability is at
+            least ``threshold``; ``freemask``: the cross-entropy of the mask's class is at most
+            ``tolerance`` times the mean of that class on real images; ``none``: everywhere.
+        ties: Tie rule of ``relative``, see :func:`~loraseg.synth.majority_vote.majority_vote`.
+        threshold: For ``confidence``, 0 to 1.
+        tolerance: For ``freemask``, above 0.
+        min_kept: Images that keep a smaller share of their labels, 0 to 1, are dropped.
+
+    Raises:
+        ConfigError: A value is out of range.
     """
 
     method: FilterMethod = "relative"
@@ -61,13 +65,14 @@ class FilterConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PseudoLabels:
-    """What a segmenter says of the k images of one mask.
+    """A segmenter's predictions for the k images of one mask.
 
     Attributes:
-        labels: (k, h, w) uint8 or uint16, the class it sees at each pixel; never the ignore value.
-        confidence: (k, h, w) its probability of that class; only ``confidence`` needs it.
-        loss: (k, h, w) minus the logarithm of its probability of the mask's class, anything where
-            the mask has no label; only ``freemask`` needs it.
+        labels: (k, h, w) uint8 or uint16, the predicted class of each pixel; never the ignore
+            value.
+        confidence: (k, h, w) probability of that class, in [0, 1]; for ``confidence``.
+        loss: (k, h, w) minus the logarithm of the probability of the mask's class, arbitrary where
+            the mask has no label; for ``freemask``.
     """
 
     labels: ndarray
@@ -81,9 +86,9 @@ class FilteredLabels:
 
     Attributes:
         labels: The class of the mask, or the ignore value (255 in uint8, 65,535 in uint16).
-        kept: Share of the mask's labelled pixels that kept their label.
-        kept_by_class: The same for each class; NaN where the mask has no pixel of it.
-        dropped: Where ``kept`` is below ``min_kept``.
+        kept: Share of the mask's labelled pixels that kept their label, in [0, 1].
+        kept_by_class: The same for each class; NaN for classes that the mask does not contain.
+        dropped: True where ``kept`` is below ``min_kept``.
     """
 
     labels: UInt[ndarray, "k h w"]
@@ -103,25 +108,25 @@ def apply_filter(
     """Filter the labels of the images of one mask.
 
     Args:
-        mask: (h, w) uint8 or uint16 class ids; pixels of the ignore value stay so.
-        pseudo_labels: Of images of that mask, in the same type of ids.
-        config: Which filter.
+        mask: (h, w) uint8 or uint16 class ids; ignored pixels stay ignored.
+        pseudo_labels: Predictions (k, h, w) for images of that mask, in the same dtype of ids.
+        config: The filter.
         classes: Number of classes, at most 255 for uint8 and 65,535 for uint16.
-        class_loss: For ``freemask``, see :func:`~loraseg.synth.freemask.class_mean_loss`; a class
-            that is NaN keeps nothing.
+        class_loss: (classes,) for ``freemask``, see
+            :func:`~loraseg.synth.freemask.class_mean_loss`; a class with NaN keeps no pixel.
 
     Raises:
-        DatasetError: The mask or the judged maps have another type or shape or hold other ids, the
-            mask has no label at all, or the vote has over 256 voters.
-        ConfigError: ``relative`` with a single image, what the filter needs is not there, or
-            ``class_loss`` is not one number a class.
+        DatasetError: The mask or the pseudo-labels have another dtype or shape or contain an
+            unknown id, the mask has no label, or there are more than 256 images.
+        ConfigError: ``relative`` with a single image, a map that the filter needs is missing, or
+            ``class_loss`` is not one number per class.
     """
     if class_loss is not None and class_loss.shape != (classes,):
         raise ConfigError(f"class_loss: got {class_loss.shape}, expected ({classes},)")
     totals = _count_class_pixels(mask, classes)
     _check_labels(mask, pseudo_labels.labels, classes)
     labels = _filter_labels(mask, pseudo_labels, config, class_loss)
-    areas = np.stack([_count_pixels(one)[:classes] for one in labels])
+    areas = np.stack([_count_pixels(image_labels)[:classes] for image_labels in labels])
     by_class = np.full(areas.shape, np.nan)
     np.divide(areas, totals, out=by_class, where=totals > 0)
     kept = areas.sum(axis=1) / totals.sum()
@@ -138,10 +143,10 @@ def _filter_labels(
         if len(pseudo_labels.labels) < 2:
             raise ConfigError(
                 "relative filtering: got 1 image of a mask, expected at least 2, as an image "
-                "always agrees with itself; make more or choose another filter"
+                "always agrees with itself; generate more or choose another filter"
             )
         return relative_filter(mask, pseudo_labels.labels, ties=config.ties)
-    # Comparisons are turned so that NaN, which compares as false, is never kept.
+    # Negated comparisons: NaN compares as False, so that its pixel is not kept.
     if config.method == "confidence":
         differs = ~(
             _require_values("confidence", pseudo_labels.confidence, shape) >= config.threshold
@@ -157,9 +162,9 @@ def _filter_labels(
 
 
 def _max_loss(mask: ndarray, class_loss: ndarray | None, tolerance: float) -> Float[ndarray, "h w"]:
-    """Return the highest loss that each pixel may have."""
+    """Return the highest loss at which each pixel keeps its label."""
     if class_loss is None:
-        raise ConfigError("freemask: the mean loss of each class on real images is needed")
+        raise ConfigError("freemask: expected the mean loss of each class on real images")
     table = np.full(ignore_value(mask.dtype) + 1, np.nan)
     table[: len(class_loss)] = tolerance * class_loss
     return table[mask]
@@ -167,14 +172,14 @@ def _max_loss(mask: ndarray, class_loss: ndarray | None, tolerance: float) -> Fl
 
 def _require_values(name: str, values: ndarray | None, shape: tuple[int, ...]) -> ndarray:
     if values is None:
-        raise ConfigError(f"filtering: the {name} of each pixel is needed, got none")
+        raise ConfigError(f"label filter: got no {name} of each pixel")
     if values.shape != shape:
-        raise DatasetError(f"{name}: got {values.shape}, expected {shape} as the labels")
+        raise DatasetError(f"{name}: got {values.shape}, expected {shape} like the labels")
     return values
 
 
 def _count_class_pixels(mask: ndarray, classes: int) -> Int[ndarray, " classes"]:
-    """Check a mask; return the pixels of each class."""
+    """Check a mask; return the number of pixels of each class."""
     ignore = ignore_value(mask.dtype)
     if not 1 <= classes <= ignore:
         raise DatasetError(f"classes: got {classes}, expected 1 to {ignore} in {mask.dtype} maps")
@@ -194,12 +199,12 @@ def _count_class_pixels(mask: ndarray, classes: int) -> Int[ndarray, " classes"]
 def _check_labels(mask: ndarray, labels: ndarray, classes: int) -> None:
     if labels.dtype != mask.dtype or labels.ndim != 3 or labels.shape[1:] != mask.shape:
         raise DatasetError(
-            f"judged labels: got {labels.dtype} {labels.shape}, expected {mask.dtype} (k, h, w) "
+            f"pseudo-labels: got {labels.dtype} {labels.shape}, expected {mask.dtype} (k, h, w) "
             f"with {mask.shape} pixels"
         )
     if not len(labels) or labels.max() >= classes:
         raise DatasetError(
-            f"judged labels: got {len(labels)} maps with ids up to "
+            f"pseudo-labels: got {len(labels)} maps with ids up to "
             f"{labels.max(initial=0)}, expected ids 0 to {classes - 1} at every pixel"
         )
 

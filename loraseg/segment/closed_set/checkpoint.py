@@ -3,7 +3,6 @@
 One safetensors file: the tensors under the names of the library that the network comes from, and a
 header that tells the network, its classes and the format. Nothing else is needed to use it.
 """
-# pyright: basic
 
 import hashlib
 import json

@@ -1,5 +1,4 @@
 """Mask2Former as a network of class logits, by transformers."""
-# pyright: basic
 
 from typing import Any
 

@@ -4,7 +4,6 @@ transformers' own loss has no such pixels: to it whatever is not labelled belong
 that each pixel which a filter took out of a label would be learned as a hole. Here points on
 ignored pixels weigh nothing; without such pixels the loss is that of transformers.
 """
-# pyright: basic
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -4,7 +4,6 @@ The networks themselves are kept by others: DeepLabV3+ by segmentation_models_py
 by transformers. What differs between them (the pixels they expect, the sizes they take, their
 losses, which part is the pretrained backbone) is settled here once.
 """
-# pyright: basic
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,5 +1,4 @@
 """Pretrained weights of a segmenter, or of its backbone, from a file that the user has."""
-# pyright: basic
 
 import logging
 from collections.abc import Mapping

@@ -2,7 +2,6 @@
 
 Pretraining's judge and the baselines of the miniature use it; it knows nothing of adapters.
 """
-# pyright: basic
 
 import json
 from collections.abc import Sequence

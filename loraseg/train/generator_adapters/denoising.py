@@ -9,7 +9,8 @@ import torch
 
 from loraseg.backbones.diffusion import DiffusionBase, TextEncoding
 from loraseg.errors import ConfigError
-from loraseg.synth.region_attention import RegionControl, Regions
+from loraseg.synth.region_attention import RegionControl
+from loraseg.synth.regions import Regions
 from loraseg.tensor_types import Float, Int, Tensor
 
 __all__ = ["DenoisingBatch", "LossConfig", "denoising_loss", "loss_weights"]

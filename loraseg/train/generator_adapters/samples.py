@@ -10,7 +10,7 @@ from loraseg.backbones.diffusion import DiffusionBase, TextEncoding
 from loraseg.errors import ConfigError
 from loraseg.seeding import numpy_generator, torch_generator
 from loraseg.synth.conditioning import Conditioner, Downsampling
-from loraseg.synth.region_attention import Regions
+from loraseg.synth.regions import Regions
 from loraseg.tensor_types import Float, Tensor, UInt8, ndarray
 from loraseg.train.core.shuffling import shuffled_index
 from loraseg.train.generator_adapters.crops import Crop, CroppedImages

@@ -1,4 +1,4 @@
-"""The plain form of what the bank does: corrections added by hooks, one mix at a time."""
+"""Reference for the bank: one mix at a time, its low-rank outputs added by forward hooks."""
 
 from contextlib import contextmanager
 
@@ -7,7 +7,7 @@ import torch
 
 @contextmanager
 def apply_mix_with_hooks(model, mix):
-    """Let one mix act on a model, unfused: ``y + (x down^T) up^T`` behind every layer."""
+    """Apply one mix to a model: ``y + (x down^T) up^T`` after every layer."""
     handles = []
     try:
         for name, (down, up) in (mix.pairs() if mix else {}).items():

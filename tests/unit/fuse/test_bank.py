@@ -1,4 +1,4 @@
-"""The bank against dense weights in float64, and what it promises about base, slots and shapes."""
+"""The bank against dense weights in float64; the base, slots and buffers stay unchanged."""
 
 import copy
 
@@ -15,21 +15,21 @@ from loraseg.fuse.mix import fuse
 from tests.unit.fuse.hook_reference import apply_mix_with_hooks
 from tests.unit.tiny import CLASSES, random_adapter, tiny_base
 
-BESIDE, MERGED = MergeTable(1e9), MergeTable(0.0)
-FORMS = pytest.mark.parametrize("batched", [False, True], ids=["in_turn", "batched"])
-TABLES = pytest.mark.parametrize("table", [BESIDE, MERGED], ids=["beside", "merged"])
+LOW_RANK, MERGED = MergeTable(1e9), MergeTable(0.0)
+FORMS = pytest.mark.parametrize("batched", [False, True], ids=["segments", "batched"])
+TABLES = pytest.mark.parametrize("table", [LOW_RANK, MERGED], ids=["low_rank", "merged"])
 
 
 class Guided(nn.Linear):
-    """A layer of two inputs, as in CAT-Seg's aggregator."""
+    """A layer with two inputs, as in CAT-Seg's aggregator."""
 
     def forward(self, x, guide):
-        spread = guide.unsqueeze(1).expand(*x.shape[:-1], -1)
-        return nn.functional.linear(torch.cat([x, spread], dim=-1), self.weight, self.bias)
+        expanded = guide.unsqueeze(1).expand(*x.shape[:-1], -1)
+        return nn.functional.linear(torch.cat([x, expanded], dim=-1), self.weight, self.bias)
 
 
 class Small(nn.Module):
-    """Plain layers with and without bias and a guided one; images outermost."""
+    """Plain layers with and without bias, and a guided one; the first axis is images."""
 
     def __init__(self):
         super().__init__()
@@ -53,21 +53,21 @@ def adapter(name, *, ranks=None, scale=0.5, zero=(), seed=None):
     shapes = {"a": (4, 6), "b": (6, 6), "c": (9, 5), "d": (5, 4)}
     generator = torch.Generator().manual_seed(sum(map(ord, name)) if seed is None else seed)
     pairs = {}
-    for site, rank in (ranks or dict.fromkeys(shapes, 2)).items():
-        d_in, d_out = shapes[site]
+    for layer, rank in (ranks or dict.fromkeys(shapes, 2)).items():
+        d_in, d_out = shapes[layer]
         down, up = (
             torch.randn(size, generator=generator, dtype=torch.float64)
             for size in ((rank, d_in), (d_out, rank))
         )
-        pairs[site] = LoraPair(down, up * (site not in zero), scale)
+        pairs[layer] = LoraPair(down, up * (layer not in zero), scale)
     return Adapter(name=name, pairs=pairs, digest=name)
 
 
 def dense(model, adapters, weights):
     merged = copy.deepcopy(model)
-    for one, weight in zip(adapters, weights, strict=True):
-        for site, pair in one.pairs.items():
-            merged.get_submodule(site).weight.data += weight * pair.scale * (pair.up @ pair.down)
+    for adapter_, weight in zip(adapters, weights, strict=True):
+        for layer, pair in adapter_.pairs.items():
+            merged.get_submodule(layer).weight.data += weight * pair.scale * (pair.up @ pair.down)
     return merged
 
 
@@ -80,16 +80,16 @@ RECIPES = [
 ]
 
 
-@pytest.fixture(params=[2**17, -1], ids=["kept", "scratch"])
+@pytest.fixture(params=[2**17, -1], ids=["cached", "scratch"])
 def _both_sizes(request, monkeypatch):
-    """Merged weights of small layers are kept, those of large ones pass through scratch memory."""
+    """Merged weights are cached for small layers and built in scratch memory for large ones."""
     monkeypatch.setattr("loraseg.fuse.mixed_layer._MAX_CACHED_WEIGHT_SIZE", request.param)
 
 
 @FORMS
 @TABLES
 @pytest.mark.usefixtures("_both_sizes")
-def test_every_part_has_its_own_weights(model, batched, table):
+def test_every_part_uses_its_own_mix(model, batched, table):
     x = torch.randn(12, 3, 2, 4, dtype=torch.float64)
     mixes = [fuse(*recipe) for recipe in RECIPES]
     bank = AdapterBank(model, table=table, batched=batched)
@@ -103,8 +103,8 @@ def test_every_part_has_its_own_weights(model, batched, table):
 @FORMS
 @TABLES
 @pytest.mark.usefixtures("_both_sizes")
-def test_no_mix_leaves_rows_behind_for_the_next(model, batched, table):
-    """A stale row would give a plausible, wrong result: all orders of mixes of all layouts."""
+def test_no_rows_are_left_for_the_next_mix(model, batched, table):
+    """A stale row would give a plausible but wrong result; all pairs of layouts are tried."""
     x = torch.randn(1, 2, 2, 4, dtype=torch.float64)
     bank = AdapterBank(model, table=table, batched=batched)
     for first in RECIPES:
@@ -146,7 +146,7 @@ def test_the_base_is_only_read(model, batched, table):
         assert torch.equal(model(x), before)
 
 
-def test_the_base_comes_back_after_an_exception(model):
+def test_the_base_is_restored_after_an_exception(model):
     bank, x = AdapterBank(model), torch.ones(1, 1, 1, 4, dtype=torch.float64)
     before = model(x)
     with pytest.raises(RuntimeError, match="inside"), bank.use([fuse(*RECIPES[0])]):
@@ -158,7 +158,7 @@ def test_the_base_comes_back_after_an_exception(model):
 
 @FORMS
 @TABLES
-def test_an_image_does_not_depend_on_its_neighbours(model, batched, table):
+def test_an_image_does_not_depend_on_the_rest_of_the_batch(model, batched, table):
     x = torch.randn(5, 3, 2, 4, dtype=torch.float64)
     mixes = [fuse(*recipe) for recipe in RECIPES]
     bank = AdapterBank(model, table=table, batched=batched)
@@ -170,7 +170,7 @@ def test_an_image_does_not_depend_on_its_neighbours(model, batched, table):
                 torch.testing.assert_close(model(x[index][None])[0], together[index])
 
 
-def test_catseg_acts_as_with_hooks():
+def test_catseg_equals_the_hook_reference():
     base = tiny_base()
     side = base.model.config.image_size
     mixes = [
@@ -195,7 +195,7 @@ def test_catseg_acts_as_with_hooks():
             torch.testing.assert_close(got[rows], expected, rtol=0, atol=2e-5)
 
 
-def test_buffers_stay_where_they_are_and_compiled_code_stays_valid(model):
+def test_buffers_keep_their_addresses_and_compiled_code_stays_valid(model):
     recordings = []
 
     def backend(graph, inputs):
@@ -205,28 +205,28 @@ def test_buffers_stay_where_they_are_and_compiled_code_stays_valid(model):
     torch._dynamo.reset()
     bank = AdapterBank(model, batched=True)
     compiled = torch.compile(model, backend=backend, fullgraph=True)
-    places = set()
+    addresses = set()
     for number in range(4):
         weights = [0.1 + number / 10, 0.9 - number / 10]
         parts = [adapter(f"m{number}"), adapter(f"k{number}")]
         x = torch.randn(4, 3, 2, 4, dtype=torch.float64)
         with torch.no_grad(), bank.use([fuse(parts, weights), fuse(parts, weights[::-1])]):
             got = compiled(x)
-        places.add(bank._buffers[0].view("a")[0].data_ptr())
+        addresses.add(bank._buffers[0].view("a")[0].data_ptr())
         for index, order in enumerate((weights, weights[::-1])):
             rows = slice(2 * index, 2 * index + 2)
             expected = dense(model, parts, order)(x[rows])
             torch.testing.assert_close(got[rows], expected, rtol=0, atol=1e-10)
     assert len(recordings) == 1
-    assert len(places) == 1
+    assert len(addresses) == 1
 
 
-def test_buffers_of_the_usual_size_survive_a_mix_of_all_adapters(model):
+def test_buffers_of_the_usual_rank_survive_a_mix_of_all_adapters(model):
     bank = AdapterBank(model)
     for recipe in (RECIPES[0], ([adapter(f"n{i}") for i in range(30)], [1 / 30] * 30), RECIPES[0]):
         with bank.use([fuse(*recipe)]):
             pass
-    assert sorted(slots.rank for slots in bank._buffers) == [8, 64]
+    assert sorted(buffers.rank for buffers in bank._buffers) == [8, 64]
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_buffers_of_the_usual_size_survive_a_mix_of_all_adapters(model):
         ({"a": (4, 6), "d": (5, 5)}, r"module 'd': got .* \(5, 5\), expected \(4, 5\)"),
     ],
 )
-def test_refuses_what_does_not_fit_and_adds_nothing(model, pairs, reason):
+def test_adapters_that_do_not_fit_are_refused_and_change_nothing(model, pairs, reason):
     ones = {n: LoraPair(torch.ones(1, i), torch.ones(o, 1), 1.0) for n, (i, o) in pairs.items()}
     bank, x = AdapterBank(model), torch.ones(1, 1, 1, 4, dtype=torch.float64)
     before = model(x)
@@ -247,7 +247,7 @@ def test_refuses_what_does_not_fit_and_adds_nothing(model, pairs, reason):
     assert torch.equal(model(x), before)
 
 
-def test_refuses_two_uses_at_once_and_inputs_that_do_not_divide(model):
+def test_refuses_nested_use_and_indivisible_inputs(model):
     bank, mix = AdapterBank(model), fuse(*RECIPES[0])
     with bank.use([mix]), pytest.raises(StageError, match="in use"), bank.use([None]):
         pass
@@ -259,7 +259,7 @@ def test_refuses_two_uses_at_once_and_inputs_that_do_not_divide(model):
         model(torch.ones(3, 1, 1, 4, dtype=torch.float64))
 
 
-def test_two_banks_on_one_model_do_not_take_each_other_away(model):
+def test_two_banks_on_one_model_refuse_simultaneous_use(model):
     x = torch.randn(1, 3, 2, 4, dtype=torch.float64)
     first, second = AdapterBank(model), AdapterBank(model)
     with first.use([fuse(*RECIPES[0])]):
@@ -272,9 +272,9 @@ def test_two_banks_on_one_model_do_not_take_each_other_away(model):
     torch.testing.assert_close(got, dense(model, *RECIPES[1])(x), rtol=0, atol=1e-10)
 
 
-def test_a_failure_while_a_slot_is_filled_leaves_no_rows_behind(model, monkeypatch):
+def test_a_failure_while_filling_a_slot_leaves_no_rows(model, monkeypatch):
     x = torch.randn(1, 3, 2, 4, dtype=torch.float64)
-    bank = AdapterBank(model, table=BESIDE)
+    bank = AdapterBank(model, table=LOW_RANK)
     small = [adapter("s", ranks={"a": 4})], [1.0]
     large = fuse([adapter("x", ranks={"a": 3}), adapter("y", ranks={"a": 3})], [1.0, 1.0])
     with bank.use([fuse(*small)]):
@@ -295,25 +295,25 @@ def test_a_failure_while_a_slot_is_filled_leaves_no_rows_behind(model, monkeypat
     torch.testing.assert_close(got, dense(model, *again)(x), rtol=0, atol=1e-10)
 
 
-def test_gradients_are_off_while_a_mix_is_in_use(model):
+def test_gradients_are_disabled_while_a_mix_is_in_use(model):
     model.requires_grad_(True)
     with AdapterBank(model).use([fuse(*RECIPES[0])]):
         assert not model(torch.ones(1, 1, 1, 4, dtype=torch.float64)).requires_grad
     assert torch.is_grad_enabled()
 
 
-def test_batched_parts_are_as_few_as_are_equal(model):
+def test_batched_plans_use_the_fewest_equal_parts(model):
     bank = AdapterBank(model, batched=True)
     one, two = fuse(*RECIPES[0]), fuse(*RECIPES[1])
-    plan, held = bank._plan([one] * 4 + [two] * 2 + [None] * 2)
+    plan, slots = bank._plan([one] * 4 + [two] * 2 + [None] * 2)
     assert plan.parts == 4
-    assert held == [one, one, two, None]
+    assert slots == [one, one, two, None]
 
 
-def test_float32_adapters_serve_a_model_of_another_type(model):
+def test_float32_adapters_work_in_a_model_of_another_dtype(model):
     model.to(torch.bfloat16)
     x = torch.randn(2, 3, 2, 4)
-    for table in (BESIDE, MERGED):
+    for table in (LOW_RANK, MERGED):
         with torch.no_grad(), AdapterBank(model, table=table).use([fuse(*RECIPES[0])]):
             got = model(x.bfloat16())
         expected = dense(copy.deepcopy(model).double(), *RECIPES[0])(x.double())
@@ -321,7 +321,7 @@ def test_float32_adapters_serve_a_model_of_another_type(model):
         torch.testing.assert_close(got.double(), expected, rtol=0, atol=0.2)
 
 
-def test_adapters_that_change_nothing_cost_nothing(model):
+def test_zero_adapters_attach_to_no_layer(model):
     bank = AdapterBank(model)
     with bank.use([fuse([adapter("o", zero=("a", "b", "c", "d"))], [1.0])]):
         assert all("forward" not in module.__dict__ for module in model.modules())

@@ -55,7 +55,7 @@ def test_mix_is_the_weighted_sum_of_scaled_products(weights):
         torch.testing.assert_close(up @ down, expected, rtol=0, atol=1e-10)
 
 
-def test_digest_tells_weights_and_order_apart():
+def test_digests_depend_on_weights_and_order():
     x, y = make_adapter("x", 2, 2), make_adapter("y", 2, 2)
     digests = {
         fuse([x, y], [0.4, 0.6]).digest,
@@ -76,12 +76,12 @@ def test_digest_tells_weights_and_order_apart():
         ({"modules_to_save": ("head",)}, "head"),
     ],
 )
-def test_refuses_what_is_undefined(flags, reason):
+def test_refuses_adapters_that_are_not_plain_lora(flags, reason):
     with pytest.raises(AdapterMismatchError, match=f"'odd': cannot be fused.*{reason}"):
         fuse([make_adapter("x", 2, 2), make_adapter("odd", 2, 2, **flags)], [0.5, 0.5])
 
 
-def test_refuses_other_bases_but_not_unknown_ones():
+def test_refuses_different_bases_but_not_unknown_ones():
     one = make_adapter("x", 2, 2, base_digest="1" * 64)
     other = make_adapter("y", 2, 2, base_digest="2" * 64)
     unknown = make_adapter("z", 2, 2)
@@ -91,7 +91,7 @@ def test_refuses_other_bases_but_not_unknown_ones():
 
 
 @pytest.mark.parametrize("weights", [[], [0.5], [0.1, 0.2, 0.7]])
-def test_refuses_counts_that_differ(weights):
+def test_refuses_unequal_counts(weights):
     adapters = [make_adapter("x", 2, 2), make_adapter("y", 2, 2)]
     with pytest.raises(AdapterMismatchError, match=f"2 adapters, {len(weights)} weights"):
         fuse(adapters, weights)
@@ -102,12 +102,12 @@ def test_refuses_counts_that_differ(weights):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_refuses_weights_that_are_not_finite(bad):
+def test_refuses_non_finite_weights(bad):
     with pytest.raises(AdapterMismatchError, match="weight 1: got"):
         fuse([make_adapter("x", 2, 2), make_adapter("y", 2, 2)], [0.5, bad])
 
 
-def test_names_the_module_whose_shapes_differ():
+def test_refuses_shapes_that_differ_between_adapters():
     odd = Adapter(
         name="odd",
         pairs={"a.q_proj": LoraPair(torch.ones(2, 6).double(), torch.ones(5, 2).double(), 1.0)},

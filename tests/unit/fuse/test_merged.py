@@ -1,4 +1,4 @@
-"""Merged weights against float64, against peft's own merge, and what stands there afterwards."""
+"""Merged weights against float64 and peft's merge; the original parameters are restored."""
 
 import copy
 
@@ -32,46 +32,46 @@ def model():
     return Two()
 
 
-def adapter(name, sites=SHAPES, rank=2, dtype=torch.float32):
+def adapter(name, layers=SHAPES, rank=2, dtype=torch.float32):
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
     pairs = {}
-    for site in sites:
-        d_out, d_in = SHAPES[site]
+    for layer in layers:
+        d_out, d_in = SHAPES[layer]
         down, up = (
             torch.randn(shape, generator=generator, dtype=dtype)
             for shape in ((rank, d_in), (d_out, rank))
         )
-        pairs[site] = LoraPair(down, up, 0.5)
+        pairs[layer] = LoraPair(down, up, 0.5)
     return Adapter(name=name, pairs=pairs, digest=name)
 
 
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)]
 )
-def test_the_weights_are_the_exact_sum_rounded_once(model, dtype, tolerance):
+def test_weights_are_the_exact_sum_rounded_once(model, dtype, tolerance):
     model.to(dtype)
     stored = torch.promote_types(dtype, torch.float32)
     adapters = [
         adapter("x", dtype=stored),
         adapter("yy", rank=3, dtype=stored),
-        adapter("z", sites=("b",), dtype=stored),
+        adapter("z", layers=("b",), dtype=stored),
     ]
     weights = [1.0, -2.0, 3.0]
-    exact = {site: model.get_submodule(site).weight.double() for site in SHAPES}
-    for one, weight in zip(adapters, weights, strict=True):
-        for site, pair in one.pairs.items():
-            exact[site] = exact[site] + weight * 0.5 * (pair.up.double() @ pair.down.double())
+    exact = {layer: model.get_submodule(layer).weight.double() for layer in SHAPES}
+    for adapter_, weight in zip(adapters, weights, strict=True):
+        for layer, pair in adapter_.pairs.items():
+            exact[layer] = exact[layer] + weight * 0.5 * (pair.up.double() @ pair.down.double())
     with merged(model, fuse(adapters, weights)):
-        for site, wanted in exact.items():
-            got = model.get_submodule(site).weight
+        for layer, expected in exact.items():
+            got = model.get_submodule(layer).weight
             assert got.dtype == dtype
             assert not got.requires_grad
-            torch.testing.assert_close(got.double(), wanted, rtol=tolerance, atol=tolerance)
-            if dtype == torch.bfloat16:  # rounded once, not product and sum each
-                assert (got == wanted.float().to(dtype)).float().mean() > 0.95
+            torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
+            if dtype == torch.bfloat16:  # product and sum are not rounded separately
+                assert (got == expected.float().to(dtype)).float().mean() > 0.95
 
 
-def test_it_is_what_peft_merges(model, tmp_path):
+def test_equals_the_merge_of_peft(model, tmp_path):
     wrapped = peft.get_peft_model(
         copy.deepcopy(model),
         peft.LoraConfig(r=3, lora_alpha=5, target_modules=["a", "b"], init_lora_weights=False),
@@ -84,7 +84,7 @@ def test_it_is_what_peft_merges(model, tmp_path):
     torch.testing.assert_close(got, wrapped.merge_and_unload()(x).detach(), rtol=1e-5, atol=1e-6)
 
 
-def test_the_same_parameters_come_back_even_after_an_error(model):
+def test_the_same_parameters_are_restored_even_after_an_error(model):
     before = dict(model.named_parameters())
     values = {name: p.detach().clone() for name, p in before.items()}
     with (
@@ -101,7 +101,7 @@ def test_the_same_parameters_come_back_even_after_an_error(model):
         assert model.a.weight is before["a.weight"]
 
 
-def test_adapters_do_not_stand_on_each_other_unseen(model):
+def test_simultaneous_use_of_two_mixes_is_refused(model):
     one, two = fuse([adapter("x")], [1.0]), fuse([adapter("yy")], [1.0])
     bank = AdapterBank(model)
     with (
@@ -114,12 +114,12 @@ def test_adapters_do_not_stand_on_each_other_unseen(model):
         pass
     with pytest.raises(StageError, match="other adapters"), merged(model, one), bank.use([two]):
         pass
-    with bank.use([two]), torch.no_grad():  # nothing is left behind
+    with bank.use([two]), torch.no_grad():  # nothing is left of the refused mixes
         model(torch.randn(1, 4))
 
 
-def test_pairs_may_train_on_merged_weights(model):
-    """A frozen adapter that is active while another trains."""
+def test_pairs_can_train_on_merged_weights(model):
+    """A frozen adapter is active while another one trains."""
     pairs = init_pairs(model, ["a"], rank=2, alpha=2.0, seed=0)
     with merged(model, fuse([adapter("x")], [1.0])), apply_lora(model, pairs):
         model(torch.randn(3, 4)).square().mean().backward()
@@ -127,7 +127,7 @@ def test_pairs_may_train_on_merged_weights(model):
     assert model.a.weight.grad is None
 
 
-def test_what_does_not_fit_changes_nothing(model):
+def test_adapters_that_do_not_fit_change_nothing(model):
     before = model.a.weight
     odd = Adapter(name="q", pairs={"c": adapter("x").pairs["a"]}, digest="q")
     with (

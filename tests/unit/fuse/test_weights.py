@@ -9,7 +9,7 @@ from loraseg.fuse.weights import mixing_weights
 
 
 def plain_formula(distances, temperature):
-    """Methods B.4 as written, in 60-digit arithmetic."""
+    """Return SemLA's weights as written, in 60-digit arithmetic."""
     getcontext().prec = 60
     terms = [(1 / (Decimal(d) * Decimal(temperature))).exp() for d in distances]
     return [float(term / sum(terms)) for term in terms]
@@ -33,7 +33,7 @@ def test_stays_finite_and_sums_to_one(nearest):
     assert weights.argmax() == 0
 
 
-def test_exact_hits_share_the_weight():
+def test_zero_distances_share_the_weight():
     assert mixing_weights([0.3, 0.0, 0.1, 0.0], 0.05).tolist() == [0.0, 0.5, 0.0, 0.5]
 
 
@@ -51,13 +51,13 @@ def test_integer_distances_and_no_distances():
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
-def test_refuses_a_temperature_that_is_not_positive(temperature):
+def test_refuses_invalid_temperatures(temperature):
     with pytest.raises(ConfigError, match="temperature: got"):
         mixing_weights([1.0], temperature)
 
 
 @pytest.mark.parametrize("bad", [-1e-9, math.nan, math.inf])
-def test_refuses_a_distance_that_is_none(bad):
+def test_refuses_invalid_distances(bad):
     with pytest.raises(StageError, match="distance 1: got"):
         mixing_weights([1.0, bad], 0.1)
     with pytest.raises(StageError, match="one vector"):

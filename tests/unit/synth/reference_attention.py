@@ -1,4 +1,4 @@
-"""Region attention of methods b.1 and b.2 by loops over heads, places and tokens, in float64."""
+"""Rectified attention and its mix with plain attention, by loops over heads and tokens."""
 
 import math
 
@@ -7,14 +7,14 @@ import torch
 
 
 class ReferenceProcessor:
-    """The oracle as a processor of one module of a float64 UNet."""
+    """Reference processor of one module of a float64 UNet."""
 
     def __init__(self, labels, token_classes, *, unconditional, latent, share):
         self.labels = labels  # per sample (H, W)
         self.token_classes = token_classes  # per sample (l,)
         self.unconditional = unconditional
         self.latent = latent
-        self.share = share  # of hidden states (places, c) -> (places,)
+        self.share = share  # hidden states (positions, c) -> (positions,)
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
         out = [
@@ -30,26 +30,28 @@ class ReferenceProcessor:
             layer(x).detach().numpy()
             for layer, x in ((attn.to_q, hidden), (attn.to_k, text), (attn.to_v, text))
         )
-        places, tokens = len(query), range(len(key))
+        positions, tokens = len(query), range(len(key))
         sample = index - self.unconditional
-        allowed = [tokens] * places if sample < 0 else self._allowed(sample, places)
-        share = np.ones(places) if sample < 0 else self.share(hidden.detach().numpy())
+        allowed = [tokens] * positions if sample < 0 else self._allowed(sample, positions)
+        share = np.ones(positions) if sample < 0 else self.share(hidden.detach().numpy())
         out = np.zeros_like(query)
         size = query.shape[1] // attn.heads
         for head in range(attn.heads):
-            part = slice(head * size, (head + 1) * size)
-            for place in range(places):
-                scores = [float(query[place, part] @ key[j, part]) / size**0.5 for j in tokens]
-                plain = _attend(scores, tokens, value[:, part])
-                rectified = _attend(scores, allowed[place], value[:, part])
-                out[place, part] = share[place] * plain + (1 - share[place]) * rectified
+            columns = slice(head * size, (head + 1) * size)
+            for position in range(positions):
+                scores = [
+                    float(query[position, columns] @ key[j, columns]) / size**0.5 for j in tokens
+                ]
+                plain = _attend(scores, tokens, value[:, columns])
+                rectified = _attend(scores, allowed[position], value[:, columns])
+                out[position, columns] = share[position] * plain + (1 - share[position]) * rectified
         return out
 
-    def _allowed(self, sample, places):
-        """Return, per place, the tokens of its class and those of none."""
+    def _allowed(self, sample, positions):
+        """Return, for each position, the tokens of its class and those without a class."""
         height, width = self.latent
         levels = [(math.ceil(height / f), math.ceil(width / f)) for f in (1, 2, 4)]
-        rows, columns = next(level for level in levels if math.prod(level) == places)
+        rows, columns = next(level for level in levels if math.prod(level) == positions)
         labels, classes = self.labels[sample], self.token_classes[sample]
         allowed = []
         for i in range(rows):
@@ -60,7 +62,7 @@ class ReferenceProcessor:
 
 
 def _attend(scores, tokens, value):
-    top = max(scores[j] for j in tokens)
-    weights = [math.exp(scores[j] - top) for j in tokens]
+    highest = max(scores[j] for j in tokens)
+    weights = [math.exp(scores[j] - highest) for j in tokens]
     total = sum(weights)
     return sum(w / total * value[j] for w, j in zip(weights, tokens, strict=True))

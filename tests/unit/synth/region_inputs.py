@@ -1,4 +1,4 @@
-"""Tiny pipelines, random masks and inputs for the tests of region attention."""
+"""Tiny pipelines, random masks and UNet inputs for tests of region attention."""
 
 import numpy as np
 import torch
@@ -17,23 +17,25 @@ PIPELINES = {
 
 
 def random_conditions(pipeline, names=NAMES, *, count=2, side=16):
-    """Conditions of random blocky masks with ignored pixels."""
+    """Return conditions of random blocky masks with ignored pixels."""
     generator = np.random.default_rng(0)
     tokenizers = [pipeline.tokenizer]
     if hasattr(pipeline, "tokenizer_2"):
         tokenizers.append(pipeline.tokenizer_2)
-    maker = Conditioner(tokenizers, LabelSpace(names), ConditioningConfig(template="a {classes}"))
-    made = []
+    conditioner = Conditioner(
+        tokenizers, LabelSpace(names), ConditioningConfig(template="a {classes}")
+    )
+    conditions = []
     for _ in range(count):
         blocks = generator.integers(0, len(names), (side // 2, side // 2))
         mask = blocks.repeat(2, 0).repeat(2, 1).astype(np.uint8)
         mask[generator.random(mask.shape) < 0.1] = 255
-        made.append(maker(mask))
-    return made
+        conditions.append(conditioner(mask))
+    return conditions
 
 
 def unet_inputs(unet, rows, latent=(16, 16), dtype=torch.float32):
-    """Random latents and texts, and the further conditions of SDXL."""
+    """Return random latents and text encodings, and SDXL's additional conditions."""
     generator = torch.Generator().manual_seed(3)
     width = unet.config.cross_attention_dim
     arguments = {
@@ -54,7 +56,7 @@ def cross_modules(unet):
 
 
 def random_alphas(control, seed=0):
-    """Shares that differ from place to place."""
+    """Return random alpha layers, whose shares differ between positions."""
     generator = torch.Generator().manual_seed(seed)
     return {
         key: torch.randn(value.shape, generator=generator)
@@ -64,6 +66,6 @@ def random_alphas(control, seed=0):
 
 def run_unet(control, regions, arguments, unet, *, unconditional=0):
     latent = tuple(arguments["sample"].shape[2:])
-    told = control.regions(regions, unconditional=unconditional, latent=latent)
-    with torch.no_grad(), control.installed(), told:
+    masks = control.regions(regions, unconditional=unconditional, latent=latent)
+    with torch.no_grad(), control.installed(), masks:
         return unet(**arguments).sample

@@ -1,4 +1,4 @@
-"""The vote against a Counter at each pixel, a truth table, scipy and what must not matter."""
+"""The vote against a Counter per pixel, a truth table, scipy and invariances."""
 
 from collections import Counter
 
@@ -16,7 +16,7 @@ TIES = ("mask_first", "paper")
 
 
 def count_votes(votes, mask_id, ties, ignore):
-    """The prototype of one pixel."""
+    """Return the prototype of one pixel."""
     counts = Counter(int(vote) for vote in votes)
     most = max(counts.values())
     tied = sorted(vote for vote, count in counts.items() if count == most)
@@ -24,19 +24,19 @@ def count_votes(votes, mask_id, ties, ignore):
 
 
 def loop_filter(mask, labels, ties):
-    """Prototype and marked labels, pixel by pixel."""
+    """Return prototype and filtered labels, computed pixel by pixel."""
     ignore = IGNORED[mask.dtype.type]
-    prototype, marked = np.empty_like(mask), np.empty_like(labels)
-    for place in np.ndindex(mask.shape):
-        votes, told = labels[(slice(None), *place)], int(mask[place])
-        prototype[place] = count_votes(votes, told, ties, ignore)
+    prototype, filtered = np.empty_like(mask), np.empty_like(labels)
+    for pixel in np.ndindex(mask.shape):
+        votes, mask_id = labels[(slice(None), *pixel)], int(mask[pixel])
+        prototype[pixel] = count_votes(votes, mask_id, ties, ignore)
         for k, vote in enumerate(votes):
-            marked[(k, *place)] = told if vote == prototype[place] else ignore
-    return prototype, marked
+            filtered[(k, *pixel)] = mask_id if vote == prototype[pixel] else ignore
+    return prototype, filtered
 
 
 def random_votes(random, *, k, classes, dtype, shape=(5, 7)):
-    """A mask with unlabelled pixels, and maps that agree with it at some of its pixels."""
+    """Return a mask with unlabelled pixels, and maps that agree with it at some pixels."""
     ids = random.choice(classes, size=min(classes, int(random.integers(1, 6))), replace=False)
     mask = random.choice(ids, size=shape).astype(dtype)
     labels = np.repeat(mask[None], k, axis=0)
@@ -57,23 +57,23 @@ def test_random_cases_against_a_counter(monkeypatch):
         mask, labels = random_votes(random, k=k, classes=classes, dtype=dtype)
         results = {}
         for ties in TIES:
-            prototype, marked = loop_filter(mask, labels, ties)
+            prototype, filtered = loop_filter(mask, labels, ties)
             got = majority_vote(labels, mask=mask, ties=ties)
             assert got.dtype == dtype
             assert (got == prototype).all(), (case, ties)
-            assert (relative_filter(mask, labels, ties=ties) == marked).all(), (case, ties)
-            results[ties] = marked
+            assert (relative_filter(mask, labels, ties=ties) == filtered).all(), (case, ties)
+            results[ties] = filtered
         seen["ties matter"] += bool((results["paper"] != results["mask_first"]).any())
         seen["unlabelled"] += bool((mask == IGNORED[dtype]).any())
         seen[k] += 1
-    # The cases are worth something.
+    # The random cases cover ties, unlabelled pixels and all numbers of voters.
     assert min(seen["ties matter"], seen["unlabelled"]) > CASES / 4
     assert set(range(2, 10)) <= set(seen)
     assert seen[32]
 
 
 @pytest.mark.parametrize(
-    ("votes", "told", "paper", "mask_first", "kept_paper", "kept_mask_first"),
+    ("votes", "mask_id", "paper", "mask_first", "kept_paper", "kept_mask_first"),
     [
         ([3], 3, 3, 3, "+", "+"),
         ([2], 3, 2, 2, "+", "+"),  # compared with the prototype, not with the mask
@@ -87,20 +87,20 @@ def test_random_cases_against_a_counter(monkeypatch):
         ([1, 2, 2, 3, 3], 1, 2, 2, "-++--", "-++--"),
         ([0, 1, 2, 3], 2, 0, 2, "+---", "--+-"),
         ([254, 0], 254, 0, 254, "-+", "+-"),
-        ([2, 3], 255, 2, 2, "--", "--"),  # no label stays no label
+        ([2, 3], 255, 2, 2, "--", "--"),  # unlabelled pixels stay unlabelled
         ([3, 3], 255, 3, 3, "--", "--"),
         ([255, 3], 255, 3, 3, "--", "--"),
         ([255, 255, 3], 3, 255, 255, "++-", "++-"),
     ],
 )
-def test_truth_table(votes, told, paper, mask_first, kept_paper, kept_mask_first):
+def test_truth_table(votes, mask_id, paper, mask_first, kept_paper, kept_mask_first):
     labels = np.array(votes, dtype=np.uint8)[:, None, None]
-    mask = np.array([[told]], dtype=np.uint8)
+    mask = np.array([[mask_id]], dtype=np.uint8)
     for ties, winner, kept in zip(
         TIES, (mask_first, paper), (kept_mask_first, kept_paper), strict=True
     ):
         assert majority_vote(labels, mask=mask, ties=ties) == winner
-        expected = [told if sign == "+" else 255 for sign in kept]
+        expected = [mask_id if sign == "+" else 255 for sign in kept]
         assert relative_filter(mask, labels, ties=ties).ravel().tolist() == expected
     assert majority_vote(labels) == paper
 
@@ -110,49 +110,49 @@ def test_truth_table(votes, told, paper, mask_first, kept_paper, kept_mask_first
 )
 def test_large_maps_against_scipy(k, classes, dtype):
     random = np.random.default_rng(k)
-    # Over one block, and the last block is cut off; few of many ids, so that they meet.
+    # More than one block, the last one incomplete; few of many ids, so that votes agree.
     mask, labels = random_votes(random, k=k, classes=classes, dtype=dtype, shape=(259, 301))
     expected = scipy.stats.mode(labels, axis=0).mode
     assert (majority_vote(labels) == expected).all()
-    marked = np.where(labels == expected, mask, dtype(IGNORED[dtype]))
-    assert (relative_filter(mask, labels, ties="paper") == marked).all()
+    filtered = np.where(labels == expected, mask, dtype(IGNORED[dtype]))
+    assert (relative_filter(mask, labels, ties="paper") == filtered).all()
 
 
-def test_all_class_ids_can_win():
+def test_every_class_id_can_win():
     for dtype, ignore in IGNORED.items():
-        every = np.arange(ignore, dtype=dtype)[None]
-        others = np.roll(every, 1, axis=1)
-        assert (majority_vote(np.stack([every, others, every])) == every).all()
+        ids = np.arange(ignore, dtype=dtype)[None]
+        others = np.roll(ids, 1, axis=1)
+        assert (majority_vote(np.stack([ids, others, ids])) == ids).all()
 
 
-def test_what_does_not_matter():
+def test_invariances():
     random = np.random.default_rng(1)
     mask, labels = random_votes(random, k=7, classes=30, dtype=np.uint8, shape=(40, 50))
     for ties in TIES:
         prototype = majority_vote(labels, mask=mask, ties=ties)
-        marked = relative_filter(mask, labels, ties=ties)
+        filtered = relative_filter(mask, labels, ties=ties)
         order = random.permutation(7)
-        assert (relative_filter(mask, labels[order], ties=ties) == marked[order]).all()
-        turned = np.ascontiguousarray(mask.T), labels.transpose(0, 2, 1)
-        assert (relative_filter(*turned, ties=ties) == marked.transpose(0, 2, 1)).all()
+        assert (relative_filter(mask, labels[order], ties=ties) == filtered[order]).all()
+        transposed = np.ascontiguousarray(mask.T), labels.transpose(0, 2, 1)
+        assert (relative_filter(*transposed, ties=ties) == filtered.transpose(0, 2, 1)).all()
         part = slice(3, 21), slice(2, None, 3)
         assert (
             majority_vote(labels[:, *part], mask=mask[part], ties=ties) == prototype[part]
         ).all()
         doubled = np.concatenate([labels, labels])
         assert (majority_vote(doubled, mask=mask, ties=ties) == prototype).all()
-        # Other ids in the same order, and wider ones.
+        # Other, wider ids in the same order.
         table = np.append(np.sort(random.choice(5000, size=255, replace=False)), 65535)
         table = table.astype(np.uint16)
         wide = relative_filter(table[mask], table[labels], ties=ties)
-        assert (wide == table[marked]).all()
-    # With the paper's ties the mask decides nothing but what is written.
+        assert (wide == table[filtered]).all()
+    # With the paper's tie rule the mask does not affect which pixels are kept.
     other = (mask != 255) * np.uint8(7) + (mask == 255) * np.uint8(255)
     kept = relative_filter(mask, labels, ties="paper") != 255
     assert (kept == (relative_filter(other, labels, ties="paper") != 255)).all()
 
 
-def test_inputs_are_not_changed_and_may_lie_in_any_order():
+def test_inputs_are_not_modified_and_may_have_any_memory_order():
     random = np.random.default_rng(2)
     mask, labels = random_votes(random, k=3, classes=4, dtype=np.uint8, shape=(30, 20))
     before = mask.copy(), labels.copy()
@@ -167,7 +167,7 @@ def test_inputs_are_not_changed_and_may_lie_in_any_order():
     assert majority_vote(labels).shape == (30, 20)
 
 
-def test_what_cannot_be_counted_is_refused():
+def test_invalid_inputs_are_refused():
     labels = np.zeros((3, 4, 5), dtype=np.uint8)
     assert not majority_vote(np.zeros((256, 1, 2), dtype=np.uint8)).any()
     with pytest.raises(DatasetError, match=r"votes: got \(257, 1, 2\), expected 1 to 256 maps"):

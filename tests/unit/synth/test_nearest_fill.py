@@ -20,20 +20,20 @@ def random_mask(seed, shape, ignored):
     st.integers(1, 12),
     st.sampled_from([0.1, 0.5, 0.9, 0.98]),
 )
-def test_takes_the_smallest_class_among_the_nearest_pixels(seed, height, width, ignored):
+def test_fills_with_the_smallest_class_of_the_nearest_pixels(seed, height, width, ignored):
     mask = random_mask(seed, (height, width), ignored)
     labelled = np.argwhere(mask != 255)
     expected = mask.copy()
     if len(labelled):
-        for place in np.argwhere(mask == 255):
-            distance = ((labelled - place) ** 2).sum(axis=1)
+        for hole in np.argwhere(mask == 255):
+            distance = ((labelled - hole) ** 2).sum(axis=1)
             nearest = labelled[distance == distance.min()]
-            expected[tuple(place)] = min(mask[tuple(one)] for one in nearest)
+            expected[tuple(hole)] = min(mask[tuple(pixel)] for pixel in nearest)
     np.testing.assert_array_equal(fill_ignored(mask), expected)
 
 
 @pytest.mark.parametrize("ignored", [0.05, 0.6, 0.999])
-def test_fills_from_the_distances_of_scipy(ignored):
+def test_filled_classes_agree_with_scipy_distances(ignored):
     mask = random_mask(1, (97, 150), ignored)
     mask[20:60, 10:90] = 255
     before = mask.copy()
@@ -47,7 +47,7 @@ def test_fills_from_the_distances_of_scipy(ignored):
         np.testing.assert_array_equal(to_class[filled == index], any_label[filled == index])
 
 
-def test_nothing_to_fill_and_nothing_to_fill_from():
+def test_masks_without_holes_or_labels_are_unchanged():
     whole = random_mask(0, (5, 7), 0.0)
     np.testing.assert_array_equal(fill_ignored(whole), whole)
     blank = np.full((3, 4), 255, np.uint8)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from loraseg.synth.region_attention import RegionControl, Regions
+from loraseg.synth.region_attention import RegionControl
+from loraseg.synth.regions import Regions
 from tests.unit.synth.reference_attention import ReferenceProcessor
 from tests.unit.synth.region_inputs import (
     LONG_NAMES,
@@ -19,8 +20,8 @@ from tests.unit.synth.region_inputs import (
 
 
 @torch.no_grad()
-def reference_output(unet, made, arguments, alphas, mode, *, unconditional):
-    """The UNet in float64 with the oracle in every cross-attention module."""
+def reference_output(unet, conditions, arguments, alphas, mode, *, unconditional):
+    """Run the UNet in float64 with the reference processor in every cross-attention module."""
     unet = copy.deepcopy(unet).double()
     for name, module in cross_modules(unet).items():
         weight = alphas.get(f"{name}.alpha.weight")
@@ -29,14 +30,14 @@ def reference_output(unet, made, arguments, alphas, mode, *, unconditional):
         def share(hidden, weight=weight, bias=bias):
             if weight is None:
                 return np.zeros(len(hidden))
-            seen = np.tile(hidden.mean(0), (len(hidden), 1)) if mode == "pooled" else hidden
-            logits = seen @ weight[0].double().numpy() + bias.double().numpy()
+            inputs = np.tile(hidden.mean(0), (len(hidden), 1)) if mode == "pooled" else hidden
+            logits = inputs @ weight[0].double().numpy() + bias.double().numpy()
             return 1 / (1 + np.exp(-logits))
 
         module.set_processor(
             ReferenceProcessor(
-                [one.regions for one in made],
-                [one.token_classes for one in made],
+                [condition.regions for condition in conditions],
+                [condition.token_classes for condition in conditions],
                 unconditional=unconditional,
                 latent=tuple(arguments["sample"].shape[2:]),
                 share=share,
@@ -47,8 +48,8 @@ def reference_output(unet, made, arguments, alphas, mode, *, unconditional):
         for key, value in arguments.items()
     }
     if "added_cond_kwargs" in arguments:
-        further = arguments["added_cond_kwargs"]
-        doubled["added_cond_kwargs"] = {key: value.double() for key, value in further.items()}
+        added = arguments["added_cond_kwargs"]
+        doubled["added_cond_kwargs"] = {key: value.double() for key, value in added.items()}
     return unet(**doubled).sample
 
 
@@ -61,24 +62,24 @@ def reference_output(unet, made, arguments, alphas, mode, *, unconditional):
         ("sdxl", (6, 8), NAMES, "token", 2),
     ],
 )
-def test_equals_loops_over_heads_places_and_tokens(kind, latent, names, mode, learned):
+def test_equals_loops_over_heads_positions_and_tokens(kind, latent, names, mode, learned):
     pipeline = PIPELINES[kind]
-    made = random_conditions(pipeline, names, count=1, side=24)
-    assert all(one.dropped for one in made) == (names is LONG_NAMES)
+    conditions = random_conditions(pipeline, names, count=1, side=24)
+    assert all(condition.dropped for condition in conditions) == (names is LONG_NAMES)
     arguments = unet_inputs(pipeline.unet, 2, latent)
-    owners = list(cross_modules(pipeline.unet))[:learned]
-    control = RegionControl(pipeline.unet, alpha_modules=owners, mode=mode)
+    modules = list(cross_modules(pipeline.unet))[:learned]
+    control = RegionControl(pipeline.unet, alpha_modules=modules, mode=mode)
     alphas = random_alphas(control)
     control.load_alphas(alphas)
-    regions = Regions.stack(made)
+    regions = Regions.stack(conditions)
     got = run_unet(control, regions, arguments, pipeline.unet, unconditional=1)
-    expected = reference_output(pipeline.unet, made, arguments, alphas, mode, unconditional=1)
+    expected = reference_output(pipeline.unet, conditions, arguments, alphas, mode, unconditional=1)
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-5)
-    # The mask matters: without regions the output is another one.
+    # The mask matters: without regions the output differs.
     assert (run_unet(control, None, arguments, pipeline.unet)[1] - got[1]).abs().max() > 1e-3
 
 
-# diffusers' Euler scheduler calls numpy in a way that numpy 2 warns of.
+# diffusers' Euler scheduler calls numpy in a way that numpy 2 warns about.
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("kind", PIPELINES)
 @pytest.mark.parametrize(
@@ -86,11 +87,11 @@ def test_equals_loops_over_heads_places_and_tokens(kind, latent, names, mode, le
     [(0, 0.0, 0.0, False), (99, 0.0, 0.0, False), (99, 50.0, 0.0, True), (0, 0.0, 1.0, True)],
 )
 def test_stock_pipelines_give_the_same_bits(kind, learned, bias, fixed, masked):
-    """Without regions, and where every share is one."""
+    """Without regions, and with every share equal to one."""
     pipeline = PIPELINES[kind]
-    owners = list(cross_modules(pipeline.unet))[:learned]
+    modules = list(cross_modules(pipeline.unet))[:learned]
     control = RegionControl(
-        pipeline.unet, alpha_modules=owners, initial_bias=bias, fixed_share=fixed
+        pipeline.unet, alpha_modules=modules, initial_bias=bias, fixed_share=fixed
     )
     regions = Regions.stack(random_conditions(pipeline)) if masked else None
     stock = sampled(pipeline)
@@ -137,8 +138,8 @@ def test_a_share_of_zero_is_rectified_attention():
     unet = PIPELINES["sd"].unet
     arguments = unet_inputs(unet, 4)
     regions = Regions.stack(random_conditions(PIPELINES["sd"]))
-    owners = list(cross_modules(unet))
-    closed = RegionControl(unet, alpha_modules=owners, initial_bias=-200.0)
+    modules = list(cross_modules(unet))
+    closed = RegionControl(unet, alpha_modules=modules, initial_bias=-200.0)
     for free, rows in (
         (2, regions),
         (0, Regions.stack(random_conditions(PIPELINES["sd"], count=4))),
@@ -149,26 +150,26 @@ def test_a_share_of_zero_is_rectified_attention():
         )
 
 
-def test_a_fixed_share_mixes_like_a_learned_one():
+def test_a_fixed_share_equals_a_learned_share_of_that_value():
     unet = PIPELINES["sd"].unet
     arguments = unet_inputs(unet, 2)
     regions = Regions.stack(random_conditions(PIPELINES["sd"]))
     learned = RegionControl(unet, alpha_modules=list(cross_modules(unet)), initial_bias=0.0)
     fixed = RegionControl(unet, fixed_share=0.5)
-    ours, expected = (run_unet(one, regions, arguments, unet) for one in (learned, fixed))
+    ours, expected = (run_unet(control, regions, arguments, unet) for control in (learned, fixed))
     assert torch.equal(ours, expected)
 
 
-def test_attention_to_text_is_told_by_its_kind():
-    """Where a block has no self-attention, its attn1 attends to text too."""
+def test_cross_attention_is_detected_by_its_inputs():
+    """In a block without self-attention, attn1 attends to text too."""
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel(
         **{**PIPELINES["sd"].unet.config, "only_cross_attention": (True, False)}
     ).eval()
     assert any(".attn1" in name for name in cross_modules(unet))
-    made = random_conditions(PIPELINES["sd"], count=1)
+    conditions = random_conditions(PIPELINES["sd"], count=1)
     arguments = unet_inputs(unet, 1, (8, 8))
-    got = run_unet(RegionControl(unet), Regions.stack(made), arguments, unet)
-    expected = reference_output(unet, made, arguments, {}, "token", unconditional=0)
+    got = run_unet(RegionControl(unet), Regions.stack(conditions), arguments, unet)
+    expected = reference_output(unet, conditions, arguments, {}, "token", unconditional=0)
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-5)

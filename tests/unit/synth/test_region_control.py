@@ -8,7 +8,8 @@ import torch
 from loraseg.adapters.adapter import Adapter, LoraPair
 from loraseg.errors import AdapterMismatchError, ConfigError, StageError
 from loraseg.fuse import AdapterBank, fuse
-from loraseg.synth.region_attention import RegionControl, Regions, alpha_module_names
+from loraseg.synth.region_attention import RegionControl, alpha_module_names
+from loraseg.synth.regions import Regions
 from tests.unit.synth.region_inputs import (
     PIPELINES,
     cross_modules,
@@ -19,7 +20,7 @@ from tests.unit.synth.region_inputs import (
 )
 from tests.unit.tiny_diffusion import full_unet, tiny_sd
 
-OWNER = "mid_block.attentions.0.transformer_blocks.0.attn2"
+MODULE = "mid_block.attentions.0.transformer_blocks.0.attn2"
 INDEX = torch.tensor([0, 0, 0, 0, 1, 1, 2, 1])
 
 
@@ -29,7 +30,7 @@ def texts(unet, count=3):
 
 
 def with_lora(unet, names):
-    """Inject stock peft layers that are not at rest."""
+    """Inject stock peft layers with random weights."""
     config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=names, init_lora_weights=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -37,37 +38,37 @@ def with_lora(unet, names):
 
 
 def cached(control, regions, arguments, unet, hidden, index, *, steps=1):
-    """Several calls of the UNet with constant text, whose own text is of no use."""
+    """Call the UNet ``steps`` times with cached text, passing a wrong text that is not read."""
     rows = len(arguments["sample"])
     arguments = {**arguments, "encoder_hidden_states": hidden[:1].expand(rows, -1, -1)}
     latent = tuple(arguments["sample"].shape[2:])
-    told = control.regions(regions, unconditional=4, latent=latent)
-    with torch.no_grad(), control.installed(), control.cached_text(hidden, index), told:
+    masks = control.regions(regions, unconditional=4, latent=latent)
+    with torch.no_grad(), control.installed(), control.cached_text(hidden, index), masks:
         return [unet(**arguments).sample for _ in range(steps)][-1]
 
 
 @pytest.mark.parametrize("kind", PIPELINES)
 @pytest.mark.parametrize("masked", [False, True])
-def test_constant_text_equals_projecting_at_every_call(kind, masked):
+def test_cached_text_equals_projecting_at_every_call(kind, masked):
     unet = PIPELINES[kind].unet
     hidden, arguments = texts(unet), unet_inputs(unet, 8)
     arguments["encoder_hidden_states"] = hidden[INDEX]
-    control = RegionControl(unet, alpha_modules=[OWNER])
+    control = RegionControl(unet, alpha_modules=[MODULE])
     regions = Regions.stack(random_conditions(PIPELINES[kind], count=4)) if masked else None
     plain = run_unet(control, regions, arguments, unet, unconditional=4)
     modules = len(cross_modules(unet))
     assert control.projections_computed == 8 * modules
     ours = cached(control, regions, arguments, unet, hidden, INDEX, steps=3)
-    # Once per prompt and module, however many calls and rows.
+    # Once per prompt and module, for any number of calls and rows.
     assert control.projections_computed == 8 * modules + 3 * modules
     assert _psnr(ours, plain) > 100
-    # Another run projects anew.
+    # Another run computes new projections.
     other = cached(control, regions, arguments, unet, 2 * hidden, INDEX)
     assert control.projections_computed == 8 * modules + 6 * modules
     assert not torch.equal(ours, other)
 
 
-def test_constant_text_where_adapters_act_on_keys_and_values():
+def test_cached_text_with_adapters_on_keys_and_values():
     pipeline = tiny_sd()
     unet = with_lora(pipeline.unet, ["attn2.to_k", "attn2.to_v", "attn2.to_q", "attn2.to_out.0"])
     hidden, arguments = texts(unet), unet_inputs(unet, 8)
@@ -82,7 +83,7 @@ def test_constant_text_where_adapters_act_on_keys_and_values():
     assert (plain - bare).abs().max() > 1e-3
 
 
-def test_a_row_per_sample_needs_no_index_and_keeps_the_bits():
+def test_one_prompt_per_row_keeps_the_bits():
     unet = PIPELINES["sd"].unet
     hidden, arguments = texts(unet)[INDEX], unet_inputs(unet, 8)
     arguments["encoder_hidden_states"] = hidden
@@ -95,7 +96,7 @@ def test_a_row_per_sample_needs_no_index_and_keeps_the_bits():
     assert torch.equal(ours, plain)
 
 
-def test_constant_text_with_other_adapters_in_every_row():
+def test_cached_text_with_different_adapters_in_every_row():
     unet = copy.deepcopy(PIPELINES["sd"].unet)
     hidden, arguments = texts(unet)[INDEX], unet_inputs(unet, 8)
     arguments["encoder_hidden_states"] = hidden
@@ -133,7 +134,7 @@ def test_gradients_reach_shares_and_adapters(mode):
     """Against central differences of the loss in float64."""
     pipeline = tiny_sd()
     unet = with_lora(pipeline.unet.requires_grad_(False), ["attn2.to_k", "attn2.to_q"]).double()
-    control = RegionControl(unet, alpha_modules=[OWNER], mode=mode)
+    control = RegionControl(unet, alpha_modules=[MODULE], mode=mode)
     control.load_alphas(random_alphas(control))
     arguments = unet_inputs(unet, 2, (8, 8), torch.float64)
     regions = Regions.stack(random_conditions(pipeline))
@@ -147,48 +148,48 @@ def test_gradients_reach_shares_and_adapters(mode):
     gradients = torch.autograd.grad(loss(), list(parameters.values()))
     generator = torch.Generator().manual_seed(0)
     for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
-        way = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        direction = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
         step, values = 1e-3 if ".alpha." in name else 1e-5, []
         before = parameter.detach().clone()
         for sign in (1, -1):
-            parameter.data = before + sign * step * way
+            parameter.data = before + sign * step * direction
             with torch.no_grad():
                 values.append(loss())
         parameter.data = before
         expected = (values[0] - values[1]) / (2 * step)
         torch.testing.assert_close(
-            (gradient * way).sum().double(), expected, rtol=2e-3, atol=1e-6, msg=name
+            (gradient * direction).sum().double(), expected, rtol=2e-3, atol=1e-6, msg=name
         )
 
 
 def test_gradient_checkpointing_keeps_the_gradients():
     pipeline = tiny_sd()
     unet = pipeline.unet.requires_grad_(False).train()
-    control = RegionControl(unet, alpha_modules=[OWNER])
+    control = RegionControl(unet, alpha_modules=[MODULE])
     regions, arguments = Regions.stack(random_conditions(pipeline)), unet_inputs(unet, 2)
     arguments["sample"].requires_grad_()
-    found = []
+    gradients = []
     for checkpointing in (False, True):
         if checkpointing:
             unet.enable_gradient_checkpointing()
         with control.installed(), control.regions(regions, latent=(16, 16)):
             loss = unet(**arguments).sample.square().sum()
-            found.append(torch.autograd.grad(loss, list(control.alphas().values())))
-    assert all(gradient.abs().max() > 0 for gradient in found[0])
-    for plain, checkpointed in zip(*found, strict=True):
+            gradients.append(torch.autograd.grad(loss, list(control.alphas().values())))
+    assert all(gradient.abs().max() > 0 for gradient in gradients[0])
+    for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, checkpointed)
 
 
 @pytest.mark.parametrize("automatic", [False, True])
 def test_half_precision(automatic):
-    """A base in bfloat16, or one that computes in it, beside shares in float32."""
+    """A base in bfloat16, or with autocast to it, with shares in float32."""
     unet = copy.deepcopy(PIPELINES["sd"].unet)
     regions, arguments = Regions.stack(random_conditions(PIPELINES["sd"])), unet_inputs(unet, 4)
-    owners = list(cross_modules(unet))
-    alphas = random_alphas(RegionControl(unet, alpha_modules=owners))
+    modules = list(cross_modules(unet))
+    alphas = random_alphas(RegionControl(unet, alpha_modules=modules))
 
     def ours(**settings):
-        control = RegionControl(unet, alpha_modules=owners, **settings)
+        control = RegionControl(unet, alpha_modules=modules, **settings)
         if not settings:
             control.load_alphas(alphas)
         return run_unet(control, regions, arguments, unet, unconditional=2)
@@ -203,7 +204,7 @@ def test_half_precision(automatic):
         assert torch.equal(ours(initial_bias=50.0), unet(**arguments).sample)
 
 
-def test_the_base_stays_as_it_is():
+def test_the_base_is_not_changed():
     unet = PIPELINES["sd"].unet
     keys, processors = list(unet.state_dict()), dict(unet.attn_processors)
     control = RegionControl(unet, alpha_modules=list(cross_modules(unet)))
@@ -219,13 +220,13 @@ def test_the_base_stays_as_it_is():
     assert unet.attn_processors == processors
 
 
-def test_making_a_control_draws_no_random_numbers():
+def test_a_new_control_draws_no_random_numbers():
     before = torch.random.get_rng_state()
-    RegionControl(PIPELINES["sd"].unet, alpha_modules=[OWNER])
+    RegionControl(PIPELINES["sd"].unet, alpha_modules=[MODULE])
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_regions_end_with_their_block():
+def test_regions_are_reset_at_the_end_of_their_block():
     unet = PIPELINES["sd"].unet
     arguments = unet_inputs(unet, 2)
     control, regions = RegionControl(unet), Regions.stack(random_conditions(PIPELINES["sd"]))
@@ -239,62 +240,65 @@ def test_regions_end_with_their_block():
     assert not torch.equal(inner, outer)
 
 
-def test_alphas_of_sd14_are_counted_as_in_the_paper():
+def test_the_alphas_of_sd14_have_4810_parameters():
     unet = full_unet("sd1.4")
-    owners = [
+    modules = [
         name
         for name in cross_modules(unet)
         if name.startswith(("down_blocks.0", "down_blocks.1", "up_blocks.2", "up_blocks.3"))
     ]
-    alphas = RegionControl(unet, alpha_modules=owners).alphas()
+    alphas = RegionControl(unet, alpha_modules=modules).alphas()
     assert sum(parameter.numel() for parameter in alphas.values()) == 4810
 
 
 def test_alphas_start_near_rectified_attention():
-    state = RegionControl(PIPELINES["sd"].unet, alpha_modules=[OWNER]).alpha_state()
-    assert set(state) == {f"{OWNER}.alpha.weight", f"{OWNER}.alpha.bias"}
-    assert state[f"{OWNER}.alpha.weight"].shape == (1, 16)
-    assert not state[f"{OWNER}.alpha.weight"].any()
-    assert state[f"{OWNER}.alpha.bias"].tolist() == [-2.0]
+    state = RegionControl(PIPELINES["sd"].unet, alpha_modules=[MODULE]).alpha_state()
+    assert set(state) == {f"{MODULE}.alpha.weight", f"{MODULE}.alpha.bias"}
+    assert state[f"{MODULE}.alpha.weight"].shape == (1, 16)
+    assert not state[f"{MODULE}.alpha.weight"].any()
+    assert state[f"{MODULE}.alpha.bias"].tolist() == [-2.0]
 
 
-def test_alphas_can_be_taken_over():
+def test_alphas_can_be_saved_and_loaded():
     unet = PIPELINES["sd"].unet
-    one = RegionControl(unet, alpha_modules=list(cross_modules(unet)))
-    one.load_alphas(random_alphas(one))
-    state = one.alpha_state()
+    source = RegionControl(unet, alpha_modules=list(cross_modules(unet)))
+    source.load_alphas(random_alphas(source))
+    state = source.alpha_state()
     other = RegionControl(unet, alpha_modules=alpha_module_names(state))
     other.load_alphas(state)
     assert all(torch.equal(value, state[key]) for key, value in other.alpha_state().items())
-    state[f"{OWNER}.alpha.bias"].zero_()
-    assert one.alpha_state()[f"{OWNER}.alpha.bias"].any()
+    state[f"{MODULE}.alpha.bias"].zero_()
+    assert source.alpha_state()[f"{MODULE}.alpha.bias"].any()
 
 
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"other.alpha.bias": torch.zeros(1)}, "got 3 tensors, expected 2; .* other.alpha.bias"),
-        ({f"{OWNER}.alpha.weight": torch.zeros(1, 3)}, r"got \(1, 3\), .* shape \(1, 16\)"),
-        ({f"{OWNER}.alpha.bias": torch.tensor([float("nan")])}, "expected finite values"),
+        (
+            {"other.alpha.bias": torch.zeros(1)},
+            "got 3 tensors, expected 2; unmatched keys: other.alpha.bias",
+        ),
+        ({f"{MODULE}.alpha.weight": torch.zeros(1, 3)}, r"got \(1, 3\), .* shape \(1, 16\)"),
+        ({f"{MODULE}.alpha.bias": torch.tensor([float("nan")])}, "expected finite values"),
     ],
 )
-def test_alphas_that_do_not_fit(change, match):
-    control = RegionControl(PIPELINES["sd"].unet, alpha_modules=[OWNER])
+def test_alphas_that_do_not_fit_are_refused(change, match):
+    control = RegionControl(PIPELINES["sd"].unet, alpha_modules=[MODULE])
     state = {key: value + 1 for key, value in control.alpha_state().items()}
     with pytest.raises(AdapterMismatchError, match=match):
         control.load_alphas({**state, **change})
-    assert control.alpha_state()[f"{OWNER}.alpha.bias"].tolist() == [-2.0]
+    assert control.alpha_state()[f"{MODULE}.alpha.bias"].tolist() == [-2.0]
 
 
-def test_keys_that_are_no_alphas():
+def test_keys_that_are_not_alphas_are_refused():
     with pytest.raises(AdapterMismatchError, match=r"got key 'x\.lora_A\.weight'"):
         alpha_module_names({"x.lora_A.weight": torch.zeros(1)})
 
 
-def test_settings_that_are_refused():
+def test_invalid_settings_are_refused():
     unet = PIPELINES["sd"].unet
     with pytest.raises(ConfigError, match=r"no cross-attention module .* did you mean"):
-        RegionControl(unet, alpha_modules=[OWNER.replace("attn2", "attn1")])
+        RegionControl(unet, alpha_modules=[MODULE.replace("attn2", "attn1")])
     with pytest.raises(ConfigError, match=r"fixed_share 1.5: expected a value in \[0, 1\]"):
         RegionControl(unet, fixed_share=1.5)
     sliced = tiny_sd().unet
@@ -303,7 +307,7 @@ def test_settings_that_are_refused():
         RegionControl(sliced)
 
 
-def test_other_processors_are_noticed():
+def test_other_processors_are_detected():
     unet = tiny_sd().unet
     control, other, latent = RegionControl(unet), RegionControl(unet), (16, 16)
     with pytest.raises(StageError, match="enter installed"), control.regions(None, latent=latent):
@@ -319,7 +323,7 @@ def test_other_processors_are_noticed():
             pass
 
 
-def test_batches_that_do_not_fit():
+def test_batches_that_do_not_fit_are_refused():
     unet = PIPELINES["sd"].unet
     control, regions = RegionControl(unet), Regions.stack(random_conditions(PIPELINES["sd"]))
     with pytest.raises(StageError, match="got 3 rows, expected 4, 2 of them unconditional"):
@@ -330,14 +334,14 @@ def test_batches_that_do_not_fit():
     with pytest.raises(ConfigError, match=r"of 3 prompts: got indices \[0, 3\]"):
         cached(control, regions, unet_inputs(unet, 2), unet, hidden, torch.tensor([0, 3]))
     arguments = {**unet_inputs(unet, 2), "encoder_attention_mask": torch.ones(2, 77)}
-    with pytest.raises(StageError, match="an attention mask of its own"):
+    with pytest.raises(StageError, match="an attention mask in addition"):
         run_unet(control, regions, arguments, unet)
 
 
-def test_constant_text_is_not_for_training():
+def test_cached_text_is_refused_in_training():
     unet = PIPELINES["sd"].unet
     control = RegionControl(unet)
     arguments = unet_inputs(unet, 3)
-    constant = control.cached_text(texts(unet), torch.arange(3))
-    with control.installed(), pytest.raises(StageError, match="gradients are on"), constant:
+    cached_text = control.cached_text(texts(unet), torch.arange(3))
+    with control.installed(), pytest.raises(StageError, match="gradients are enabled"), cached_text:
         unet(**arguments)

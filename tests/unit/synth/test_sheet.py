@@ -12,8 +12,8 @@ def picture(value, size=(20, 30)):
     return np.full((*size, 3), value, dtype=np.uint8)
 
 
-def test_masks_and_pictures_stand_side_by_side():
-    """Small pictures are enlarged by a whole factor without smoothing."""
+def test_masks_and_pictures_are_drawn_side_by_side():
+    """Small pictures are enlarged by an integer factor without smoothing."""
     mask = np.zeros((20, 30), dtype=np.uint8)
     mask[:10] = 1
     mask[0, 0] = 255
@@ -34,15 +34,15 @@ def test_masks_and_pictures_stand_side_by_side():
         (16 + 1, cell + 1, (10, 10, 10)),
         (16 + factor * 20 - 1, 2 * cell + factor * 30 - 1, (200, 200, 200)),
         (line + 16, cell + 2, (77, 77, 77)),
-        (line + 40, 2 * cell + 20, (255, 255, 255)),  # nothing there
+        (line + 40, 2 * cell + 20, (255, 255, 255)),  # no picture in this cell
     ):
         assert tuple(sheet[row, column]) == tuple(color), (row, column)
-    for color in SPACE.palette[:2]:  # the legend, of the classes that are there
+    for color in SPACE.palette[:2]:  # the legend shows the classes that occur
         assert (sheet[2 * line :] == color).all(axis=2).any()
     assert not (sheet[2 * line :] == SPACE.palette[2]).all(axis=2).any()
 
 
-def test_large_pictures_are_shrunk_and_others_fitted_to_the_mask():
+def test_pictures_are_resized_to_the_height_of_the_mask():
     mask = np.zeros((600, 300), dtype=np.uint8)
     row = SheetRow("a title that is far too long for its picture", mask, [("k", picture(9))])
     sheet = contact_sheet([row], SPACE)
@@ -55,6 +55,6 @@ def test_a_mask_of_ignored_pixels_only_has_no_legend():
     assert contact_sheet([SheetRow("x", mask, [])], SPACE).shape == (116, 100, 3)
 
 
-def test_nothing_to_show():
+def test_no_rows_are_refused():
     with pytest.raises(DatasetError, match="got no rows"):
         contact_sheet([], SPACE)

@@ -1,18 +1,19 @@
-"""Filters against loops over pixels, kept shares, and what is refused."""
+"""Label filters against loops over pixels, kept shares and refused inputs."""
 
 import numpy as np
 import pytest
 
 from loraseg.config import build
 from loraseg.errors import ConfigError, DatasetError
-from loraseg.synth.vote import FilterConfig, PseudoLabels, apply_filter, majority_vote
+from loraseg.synth.majority_vote import majority_vote
+from loraseg.synth.vote import FilterConfig, PseudoLabels, apply_filter
 
 IGNORED = {np.uint8: 255, np.uint16: 65535}
 CLASSES = 6
 
 
 def random_case(seed=0, *, k=4, dtype=np.uint8, classes=CLASSES, shape=(9, 11)):
-    """A mask with all but its last class, and what a segmenter says of k images."""
+    """Return a mask without its last class, and random predictions for k images."""
     random = np.random.default_rng(seed)
     mask = random.integers(0, classes - 1, size=shape).astype(dtype)
     labels = np.repeat(mask[None], k, axis=0)
@@ -23,21 +24,21 @@ def random_case(seed=0, *, k=4, dtype=np.uint8, classes=CLASSES, shape=(9, 11)):
     return mask, PseudoLabels(labels=labels, confidence=confidence, loss=-np.log(confidence))
 
 
-def loop_filter(mask, judged, keeps, classes):
-    """Labels and kept shares, where ``keeps(k, y, x)`` says which labels stay."""
+def loop_filter(mask, pseudo_labels, keeps, classes):
+    """Return labels and kept shares; ``keeps(k, y, x)`` is True where a label is kept."""
     ignore = IGNORED[mask.dtype.type]
-    labels = np.full(judged.labels.shape, ignore, dtype=mask.dtype)
-    there, stayed = np.zeros(classes), np.zeros((len(labels), classes))
+    labels = np.full(pseudo_labels.labels.shape, ignore, dtype=mask.dtype)
+    totals, kept = np.zeros(classes), np.zeros((len(labels), classes))
     for y, x in np.ndindex(mask.shape):
         if mask[y, x] == ignore:
             continue
-        there[mask[y, x]] += 1
+        totals[mask[y, x]] += 1
         for k in range(len(labels)):
             if keeps(k, y, x):
                 labels[k, y, x] = mask[y, x]
-                stayed[k, mask[y, x]] += 1
-    by_class = [[s / t if t else np.nan for s, t in zip(row, there, strict=True)] for row in stayed]
-    return labels, stayed.sum(axis=1) / there.sum(), np.array(by_class)
+                kept[k, mask[y, x]] += 1
+    by_class = [[s / t if t else np.nan for s, t in zip(row, totals, strict=True)] for row in kept]
+    return labels, kept.sum(axis=1) / totals.sum(), np.array(by_class)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
@@ -54,17 +55,17 @@ def loop_filter(mask, judged, keeps, classes):
     ids=lambda config: f"{config.method}-{config.ties}",
 )
 def test_filters_against_loops(config, seed, dtype):
-    mask, judged = random_case(seed, dtype=dtype)
+    mask, pseudo_labels = random_case(seed, dtype=dtype)
     class_loss = np.random.default_rng(seed).random(CLASSES) * 1.5
-    prototype = majority_vote(judged.labels, mask=mask, ties=config.ties)
+    prototype = majority_vote(pseudo_labels.labels, mask=mask, ties=config.ties)
     keeps = {
-        "relative": lambda k, y, x: judged.labels[k, y, x] == prototype[y, x],
+        "relative": lambda k, y, x: pseudo_labels.labels[k, y, x] == prototype[y, x],
         "none": lambda k, y, x: True,
-        "confidence": lambda k, y, x: judged.confidence[k, y, x] >= 0.6,
-        "freemask": lambda k, y, x: judged.loss[k, y, x] <= 1.1 * class_loss[mask[y, x]],
+        "confidence": lambda k, y, x: pseudo_labels.confidence[k, y, x] >= 0.6,
+        "freemask": lambda k, y, x: pseudo_labels.loss[k, y, x] <= 1.1 * class_loss[mask[y, x]],
     }[config.method]
-    got = apply_filter(mask, judged, config, CLASSES, class_loss=class_loss)
-    labels, kept, by_class = loop_filter(mask, judged, keeps, CLASSES)
+    got = apply_filter(mask, pseudo_labels, config, CLASSES, class_loss=class_loss)
+    labels, kept, by_class = loop_filter(mask, pseudo_labels, keeps, CLASSES)
     assert got.labels.dtype == dtype
     assert (got.labels == labels).all()
     np.testing.assert_allclose(got.kept, kept, rtol=1e-12)
@@ -76,15 +77,15 @@ def test_filters_against_loops(config, seed, dtype):
 
 
 def test_many_classes():
-    mask, judged = random_case(dtype=np.uint16, classes=65535, k=32, shape=(5, 6))
-    mask[0, 0] = judged.labels[:, 0, 0] = 65534
-    got = apply_filter(mask, judged, FilterConfig(), 65535)
+    mask, pseudo_labels = random_case(dtype=np.uint16, classes=65535, k=32, shape=(5, 6))
+    mask[0, 0] = pseudo_labels.labels[:, 0, 0] = 65534
+    got = apply_filter(mask, pseudo_labels, FilterConfig(), 65535)
     assert got.kept_by_class.shape == (32, 65535)
     assert (got.kept_by_class[:, 65534] == 1).all()
     assert (got.labels[:, 0, 0] == 65534).all()
 
 
-def test_images_that_keep_too_little_are_dropped():
+def test_images_that_keep_too_few_labels_are_dropped():
     mask = np.repeat(np.arange(2, dtype=np.uint8), 5)[None]
     labels = np.stack([mask, mask, 1 - mask])
     labels[2, 0, :3] = 0  # three of ten pixels agree
@@ -95,21 +96,21 @@ def test_images_that_keep_too_little_are_dropped():
         assert got.dropped.tolist() == [False, False, dropped]
 
 
-def test_what_has_no_number_is_not_kept():
-    mask, judged = random_case()
-    judged.confidence[0, 0], judged.loss[0, 0] = np.nan, np.nan
+def test_pixels_with_nan_are_not_kept():
+    mask, pseudo_labels = random_case()
+    pseudo_labels.confidence[0, 0], pseudo_labels.loss[0, 0] = np.nan, np.nan
     for method in ("confidence", "freemask"):
         config = FilterConfig(method=method, threshold=0.0, tolerance=1e9)
         class_loss = np.ones(CLASSES)
-        class_loss[2] = np.nan  # no real image has it
-        got = apply_filter(mask, judged, config, CLASSES, class_loss=class_loss)
+        class_loss[2] = np.nan  # absent from the real images
+        got = apply_filter(mask, pseudo_labels, config, CLASSES, class_loss=class_loss)
         assert (got.labels[0, 0] == 255).all()
         rest = got.labels[1:]
         lost = mask == 2 if method == "freemask" else np.zeros_like(mask, dtype=bool)
         assert (rest == np.where(lost, np.uint8(255), mask)).all()
 
 
-def test_confidence_and_loss_are_compared_as_documented():
+def test_comparisons_at_the_threshold():
     mask = np.zeros((1, 2), dtype=np.uint8)
     edge = PseudoLabels(
         labels=np.zeros((1, 1, 2), dtype=np.uint8),
@@ -156,30 +157,33 @@ def test_settings_out_of_range_are_refused(settings, message):
         ({"classes": 0}, "classes: got 0"),
     ],
 )
-def test_unusable_maps_are_refused(change, message):
-    mask, judged = random_case()
-    given = {"mask": mask, "labels": judged.labels, "classes": CLASSES, **change}
+def test_invalid_maps_are_refused(change, message):
+    mask, pseudo_labels = random_case()
+    arguments = {"mask": mask, "labels": pseudo_labels.labels, "classes": CLASSES, **change}
     with pytest.raises(DatasetError, match=message):
         apply_filter(
-            given["mask"], PseudoLabels(labels=given["labels"]), FilterConfig(), given["classes"]
+            arguments["mask"],
+            PseudoLabels(labels=arguments["labels"]),
+            FilterConfig(),
+            arguments["classes"],
         )
 
 
-def test_a_filter_needs_what_it_compares():
-    mask, judged = random_case()
-    bare = PseudoLabels(labels=judged.labels)
+def test_missing_inputs_of_a_filter_are_refused():
+    mask, pseudo_labels = random_case()
+    bare = PseudoLabels(labels=pseudo_labels.labels)
     confidence, freemask = FilterConfig(method="confidence"), FilterConfig(method="freemask")
     losses = np.ones(CLASSES)
-    with pytest.raises(ConfigError, match="the confidence of each pixel is needed"):
+    with pytest.raises(ConfigError, match="got no confidence of each pixel"):
         apply_filter(mask, bare, confidence, CLASSES)
-    with pytest.raises(ConfigError, match="the loss of each pixel is needed"):
+    with pytest.raises(ConfigError, match="got no loss of each pixel"):
         apply_filter(mask, bare, freemask, CLASSES, class_loss=losses)
-    with pytest.raises(ConfigError, match="mean loss of each class on real images is needed"):
-        apply_filter(mask, judged, freemask, CLASSES)
-    short = PseudoLabels(labels=judged.labels, confidence=judged.confidence[:1])
+    with pytest.raises(ConfigError, match="expected the mean loss of each class on real images"):
+        apply_filter(mask, pseudo_labels, freemask, CLASSES)
+    short = PseudoLabels(labels=pseudo_labels.labels, confidence=pseudo_labels.confidence[:1])
     with pytest.raises(DatasetError, match=r"confidence: got \(1, 9, 11\), expected \(4, 9, 11\)"):
         apply_filter(mask, short, confidence, CLASSES)
     with pytest.raises(ConfigError, match="relative filtering: got 1 image of a mask"):
-        apply_filter(mask, PseudoLabels(labels=judged.labels[:1]), FilterConfig(), CLASSES)
+        apply_filter(mask, PseudoLabels(labels=pseudo_labels.labels[:1]), FilterConfig(), CLASSES)
     with pytest.raises(ConfigError, match=r"class_loss: got \(7,\), expected \(6,\)"):
-        apply_filter(mask, judged, freemask, CLASSES, class_loss=np.ones(CLASSES + 1))
+        apply_filter(mask, pseudo_labels, freemask, CLASSES, class_loss=np.ones(CLASSES + 1))

@@ -42,18 +42,18 @@ def block_mask(number=0, size=(32, 32)):
     """Return a mask of blocks, with ignored pixels."""
     random = np.random.default_rng(number)
     height, width = size
-    classes = 2 + number % 3  # so that prompts differ too
+    classes = 2 + number % 3  # so that prompts differ
     blocks = random.integers(0, classes, (height // 4, width // 4)).astype(np.uint8)
-    made = np.kron(blocks, np.ones((4, 4), dtype=np.uint8))
-    made[:2, :3] = 255
-    return made
+    mask = np.kron(blocks, np.ones((4, 4), dtype=np.uint8))
+    mask[:2, :3] = 255
+    return mask
 
 
 def make_generator(kind="sd", *, template="{classes}", adapters=(), heads=(), **settings):
-    own = tiny_base(kind)
-    conditioner = Conditioner(own.tokenizers, SPACE, ConditioningConfig(template=template))
+    base = tiny_base(kind)
+    conditioner = Conditioner(base.tokenizers, SPACE, ConditioningConfig(template=template))
     config = SamplingConfig(**{"steps": 4, "images": 2, **settings})
-    return Generator(own, conditioner, adapters=adapters, heads=heads, config=config)
+    return Generator(base, conditioner, adapters=adapters, heads=heads, config=config)
 
 
 def random_adapter(name, *, kind="sd", rule="cross", size=0.3, base_digest=DIGEST):
@@ -69,7 +69,7 @@ def random_adapter(name, *, kind="sd", rule="cross", size=0.3, base_digest=DIGES
 
 @pytest.fixture
 def one_thread():
-    """Small products take longer in several threads, above all beside other work."""
+    """Run in one thread: small products are slower in several threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

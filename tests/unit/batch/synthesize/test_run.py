@@ -18,7 +18,8 @@ from loraseg.data.shards.schema import decode_shard, encode_shard
 from loraseg.errors import ConfigError, DatasetError, IntegrityError, StageError
 from loraseg.storage import open_store
 from loraseg.synth.generator import Generator
-from loraseg.synth.vote import FilterConfig, majority_vote
+from loraseg.synth.majority_vote import majority_vote
+from loraseg.synth.vote import FilterConfig
 from tests.tiny_synthesis import (
     CLASSES,
     all_rows,

@@ -7,7 +7,8 @@ import torch
 
 from loraseg.backbones.diffusion import TextEncoding
 from loraseg.errors import ConfigError
-from loraseg.synth.region_attention import RegionControl, Regions
+from loraseg.synth.region_attention import RegionControl
+from loraseg.synth.regions import Regions
 from loraseg.train.generator_adapters.denoising import (
     DenoisingBatch,
     LossConfig,
