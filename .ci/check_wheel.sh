@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The wheel must carry the miniature weights and the report template, and work outside the checkout.
+# The wheel must carry the miniature weights and the report templates, and work outside the checkout.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
@@ -27,9 +27,9 @@ weights = importlib.resources.files("loraseg.miniature") / "weights"
 for name in ("merges.txt", "vocab.json", "tokenizer.json"):
     assert (weights / "generator" / "tokenizer" / name).is_file(), name
 load_unet(weights / "judge.safetensors")
-template = importlib.resources.files("loraseg.evaluate") / "templates" / "report.html.j2"
-assert template.is_file()
+for name in ("page.html.j2", "blocks.html.j2", "style.css.j2"):
+    assert (importlib.resources.files("loraseg.reports") / "templates" / name).is_file(), name
 assert (importlib.resources.files("loraseg.serving") / "static" / "index.html").is_file()
 assert (importlib.resources.files("jobs") / "grafana_dashboard.json").is_file()
-print("wheel: weights and template found, base, encoder, generator and judge load")
+print("wheel: weights and templates found, base, encoder, generator and judge load")
 PY

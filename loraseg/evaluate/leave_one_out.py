@@ -1,9 +1,4 @@
-"""Leave-one-out: score every way of using a library on a domain whose own adapter is left out.
-
-The methods are those of methods B.6: zero-shot (no adapter), uniform (all others with 1/N each),
-SemLA (K nearest per image), late fusion of both (each adapter alone, sigmoid maps combined) and
-the oracle (the domain's own adapter).
-"""
+"""Leave-one-out: score every method on a domain whose own adapter is left out of the library."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,18 +9,16 @@ import numpy as np
 from loraseg.adapters.packed import PackedAdapter
 from loraseg.data.datasets import Sample
 from loraseg.errors import ConfigError, DatasetError
+from loraseg.evaluate.methods import METHODS, AdapterSet, ImageBatch, Method
 from loraseg.evaluate.tuning import Hyperparameters, mixing_weight_matrix
-from loraseg.fuse.late import LateFusion
-from loraseg.fuse.mix import Mix, fuse
 from loraseg.inference.adapter_ref import AdapterEntry
 from loraseg.segment.metrics import ConfusionMatrix
 from loraseg.segment.open_vocabulary.base import SegmentationBase
 from loraseg.segment.open_vocabulary.pixel_maps import label_map
 from loraseg.segment.open_vocabulary.predictor import Predictor
-from loraseg.tensor_types import Float, Tensor, ndarray
+from loraseg.tensor_types import Float, UInt8, ndarray
 
 __all__ = [
-    "METHODS",
     "EvaluationContext",
     "MethodScore",
     "ScoredExample",
@@ -35,28 +28,22 @@ __all__ = [
     "TargetScores",
 ]
 
-Method = Literal["zero_shot", "uniform", "semla", "late_uniform", "late_semla", "oracle"]
-METHODS: tuple[Method, ...] = (
-    "zero_shot",
-    "uniform",
-    "semla",
-    "late_uniform",
-    "late_semla",
-    "oracle",
-)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoringConfig:
     """How images are scored; the same for every method.
 
     Attributes:
-        predict: Whole image or sliding windows (methods A.7).
-        text_cache: ``first_image`` keeps the text features of a domain's first mix for all its
-            images, as the published numbers do; ``per_adapter`` computes them for every mix.
-        late: Also score late fusion, at one forward pass per adapter and image.
-        batch_size: Images of a domain that go through the model together.
+        predict: "plain" for whole images, "sliding" for CAT-Seg's sliding windows (its
+            ``cat_seg_model.py: inference_sliding_window``).
+        text_cache: "per_adapter" computes text features for every mix. "first_image" reuses those
+            of a domain's first mix for all its images, as SemLA's code and published scores do.
+        late: Also score late fusion, which costs one forward pass per adapter and image.
+        batch_size: Images of a domain per forward pass.
         examples: Images per domain kept with all predictions, for the report.
+
+    Raises:
+        ConfigError: ``batch_size`` is below 1, or ``examples`` is negative.
     """
 
     predict: Literal["plain", "sliding"] = "plain"
@@ -74,15 +61,15 @@ class ScoringConfig:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationContext:
-    """What all domains are scored with.
+    """The models and the library with which all domains are scored.
 
     Attributes:
         base: The frozen segmenter.
-        entries: The library's adapters that fit it; the columns of ``measure_distances``.
-        load_adapter: Gives the weights of an entry.
-        measure_distances: Euclidean distances (images, entries) of uint8 images to the entries'
-            domains.
-        candidates: Names that may be mixed for other domains; None for all.
+        entries: The library's adapters that fit the base; the columns of ``measure_distances``.
+        load_adapter: Returns the weights of an entry.
+        measure_distances: Returns the Euclidean distances, (images, entries), of RGB uint8 images
+            to the entries' centroids.
+        candidates: Names of the adapters that may be mixed for other domains; None for all.
     """
 
     base: SegmentationBase
@@ -94,7 +81,16 @@ class EvaluationContext:
 
 @dataclass(frozen=True, slots=True)
 class TargetDomain:
-    """A domain to score on; its own adapter is the entry of the same name."""
+    """A domain to score on.
+
+    Attributes:
+        name: Name of the domain and of its own adapter.
+        family: Related domains have the same family.
+        classes: Class names.
+        samples: The labelled images.
+        load: Returns image and label map, (h, w, 3) and (h, w) uint8, of a sample.
+        digest: Identifies the content of ``samples``.
+    """
 
     name: str
     family: str
@@ -106,7 +102,7 @@ class TargetDomain:
 
 @dataclass(frozen=True, slots=True)
 class MethodScore:
-    """IoU per class in [0, 1], None where the class is absent, and their mean."""
+    """mIoU and the IoU per class, in [0, 1]; None for a class that is absent."""
 
     miou: float
     iou: tuple[float | None, ...]
@@ -114,21 +110,39 @@ class MethodScore:
 
 @dataclass(frozen=True, slots=True)
 class ScoredExample:
-    """One image with its mask and the label map of every method.
+    """An image with its label map and the prediction of every method.
 
-    ``retrieved`` are the adapters that SemLA fused, (name, weight, distance), heaviest first.
+    Attributes:
+        sample: Id of the image.
+        image: RGB.
+        label: Class ids, 255 = ignore.
+        predictions: Class ids by method, of the size of ``label``.
+        retrieved: (name, weight, distance) of the adapters in SemLA's mix, heaviest first.
     """
 
     sample: str
-    image: ndarray
-    label: ndarray
+    image: UInt8[ndarray, "h w 3"]
+    label: UInt8[ndarray, "h w"]
     predictions: dict[Method, ndarray]
     retrieved: tuple[tuple[str, float, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class TargetScores:
-    """All scores of one domain; weights and distances are means over its images."""
+    """All scores of one domain.
+
+    Attributes:
+        name: Name of the domain.
+        family: Family of the domain.
+        classes: Class names.
+        images: Number of images.
+        data_digest: Identifies the images and labels.
+        setting: K and tau of SemLA.
+        methods: Scores by method.
+        weights: Mean mixing weight over the images, by adapter.
+        distances: Mean distance over the images, by adapter.
+        examples: Images with all predictions.
+    """
 
     name: str
     family: str
@@ -143,7 +157,11 @@ class TargetScores:
 
 
 class TargetScorer:
-    """Scores one domain. The base is not changed; nothing is kept between domains."""
+    """Scores one domain without changing the base.
+
+    Raises:
+        ConfigError: The library has no adapter of another domain.
+    """
 
     def __init__(
         self, context: EvaluationContext, target: TargetDomain, scoring: ScoringConfig
@@ -160,64 +178,76 @@ class TargetScorer:
                 f"domain {target.name!r}: no other adapter is left to mix; "
                 f"the library has {', '.join(e.name for e in context.entries) or 'none'}"
             )
-        self._other_entries = [context.entries[column] for column in self._columns]
-        self._own_entry = next((e for e in context.entries if e.name == target.name), None)
-        self._cached_predictor = Predictor(context.base, mode=scoring.predict)
+        others = [context.entries[column] for column in self._columns]
+        own = [entry for entry in context.entries if entry.name == target.name][:1]
+        self._others = AdapterSet(others, context.load_adapter)
+        self._own = AdapterSet(own, context.load_adapter)
+        self._predictor = Predictor(context.base, mode=scoring.predict)
 
     def score_grid(
         self, combinations: Sequence[Hyperparameters], images: int | None = None
     ) -> list[float]:
-        """Return SemLA's mIoU in [0, 1] for every setting, on the first ``images`` images.
+        """Return SemLA's mIoU in [0, 1] of every combination, on the first ``images`` images.
 
-        An image is embedded once, and settings that give it equal weights share a forward pass.
+        Each image is embedded once. Combinations that give an image the same weights share one
+        forward pass.
+
+        Raises:
+            DatasetError: There are no images, or an image has no label.
         """
         counts = [ConfusionMatrix(len(self._target.classes)) for _ in combinations]
-        predictors = {setting: self._per_image_predictor() for setting in combinations}
-        shared = self._scoring.text_cache == "per_adapter"
-        for pictures, masks, _ in self._batches(self._target.samples[:images]):
-            distances = self._distances(pictures)
-            rows = [mixing_weight_matrix(distances, setting) for setting in combinations]
-            seen: dict[tuple[int, bytes], ndarray] = {}
-            for setting, weights, count in zip(combinations, rows, counts, strict=True):
-                if not shared:
-                    # With the first image's text, equal weights on this image do not make equal
-                    # predictions: the text stems from another image, weighed by the setting.
-                    seen.clear()
+        predictors = [self._per_image_predictor() for _ in combinations]
+        share_predictions = self._scoring.text_cache == "per_adapter"
+        for batch, labels, _ in self._batches(self._target.samples[:images]):
+            distances = self._distances(batch)
+            predicted: dict[tuple[int, bytes], ndarray] = {}
+            for combination, predictor, count in zip(combinations, predictors, counts, strict=True):
+                if not share_predictions:
+                    # The text features stem from the first image's mix, which depends on the
+                    # combination: equal weights do not give equal predictions.
+                    predicted.clear()
+                weights = mixing_weight_matrix(distances, combination)
                 keys = [(index, row.tobytes()) for index, row in enumerate(weights)]
-                new = [index for index, key in enumerate(keys) if key not in seen]
-                scores = predictors[setting].predict(
-                    [pictures[index] for index in new],
+                new = [index for index, key in enumerate(keys) if key not in predicted]
+                scores = predictor.predict(
+                    [batch[index] for index in new],
                     self._target.classes,
-                    [self._fuse_weighted(weights[index]) for index in new],
+                    [self._others.mix(weights[index]) for index in new],
                 )
-                seen |= {keys[i]: label_map(one) for i, one in zip(new, scores, strict=True)}
-                for mask, key in zip(masks, keys, strict=True):
-                    count.add(mask, seen[key])
+                predicted |= {
+                    keys[index]: label_map(maps) for index, maps in zip(new, scores, strict=True)
+                }
+                for label, key in zip(labels, keys, strict=True):
+                    count.add(label, predicted[key])
         return [count.miou() for count in counts]
 
     def score_methods(self, setting: Hyperparameters) -> TargetScores:
-        """Score every method with K and tau of ``setting``."""
+        """Score every method, SemLA with K and tau of ``setting``.
+
+        Raises:
+            DatasetError: There are no images, or an image has no label.
+        """
         target = self._target
         counts: dict[Method, ConfusionMatrix] = {
             method: ConfusionMatrix(len(target.classes)) for method in self._methods()
         }
-        per_image = self._per_image_predictor()
+        per_image_predictor = self._per_image_predictor()
         all_weights: list[ndarray] = []
         all_distances: list[ndarray] = []
         examples: list[ScoredExample] = []
-        for pictures, masks, names in self._batches(target.samples):
-            distances = self._distances(pictures)
+        for images, labels, ids in self._batches(target.samples):
+            distances = self._distances(images)
             weights = mixing_weight_matrix(distances, setting)
-            predictions = self._predict(pictures, weights, per_image)
+            predictions = self._predict(images, weights, per_image_predictor)
             for method, maps in predictions.items():
-                for mask, predicted in zip(masks, maps, strict=True):
-                    counts[method].add(mask, predicted)
-            for index in range(min(len(pictures), self._scoring.examples - len(examples))):
+                for label, predicted in zip(labels, maps, strict=True):
+                    counts[method].add(label, predicted)
+            for index in range(min(len(images), self._scoring.examples - len(examples))):
                 examples.append(
                     ScoredExample(
-                        names[index],
-                        pictures[index],
-                        masks[index],
+                        ids[index],
+                        images[index],
+                        labels[index],
                         {method: maps[index] for method, maps in predictions.items()},
                         self._retrieved(weights[index], distances[index]),
                     )
@@ -238,74 +268,46 @@ class TargetScorer:
         )
 
     def _methods(self) -> list[Method]:
-        left_out: set[Method] = set()
-        if not self._scoring.late:
-            left_out |= {"late_uniform", "late_semla"}
-        if self._own_entry is None:
-            left_out.add("oracle")
-        return [method for method in METHODS if method not in left_out]
+        return [
+            name
+            for name, method in METHODS.items()
+            if (self._scoring.late or not method.is_late)
+            and (self._own.entries or not method.needs_own_adapter)
+        ]
 
     def _predict(
         self,
-        pictures: list[ndarray],
+        images: list[ndarray],
         weights: Float[ndarray, "images others"],
-        per_image: Predictor,
+        per_image_predictor: Predictor,
     ) -> dict[Method, list[ndarray]]:
-        """Return the label maps of every method for a batch of images."""
-        classes, count = self._target.classes, len(self._other_entries)
-        maps: dict[Method, list[Tensor]] = {
-            "zero_shot": self._cached_predictor.predict(pictures, classes, None),
-            "uniform": self._cached_predictor.predict(
-                pictures, classes, self._fuse_weighted(np.full(count, 1.0 / count))
-            ),
-            "semla": per_image.predict(
-                pictures, classes, [self._fuse_weighted(row) for row in weights]
-            ),
-        }
-        if self._own_entry is not None:
-            own = fuse([self._context.load_adapter(self._own_entry)], [1.0])
-            maps["oracle"] = self._cached_predictor.predict(pictures, classes, own)
-        if self._scoring.late:
-            maps["late_uniform"], maps["late_semla"] = self._late_fusion(pictures, weights)
-        return {
-            method: [label_map(scores) for scores in maps[method]] for method in self._methods()
-        }
-
-    def _late_fusion(
-        self, pictures: list[ndarray], weights: Float[ndarray, "images others"]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the uniform and the weighted sum of the adapters' own sigmoid maps.
-
-        Both sums grow while the adapters pass by, so memory does not depend on their number.
-        """
-        uniform = [LateFusion() for _ in pictures]
-        weighted = [LateFusion() for _ in pictures]
-        for column, entry in enumerate(self._other_entries):
-            alone = fuse([self._context.load_adapter(entry)], [1.0])
-            maps = self._cached_predictor.predict(pictures, self._target.classes, alone)
-            for index, scores in enumerate(maps):
-                uniform[index].add(scores, 1.0 / len(self._other_entries))
-                weighted[index].add(scores, float(weights[index, column]))
-        return [late.total for late in uniform], [late.total for late in weighted]
-
-    def _fuse_weighted(self, weights: Float[ndarray, " others"]) -> Mix:
-        used = np.flatnonzero(weights)
-        return fuse(
-            [self._context.load_adapter(self._other_entries[column]) for column in used],
-            weights[used],
+        """Return the (h, w) label maps of every method for a batch of images."""
+        batch = ImageBatch(
+            images=images,
+            classes=self._target.classes,
+            others=self._others,
+            own=self._own,
+            weights=weights,
+            predictor=self._predictor,
+            per_image_predictor=per_image_predictor,
         )
+        return {
+            method: [label_map(scores) for scores in METHODS[method].predict(batch)]
+            for method in self._methods()
+        }
 
-    def _distances(self, pictures: Sequence[ndarray]) -> Float[ndarray, "images others"]:
-        return self._context.measure_distances(pictures)[:, self._columns]
+    def _distances(self, images: Sequence[ndarray]) -> Float[ndarray, "images others"]:
+        return self._context.measure_distances(images)[:, self._columns]
 
     def _per_image_predictor(self) -> Predictor:
-        # A fresh one per domain: with the first image's text it must not know another domain.
-        return self._cached_predictor.with_text_cache(self._scoring.text_cache)
+        # Each domain has its own predictor: a cache of the first image's text features must not
+        # outlive the domain.
+        return self._predictor.with_text_cache(self._scoring.text_cache)
 
     def _by_name(self, values: Float[ndarray, " others"]) -> dict[str, float]:
         return {
             entry.name: float(value)
-            for entry, value in zip(self._other_entries, values, strict=True)
+            for entry, value in zip(self._others.entries, values, strict=True)
         }
 
     def _retrieved(
@@ -313,13 +315,14 @@ class TargetScorer:
     ) -> tuple[tuple[str, float, float], ...]:
         order = [column for column in np.argsort(-weights, kind="stable") if weights[column] > 0]
         return tuple(
-            (self._other_entries[column].name, float(weights[column]), float(distances[column]))
+            (self._others.entries[column].name, float(weights[column]), float(distances[column]))
             for column in order
         )
 
     def _batches(
         self, samples: Sequence[Sample]
     ) -> Iterator[tuple[list[ndarray], list[ndarray], list[str]]]:
+        """Yield images, label maps and ids."""
         if not samples:
             raise DatasetError(f"domain {self._target.name!r}: no images to score")
         size = self._scoring.batch_size
@@ -328,7 +331,7 @@ class TargetScorer:
             loaded = [self._target.load(sample) for sample in chunk]
             yield (
                 [image for image, _ in loaded],
-                [mask for _, mask in loaded],
+                [label for _, label in loaded],
                 [sample.id for sample in chunk],
             )
 

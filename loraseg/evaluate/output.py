@@ -1,29 +1,30 @@
-"""Write what an evaluation found into a folder."""
+"""Write the results of an evaluation."""
 
-from loraseg.evaluate.page import build_report
-from loraseg.evaluate.report import render_report
+from loraseg.evaluate.report import build_report
 from loraseg.evaluate.results import EvaluationResults, results_table
+from loraseg.reports.page import render_report
 from loraseg.storage import absolute_uri, open_store
 
 __all__ = ["write_results"]
 
 
 def write_results(results: EvaluationResults, output: str) -> str:
-    """Write results.json, table.txt and report.html; return where the report is.
+    """Write results.json, table.txt and report.html; return the URI of the report.
 
-    Each file appears whole or not at all, results.json last.
+    Each file is written atomically, results.json last.
 
     Args:
-        results: What was found.
-        output: A folder or a store URI; jobs of a cluster want a store, since the folder that they
-            run in goes away.
+        results: The results.
+        output: A folder or a store URI. Jobs on a cluster need a store: the working directory of a
+            Ray job is temporary.
 
     Raises:
-        StoreError: It cannot be written to.
+        DatasetError: An example cannot be drawn.
+        StoreError: The store cannot be written to.
     """
-    place = absolute_uri(output)
-    store = open_store(place)
+    uri = absolute_uri(output)
+    store = open_store(uri)
     store.put("report.html", render_report(build_report(results)).encode())
     store.put("table.txt", results_table(results).encode())
     store.put("results.json", results.to_json().encode())
-    return f"{place.rstrip('/')}/report.html"
+    return f"{uri.rstrip('/')}/report.html"

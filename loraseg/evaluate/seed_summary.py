@@ -1,4 +1,4 @@
-"""Bring the results of several seeds together: mean and spread of every summary figure."""
+"""Mean and spread of the summary figures over several seeds."""
 
 import json
 import statistics
@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from loraseg.errors import ConfigError
-from loraseg.evaluate.leave_one_out import METHODS, Method
-from loraseg.evaluate.results import METHOD_LABELS, PAPER_HMEANS, align_columns
+from loraseg.evaluate.methods import METHODS, Method
+from loraseg.reports.text_table import align_columns
 
 __all__ = ["summarise_seeds"]
 
 
 def summarise_seeds(paths: Sequence[str | Path]) -> str:
-    """Return a table of h-means over several ``results.json``: each run, mean, deviation, paper.
+    """Return a table of the h-means of several ``results.json``: each run, mean, deviation, paper.
 
-    The deviation is the sample standard deviation (n - 1), empty for a single run.
+    The deviation is the sample standard deviation (n - 1); a single run has no such row.
 
     Raises:
-        ConfigError: A file is no result of an evaluation, or none was named.
+        ConfigError: ``paths`` is empty, or a file is not the ``results.json`` of an evaluation.
     """
     if not paths:
         raise ConfigError("results: expected at least one results.json")
@@ -30,7 +30,7 @@ def summarise_seeds(paths: Sequence[str | Path]) -> str:
     columns = [[summary["hmean"][method] for summary in summaries] for method in methods]
     gaps = [summary["gap_closed"] for summary in summaries]
     closed = [gap for gap in gaps if gap is not None]
-    head = ["run", *(METHOD_LABELS[method] for method in methods), "gap closed", ""]
+    head = ["run", *(METHODS[method].label for method in methods), "gap closed", ""]
     rows = [
         [str(path), *(f"{100 * column[i]:.1f}" for column in columns), _format_gap(gaps[i]), ""]
         for i, path in enumerate(paths)
@@ -48,8 +48,15 @@ def summarise_seeds(paths: Sequence[str | Path]) -> str:
         deviation = f"{100 * statistics.stdev(closed):.0f} %" if len(closed) > 1 else "-"
         spreads = (f"{100 * statistics.stdev(column):.1f}" for column in columns)
         rows.append(["standard deviation", *spreads, deviation, ""])
-    rows.append(["paper", *(f"{100 * PAPER_HMEANS[method]:.1f}" for method in methods), "68 %", ""])
-    return "\n".join(align_columns([head, *rows])) + "\n"
+    rows.append(
+        [
+            "paper",
+            *(f"{100 * METHODS[method].published_hmean:.1f}" for method in methods),
+            "68 %",
+            "",
+        ]
+    )
+    return "\n".join(align_columns([head, *rows], right=range(1, len(head) - 1))) + "\n"
 
 
 def _read_summary(path: Path) -> dict[str, Any]:

@@ -4,13 +4,15 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from scipy.stats import spearmanr
 
 from loraseg.adapters.targets.layer_report import LayerReport, LayerScore
 from loraseg.errors import ConfigError
-from loraseg.tensor_types import ndarray
-from loraseg.train.tables import format_table
+from loraseg.reports.text_table import format_table
+from loraseg.tensor_types import Float, ndarray
 
 __all__ = [
     "LayerGroup",
@@ -172,16 +174,15 @@ def compare_reports(
     )
 
 
-def spearman(first: ndarray, second: ndarray) -> float:
-    """Return the correlation of two (n,) arrays' ranks, ties sharing their mean rank.
+def spearman(first: Float[ndarray, " n"], second: Float[ndarray, " n"]) -> float:
+    """Return Spearman's rank correlation in [-1, 1]; ties share their mean rank.
 
-    Returns:
-        In [-1, 1]; nan if one of them is constant.
+    The result is nan if one of the arrays is constant.
     """
-    ranks = np.stack([_ranks(first), _ranks(second)])
-    centred = ranks - ranks.mean(axis=1, keepdims=True)
-    scale = math.sqrt(float((centred[0] ** 2).sum() * (centred[1] ** 2).sum()))
-    return float(centred[0] @ centred[1]) / scale if scale else math.nan
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        return math.nan  # scipy returns nan as well, but with a warning
+    correlation: Any = spearmanr(first, second)
+    return float(correlation.statistic)
 
 
 def format_report(report: LayerReport, k: int = 10) -> str:
@@ -247,10 +248,3 @@ def _group_table(title: str, found: Sequence[LayerGroup], k: int) -> str:
         for group in found
     ]
     return format_table((title, "layers", "mean", "largest", f"in top {k}"), rows)
-
-
-def _ranks(values: ndarray) -> ndarray:
-    """Return (n,) mean ranks from 1 on."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return (ends - (counts - 1) / 2)[inverse]

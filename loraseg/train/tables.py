@@ -2,20 +2,10 @@
 
 from collections.abc import Sequence
 
+from loraseg.reports.text_table import format_table
 from loraseg.train.tasks import TaskResult, TrainingPlan
 
-__all__ = ["format_skipped_files", "format_table", "plan_table", "result_table"]
-
-
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return aligned columns, two spaces apart; every line ends in a newline."""
-    lines = [list(header), *map(list, rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return "".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        + "\n"
-        for line in lines
-    )
+__all__ = ["format_skipped_files", "plan_table", "result_table"]
 
 
 def plan_table(plans: Sequence[TrainingPlan | tuple[str, str]], resources: str) -> str:

@@ -1,10 +1,9 @@
 """What people want to know of a synthetic dataset: a page with pictures, and a card."""
 
-import base64
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from loraseg.batch.synthesize.filter_stage import read_committed
 from loraseg.batch.synthesize.shard_statistics import ShardStatistics
@@ -16,14 +15,16 @@ from loraseg.data.shards.manifest import ShardEntry
 from loraseg.data.shards.reader import ShardDataset
 from loraseg.data.shards.schema import PairRow
 from loraseg.data.untrusted_images import decode_image
-from loraseg.reports.templates import html_template
+from loraseg.reports.page import HtmlReport, Section, StatTile, render_report
+from loraseg.reports.pictures import PictureSheet
+from loraseg.reports.settings import KeyValues
+from loraseg.reports.tables import Bar, BarChart, Notes, Table
 from loraseg.synth.sheet import SheetRow, contact_sheet
 from loraseg.tensor_types import UInt8, ndarray
 
 __all__ = ["CARD", "REPORT", "SHEET", "collect_statistics", "write_report"]
 
 REPORT, CARD, SHEET = "report.html", "README.md", "sheets/first.png"
-_TEMPLATES = Path(__file__).parent / "templates"
 _MAX_SHOWN_MASKS, _MAX_SHOWN_SIBLINGS = 8, 5
 _STATISTICS_COLUMNS = ("kept", "kept_by_class", "reason", "k")
 _READ_THREADS = 16
@@ -57,21 +58,67 @@ def write_report(dataset: ShardDataset, state: SynthesisRunState) -> None:
         IntegrityError: A shard is damaged.
         StoreError: The store cannot be read or written.
     """
-    found = collect_statistics(dataset)
+    statistics = collect_statistics(dataset)
     sheet = _sheet(dataset)
     if sheet is not None:
         dataset.store.put(SHEET, sheet)
-    dataset.store.put(CARD, _card(dataset, state, found).encode())
-    page = html_template(_TEMPLATES, "report.html.j2").render(
-        title="Synthetic image/label pairs",
-        facts=_summary_rows(dataset, state, found),
-        classes=list(_class_shares(dataset, found)),
-        refused=found.rejected,
-        more=sum(dataset.manifest.statuses.values()) - dataset.manifest.pairs - len(found.rejected),
-        sheet=None if sheet is None else base64.b64encode(sheet).decode(),
-        generation=dataset.manifest.generation,
-    )
+    dataset.store.put(CARD, _card(dataset, state, statistics).encode())
+    page = render_report(_build_report(dataset, state, statistics, sheet))
     dataset.store.put(REPORT, page.encode())
+
+
+def _build_report(
+    dataset: ShardDataset,
+    state: SynthesisRunState,
+    statistics: ShardStatistics,
+    sheet: bytes | None,
+) -> HtmlReport:
+    manifest = dataset.manifest
+    bars = list(_class_bars(dataset, statistics))
+    return HtmlReport(
+        title="Synthetic image/label pairs",
+        summary=f"Generation {manifest.generation} of the manifest.",
+        tiles=[
+            StatTile(label="pairs", value=f"{manifest.pairs:,}"),
+            StatTile(label="masks", value=f"{manifest.masks:,}"),
+            StatTile(label="labels kept", value=f"{100 * statistics.mean_kept:.1f} %"),
+        ],
+        sections=[
+            Section(
+                title="Summary",
+                blocks=[KeyValues(rows=_summary_rows(dataset, state, statistics))],
+            ),
+            Section(
+                title="Labels kept, by class",
+                blocks=[BarChart(bars) if bars else Notes(["There was no vote."])],
+            ),
+            *_sheet_section(sheet),
+            Section(title="Not used", blocks=_rejected_blocks(dataset, statistics)),
+        ],
+    )
+
+
+def _sheet_section(sheet: bytes | None) -> list[Section]:
+    if sheet is None:
+        return []
+    alt = "Masks with their images, labels and the segmenter's predictions"
+    return [
+        Section(
+            title="The first masks",
+            note="Each image with its label and the segmenter's prediction. White in a label: "
+            "removed by the filter. Grey: not labelled in the mask.",
+            blocks=[PictureSheet(png=sheet, alt=alt)],
+        )
+    ]
+
+
+def _rejected_blocks(dataset: ShardDataset, statistics: ShardStatistics) -> list[Table | Notes]:
+    rejected = statistics.rejected
+    if not rejected:
+        return [Notes(["Every mask was used, every pair was kept."])]
+    table = Table(header=("mask", "status", "reason"), rows=rejected, numeric=False)
+    more = sum(dataset.manifest.statuses.values()) - dataset.manifest.pairs - len(rejected)
+    return [table, Notes([f"And {more} more rows."])] if more > 0 else [table]
 
 
 def _summary_rows(
@@ -99,13 +146,10 @@ def _summary_rows(
     ]
 
 
-def _class_shares(
-    dataset: ShardDataset, statistics: ShardStatistics
-) -> Iterator[tuple[str, str, float]]:
-    """Yield name, share in words, and in per cent for the bar."""
+def _class_bars(dataset: ShardDataset, statistics: ShardStatistics) -> Iterator[Bar]:
     for name, share in zip(dataset.manifest.classes, statistics.kept_by_class, strict=True):
         if share is not None:
-            yield name, f"{100 * share:.1f} %", round(100 * share, 1)
+            yield Bar(name, share, f"{100 * share:.1f} %")
 
 
 def _card(dataset: ShardDataset, state: SynthesisRunState, statistics: ShardStatistics) -> str:

@@ -1,15 +1,16 @@
-"""What a generator draws in the course of its training: grids, and one HTML page at the end."""
+"""Sample grids drawn during the training of a generator, and the HTML report at the end."""
 
-import base64
 import dataclasses
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from loraseg.backbones.diffusion import DiffusionBase
 from loraseg.library import AdapterCard
-from loraseg.reports.templates import html_template
+from loraseg.reports.page import HtmlReport, Section, StatTile, render_report
+from loraseg.reports.pictures import PictureSheet
+from loraseg.reports.settings import KeyValues, flatten
+from loraseg.reports.tables import Notes
 from loraseg.segment.render import encode_png
 from loraseg.synth.conditioning import Conditioner
 from loraseg.synth.generator import Generator as ImageGenerator
@@ -22,21 +23,20 @@ from loraseg.train.generator_adapters.training import TrainedGenerator
 
 __all__ = ["SampleGrid", "encoders_on_device", "render_generator_report"]
 
-_TEMPLATES = Path(__file__).parents[1] / "templates"
 _IMAGES = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SampleGrid:
-    """Draws a few masks with the adapter as it is.
+    """Generates images of a few masks with the current weights of an adapter.
 
     Attributes:
-        base: The generator; nothing of the training is in its UNet.
-        conditioner: Of the training.
-        recipe: Says how to sample.
-        examples: (name, image, mask) of the size that is trained on.
-        frozen_adapters: Adapters that act beside the one that is trained.
-        seed: Decides the noise, the same for every grid.
+        base: The generator, without the adapter.
+        conditioner: Conditioner of the training.
+        recipe: Sampling steps, guidance and regions.
+        examples: (name, image, mask) at the training size: (h, w, 3) and (h, w) uint8.
+        frozen_adapters: Adapters that are applied together with the one in training.
+        seed: Seed of the noise, the same for every grid.
     """
 
     base: DiffusionBase
@@ -47,7 +47,7 @@ class SampleGrid:
     seed: int = 0
 
     def render(self, kept: TrainedGenerator) -> bytes:
-        """Return a PNG with a row for each mask: the mask, its image, generated ones."""
+        """Return a PNG with a row for each mask: the mask, its image, generated images."""
         recipe = self.recipe
         adapters = [*self.frozen_adapters, kept.adapter(self.base, recipe)]
         config = SamplingConfig(
@@ -64,9 +64,9 @@ class SampleGrid:
             generator = ImageGenerator(
                 self.base, self.conditioner, adapters=adapters, config=config
             )
-            for one in generator.generate([(name, mask) for name, _, mask in self.examples]):
-                row = pictures.setdefault(one.mask_name, [])
-                row.append((f"generated {len(row) + 1}", one.image))
+            for sample in generator.generate([(name, mask) for name, _, mask in self.examples]):
+                row = pictures.setdefault(sample.mask_name, [])
+                row.append((f"generated {len(row) + 1}", sample.image))
         rows = [
             SheetRow(title=name, mask=mask, pictures=[("image", image), *pictures[name]])
             for name, image, mask in self.examples
@@ -76,43 +76,61 @@ class SampleGrid:
 
 @contextmanager
 def encoders_on_device(base: DiffusionBase) -> Generator[None, None, None]:
-    """Have VAE and text encoders where the UNet is; at the end they are on the CPU."""
-    parts: list[Any] = [base.vae, *base.text_encoders]
+    """Move VAE and text encoders to the UNet's device, and to the CPU on exit."""
+    encoders: list[Any] = [base.vae, *base.text_encoders]
     try:
-        for part in parts:
-            part.to(base.device)
+        for encoder in encoders:
+            encoder.to(base.device)
         yield
     finally:
-        for part in parts:
-            part.to("cpu")
+        for encoder in encoders:
+            encoder.to("cpu")
 
 
 def render_generator_report(card: AdapterCard, pictures: Mapping[int, bytes]) -> str:
-    """Return one HTML page that needs neither network nor script.
+    """Return a self-contained HTML page.
 
     Args:
-        card: Of the adapter that is published.
-        pictures: PNG by step.
+        card: Card of the published adapter.
+        pictures: PNG file of a sample grid by step.
     """
-    training = card.training
-    images = training.images if training else 0
-    return html_template(_TEMPLATES, "generator.html.j2").render(
-        title=f"Generator adapter {card.name}",
-        summary=f"Trained on {images} images, on base {card.base.name}.",
-        losses=[(name, f"{value:.4f}") for name, value in sorted(card.metrics.items())],
-        pictures=[
-            {"step": step, "uri": f"data:image/png;base64,{base64.b64encode(png).decode()}"}
-            for step, png in sorted(pictures.items())
-        ],
-        settings=_flatten({**card.recipe, "base digest": card.base.digest}),
+    images = card.training.images if card.training else 0
+    metrics = {name: f"{value:.4f}" for name, value in sorted(card.metrics.items())}
+    sheets = [
+        PictureSheet(
+            png=png,
+            alt=f"Masks, their images and generated images after {step} steps",
+            caption=f"After {step} steps",
+        )
+        for step, png in sorted(pictures.items())
+    ]
+    return render_report(
+        HtmlReport(
+            title=f"Generator adapter {card.name}",
+            summary=f"Trained on {images} images, on base {card.base.name}.",
+            tiles=[StatTile(label=name, value=value) for name, value in metrics.items()],
+            sections=[
+                Section(
+                    title="Loss",
+                    note="Mean squared error of the prediction, always with the same noise."
+                    if metrics
+                    else "",
+                    blocks=[
+                        KeyValues(rows=list(metrics.items()))
+                        if metrics
+                        else Notes(["Not measured."])
+                    ],
+                ),
+                Section(
+                    title="Sample grids during training",
+                    blocks=sheets or [Notes(["None: the recipe sets no interval (grid.every)."])],
+                ),
+                Section(
+                    title="Settings",
+                    blocks=[
+                        KeyValues(rows=flatten({**card.recipe, "base digest": card.base.digest}))
+                    ],
+                ),
+            ],
+        )
     )
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    lines: list[tuple[str, str]] = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            lines += _flatten(cast(Mapping[str, Any], value), f"{prefix}{key}.")
-        else:
-            lines.append((f"{prefix}{key}", str(value)))
-    return lines

@@ -1,11 +1,7 @@
 """The tables of the training job."""
 
-from loraseg.train.tables import format_table, plan_table, result_table
+from loraseg.train.tables import plan_table, result_table
 from loraseg.train.tasks import TaskResult, TrainingPlan
-
-
-def test_columns_are_aligned_and_lines_have_no_trailing_space():
-    assert format_table(("a", "bb"), [("xyz", ""), ("", "q")]) == "a    bb\nxyz\n     q\n"
 
 
 def planned(name, *, published):

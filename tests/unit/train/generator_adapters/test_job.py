@@ -123,7 +123,7 @@ def bare(tmp_path_factory):
 
 def test_pictures_are_left_out_of_a_report_without_any(bare):
     page = open_store(str(bare[0])).get("fog.html").decode()
-    assert "None were asked for" in page
+    assert "None: the recipe sets no interval (grid.every)." in page
 
 
 def test_without_a_validation_split_there_is_the_training_loss_only(bare):
