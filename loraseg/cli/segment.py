@@ -3,7 +3,6 @@
 import argparse
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +13,8 @@ from loraseg.errors import ConfigError, LorasegError
 if TYPE_CHECKING:
     from loraseg.cli.segment_output import SegmentWriter
     from loraseg.data.labels import LabelSpace
-    from loraseg.inference.pipeline import AdaptiveSegmenter
+    from loraseg.inference.config import AdaptiveSegmenterConfig
     from loraseg.inference.request import SegmentResult
-    from loraseg.inference.selection import AdaptiveSettings
     from loraseg.tensor_types import ndarray
 
 __all__ = ["add"]
@@ -96,12 +94,14 @@ def _segment_locally(
 ) -> int:
     from loraseg.cli.segment_output import SegmentWriter
     from loraseg.data.images import read_image
+    from loraseg.inference.loading import build_segmenter
 
     for name, default in _LOCAL_DEFAULTS.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, default)
-    settings = _settings(arguments)
-    segmenter = _segmenter(arguments, settings)
+    config = _config(arguments)
+    segmenter = build_segmenter(config)
+    settings = config.adaptive_settings(config.mode)
     output = SegmentWriter(Path(arguments.out), label_space, settings)
     readable: deque[tuple[Path, ndarray]] = deque()
     failures: list[LorasegError] = []
@@ -143,28 +143,18 @@ def _parse_maps(text: str) -> tuple[str, ...]:
     return tuple(name for name in _MAP_NAMES if name in split_names(text))
 
 
-def _settings(arguments: argparse.Namespace) -> "AdaptiveSettings":
-    from loraseg.inference.selection import default_adaptive_settings
+def _config(arguments: argparse.Namespace) -> "AdaptiveSegmenterConfig":
+    from loraseg.inference.config import AdaptiveSegmenterConfig
 
-    changes = {"mode": arguments.mode, "k": arguments.top_k, "temperature": arguments.temperature}
-    named = {name: value for name, value in changes.items() if value is not None}
-    return replace(default_adaptive_settings(arguments.encoder), **named)
-
-
-def _segmenter(arguments: argparse.Namespace, settings: "AdaptiveSettings") -> "AdaptiveSegmenter":
-    from loraseg.inference.loading import SegmenterConfig, load_segmenter
-    from loraseg.inference.pipeline import AdaptiveSegmenter
-    from loraseg.segment.open_vocabulary.predictor import Predictor
-
-    if arguments.library is None and settings.mode != "base":
+    if arguments.library is None and arguments.mode != "base":
         raise ConfigError("--library: expected the URI of a library, or --mode base for none")
-    equipment = load_segmenter(
-        SegmenterConfig(
-            library=arguments.library,
-            base=arguments.base,
-            encoder=arguments.encoder,
-            precision=arguments.precision,
-        )
+    return AdaptiveSegmenterConfig(
+        library=arguments.library,
+        base=arguments.base,
+        encoder=arguments.encoder,
+        precision=arguments.precision,
+        sliding=arguments.sliding,
+        k=arguments.top_k,
+        temperature=arguments.temperature,
+        mode=arguments.mode,
     )
-    predictor = Predictor(equipment.base, mode="sliding" if arguments.sliding else "plain")
-    return AdaptiveSegmenter(predictor, equipment.encoder, equipment.pool, settings)

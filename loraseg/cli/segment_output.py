@@ -44,7 +44,7 @@ class SegmentWriter:
             image: RGB, uint8 (h, w, 3).
             labels: Class ids (h, w).
             maps: Further maps in [0, 1] (h, w) by name; None for those that nobody wants.
-            explanation: As :meth:`loraseg.inference.pipeline.Explanation.to_json` gives it, and
+            explanation: As :meth:`loraseg.inference.segmenter.Explanation.to_json` gives it, and
                 whatever else is known.
 
         Raises:

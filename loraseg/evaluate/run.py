@@ -24,13 +24,8 @@ from loraseg.evaluate.tuning import (
     folds_by_family,
     select_hyperparameters,
 )
-from loraseg.inference.loading import (
-    AttentionLoraSetting,
-    LoadedSegmenter,
-    Precision,
-    SegmenterConfig,
-    load_segmenter,
-)
+from loraseg.inference.config import SegmenterConfig
+from loraseg.inference.loading import LoadedModels, load_models
 from loraseg.revision import code_revision
 from loraseg.segment.metrics import hmean
 from loraseg.storage import absolute_uri
@@ -69,17 +64,13 @@ class EvaluationDomain:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluationConfig:
+class EvaluationConfig(SegmenterConfig):
     """What is evaluated.
 
     Attributes:
         library: URI of the adapter library.
         output: Folder for results.json, report.html and the resolved config.
         domains: What is scored; every one in turn is the target.
-        base: The frozen segmenter.
-        encoder: The CLIP that the library's centroids were made with.
-        clip_attention_lora: Whether adapters of the CLIP attention act (methods B.1).
-        precision: What the segmenter computes in.
         candidates: Names of adapters that may be mixed; all if empty. Oracles are not bound by it.
         lonely: Domains without relatives, left out of the second h-mean.
         k: K for all domains; with ``temperature`` it replaces the choice by cross-validation.
@@ -97,14 +88,8 @@ class EvaluationConfig:
     library: str
     output: str
     domains: tuple[EvaluationDomain, ...]
-    base: str = "miniature"
-    encoder: str = "miniature"
-    clip_attention_lora: AttentionLoraSetting = "as_trained"
-    precision: Precision = "fp32"
     candidates: tuple[str, ...] = ()
     lonely: tuple[str, ...] = ()
-    k: int | None = None
-    temperature: float | None = None
     grid: HyperparameterGrid = field(default_factory=HyperparameterGrid)
     folds: int | None = None
     tuning_images: int | None = 8
@@ -174,17 +159,17 @@ def evaluate(config: EvaluationConfig, ordered_map: OrderedMap = map) -> Evaluat
         AdapterNotFoundError: A candidate is not in the library.
         LorasegError: As raised by the store, the data, the base or the adapters.
     """
-    equipment = load_segmenter(_segmenter_config(config))
-    _check_candidates(config, equipment)
+    models = load_models(config, config.library)
+    _check_candidates(config, models)
     resolved = config.resolved()
     works = [
-        EvaluationTask(config=resolved, domain=domain, generation=equipment.generation)
+        EvaluationTask(config=resolved, domain=domain, generation=models.generation)
         for domain in resolved.domains
     ]
     settings, tuning = _select_hyperparameters(config, works, ordered_map)
     scored = [replace(work, setting=settings[work.domain.name]) for work in works]
     return EvaluationResults(
-        provenance=_provenance(config, equipment),
+        provenance=_provenance(config, models),
         tuning=tuning,
         targets=tuple(ordered_map(run_evaluation_task, scored)),
         isolated=config.lonely,
@@ -196,12 +181,12 @@ def run_evaluation_task(task: EvaluationTask) -> Any:
     started = time.perf_counter()
     config = task.config
     # The library is pinned to a generation: all domains see the same adapters, whoever publishes.
-    equipment = _load_segmenter_once(_segmenter_config(config, task.generation))
+    models = _load_models_once(config, task.generation)
     bench = EvaluationContext(
-        base=equipment.base,
-        entries=equipment.pool.entries,
-        load_adapter=equipment.pool.load,
-        measure_distances=equipment.distances,
+        base=models.base,
+        entries=models.pool.entries,
+        load_adapter=models.pool.load,
+        measure_distances=models.distances,
         candidates=frozenset(config.candidates) or None,
     )
     scorer = TargetScorer(bench, _target_domain(config, task.domain), config.scoring)
@@ -215,18 +200,9 @@ def run_evaluation_task(task: EvaluationTask) -> Any:
 
 
 # A process that scores several domains, or one domain twice, reads the models once.
-_load_segmenter_once = functools.lru_cache(maxsize=1)(load_segmenter)
-
-
-def _segmenter_config(config: EvaluationConfig, generation: int | None = None) -> SegmenterConfig:
-    return SegmenterConfig(
-        library=config.library,
-        base=config.base,
-        encoder=config.encoder,
-        clip_attention_lora=config.clip_attention_lora,
-        precision=config.precision,
-        generation=generation,
-    )
+@functools.lru_cache(maxsize=1)
+def _load_models_once(config: EvaluationConfig, generation: int) -> LoadedModels:
+    return load_models(config, config.library, generation)
 
 
 def _target_domain(config: EvaluationConfig, domain: EvaluationDomain) -> TargetDomain:
@@ -262,7 +238,7 @@ def _select_hyperparameters(
     return select_hyperparameters(scores, folds, grid), tuning
 
 
-def _check_candidates(config: EvaluationConfig, segmenter: LoadedSegmenter) -> None:
+def _check_candidates(config: EvaluationConfig, segmenter: LoadedModels) -> None:
     known = {entry.name for entry in segmenter.pool.entries}
     if missing := sorted(set(config.candidates) - known):
         raise AdapterNotFoundError(
@@ -272,7 +248,7 @@ def _check_candidates(config: EvaluationConfig, segmenter: LoadedSegmenter) -> N
         )
 
 
-def _provenance(config: EvaluationConfig, segmenter: LoadedSegmenter) -> dict[str, Any]:
+def _provenance(config: EvaluationConfig, segmenter: LoadedModels) -> dict[str, Any]:
     return {
         "config": configuration.to_dict(config),
         "code_revision": code_revision(),

@@ -7,7 +7,7 @@ that a store, a cache shared by a cluster or a list in a test can stand behind t
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -80,9 +80,14 @@ class AdapterPool:
     empty_reason: str = "the library is empty"
 
     @cached_property
+    def by_name(self) -> Mapping[str, AdapterEntry]:
+        """The entries by name."""
+        return {entry.name: entry for entry in self.entries}
+
+    @cached_property
     def names(self) -> frozenset[str]:
-        """Of all entries."""
-        return frozenset(entry.name for entry in self.entries)
+        """Names of all entries."""
+        return frozenset(self.by_name)
 
 
 @dataclass(frozen=True, slots=True)

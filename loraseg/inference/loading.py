@@ -1,153 +1,161 @@
-"""Bring base, encoder and library together: what it takes to segment adaptively."""
+"""Load base, encoder and library for one run, and the segmenter that uses them."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
-from loraseg.adapters.packed import PackedAdapter
 from loraseg.backbones.clip import ClipEncoder, load_clip
 from loraseg.backbones.device import best_device
-from loraseg.errors import AdapterMismatchError, AdapterNotFoundError
+from loraseg.errors import AdapterMismatchError
 from loraseg.inference.adapter_cache import AdapterCache, AdapterPool
 from loraseg.inference.adapter_loader import AdapterLoader
-from loraseg.inference.adapter_ref import AdapterRef
+from loraseg.inference.config import AdaptiveSegmenterConfig, SegmenterConfig
+from loraseg.inference.model_variants import ModelVariants
+from loraseg.inference.segmenter import Segmenter
+from loraseg.inference.selection import AdapterMode, AdaptiveSettings
+from loraseg.inference.snapshot import (
+    AdapterFilter,
+    LibrarySnapshot,
+    build_snapshot,
+    describe_incompatible,
+)
 from loraseg.library.catalog import Library
-from loraseg.library.retrieve import AdapterRetriever
-from loraseg.library.snapshot import CatalogEntry
-from loraseg.segment.open_vocabulary.base import SegmentationBase, load_base
+from loraseg.segment.open_vocabulary.base import SegmentationBase
+from loraseg.segment.open_vocabulary.predictor import Predictor
 from loraseg.storage import open_store
 from loraseg.tensor_types import Float, ndarray
 
-__all__ = [
-    "AttentionLoraSetting",
-    "LoadedSegmenter",
-    "Precision",
-    "SegmenterConfig",
-    "load_segmenter",
-    "to_device",
-]
-
-AttentionLoraSetting = Literal["active", "inert", "as_trained"]
-Precision = Literal["fp32", "bf16"]
-
-_DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SegmenterConfig:
-    """What to bring together.
-
-    Attributes:
-        library: Store URI; None for no adapters at all.
-        base: As for :func:`loraseg.segment.open_vocabulary.base.load_base`.
-        encoder: As for :func:`loraseg.backbones.clip.load_clip`.
-        clip_attention_lora: Whether adapters of the CLIP attention act (methods B.1);
-            ``as_trained`` follows the adapters' recipes.
-        generation: Of the library; None for the newest.
-        precision: What the segmenter computes in; scores and label maps keep their types.
-    """
-
-    library: str | None
-    base: str = "miniature"
-    encoder: str = "miniature"
-    clip_attention_lora: AttentionLoraSetting = "as_trained"
-    generation: int | None = None
-    precision: Precision = "fp32"
+__all__ = ["LoadedModels", "build_segmenter", "load_models", "load_segmenter"]
 
 
 @dataclass(frozen=True, slots=True)
-class LoadedSegmenter:
-    """Base and encoder in memory, the fitting adapters within reach."""
+class LoadedModels:
+    """Base and encoder in memory, with the adapters of one library generation.
+
+    Attributes:
+        base: The frozen segmenter.
+        encoder: The CLIP of the index.
+        snapshot: The usable adapters, and why the others are left out. Weights are loaded when
+            they are first used.
+    """
 
     base: SegmentationBase
     encoder: ClipEncoder
-    pool: AdapterPool
-    generation: int
+    snapshot: LibrarySnapshot
+
+    @property
+    def pool(self) -> AdapterPool:
+        """The usable adapters."""
+        return self.snapshot.pool
+
+    @property
+    def generation(self) -> int:
+        """Catalog generation of the library; 0 without one."""
+        return self.snapshot.generation
+
+    def segmenter(self, settings: AdaptiveSettings, *, sliding: bool = False) -> Segmenter:
+        """Return a segmenter; ``sliding`` segments overlapping windows of every image."""
+        predictor = Predictor(self.base, mode="sliding" if sliding else "plain")
+        return Segmenter(predictor, self.encoder, self.pool, settings)
 
     def distances(self, images: Sequence[ndarray]) -> Float[ndarray, "images entries"]:
-        """Return the Euclidean distance of every image to every entry's domain."""
+        """Return the Euclidean distance of every image (h, w, 3) to every adapter's domain."""
         if self.pool.retriever is None or not images:
             return np.zeros((len(images), len(self.pool.entries)), dtype=np.float64)
         return self.pool.retriever.distances(self.encoder.encode_images(images))
 
 
-def load_segmenter(config: SegmenterConfig) -> LoadedSegmenter:
-    """Load base and encoder, read the catalog; adapters are read when they are needed.
+def load_segmenter(
+    library: str | None = None,
+    *,
+    base: str = "miniature",
+    encoder: str = "miniature",
+    k: int | None = None,
+    temperature: float | None = None,
+    mode: AdapterMode = "fused",
+) -> Segmenter:
+    """Load a segmenter with the adapters of a library; :func:`build_segmenter` has more settings.
+
+    >>> segmenter = load_segmenter(library="runs/quickstart/library")
+    >>> [result] = segmenter.segment([image], ["road", "car"])  # image: uint8 (h, w, 3), RGB
+    >>> result.label_map, result.explanation.adapters
+
+    Args:
+        library: Path or store URI; None segments with the bare base.
+        base: ``miniature``, or a weight file.
+        encoder: The CLIP that the library's centroids were made with: ``miniature``, or a weight
+            file.
+        k: Number of fused adapters; None for the encoder's preset.
+        temperature: Temperature of the adapter weights; None for the encoder's preset.
+        mode: Nearest adapters (``fused``), all adapters with equal weights (``uniform``), or none
+            (``base``).
 
     Raises:
-        AdapterMismatchError: Fitting adapters have no centroid of this encoder, or
-            ``as_trained`` meets both kinds.
+        AdapterMismatchError: The library has adapters of this base, and all are unusable.
+        ConfigError: A weight file is missing, or a setting is out of range.
+        LorasegError: The library cannot be read.
+    """
+    return build_segmenter(
+        AdaptiveSegmenterConfig(
+            library=library,
+            base=base,
+            encoder=encoder,
+            k=k,
+            temperature=temperature,
+            mode=mode,
+        )
+    )
+
+
+def build_segmenter(config: AdaptiveSegmenterConfig) -> Segmenter:
+    """Load what a config names; see :func:`load_segmenter`.
+
+    Raises:
+        LorasegError: As :func:`load_segmenter`.
+    """
+    settings = config.adaptive_settings(config.mode)
+    models = load_models(config, config.library, config.generation)
+    return models.segmenter(settings, sliding=config.sliding)
+
+
+def load_models(
+    config: SegmenterConfig, library: str | None, generation: int | None = None
+) -> LoadedModels:
+    """Load base and encoder, and read the catalog of a library.
+
+    Adapters that do not fit are left out by the rules of
+    :func:`~loraseg.inference.snapshot.build_snapshot`, which an endpoint follows too.
+
+    Args:
+        config: Base, encoder, precision and ``clip_attention_lora``.
+        library: Path or store URI; None for no adapters.
+        generation: Catalog generation; None for the newest.
+
+    Raises:
+        AdapterMismatchError: Adapters of this base are published, and all are unusable, for
+            instance because their centroids are of another encoder.
         LorasegError: As raised by store, catalog, base or encoder.
     """
-    base, encoder = load_base(config.base), load_clip(config.encoder)
+    variants, encoder = ModelVariants(config), load_clip(config.encoder)
     encoder.model.to(best_device())
-    if config.library is None:
-        pool = AdapterPool((), _raise_no_library, None, "no library was named")
-        return LoadedSegmenter(to_device(base, config.precision), encoder, pool, 0)
-    library = Library(open_store(config.library))
-    # Read once: what is published while we load must not give other entries.
-    generation = library.generation() if config.generation is None else config.generation
-    published = library.entries(generation)
-    fitting = [entry for entry in published if _fits(entry, base)]
-    kind = config.clip_attention_lora
-    if kind == "as_trained":
-        kind = _trained_attention_lora(fitting)
-    if base.model.config.clip_attention_lora != kind:
-        base = load_base(config.base, clip_attention_lora=kind)
-    base = to_device(base, config.precision)
-    pool = AdapterPool(
-        fitting,
-        AdapterCache(_make_adapter_loader(library, base)),
-        AdapterRetriever(fitting, encoder_id=encoder.encoder_id) if fitting else None,
-        _empty_reason(library.uri, published, base),
+    adapter_filter = AdapterFilter(
+        base_digest=variants.base.digest,
+        encoder_id=encoder.encoder_id,
+        attention=config.clip_attention_lora,
     )
-    return LoadedSegmenter(base, encoder, pool, generation)
-
-
-def to_device(base: SegmentationBase, precision: Precision) -> SegmentationBase:
-    """Put a base on the device of this process, in the type that it is to compute in."""
-    base.model.to(best_device(), _DTYPES[precision])
-    return base
-
-
-def _make_adapter_loader(
-    library: Library, base: SegmentationBase
-) -> Callable[[CatalogEntry], PackedAdapter]:
-    source = AdapterLoader({library.uri: library}, base)
-    return lambda entry: source(AdapterRef.from_entry(library.uri, entry))
-
-
-def _empty_reason(uri: str, published: Sequence[CatalogEntry], base: SegmentationBase) -> str:
-    """Say why no adapter fits, if none does."""
-    if not published:
-        return f"the library {uri} is empty"
-    others = sorted({f"{e.card.base.name} ({e.card.base.digest[:12]})" for e in published})
-    return (
-        f"no segmentation adapter of {uri} fits base {base.name} ({base.digest[:12]}); "
-        f"they are for {', '.join(others)}"
-    )
-
-
-def _raise_no_library(entry: Any) -> PackedAdapter:
-    raise AdapterNotFoundError(f"adapter {entry.name!r}: no library was named")
-
-
-def _fits(entry: CatalogEntry, base: SegmentationBase) -> bool:
-    return entry.card.role == "segmenter" and entry.card.base.digest == base.digest
-
-
-def _trained_attention_lora(entries: Sequence[CatalogEntry]) -> Literal["active", "inert"]:
-    """Return how the adapters were trained.
-
-    Published SemLA adapters say nothing; their pairs of the attention are zero, so either does.
-    """
-    kinds = {entry.card.recipe.get("clip_attention_lora", "active") for entry in entries}
-    if len(kinds) > 1:
-        raise AdapterMismatchError(
-            "the library mixes adapters trained with the CLIP attention active and inert; "
-            "set clip_attention_lora to one of them"
-        )
-    return "inert" if kinds == {"inert"} else "active"
+    if library is None:
+        snapshot = build_snapshot("", 0, (), adapter_filter)
+        pool = replace(snapshot.pool, empty_reason="no library was given")
+        return LoadedModels(variants.base, encoder, replace(snapshot, pool=pool))
+    opened = Library(open_store(library))
+    # The generation is read once, so that all entries are of the same one.
+    generation = opened.generation() if generation is None else generation
+    published = opened.entries(generation)
+    snapshot = build_snapshot(opened.uri, generation, published, adapter_filter)
+    if not snapshot.entries and any(adapter_filter.is_for_base(entry) for entry in published):
+        reasons = describe_incompatible(snapshot.incompatible)
+        raise AdapterMismatchError(f"no adapter of library {opened.uri} can be used: {reasons}")
+    base = variants.get(snapshot.attention)
+    load = AdapterCache(AdapterLoader({opened.uri: opened}, base))
+    return LoadedModels(base, encoder, replace(snapshot, pool=replace(snapshot.pool, load=load)))

@@ -1,70 +1,60 @@
-"""The models of one base, for adapters that act on the CLIP attention and for those that do not."""
+"""A frozen base with the CLIP attention LoRA active and inert, sharing its weights."""
 
 import logging
+from collections.abc import Mapping
+from dataclasses import replace
 
-from loraseg.inference.adapter_cache import AdapterCache
-from loraseg.inference.loading import AttentionLoraSetting, Precision, to_device
-from loraseg.inference.runner import SegmentRunner
+import torch
+
+from loraseg.backbones.device import best_device
+from loraseg.inference.config import Precision, SegmenterConfig
 from loraseg.inference.selection import AttentionLoraState
 from loraseg.segment.open_vocabulary.base import SegmentationBase, load_base
-from loraseg.segment.open_vocabulary.predictor import PredictionMode, Predictor
 
 __all__ = ["ModelVariants"]
 
 logger = logging.getLogger(__name__)
 
+_DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 class ModelVariants:
-    """Gives a runner for either kind; the second is made when it is needed.
+    """Loads a base once for each kind of CLIP attention; the second only when it is needed.
 
-    Libraries differ in what their adapters were trained with, and a library's first adapters may
-    come long after the service has started. Both models share their weights.
+    Libraries differ in what their adapters were trained with, and the first adapters of a library
+    may be published long after a service has started. Not thread-safe.
     """
 
-    def __init__(
-        self,
-        spec: str,
-        *,
-        attention: AttentionLoraSetting,
-        precision: Precision,
-        mode: PredictionMode,
-    ) -> None:
-        """Load one model.
+    def __init__(self, config: SegmenterConfig) -> None:
+        """Load one variant.
 
         Args:
-            spec: As for :func:`~loraseg.segment.open_vocabulary.base.load_base`.
-            attention: ``active`` or ``inert`` whatever adapters say, or ``as_trained``.
-            precision: What it computes in.
-            mode: As of :class:`~loraseg.segment.open_vocabulary.predictor.Predictor`.
+            config: Base, precision and ``clip_attention_lora``; ``active`` and ``inert`` there
+                override the adapters' recipes.
 
         Raises:
             LorasegError: As :func:`~loraseg.segment.open_vocabulary.base.load_base`.
         """
-        self._spec = spec
-        self._precision: Precision = precision
-        self._mode: PredictionMode = mode
-        self._forced_attention: AttentionLoraState | None = (
-            None if attention == "as_trained" else attention
-        )
-        first = self._forced_attention or "active"
-        self.base = to_device(load_base(spec, clip_attention_lora=first), precision)
+        self._spec, self._dtype = config.base, _DTYPES[config.precision]
+        forced = config.clip_attention_lora
+        self._forced: AttentionLoraState | None = None if forced == "as_trained" else forced
+        first = self._forced or "active"
+        self.base = self._load(self._spec, first)
         self._bases: dict[AttentionLoraState, SegmentationBase] = {first: self.base}
-        self._runners: dict[AttentionLoraState, SegmentRunner] = {}
 
-    def get(self, attention: AttentionLoraState | None, cache: AdapterCache) -> SegmentRunner:
-        """Return a runner; one thread at a time. None stands for any, as the bare base is one."""
-        kind = self._forced_attention or attention or next(iter(self._bases))
-        if kind not in self._runners:
-            self._runners[kind] = SegmentRunner(
-                Predictor(self._get_base(kind), mode=self._mode), cache
-            )
-        return self._runners[kind]
-
-    def _get_base(self, kind: AttentionLoraState) -> SegmentationBase:
-        if kind not in self._bases:
-            logger.info("loading the base a second time, with CLIP attention %s", kind)
+    def get(self, attention: AttentionLoraState | None = None) -> SegmentationBase:
+        """Return the base on this process's device; any variant for None."""
+        if self._forced or attention is None:
+            return self.base
+        if attention not in self._bases:
+            logger.info("loading the base a second time, with CLIP attention LoRA %s", attention)
             spec = f"{self._spec.split('#')[0]}#sha256={self.base.digest}"
-            base = to_device(load_base(spec, clip_attention_lora=kind), self._precision)
+            base = self._load(spec, attention)
             base.model.load_state_dict(self.base.model.state_dict(), assign=True)
-            self._bases[kind] = base
-        return self._bases[kind]
+            self._bases[attention] = replace(base, name=self.base.name)
+        return self._bases[attention]
+
+    def _load(self, spec: str, attention: AttentionLoraState) -> SegmentationBase:
+        base = load_base(spec, clip_attention_lora=attention)
+        base.model.to(best_device(), self._dtype)
+        return base

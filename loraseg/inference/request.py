@@ -27,7 +27,7 @@ class SegmentRequest:
         query: How adapters are chosen.
         library: Name of the library in an endpoint; empty where there is only one.
         visible: Name patterns (``fnmatch``) of the adapters that may be used; None for all.
-        maps: Further maps to compute.
+        maps: Further maps to compute: ``confidence``, ``entropy``.
         tiling: Whether the image is cut into overlapping tiles; ``auto`` decides by its size.
         keep_scores: Whether the result has the scores of all classes. Not possible with tiles.
         deadline: ``time.time()`` after which the result is not used any more.
@@ -40,7 +40,7 @@ class SegmentRequest:
     query: AdapterQuery
     library: str = ""
     visible: tuple[str, ...] | None = None
-    maps: frozenset[MapName] = field(default_factory=frozenset[MapName])
+    maps: frozenset[str] = field(default_factory=frozenset[str])
     tiling: TilingMode = "auto"
     keep_scores: bool = False
     deadline: float = float("inf")

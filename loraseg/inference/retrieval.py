@@ -9,8 +9,8 @@ import numpy as np
 
 from loraseg.errors import LorasegError, ServiceError
 from loraseg.inference.adapter_ref import AdapterFailure
-from loraseg.inference.pipeline import ImageEncoder
 from loraseg.inference.request import SegmentRequest
+from loraseg.inference.segmenter import ImageEncoder
 from loraseg.inference.selection import (
     AdapterQuery,
     AdapterSelection,

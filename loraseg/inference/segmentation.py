@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
@@ -12,9 +12,11 @@ from loraseg.errors import LorasegError, ServiceError
 from loraseg.fuse.mix import Mix
 from loraseg.inference.adapter_cache import AdapterCache
 from loraseg.inference.adapter_ref import AdapterEntry, AdapterFailure, AdapterUnavailableError
+from loraseg.inference.model_variants import ModelVariants
 from loraseg.inference.request import SegmentRequest, SegmentResult
 from loraseg.inference.runner import SegmentRunner
 from loraseg.inference.selection import AdapterSelection, AttentionLoraState
+from loraseg.segment.open_vocabulary.predictor import PredictionMode, Predictor
 from loraseg.segment.open_vocabulary.tiled_inference import needs_tiling
 
 __all__ = ["PreparedRequest", "SegmentationStage", "score_bytes"]
@@ -60,24 +62,30 @@ class SegmentationStage:
     """
 
     def __init__(
-        self, get_runner: Callable[[AttentionLoraState | None], SegmentRunner], cache: AdapterCache
+        self, models: ModelVariants, cache: AdapterCache, *, mode: PredictionMode = "plain"
     ) -> None:
-        """Use a model for each kind of CLIP attention, and a cache of adapters.
+        """Use a base and a cache of adapters.
 
         Args:
-            get_runner: Returns the model for a kind of CLIP attention, any model for None; called
-                with a lock held.
-            cache: Loads :class:`~loraseg.inference.adapter_ref.AdapterRef`; the runners load from
-                it.
+            models: The base; used with a lock held.
+            cache: Loads :class:`~loraseg.inference.adapter_ref.AdapterRef`.
+            mode: As of :class:`~loraseg.segment.open_vocabulary.predictor.Predictor`.
         """
-        self._get_runner, self.cache = get_runner, cache
+        self.cache = cache
+        self._models = models
+        self._mode: PredictionMode = mode
+        self._runners: dict[AttentionLoraState, SegmentRunner] = {}
         self._runner_lock = threading.Lock()
         self._load_pool = ThreadPoolExecutor(_LOAD_THREADS, thread_name_prefix="load")
 
     def runner(self, attention: AttentionLoraState | None = None) -> SegmentRunner:
         """Return the model for a kind of CLIP attention, any model for None."""
         with self._runner_lock:
-            return self._get_runner(attention)
+            base = self._models.get(attention)
+            kind = base.model.config.clip_attention_lora
+            if kind not in self._runners:
+                self._runners[kind] = SegmentRunner(Predictor(base, mode=self._mode), self.cache)
+            return self._runners[kind]
 
     def prepare(self, request: SegmentRequest) -> PreparedRequest:
         """Load, pin and fuse the adapters of a request; without a selection, none. Thread-safe.

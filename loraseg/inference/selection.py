@@ -63,9 +63,30 @@ PRESETS: Mapping[str, AdaptiveSettings] = {
 }
 
 
-def default_adaptive_settings(encoder: str) -> AdaptiveSettings:
-    """Return the settings that go with an index encoder; SemLA's own where nothing is known."""
-    return PRESETS.get(encoder, PRESETS["semla"])
+def default_adaptive_settings(
+    encoder: str,
+    *,
+    k: int | None = None,
+    temperature: float | None = None,
+    mode: AdapterMode = "fused",
+) -> AdaptiveSettings:
+    """Return given settings, completed by the preset of an index encoder.
+
+    Args:
+        encoder: Name of the encoder; one without a preset gets SemLA's.
+        k: None for the preset's.
+        temperature: None for the preset's.
+        mode: How adapters are chosen.
+
+    Raises:
+        ConfigError: K or the temperature is out of range.
+    """
+    preset = PRESETS.get(encoder, PRESETS["semla"])
+    return AdaptiveSettings(
+        k=preset.k if k is None else k,
+        temperature=preset.temperature if temperature is None else temperature,
+        mode=mode,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,7 +200,8 @@ def _select_nearest(
         found = retriever.retrieve_batch(embeddings[rows], k, temperature, exclude=exclude)
         for row, near in zip(rows, found, strict=True):
             chosen[row] = tuple(
-                SelectedAdapter(n.entry, float(n.weight), float(n.distance)) for n in near
+                SelectedAdapter(pool.by_name[n.entry.name], float(n.weight), float(n.distance))
+                for n in near
             )
     return chosen
 

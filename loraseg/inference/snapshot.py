@@ -1,11 +1,15 @@
-"""One generation of a library, ready to choose from."""
+"""One generation of a library: the adapters that fit base and encoder, ready to choose from.
+
+Command line, batch jobs, evaluation and endpoint all build their libraries here, so that the same
+library gives the same adapters everywhere.
+"""
 
 import fnmatch
 import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,46 +17,52 @@ from loraseg.adapters.packed import PackedAdapter
 from loraseg.errors import StageError
 from loraseg.inference.adapter_cache import AdapterPool
 from loraseg.inference.adapter_ref import AdapterRef
-from loraseg.inference.loading import AttentionLoraSetting
+from loraseg.inference.config import AttentionLoraSetting
 from loraseg.inference.selection import AttentionLoraState
 from loraseg.library.retrieve import AdapterRetriever
 from loraseg.library.snapshot import CatalogEntry
-from loraseg.tensor_types import ndarray
 
-__all__ = ["AdapterFilter", "LibrarySnapshot", "build_snapshot"]
+__all__ = ["AdapterFilter", "LibrarySnapshot", "build_snapshot", "describe_incompatible"]
 
 logger = logging.getLogger(__name__)
 
 _MAX_CACHED_PATTERNS = 256
+_MAX_NAMES_SHOWN = 10
+_DIGEST_CHARS = 12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterFilter:
-    """Which adapters a service can use.
+    """Which adapters of a library can be used.
 
     Attributes:
         base_digest: sha256 (hex) of the frozen base.
         encoder_id: Of the index encoder.
-        attention: Whether adapters of the CLIP attention act (methods B.1). ``as_trained`` takes
-            what most adapters of a generation were trained with, ``active`` if as many were with
-            either, and leaves the others out.
+        attention: Whether LoRA pairs of the CLIP attention act. ``as_trained`` takes the state that
+            most adapters of a generation were trained with, ``active`` for a tie, and leaves the
+            others out.
     """
 
     base_digest: str
     encoder_id: str
     attention: AttentionLoraSetting = "as_trained"
 
+    def is_for_base(self, entry: CatalogEntry) -> bool:
+        """Tell whether an entry is an adapter of this base, usable with this encoder or not."""
+        return entry.card.role == "segmenter" and entry.card.base.digest == self.base_digest
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LibrarySnapshot:
-    """The adapters of one generation that fit; never changed, only replaced.
+    """The adapters of one generation that fit; immutable.
 
     Attributes:
         generation: Of the catalog; 0 for an empty library.
-        pool: References only (:class:`AdapterRef`); weights are loaded where they are used.
-        entries: What the catalog says of each, by name, in order.
-        attention: Whether adapters of the CLIP attention act.
-        incompatible: How many current adapters do not fit.
+        pool: References (:class:`AdapterRef`) to the adapters. Its ``load`` raises: weights are
+            loaded where they are used.
+        entries: Their catalog entries by name, ordered by name.
+        attention: Whether LoRA pairs of the CLIP attention act.
+        incompatible: Reason, by name, for every current adapter that was left out.
         loaded_at: ``time.time()``.
     """
 
@@ -60,100 +70,103 @@ class LibrarySnapshot:
     pool: AdapterPool
     entries: Mapping[str, CatalogEntry]
     attention: AttentionLoraState
-    incompatible: int
+    incompatible: Mapping[str, str]
     loaded_at: float = field(default_factory=time.time)
     _invisible_cache: dict[tuple[str, ...], frozenset[str]] = field(
         default_factory=dict[tuple[str, ...], frozenset[str]], repr=False, compare=False
     )
 
     def invisible(self, visible: tuple[str, ...] | None) -> frozenset[str]:
-        """Return the names that match none of the patterns (``fnmatch``, case matters)."""
+        """Return the names that match none of the patterns (``fnmatch``, case-sensitive)."""
         if visible is None:
             return frozenset()
-        found = self._invisible_cache.get(visible)
-        if found is None:
+        names = self._invisible_cache.get(visible)
+        if names is None:
             matches = [re.compile(fnmatch.translate(pattern)).match for pattern in visible]
-            found = frozenset(n for n in self.entries if not any(match(n) for match in matches))
+            names = frozenset(n for n in self.entries if not any(match(n) for match in matches))
             if len(self._invisible_cache) >= _MAX_CACHED_PATTERNS:
                 self._invisible_cache.clear()
-            self._invisible_cache[visible] = found
-        return found
+            self._invisible_cache[visible] = names
+        return names
 
 
 def build_snapshot(
     name: str, generation: int, published: Sequence[CatalogEntry], adapter_filter: AdapterFilter
 ) -> LibrarySnapshot:
-    """Sort out what fits and index it; takes about a second for 10,000 new adapters.
+    """Select the adapters that fit and index them; about a second for 10,000 new adapters.
 
-    One adapter that does not fit, whatever the reason, never keeps the others away.
+    An adapter that does not fit is left out, reported by name in a log line, and never hides the
+    others. Left out are adapters of other roles and bases, those without a centroid of this
+    encoder, those whose centroids differ from the most frequent size and normalisation, and with
+    ``as_trained`` those whose CLIP attention state is not that of the majority.
 
     Args:
-        name: The service's name for the library.
-        generation: What ``published`` is of.
+        name: Name or URI of the library, for messages.
+        generation: Of ``published``.
         published: Current entries, ordered by name.
         adapter_filter: What fits.
     """
-    fitting = [entry for entry in published if _matches(entry, adapter_filter)]
-    fitting = _with_comparable_centroids(fitting, adapter_filter.encoder_id)
+    incompatible = {
+        entry.name: _base_mismatch(entry, adapter_filter)
+        for entry in published
+        if not adapter_filter.is_for_base(entry)
+    }
+    fitting = [entry for entry in published if entry.name not in incompatible]
+    # Adapters of other roles and bases are no candidates, so they are not worth a warning.
+    others = len(incompatible)
+    incompatible |= _centroid_mismatches(fitting, adapter_filter.encoder_id)
+    fitting = [entry for entry in fitting if entry.name not in incompatible]
     attention = _attention_state(fitting, adapter_filter.attention)
     if adapter_filter.attention == "as_trained":
-        fitting = [entry for entry in fitting if _trained_attention(entry) == attention]
-    misfits = len(published) - len(fitting)
-    if misfits:
-        logger.warning("library %r: %d of %d do not fit", name, misfits, len(published))
-    refs = {entry.name: AdapterRef.from_entry(name, entry) for entry in fitting}
+        reason = f"not trained with CLIP attention LoRA {attention}, as most adapters are"
+        incompatible |= {e.name: reason for e in fitting if _trained_attention(e) != attention}
+        fitting = [entry for entry in fitting if entry.name not in incompatible]
+    if len(incompatible) > others:
+        logger.warning(
+            "library %r: left out %d of %d adapters: %s",
+            name,
+            len(incompatible),
+            len(published),
+            describe_incompatible(incompatible),
+        )
+    refs = tuple(AdapterRef.from_entry(name, entry) for entry in fitting)
     pool = AdapterPool(
-        tuple(refs.values()),
+        refs,
         _raise_no_weights,
-        _RefRetriever(refs, AdapterRetriever(fitting, encoder_id=adapter_filter.encoder_id))
-        if fitting
-        else None,
+        AdapterRetriever(fitting, encoder_id=adapter_filter.encoder_id) if fitting else None,
         f"no adapter of library {name!r} fits" if published else f"library {name!r} is empty",
     )
-    entries = {entry.name: entry for entry in fitting}
     return LibrarySnapshot(
-        generation=generation, pool=pool, entries=entries, attention=attention, incompatible=misfits
+        generation=generation,
+        pool=pool,
+        entries={entry.name: entry for entry in fitting},
+        attention=attention,
+        incompatible=incompatible,
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _RetrievedRef:
-    entry: AdapterRef
-    distance: float
-    weight: float
+def describe_incompatible(incompatible: Mapping[str, str]) -> str:
+    """Return the names of adapters grouped by the reason why they were left out."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in incompatible.items():
+        by_reason.setdefault(reason, []).append(name)
+    return "; ".join(f"{_join(names)} ({reason})" for reason, names in by_reason.items())
 
 
-class _RefRetriever:
-    """A retriever that answers with references, which are small enough to travel."""
-
-    def __init__(self, refs: Mapping[str, AdapterRef], retriever: AdapterRetriever) -> None:
-        self._refs, self._retriever = refs, retriever
-
-    def retrieve_batch(
-        self, embeddings: Any, k: int, temperature: float, exclude: Collection[str] = ()
-    ) -> list[list[_RetrievedRef]]:
-        found = self._retriever.retrieve_batch(embeddings, k, temperature, exclude)
-        return [
-            [
-                _RetrievedRef(self._refs[near.entry.name], near.distance, near.weight)
-                for near in nearest
-            ]
-            for nearest in found
-        ]
-
-    def distances(self, embeddings: Any) -> ndarray:
-        return self._retriever.distances(embeddings)
+def _join(names: Sequence[str]) -> str:
+    more = len(names) - _MAX_NAMES_SHOWN
+    return ", ".join(names[:_MAX_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def _matches(entry: CatalogEntry, adapter_filter: AdapterFilter) -> bool:
-    card = entry.card
-    return card.role == "segmenter" and card.base.digest == adapter_filter.base_digest
+def _base_mismatch(entry: CatalogEntry, adapter_filter: AdapterFilter) -> str:
+    if entry.card.role != "segmenter":
+        return f"its role is {entry.card.role}"
+    got, expected = entry.card.base.digest, adapter_filter.base_digest
+    return f"trained on base {got[:_DIGEST_CHARS]}, expected {expected[:_DIGEST_CHARS]}"
 
 
-def _with_comparable_centroids(
-    entries: Sequence[CatalogEntry], encoder_id: str
-) -> list[CatalogEntry]:
-    """Keep the entries with centroids of this encoder, all of the most frequent kind."""
+def _centroid_mismatches(entries: Sequence[CatalogEntry], encoder_id: str) -> dict[str, str]:
+    """Return the entries without centroids of this encoder, or not of the most frequent kind."""
     kinds = {
         entry.name: {
             (centroid.normalised, centroid.vector.size)
@@ -164,7 +177,12 @@ def _with_comparable_centroids(
     }
     counts = Counter(kind for of_entry in kinds.values() for kind in of_entry)
     usual = {kind for kind, _ in counts.most_common(1)}
-    return [entry for entry in entries if kinds[entry.name] and kinds[entry.name] == usual]
+    other_kind = "its centroids differ from most others in size or normalisation"
+    return {
+        name: other_kind if of_entry else f"no centroid of encoder {encoder_id!r}"
+        for name, of_entry in kinds.items()
+        if not of_entry or of_entry != usual
+    }
 
 
 def _attention_state(

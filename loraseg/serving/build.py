@@ -54,15 +54,10 @@ def build_segmentation(config: ServiceConfig) -> SegmentationStage:
     Raises:
         LorasegError: The base cannot be loaded, or a store's URI is wrong.
     """
-    models = ModelVariants(
-        config.base,
-        attention=config.clip_attention_lora,
-        precision=config.precision,
-        mode="sliding" if config.sliding else "plain",
-    )
+    models = ModelVariants(config)
     source = AdapterLoader(_open_libraries(config, _ADAPTER_RETRY_TIMEOUT_S), models.base)
     cache = AdapterCache(source, limit_bytes=config.cache_bytes)
-    return SegmentationStage(lambda attention: models.get(attention, cache), cache)
+    return SegmentationStage(models, cache, mode="sliding" if config.sliding else "plain")
 
 
 def build_local_engine(config: ServiceConfig) -> LocalEngine:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from loraseg.errors import ConfigError
-from loraseg.inference.loading import AttentionLoraSetting, Precision
+from loraseg.inference.config import SegmenterConfig
 
 __all__ = ["Limits", "ReplicaConfig", "ServiceConfig"]
 
@@ -78,19 +78,14 @@ class ReplicaConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ServiceConfig:
+class ServiceConfig(SegmenterConfig):
     """One endpoint: a frozen base, the libraries it serves, limits and placement.
 
     Attributes:
         libraries: Store URI of each library by the name that clients use; the first is the default.
-        base: As for :func:`loraseg.segment.open_vocabulary.base.load_base`.
-        encoder: As for :func:`loraseg.backbones.clip.load_clip`.
-        clip_attention_lora: Whether adapters of the CLIP attention act; ``as_trained`` follows the
-            adapters that are published when the service starts.
-        precision: What the segmenter computes in.
         sliding: Overlapping windows over every image, as published numbers were made.
         k: Default number of fused adapters; None for the encoder's preset.
-        temperature: Default sharpness of the weights; None for the encoder's preset.
+        temperature: Default temperature of the weights; None for the encoder's preset.
         batch: Most images that go through the model together.
         batch_wait_s: How long the first image of a batch waits for company.
         poll_s: How often the catalogs are asked for a newer generation.
@@ -104,13 +99,7 @@ class ServiceConfig:
     """
 
     libraries: dict[str, str]
-    base: str = "miniature"
-    encoder: str = "miniature"
-    clip_attention_lora: AttentionLoraSetting = "as_trained"
-    precision: Precision = "fp32"
     sliding: bool = False
-    k: int | None = None
-    temperature: float | None = None
     batch: int = 8
     batch_wait_s: float = 0.005
     poll_s: float = 2.0

@@ -1,6 +1,5 @@
 """What clients are told about libraries, adapters and the base."""
 
-import dataclasses
 import json
 import re
 import time
@@ -9,7 +8,6 @@ from typing import Any
 from loraseg.errors import ServiceError
 from loraseg.inference.retrieval import RetrievalStage
 from loraseg.inference.segmentation import SegmentationStage
-from loraseg.inference.selection import AdaptiveSettings, default_adaptive_settings
 from loraseg.inference.watcher import LibraryStatus, LibraryWatcher
 from loraseg.library.snapshot import CatalogEntry
 from loraseg.serving.config import ServiceConfig
@@ -21,7 +19,6 @@ __all__ = [
     "catalog_view",
     "encoder_view",
     "not_ready_reason",
-    "service_default_settings",
 ]
 
 _WEIGHT_FILE = re.compile(r".*(://|\.(safetensors|pt|pth|bin)$)", re.DOTALL)
@@ -44,7 +41,7 @@ def catalog_view(live: LibraryWatcher) -> CatalogView:
         checked_s=max(0.0, now - (status.checked_at or shelf.loaded_at)),
         problem=status.problem,
         adapters=tuple(_adapter_view(e, reasons.get(e.name)) for e in shelf.entries.values()),
-        incompatible=shelf.incompatible,
+        incompatible=len(shelf.incompatible),
     )
 
 
@@ -71,7 +68,7 @@ def card_view(live: LibraryWatcher, name: str) -> dict[str, Any]:
 def base_view(config: ServiceConfig, stage: SegmentationStage) -> dict[str, Any]:
     """Return what the segmenter knows of what is frozen; see :func:`encoder_view`."""
     predictor = stage.runner().predictor
-    base, settings = predictor.base, service_default_settings(config)
+    base, settings = predictor.base, config.adaptive_settings()
     return {
         "name": _without_location(base.name),
         "digest": base.digest,
@@ -98,13 +95,6 @@ def not_ready_reason(status: LibraryStatus) -> str | None:
     if status.snapshot is not None:
         return None
     return f"library {status.name!r}: {status.problem or 'being loaded'}"
-
-
-def service_default_settings(config: ServiceConfig) -> AdaptiveSettings:
-    """Return the settings of a request that asks for nothing else."""
-    named = {"k": config.k, "temperature": config.temperature}
-    given = {name: value for name, value in named.items() if value is not None}
-    return dataclasses.replace(default_adaptive_settings(config.encoder), **given)
 
 
 def _adapter_view(entry: CatalogEntry, unavailable: str | None) -> AdapterView:

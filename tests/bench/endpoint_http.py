@@ -1,6 +1,6 @@
 """The endpoint as people run it (``python -m jobs.serve``) on the miniature models.
 
-The bare engine is :class:`AdaptiveSegmenter` in this process, with one thread, on decoded images.
+The bare engine is :class:`Segmenter` in this process, with one thread, on decoded images.
 Over HTTP the same images go as PNG, in one batch request or from several clients at once; times
 are of the clock, since the work is spread over processes, and of the quickest round. The libraries
 have 20 and 10,000 adapters, packed on this machine's disk.
@@ -28,11 +28,10 @@ import psutil
 from PIL import Image
 
 from loraseg.adapters import pack
+from loraseg.inference.config import SegmenterConfig
 from loraseg.inference.disk_cache import AdapterDiskCache
-from loraseg.inference.loading import SegmenterConfig, load_segmenter
-from loraseg.inference.pipeline import AdaptiveSegmenter
-from loraseg.inference.selection import default_adaptive_settings
-from loraseg.segment.open_vocabulary.predictor import Predictor
+from loraseg.inference.loading import load_models, load_segmenter
+from loraseg.inference.segmenter import Segmenter
 from tests.bench.harness import Times
 from tests.bench.large_library import (
     entries,
@@ -100,13 +99,13 @@ def _measure(url: str, client: httpx2.Client, uris: Mapping[str, str]) -> Partia
 
 
 def _libraries(root: Path) -> dict[str, str]:
-    kit = load_segmenter(SegmenterConfig(library=None))
-    known = scene_embeddings(kit.encoder)
-    template = pack(random_adapter(kit.base.model, 0, rank=RANK))
+    models = load_models(SegmenterConfig(), None)
+    known = scene_embeddings(models.encoder)
+    template = pack(random_adapter(models.base.model, 0, rank=RANK))
     folder = AdapterDiskCache(root / "cache" / "packed")
     uris: dict[str, str] = {}
     for name, count in (("few", FEW), ("many", MANY)):
-        digest, encoder = kit.base.digest, kit.encoder.encoder_id
+        digest, encoder = models.base.digest, models.encoder.encoder_id
         published = entries(known, count, base_digest=digest, encoder_id=encoder)
         write_packed_adapters(folder, published, template)
         uris[name] = publish_catalog(root / name, published)
@@ -133,15 +132,12 @@ def _run_service(uris: Mapping[str, str]) -> Generator[str, None, None]:
                 process.kill()
 
 
-def _make_segmenter(uri: str) -> AdaptiveSegmenter:
-    kit = load_segmenter(SegmenterConfig(library=uri))
-    return AdaptiveSegmenter(
-        Predictor(kit.base), kit.encoder, kit.pool, default_adaptive_settings("miniature")
-    )
+def _make_segmenter(uri: str) -> Segmenter:
+    return load_segmenter(uri)
 
 
 def _overhead(
-    client: httpx2.Client, bare: AdaptiveSegmenter, batches: Sequence[Sequence[np.ndarray]]
+    client: httpx2.Client, bare: Segmenter, batches: Sequence[Sequence[np.ndarray]]
 ) -> tuple[Times, list[np.ndarray]]:
     """Take turns; every rival sees a round's images once, so that mixes are new to each."""
     masks: list[np.ndarray] = []
@@ -245,7 +241,7 @@ def _labels(encoded: str) -> np.ndarray:
 
 
 def _same_pixels(
-    bare: AdaptiveSegmenter, images: Sequence[np.ndarray], masks: Sequence[np.ndarray]
+    bare: Segmenter, images: Sequence[np.ndarray], masks: Sequence[np.ndarray]
 ) -> float:
     """Share of pixels that the batch request and offline, image by image, agree on."""
     offline = [bare.segment([image], CLASSES)[0].label_map for image in images]

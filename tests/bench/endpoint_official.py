@@ -31,6 +31,7 @@ from loraseg.compat import prepare_torchvision
 from loraseg.inference.adapter_cache import AdapterCache
 from loraseg.inference.adapter_loader import AdapterLoader
 from loraseg.inference.disk_cache import AdapterDiskCache
+from loraseg.inference.model_variants import ModelVariants
 from loraseg.inference.retrieval import RetrievalStage
 from loraseg.inference.runner import SegmentRunner
 from loraseg.inference.segmentation import SegmentationStage
@@ -141,7 +142,9 @@ def _engine(
     runner = SegmentRunner(predictor, cache)
     retrieval = RetrievalStage(encoder, {"main": live})
     config = _config(uri)
-    with LocalEngine(config, retrieval, SegmentationStage(lambda _: runner, cache)) as engine:
+    stage = SegmentationStage(ModelVariants(config), cache)
+    stage.runner = lambda attention=None: runner  # with its own text cache
+    with LocalEngine(config, retrieval, stage) as engine:
         assert engine.wait_until_ready(60)
         yield engine
 

@@ -19,7 +19,7 @@ from loraseg.backbones.clip import load_clip
 from loraseg.fuse import AdapterBank, fuse
 from loraseg.inference.adapter_cache import AdapterCache, AdapterPool
 from loraseg.inference.disk_cache import AdapterDiskCache
-from loraseg.inference.pipeline import AdaptiveSegmenter
+from loraseg.inference.segmenter import Segmenter
 from loraseg.inference.selection import AdaptiveSettings, default_adaptive_settings
 from loraseg.library import CatalogEntry
 from loraseg.library.retrieve import AdapterRetriever
@@ -92,7 +92,7 @@ def _segmenter(
     published: list[CatalogEntry],
     folder: AdapterDiskCache,
     k: int,
-) -> tuple[AdaptiveSegmenter, dict[str, int]]:
+) -> tuple[Segmenter, dict[str, int]]:
     loaded = {"count": 0}
 
     def load(entry: CatalogEntry) -> PackedAdapter:
@@ -103,7 +103,7 @@ def _segmenter(
 
     pool = AdapterPool(published, AdapterCache(load), AdapterRetriever(published))
     settings = AdaptiveSettings(k=k, temperature=0.04)
-    return AdaptiveSegmenter(Predictor(base), encoder, pool, settings), loaded
+    return Segmenter(Predictor(base), encoder, pool, settings), loaded
 
 
 def _time_adding(root: Path, known: np.ndarray) -> Times:

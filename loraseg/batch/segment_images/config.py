@@ -6,20 +6,15 @@ from loraseg.backbones.weights import absolute_spec
 from loraseg.config import project
 from loraseg.data.labels import LabelSpace
 from loraseg.errors import ConfigError, DatasetError
-from loraseg.inference.loading import AttentionLoraSetting, Precision, SegmenterConfig
-from loraseg.inference.selection import (
-    AdapterMode,
-    AdaptiveSettings,
-    TilingMode,
-    default_adaptive_settings,
-)
+from loraseg.inference.config import AdaptiveSegmenterConfig
+from loraseg.inference.selection import AdaptiveSettings, TilingMode
 from loraseg.storage import absolute_uri, open_store
 
 __all__ = ["SegmentImagesConfig"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SegmentImagesConfig:
+class SegmentImagesConfig(AdaptiveSegmenterConfig):
     """What is segmented and how; ``loraseg segment`` with the same settings gives the same masks.
 
     Attributes:
@@ -27,33 +22,15 @@ class SegmentImagesConfig:
         output: Store URI for masks, explanations and manifest; it belongs to one set of settings.
         classes: Class names; their order gives the ids of the masks.
         library: URI of the adapter library; None only with mode ``base``.
-        base: As for :func:`loraseg.segment.open_vocabulary.base.load_base`.
-        encoder: As for :func:`loraseg.backbones.clip.load_clip`.
-        clip_attention_lora: Whether adapters of the CLIP attention act (methods B.1).
         generation: Of the library; None for the newest at the first run, which later runs keep.
-        precision: What the segmenter computes in.
-        sliding: Overlapping windows over every image.
         tiling: Whether images go through the model as overlapping tiles; ``auto`` goes by size.
-        k: Number of fused adapters; None for the encoder's preset.
-        temperature: Sharpness of the weights; None for the encoder's preset.
-        mode: Nearest adapters, all adapters alike, or none.
         images_per_file: Images of one explanation file, and so of one unit of work.
     """
 
     images: str
     output: str
     classes: tuple[str, ...]
-    library: str | None = None
-    base: str = "miniature"
-    encoder: str = "miniature"
-    clip_attention_lora: AttentionLoraSetting = "as_trained"
-    generation: int | None = None
-    precision: Precision = "fp32"
-    sliding: bool = False
     tiling: TilingMode = "auto"
-    k: int | None = None
-    temperature: float | None = None
-    mode: AdapterMode = "fused"
     images_per_file: int = 32
 
     def __post_init__(self) -> None:
@@ -95,20 +72,7 @@ class SegmentImagesConfig:
 
     def settings(self) -> AdaptiveSettings:
         """Return how adapters are chosen."""
-        named = {"k": self.k, "temperature": self.temperature, "mode": self.mode}
-        given = {name: value for name, value in named.items() if value is not None}
-        return replace(default_adaptive_settings(self.encoder), **given)
-
-    def segmenter_config(self) -> SegmenterConfig:
-        """Return what to bring together for it."""
-        return SegmenterConfig(
-            library=self.library,
-            base=self.base,
-            encoder=self.encoder,
-            clip_attention_lora=self.clip_attention_lora,
-            generation=self.generation,
-            precision=self.precision,
-        )
+        return self.adaptive_settings(self.mode)
 
 
 def _check_disjoint(images: str, output: str) -> None:

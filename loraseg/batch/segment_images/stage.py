@@ -27,10 +27,9 @@ from loraseg.errors import (
     LorasegError,
     StoreError,
 )
-from loraseg.inference.loading import load_segmenter
-from loraseg.inference.pipeline import AdaptiveSegmenter
+from loraseg.inference.loading import load_models
 from loraseg.inference.request import SegmentResult
-from loraseg.segment.open_vocabulary.predictor import Predictor
+from loraseg.inference.segmenter import Segmenter
 from loraseg.segment.render import palette_png
 from loraseg.storage import ObjectNotFoundError, open_store
 from loraseg.storage.store import key_error
@@ -52,11 +51,11 @@ class ImageUnitResult:
 
 def resolve_models(config: SegmentImagesConfig) -> ResolvedSegmentationModels:
     """Load what a config names, and say what it is."""
-    equipment = load_segmenter(config.segmenter_config())
-    pool, base = equipment.pool, equipment.base
+    models = load_models(config, config.library, config.generation)
+    pool, base = models.pool, models.base
     return ResolvedSegmentationModels(
         base=base.digest,
-        encoder=equipment.encoder.encoder_id,
+        encoder=models.encoder.encoder_id,
         clip_attention_lora=base.model.config.clip_attention_lora,
         vacancy=None if pool.entries else pool.empty_reason,
     )
@@ -92,18 +91,16 @@ class SegmentImagesStage:
             return ImageUnitResult(part, error)
 
     @cached_property
-    def _segmenter(self) -> AdaptiveSegmenter:
+    def _segmenter(self) -> Segmenter:
         config = self._state.config
-        equipment = load_segmenter(config.segmenter_config())
-        then, now = self._state.models, equipment
+        then, now = self._state.models, load_models(config, config.library, config.generation)
         if (then.base, then.encoder) != (now.base.digest, now.encoder.encoder_id):
             raise ConfigError(
                 f"{config.output} was begun with base {then.base} and encoder {then.encoder}; "
                 f"{config.base} and {config.encoder} are now {now.base.digest} and "
                 f"{now.encoder.encoder_id}"
             )
-        predictor = Predictor(equipment.base, mode="sliding" if config.sliding else "plain")
-        return AdaptiveSegmenter(predictor, equipment.encoder, equipment.pool, config.settings())
+        return now.segmenter(config.settings(), sliding=config.sliding)
 
     def _segment_rows(self, unit: ImageWorkUnit) -> list[dict[str, Any]]:
         rows = [self._initial_row(item) for item in unit.items]

@@ -14,7 +14,6 @@ from loraseg.inference.request import MapName
 from loraseg.inference.selection import AdapterMode, AdapterQuery, TilingMode
 from loraseg.segment.open_vocabulary.base import check_classes
 from loraseg.serving.config import Limits, ServiceConfig
-from loraseg.serving.views import service_default_settings
 
 __all__ = [
     "MAX_TOP_K",
@@ -79,7 +78,7 @@ class ParameterParser:
     def __init__(self, config: ServiceConfig) -> None:
         self._limits: Limits = config.limits
         self._libraries = tuple(config.libraries)
-        self._default_settings = service_default_settings(config)
+        self._default_settings = config.adaptive_settings()
 
     def parse(self, fields: Sequence[tuple[str, str]]) -> SegmentParameters:
         """Check all parameters of a segmentation.

@@ -48,9 +48,8 @@ def test_answers_are_those_of_one_process_alone_and_in_a_mixed_crowd(service, im
 async def _locally(engine, config, images):
     from loraseg.inference.request import SegmentRequest
     from loraseg.inference.selection import AdapterQuery
-    from loraseg.serving.views import service_default_settings
 
-    wish = AdapterQuery(settings=service_default_settings(config))
+    wish = AdapterQuery(settings=config.adaptive_settings())
     return [
         await engine.segment(
             SegmentRequest(

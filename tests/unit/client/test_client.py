@@ -12,11 +12,10 @@ from PIL import Image
 from loraseg.backbones.clip import load_clip
 from loraseg.client import AsyncClient, Client
 from loraseg.errors import DatasetError, ServiceError
-from loraseg.inference.loading import SegmenterConfig, load_segmenter
-from loraseg.inference.pipeline import AdaptiveSegmenter
+from loraseg.inference.config import SegmenterConfig
+from loraseg.inference.loading import load_models
 from loraseg.inference.selection import AdaptiveSettings
 from loraseg.segment.open_vocabulary.base import load_base
-from loraseg.segment.open_vocabulary.predictor import Predictor
 from tests.unit.client.local_endpoint import serve_endpoint, write_tokens
 from tests.unit.client.sample_response import sample_response
 from tests.unit.tiny import CLASSES, DOMAINS, domain_images, publish, write_models
@@ -51,12 +50,11 @@ def client(url):
 
 @pytest.fixture(scope="module")
 def offline(models, library):
-    kit = load_segmenter(SegmenterConfig(library=library, base=models[0], encoder=models[1]))
+    loaded = load_models(SegmenterConfig(base=models[0], encoder=models[1]), library)
 
     def segment(image, mode="fused", **options):
         settings = AdaptiveSettings(k=K, temperature=TEMPERATURE, mode=mode)
-        segmenter = AdaptiveSegmenter(Predictor(kit.base), kit.encoder, kit.pool, settings)
-        [result] = segmenter.segment([image], CLASSES, **options)
+        [result] = loaded.segmenter(settings).segment([image], CLASSES, **options)
         return result
 
     return segment

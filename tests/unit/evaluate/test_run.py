@@ -14,12 +14,13 @@ from loraseg.evaluate.run import (
     EvaluationConfig,
     EvaluationDomain,
     EvaluationTask,
-    _load_segmenter_once,
+    _load_models_once,
     evaluate,
 )
 from loraseg.evaluate.tuning import HyperparameterGrid, Hyperparameters
 from loraseg.fuse import fuse
-from loraseg.inference.loading import SegmenterConfig, load_segmenter
+from loraseg.inference.config import SegmenterConfig
+from loraseg.inference.loading import load_models
 from loraseg.library import Library
 from loraseg.segment.open_vocabulary.base import load_base
 from loraseg.segment.open_vocabulary.predictor import Predictor
@@ -90,7 +91,7 @@ def test_the_same_inputs_give_the_same_bytes_whatever_the_spread(config, base):
         return [function(work) for work in works[::-1]][::-1]
 
     first = evaluate(config)
-    _load_segmenter_once.cache_clear()
+    _load_models_once.cache_clear()
     second = evaluate(config, backwards)
     assert first.to_json() == second.to_json()
     content = json.loads(first.to_json())
@@ -131,41 +132,41 @@ def test_work_is_pinned_to_a_generation_and_knows_no_working_folder(
     assert seen[0].config.library == str(tmp_path / "library")
 
 
-def wanted(models, uri, **options):
-    return SegmenterConfig(library=str(uri), base=models[0], encoder=models[1], **options)
+def load(models, uri, **options):
+    return load_models(SegmenterConfig(base=models[0], encoder=models[1], **options), uri)
 
 
 def test_distances_are_those_to_the_centroids(config, models, encoder):
-    equipment = load_segmenter(wanted(models, config.library))
+    loaded = load(models, config.library)
     images = list(domain_images("fog", 4))
-    distances = equipment.distances(images)
+    distances = loaded.distances(images)
     embeddings = encoder.encode_images(images).astype(np.float64)
-    for column, entry in enumerate(equipment.pool.entries):
-        [centroid] = entry.card.centroids
+    for column, entry in enumerate(loaded.pool.entries):
+        [centroid] = loaded.snapshot.entries[entry.name].card.centroids
         naive = ((embeddings - centroid.vector) ** 2).sum(axis=1) ** 0.5
         assert distances[:, column] == pytest.approx(naive, abs=1e-12)
-    assert equipment.distances([]).shape == (0, 4)
+    assert loaded.distances([]).shape == (0, 4)
 
 
 def test_adapters_are_fetched_once_a_machine(config, models, tmp_path, monkeypatch):
     monkeypatch.setenv("LORASEG_CACHE", str(tmp_path / "cache"))
-    first = load_segmenter(wanted(models, config.library))
+    first = load(models, config.library)
     [entry, *_] = first.pool.entries
     fetched = first.pool.load(entry)
     monkeypatch.setattr(Library, "load_entry", lambda *_: pytest.fail("fetched again"))
-    again = load_segmenter(wanted(models, config.library)).pool.load(entry)
-    assert (again.digest, again.base_digest) == (entry.digest, entry.card.base.digest)
+    again = load(models, config.library).pool.load(entry)
+    assert (again.digest, again.base_digest) == (entry.digest, entry.base_digest)
     for shape, block in fetched.blocks.items():
         assert torch.equal(block.up, again.blocks[shape].up)
 
 
 def test_bfloat16_reaches_base_and_adapters(config, models):
-    equipment = load_segmenter(wanted(models, config.library, precision="bf16"))
-    packed = equipment.pool.load(equipment.pool.entries[0])
-    assert equipment.base.dtype == torch.bfloat16
+    loaded = load(models, config.library, precision="bf16")
+    packed = loaded.pool.load(loaded.pool.entries[0])
+    assert loaded.base.dtype == torch.bfloat16
     assert {block.down.dtype for block in packed.blocks.values()} == {torch.bfloat16}
     mix = fuse([packed], [1.0])
-    [scores] = Predictor(equipment.base).predict(list(domain_images("fog", 1)), CLASSES, mix)
+    [scores] = Predictor(loaded.base).predict(list(domain_images("fog", 1)), CLASSES, mix)
     assert scores.dtype == torch.float32
 
 
@@ -175,46 +176,47 @@ def test_adapters_of_other_bases_and_roles_are_left_out(config, models):
     library.publish("picture", files, replace(card, name="picture", role="generator"))
     other = replace(card.base, digest="ff" * 32)
     library.publish("other", files, replace(card, name="other", base=other))
-    names = [entry.name for entry in load_segmenter(wanted(models, config.library)).pool.entries]
+    names = [entry.name for entry in load(models, config.library).pool.entries]
     assert names == ["day", "dusk", "fog", "night"]
 
 
 def test_says_why_no_adapter_fits(tmp_path, models, base, encoder):
-    assert "is empty" in load_segmenter(wanted(models, tmp_path)).pool.empty_reason
+    assert "is empty" in load(models, str(tmp_path)).pool.empty_reason
     other = replace(base, name="large", digest="ff" * 32)
     publish(tmp_path, other, encoder, names=("day",))
-    pool = load_segmenter(wanted(models, tmp_path)).pool
+    loaded = load(models, str(tmp_path))
+    pool = loaded.pool
     assert pool.retriever is None
-    assert pool.empty_reason.endswith("they are for large (ffffffffffff)")
-    assert f"({base.digest[:12]})" in pool.empty_reason
-    assert (
-        load_segmenter(
-            SegmenterConfig(library=None, base=models[0], encoder=models[1])
-        ).pool.entries
-        == ()
-    )
+    assert pool.empty_reason == f"no adapter of library '{open_store(str(tmp_path)).uri}' fits"
+    reason = loaded.snapshot.incompatible["day"]
+    assert reason == f"trained on base ffffffffffff, expected {base.digest[:12]}"
+    assert load(models, None).pool.entries == ()
 
 
 @pytest.mark.parametrize("kind", ["active", "inert"])
 def test_attention_follows_the_recipes(tmp_path, models, base, encoder, kind):
     publish(tmp_path, base, encoder, recipe={"clip_attention_lora": kind})
     for asked, expected in (("as_trained", kind), ("active", "active"), ("inert", "inert")):
-        equipment = load_segmenter(wanted(models, tmp_path, clip_attention_lora=asked))
-        assert equipment.base.model.config.clip_attention_lora == expected
-        assert equipment.base.digest == base.digest
+        loaded = load(models, str(tmp_path), clip_attention_lora=asked)
+        assert loaded.base.model.config.clip_attention_lora == expected
+        assert loaded.base.digest == base.digest
 
 
-def test_attention_of_both_kinds_must_be_settled(tmp_path, models, base, encoder):
-    for name, kind in (("day", "active"), ("fog", "inert")):
+def test_a_library_of_both_attention_kinds_follows_the_majority(tmp_path, models, base, encoder):
+    for name, kind in (("day", "active"), ("fog", "inert"), ("night", "inert")):
         publish(tmp_path, base, encoder, names=(name,), recipe={"clip_attention_lora": kind})
-    with pytest.raises(AdapterMismatchError, match="active and inert"):
-        load_segmenter(wanted(models, tmp_path))
+    loaded = load(models, str(tmp_path))
+    assert loaded.base.model.config.clip_attention_lora == "inert"
+    assert [entry.name for entry in loaded.pool.entries] == ["fog", "night"]
+    assert list(loaded.snapshot.incompatible) == ["day"]
+    forced = load(models, str(tmp_path), clip_attention_lora="active")
+    assert [entry.name for entry in forced.pool.entries] == ["day", "fog", "night"]
 
 
 def test_adapters_of_another_encoder_are_refused(tmp_path, models, base):
     publish(tmp_path, base, ColorEncoder())
     with pytest.raises(AdapterMismatchError, match="no centroid of encoder"):
-        load_segmenter(wanted(models, tmp_path))
+        load(models, str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 from loraseg.errors import ServiceError, StageError
 from loraseg.inference.adapter_cache import AdapterCache
 from loraseg.inference.batcher import MicroBatcher
+from loraseg.inference.config import SegmenterConfig
 from loraseg.inference.model_variants import ModelVariants
 from loraseg.inference.request import SegmentRequest
 from loraseg.inference.segmentation import SegmentationStage
@@ -24,7 +25,7 @@ class GatedStage(SegmentationStage):
 
     def __init__(self, models):
         cache = AdapterCache(lambda ref: pytest.fail("nothing to load"))
-        super().__init__(lambda kind: models.get(kind, cache), cache)
+        super().__init__(models, cache)
         self.batches, self.prepared, self.released, self.steps = [], [], [], []
         self.may_run, self.may_prepare = threading.Event(), threading.Event()
         self.may_run.set()
@@ -81,7 +82,7 @@ def make_request(value, *, classes=("a",), tiling="never", in_s=60.0):
 
 @pytest.fixture(scope="module")
 def shared(models):
-    return ModelVariants(models[0], attention="active", precision="fp32", mode="plain")
+    return ModelVariants(SegmenterConfig(base=models[0], clip_attention_lora="active"))
 
 
 @pytest.fixture

@@ -103,7 +103,7 @@ def slowly():
     sys.stdin.read()
     return make(1)
 
-packed = AdapterDiskCache(Path(sys.argv[1])).fetch(make(1).digest, slowly)
+packed = AdapterDiskCache(Path(sys.argv[1])).get_or_create(make(1).digest, slowly)
 print("fetched", packed.digest, flush=True)
 """
 

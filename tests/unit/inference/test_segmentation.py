@@ -9,14 +9,13 @@ from loraseg.errors import AdapterMismatchError, ServiceError
 from loraseg.inference.adapter_cache import AdapterCache
 from loraseg.inference.adapter_loader import AdapterLoader
 from loraseg.inference.adapter_ref import AdapterRef, AdapterUnavailableError
-from loraseg.inference.loading import SegmenterConfig, load_segmenter
+from loraseg.inference.config import SegmenterConfig
+from loraseg.inference.loading import load_models
 from loraseg.inference.model_variants import ModelVariants
-from loraseg.inference.pipeline import AdaptiveSegmenter
 from loraseg.inference.request import SegmentRequest
 from loraseg.inference.segmentation import SegmentationStage
 from loraseg.inference.selection import AdapterSelection, SelectedAdapter
 from loraseg.library import Library
-from loraseg.segment.open_vocabulary.predictor import Predictor
 from loraseg.storage import open_store
 from tests.unit.inference.tiny_service import SETTINGS, adapter_query, blob_paths, switched_library
 from tests.unit.tiny import CLASSES, DOMAINS, domain_images
@@ -30,12 +29,10 @@ class StageHarness:
     def __init__(self, folder, models, *, limit_bytes=512 * 2**20):
         self.library = Library(open_store(str(folder)))
         self.store, served = switched_library(folder)
-        self.models = ModelVariants(
-            models[0], attention="as_trained", precision="fp32", mode="plain"
-        )
+        self.models = ModelVariants(SegmenterConfig(base=models[0]))
         source = AdapterLoader({"main": served}, self.models.base)
         self.cache = AdapterCache(source, limit_bytes=limit_bytes)
-        self.stage = SegmentationStage(lambda kind: self.models.get(kind, self.cache), self.cache)
+        self.stage = SegmentationStage(self.models, self.cache)
 
     def make_request(self, weights, *, domain="fog", attention="active", **options):
         refs = [AdapterRef.from_entry("main", self.library.entry(name)) for name in weights]
@@ -64,12 +61,8 @@ def bench(folder, models):
 
 
 def test_gives_what_the_segmenter_of_the_command_line_gives(bench, folder, models):
-    equipment = load_segmenter(
-        SegmenterConfig(library=str(folder), base=models[0], encoder=models[1])
-    )
-    offline = AdaptiveSegmenter(
-        Predictor(equipment.base), equipment.encoder, equipment.pool, SETTINGS
-    )
+    config = SegmenterConfig(base=models[0], encoder=models[1])
+    offline = load_models(config, str(folder)).segmenter(SETTINGS)
     for domain in DOMAINS:
         image = domain_images(domain, 1)[0]
         [known] = offline.segment([image], CLASSES, maps={"confidence", "entropy"})
@@ -203,13 +196,8 @@ def test_both_kinds_of_attention_share_weights_and_act_as_loaded_alone(bench, mo
         assert weight.data_ptr() == twin.data_ptr()
         assert torch.equal(weight, twin)
     for kind in ("active", "inert"):
-        wanted = SegmenterConfig(
-            library=str(folder), base=models[0], encoder=models[1], clip_attention_lora=kind
-        )
-        equipment = load_segmenter(wanted)
-        offline = AdaptiveSegmenter(
-            Predictor(equipment.base), equipment.encoder, equipment.pool, SETTINGS
-        )
+        config = SegmenterConfig(base=models[0], encoder=models[1], clip_attention_lora=kind)
+        offline = load_models(config, str(folder)).segmenter(SETTINGS)
         image = domain_images("fog", 1)[0]
         [known] = offline.segment([image], CLASSES, maps={"confidence"})
         weights = {used.name: used.weight for used in known.explanation.adapters}
@@ -222,10 +210,11 @@ def test_both_kinds_of_attention_share_weights_and_act_as_loaded_alone(bench, mo
 
 
 def test_a_kind_that_is_set_holds_whatever_adapters_say(models):
-    settled = ModelVariants(models[0], attention="inert", precision="fp32", mode="sliding")
+    config = SegmenterConfig(base=models[0], clip_attention_lora="inert")
     cache = AdapterCache(lambda ref: pytest.fail("nothing to load"))
-    runner = settled.get("active", cache)
-    assert runner is settled.get(None, cache) is settled.get("inert", cache)
+    stage = SegmentationStage(ModelVariants(config), cache, mode="sliding")
+    runner = stage.runner("active")
+    assert runner is stage.runner(None) is stage.runner("inert")
     assert runner.predictor.base.model.config.clip_attention_lora == "inert"
     assert runner.predictor.mode == "sliding"
 

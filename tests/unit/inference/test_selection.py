@@ -41,7 +41,7 @@ def make_query(only=(), exclude=(), **settings):
 
 
 def adapter_names(choice):
-    return [part.entry.name for part in choice.parts]
+    return [part.entry.name for part in choice.adapters]
 
 
 def test_the_k_nearest_are_chosen_and_weighted_by_the_inverse_of_their_distance():

@@ -45,7 +45,7 @@ def publish(library, name, content="weights"):
 
 
 def served_names(live):
-    return {ref.name: ref.version for ref in live.shelf().pool.entries}
+    return {ref.name: ref.version for ref in live.snapshot().pool.entries}
 
 
 def make_failure(entry, kind="damaged"):
@@ -61,13 +61,13 @@ def wait_until(condition):
 
 def test_is_not_ready_before_the_first_generation_is_loaded(live, store):
     with pytest.raises(ServiceError, match="'main' is not ready: it is being loaded") as caught:
-        live.shelf()
+        live.snapshot()
     assert (caught.value.code, caught.value.retry_after_s) == ("not_ready", 2.0)
     store.is_on = False
     live.refresh()
     with pytest.raises(ServiceError, match=r"the store cannot be reached$"):
-        live.shelf()
-    assert live.status().shelf is None
+        live.snapshot()
+    assert live.status().snapshot is None
 
 
 def test_the_store_may_come_later(library, live, store):
@@ -93,14 +93,14 @@ def test_what_is_published_and_rolled_back_is_seen_by_itself(library, live):
     wait_until(lambda: served_names(live) == {"fog": 2, "rain": 1})
     library.rollback("fog", 1)
     wait_until(lambda: served_names(live) == {"fog": 1, "rain": 1})
-    assert live.shelf().generation == library.generation() == 4
+    assert live.snapshot().generation == library.generation() == 4
 
 
 def test_a_generation_in_use_never_changes(library, live):
     publish(library, "fog")
-    before = live.refresh().shelf
+    before = live.refresh().snapshot
     publish(library, "rain")
-    after = live.refresh().shelf
+    after = live.refresh().snapshot
     assert [ref.name for ref in before.pool.entries] == ["fog"]
     assert [ref.name for ref in after.pool.entries] == ["fog", "rain"]
 
@@ -139,10 +139,10 @@ def test_a_damaged_generation_keeps_the_one_before_and_is_reported(library, live
         path.write_bytes(damage)
     status = live.refresh()
     assert status.problem == "the newest catalog is missing or damaged"
-    assert status.shelf.generation == 1
+    assert status.snapshot.generation == 1
     path.write_bytes(whole)
     status = live.refresh()
-    assert (status.problem, status.shelf.generation) == (None, 2)
+    assert (status.problem, status.snapshot.generation) == (None, 2)
 
 
 def test_a_damaged_generation_is_not_read_at_every_look(library, live, store, tmp_path):
@@ -203,7 +203,7 @@ def test_only_the_version_that_failed_is_set_aside(library, live):
     live.refresh()
     live.quarantine(make_failure(second))
     library.rollback("fog", 1)
-    assert [f.name for f in live.quarantined(live.shelf())] == ["fog"]
+    assert [f.name for f in live.quarantined(live.snapshot())] == ["fog"]
     live._poll_once()
     assert live.status().quarantined == ()
 
@@ -222,7 +222,7 @@ def test_setting_aside_from_many_threads_loses_none(library, live):
     def work(entry):
         for _ in range(200):
             live.quarantine(make_failure(entry))
-            live.quarantined(live.shelf())
+            live.quarantined(live.snapshot())
 
     threads = [threading.Thread(target=work, args=(entry,)) for entry in entries]
     for thread in threads:

@@ -12,13 +12,12 @@ import pytest
 from loraseg.adapters.peft_io import to_peft_files
 from loraseg.backbones.clip import load_clip
 from loraseg.errors import ServiceError
-from loraseg.inference.loading import SegmenterConfig, load_segmenter
-from loraseg.inference.pipeline import AdaptiveSegmenter
+from loraseg.inference.config import SegmenterConfig
+from loraseg.inference.loading import load_models
 from loraseg.inference.selection import AdaptiveSettings
 from loraseg.inference.watcher import LibraryWatcher
 from loraseg.library import Library
 from loraseg.segment.open_vocabulary.base import load_base
-from loraseg.segment.open_vocabulary.predictor import Predictor
 from loraseg.serving.build import build_local_engine
 from loraseg.serving.config import Limits
 from loraseg.storage import open_store
@@ -74,10 +73,7 @@ def raised(engine, one):
 
 
 def test_gives_what_the_command_line_gives_alone_and_in_company(engine, folder, models):
-    equipment = load_segmenter(
-        SegmenterConfig(library=str(folder), base=models[0], encoder=models[1])
-    )
-    predictor = Predictor(equipment.base)
+    loaded = load_models(SegmenterConfig(base=models[0], encoder=models[1]), str(folder))
     cases = [
         (domain, settings)
         for domain in DOMAINS
@@ -90,7 +86,7 @@ def test_gives_what_the_command_line_gives_alone_and_in_company(engine, folder, 
     together = segment(engine, *orders)
     assert max(outcome.batch for outcome in together) > 1
     for one, (domain, settings), company in zip(orders, cases, together, strict=True):
-        offline = AdaptiveSegmenter(predictor, equipment.encoder, equipment.pool, settings)
+        offline = loaded.segmenter(settings)
         [known] = offline.segment([image_of(domain)], CLASSES, maps={"confidence"})
         [alone] = segment(engine, one)
         assert alone.result.explanation == company.result.explanation == known.explanation

@@ -6,10 +6,9 @@ import pytest
 from PIL import Image
 
 from loraseg.data.mask_encodings.rle import decode_rle
-from loraseg.inference.loading import SegmenterConfig, load_segmenter
-from loraseg.inference.pipeline import AdaptiveSegmenter
+from loraseg.inference.config import SegmenterConfig
+from loraseg.inference.loading import load_models
 from loraseg.inference.selection import AdaptiveSettings
-from loraseg.segment.open_vocabulary.predictor import Predictor
 from loraseg.serving.http_api.parameters import RETURNS
 from tests.unit.serving.api_client import FOG, NIGHT, decode_png, jpeg, png, status_and_code
 from tests.unit.tiny import CLASSES, DOMAINS
@@ -18,15 +17,12 @@ from tests.unit.tiny import CLASSES, DOMAINS
 @pytest.fixture(scope="module")
 def offline(world):
     """The same images, classes and library without the endpoint."""
-    equipment = load_segmenter(
-        SegmenterConfig(library=world.libraries["main"], base=world.base, encoder=world.encoder)
-    )
+    config = SegmenterConfig(base=world.base, encoder=world.encoder)
+    models = load_models(config, world.libraries["main"])
 
     def segment(image, mode="fused", k=2):
         settings = AdaptiveSettings(k=k, temperature=0.05, mode=mode)
-        predictor = Predictor(equipment.base)
-        segmenter = AdaptiveSegmenter(predictor, equipment.encoder, equipment.pool, settings)
-        return segmenter.segment([image], CLASSES)[0]
+        return models.segmenter(settings).segment([image], CLASSES)[0]
 
     return segment
 

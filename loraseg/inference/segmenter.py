@@ -6,7 +6,7 @@ The method is SemLA's (SemLA, sec. 3).
 from collections.abc import Collection, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar, cast, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from loraseg.errors import LorasegError
 from loraseg.fuse.mix import Mix
 from loraseg.inference.adapter_cache import AdapterPool
 from loraseg.inference.adapter_ref import AdapterUnavailableError
-from loraseg.inference.request import MapName, SegmentRequest, SegmentResult
+from loraseg.inference.request import SegmentRequest, SegmentResult
 from loraseg.inference.runner import SegmentRunner
 from loraseg.inference.selection import (
     AdapterQuery,
@@ -30,7 +30,7 @@ from loraseg.segment.open_vocabulary.predictor import Predictor
 from loraseg.segment.open_vocabulary.tiled_inference import needs_tiling
 from loraseg.tensor_types import Float, ndarray
 
-__all__ = ["AdaptiveSegmenter", "ImageEncoder", "run_to_completion"]
+__all__ = ["ImageEncoder", "Segmenter", "run_to_completion"]
 
 _T = TypeVar("_T")
 
@@ -53,7 +53,7 @@ class _PreparedImage:
     is_tiled: bool
 
 
-class AdaptiveSegmenter:
+class Segmenter:
     """Segments each image with the adapters nearest to it. One thread at a time."""
 
     def __init__(
@@ -172,7 +172,7 @@ class AdaptiveSegmenter:
             image=_NO_IMAGE,
             classes=tuple(classes),
             query=AdapterQuery(settings=self._settings, exclude=frozenset(exclude)),
-            maps=cast(frozenset[MapName], frozenset(maps)),
+            maps=frozenset(maps),
             tiling=tiling,
             keep_scores=keep_scores,
         )

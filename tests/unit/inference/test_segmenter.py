@@ -10,7 +10,7 @@ from loraseg.adapters import pack
 from loraseg.errors import AdapterMismatchError, ConfigError, DatasetError, StoreError
 from loraseg.fuse.mix import fuse
 from loraseg.inference.adapter_cache import AdapterPool
-from loraseg.inference.pipeline import AdaptiveSegmenter, run_to_completion
+from loraseg.inference.segmenter import Segmenter, run_to_completion
 from loraseg.inference.selection import PRESETS, AdaptiveSettings, default_adaptive_settings
 from loraseg.segment.open_vocabulary.pixel_maps import label_map
 from loraseg.segment.open_vocabulary.predictor import Predictor
@@ -53,7 +53,7 @@ def images():
 
 
 def segmenter(base, pool, **settings):
-    return AdaptiveSegmenter(Predictor(base), ColorEncoder(), pool, AdaptiveSettings(**settings))
+    return Segmenter(Predictor(base), ColorEncoder(), pool, AdaptiveSettings(**settings))
 
 
 @pytest.mark.parametrize("settings", [{"k": 3, "temperature": 0.6}, {"mode": "uniform"}])
@@ -159,7 +159,7 @@ def test_a_stream_reads_the_next_batch_while_one_is_in_the_model(base, pool, mon
         return predict(*arguments)
 
     monkeypatch.setattr(predictor, "predict", wait_for_the_next)
-    ahead = AdaptiveSegmenter(predictor, ColorEncoder(), pool, AdaptiveSettings(k=1))
+    ahead = Segmenter(predictor, ColorEncoder(), pool, AdaptiveSettings(k=1))
     assert [len(results) for results in ahead.segment_stream(batches(), CLASSES)] == [2, 2]
 
 
@@ -208,7 +208,7 @@ def small_window(base):
 @pytest.mark.parametrize("mode", ["plain", "sliding"])
 def test_large_images_are_cut_into_tiles_in_either_mode(small_window, adapters, pool, mode):
     predictor = Predictor(small_window, mode=mode)
-    adaptive = AdaptiveSegmenter(predictor, ColorEncoder(), pool, AdaptiveSettings(k=2))
+    adaptive = Segmenter(predictor, ColorEncoder(), pool, AdaptiveSettings(k=2))
     side = next(n for n in range(20, 400) if needs_tiling(20, n, predictor))
     large, nearly = (domain_images("day", 1, size=(20, n))[0] for n in (side, side - 1))
     tiled, whole, small = adaptive.segment(
@@ -298,7 +298,7 @@ def test_presets():
         default_adaptive_settings("ViT-L-14/openai").k,
         default_adaptive_settings("ViT-L-14/openai").temperature,
     ) == (5, 0.05)
-    assert default_adaptive_settings("miniature") is PRESETS["miniature"]
+    assert default_adaptive_settings("miniature") == PRESETS["miniature"]
 
 
 def test_label_map_takes_the_first_of_equal_scores_and_grows_beyond_255_classes():
