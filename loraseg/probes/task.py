@@ -5,14 +5,14 @@ import logging
 from typing import Literal
 
 from loraseg.adapters.targets.layer_report import LayerReport
-from loraseg.adapters.targets.layer_report_io import find_layer_report, open_parent_store, split_uri
+from loraseg.adapters.targets.layer_report_io import find_layer_report
 from loraseg.backbones.device import best_device
 from loraseg.backbones.diffusion import DiffusionBase, load_diffusion
 from loraseg.backbones.weights import absolute_spec
 from loraseg.data import LabelSpace, digest_samples, few_shot, open_dataset
 from loraseg.errors import ConfigError
 from loraseg.probes.gradient import GradientProbeConfig, gradient_probe
-from loraseg.storage import absolute_uri, open_store
+from loraseg.storage import absolute_uri, open_parent_store, open_store, split_uri
 from loraseg.synth.conditioning import Conditioner, ConditioningConfig
 from loraseg.synth.sizes import size_multiple
 from loraseg.train.core.task import task_digest

@@ -9,7 +9,13 @@ from loraseg.storage.store import (
     ObjectNotFoundError,
     ObjectStore,
 )
-from loraseg.storage.uri import absolute_uri, open_store, probe_conditional_writes
+from loraseg.storage.uri import (
+    absolute_uri,
+    open_parent_store,
+    open_store,
+    probe_conditional_writes,
+    split_uri,
+)
 
 __all__ = [
     "RETRY_TIMEOUT_S",
@@ -20,6 +26,8 @@ __all__ = [
     "ObjectStore",
     "absolute_uri",
     "backoff_s",
+    "open_parent_store",
     "open_store",
     "probe_conditional_writes",
+    "split_uri",
 ]

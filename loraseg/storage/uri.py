@@ -10,7 +10,13 @@ from loraseg.errors import ConfigError, StoreError
 from loraseg.storage.local import LocalStore
 from loraseg.storage.store import ObjectStore
 
-__all__ = ["absolute_uri", "open_store", "probe_conditional_writes"]
+__all__ = [
+    "absolute_uri",
+    "open_parent_store",
+    "open_store",
+    "probe_conditional_writes",
+    "split_uri",
+]
 
 _CLEANUP_TIMEOUT_S = 2.0
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}")
@@ -53,6 +59,28 @@ def absolute_uri(uri: str) -> str:
         kind = mistyped[1]
         raise ConfigError(f"{uri!r}: did you mean {kind}://{uri[mistyped.end() :].lstrip('/')!r}?")
     return uri if "://" in uri else str(Path(uri).expanduser().resolve())
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """Return folder and name of a file such as ``s3://bucket/reports/fog.json``.
+
+    Raises:
+        ConfigError: The URI names no file.
+    """
+    folder, _, name = absolute_uri(uri).rpartition("/")
+    if name in ("", ".", "..") or folder.endswith(("://", ":/")):
+        raise ConfigError(f"{uri!r}: expected a file, such as reports/fog.json")
+    return folder or "/", name
+
+
+def open_parent_store(uri: str) -> tuple[ObjectStore, str]:
+    """Return the store and the key of a file.
+
+    Raises:
+        ConfigError: The URI names no file, or a store of an unknown kind.
+    """
+    folder, name = split_uri(uri)
+    return open_store(folder), name
 
 
 def probe_conditional_writes(store: ObjectStore) -> None:

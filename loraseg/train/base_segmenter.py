@@ -1,10 +1,9 @@
-"""Train a CAT-Seg itself further on a dataset folder, to become the base of a library."""
+"""Fine-tune a CAT-Seg on a dataset, to use it as the base of a library."""
 
 import dataclasses
 import json
 import logging
 import time
-from pathlib import Path
 from typing import Literal
 
 from loraseg import config as configuration
@@ -17,7 +16,7 @@ from loraseg.revision import code_revision
 from loraseg.segment.open_vocabulary.base import SegmentationBase, load_base, save_base
 from loraseg.segment.open_vocabulary.catseg.checkpoint import read_metadata
 from loraseg.segment.open_vocabulary.catseg.trainable import freeze_clip, parameter_groups
-from loraseg.storage import open_store
+from loraseg.storage import ObjectNotFoundError, open_store
 from loraseg.tensor_types import Tensor
 from loraseg.train.core.checkpoint import CheckpointStore
 from loraseg.train.core.loop import LoopConfig, LoopResult, run_loop
@@ -43,20 +42,20 @@ TRAINING_FORMAT = 2
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class BaseRecipe:
-    """How the base is trained; the defaults are CAT-Seg's own (methods A.6) but for the steps.
+    """How the base is trained; the defaults are those of CAT-Seg, except for the steps.
 
     Attributes:
-        learning_rate: At its peak, of aggregator and upsamplers.
-        clip_multiplier: Share of it for CLIP's parameters.
-        weight_decay: Of AdamW; norm layers and embeddings never decay.
+        learning_rate: Peak rate of aggregator and upsamplers.
+        clip_multiplier: Factor of the rate for CLIP's parameters.
+        weight_decay: Weight decay of AdamW; norm layers and embeddings have none.
         batch_size: Images per step.
-        clip: What of CLIP trains: "attention" its q and v weights, "frozen" nothing.
+        clip: Parameters of CLIP that train: "attention" its q and v weights, "frozen" none.
         resize: (height, width) that image and mask are resized to before augmentation.
         augment: Crop, flip and colour jitter.
         mask_ignored: Leave ignored pixels out of the loss.
         pooled: Pool by two before class attention while training.
         loop: Steps, schedule, clipping and precision.
-        threads: CPU threads while training. The last bits of a result depend on it.
+        threads: CPU threads while training; another number changes the last bits of the result.
     """
 
     learning_rate: float = 2e-4
@@ -90,19 +89,19 @@ class BaseRecipe:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class BaseTrainingTask:
-    """What to train on what.
+    """A base to fine-tune.
 
     Attributes:
-        output: The ``.safetensors`` file to write.
+        output: Path or store URI of the ``.safetensors`` file to write.
         data: Dataset folder, a path or URI.
         base: The segmenter to start from.
         split: Split to train on.
-        val_split: Split to score before and after; skipped if the folder has none of that name.
-        images: Train on so many images, chosen by seed; None for all.
-        checkpoints: Store URI for unfinished work; None keeps none.
+        val_split: Split to score on before and after; not scored if the dataset has no such split.
+        images: Number of training images, chosen by seed; None for all.
+        checkpoints: Store URI of checkpoints; None keeps none.
         recipe: How to train.
-        seed: Decides the choice of images and the batches.
-        skip_bad: Leave out unusable images rather than fail.
+        seed: Seed of the choice of images and the batches.
+        skip_bad: Leave out unusable images instead of failing.
     """
 
     output: str
@@ -117,10 +116,10 @@ class BaseTrainingTask:
     skip_bad: bool = False
 
     def __post_init__(self) -> None:
-        """Check the output's name.
+        """Check the name of the output.
 
         Raises:
-            ConfigError: It would not be found again as one of our files.
+            ConfigError: It does not end in ``.safetensors``.
         """
         if not self.output.endswith(".safetensors"):
             raise ConfigError(f"output: got {self.output!r}, expected a file x.safetensors")
@@ -128,7 +127,15 @@ class BaseTrainingTask:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class BaseTrainingResult:
-    """The written file with the sha256 of its bytes, and mIoUs in [0, 1] if there was a split."""
+    """The written file.
+
+    Attributes:
+        path: Path or URI, as in the task.
+        digest: sha256 of its bytes, hex.
+        metrics: "miou_base" and "miou" in [0, 1]; empty without a validation split.
+        skipped: Whether an earlier run had written it.
+        seconds: Wall-clock time of the run.
+    """
 
     path: str
     digest: str
@@ -140,19 +147,19 @@ class BaseTrainingResult:
 def train_base(
     task: BaseTrainingTask, on_progress: ProgressCallback = lambda progress: None
 ) -> BaseTrainingResult:
-    """Train a base further and write it with its recipe, or find that this has been done.
+    """Fine-tune a base and write it; do nothing if the output holds the result of the same task.
 
     The file loads with :func:`loraseg.segment.open_vocabulary.base.load_base`.
 
     Args:
-        task: What to do.
-        on_progress: Called about once a step; should return quickly.
+        task: What to train.
+        on_progress: Called about once per step; should return quickly.
 
     Raises:
-        ConfigError: The base cannot be found.
-        DatasetError: The data cannot be used, or holds no labelled pixel.
-        StageError: The loss is not finite, or there was nothing to learn from.
-        StoreError: The checkpoints cannot be read.
+        ConfigError: The base does not exist.
+        DatasetError: The data cannot be used, or has no labelled pixel.
+        StageError: The loss is not finite, or no batch has a labelled pixel.
+        StoreError: A store cannot be reached.
     """
     started = time.monotonic()
     dataset = open_dataset(task.data, skip_bad=task.skip_bad)
@@ -170,7 +177,7 @@ def train_base(
             "base_digest": base.digest,
         },
     )
-    if _is_finished(task.output, digest):
+    if _written_by(task.output, digest):
         return _read_result(task.output, skipped=True, started=started)
     images = TrainingImages(
         dataset,
@@ -180,20 +187,19 @@ def train_base(
         seed=task.seed,
         keys=("train-base",),
     )
-    scored = dataset.samples(task.val_split) if task.val_split in dataset.splits else ()
-    metrics = {"miou_base": mean_iou(base, dataset, scored, None)} if scored else {}
-    slot = (
-        CheckpointStore(open_store(task.checkpoints).with_prefix(digest))
-        if task.checkpoints
-        else None
-    )
-    pace = ProgressReporter("base", task.recipe.loop.steps, task.recipe.batch_size, on_progress)
-    loop = _train(base, images, dataset.label_space.names, task.recipe, slot, pace)
-    if scored:
-        metrics["miou"] = mean_iou(base, dataset, scored, None)
+    validation = dataset.samples(task.val_split) if task.val_split in dataset.splits else ()
+    metrics = {"miou_base": mean_iou(base, dataset, validation, None)} if validation else {}
+    checkpoints = None
+    if task.checkpoints:
+        checkpoints = CheckpointStore(open_store(task.checkpoints).with_prefix(digest))
+    steps, batch_size = task.recipe.loop.steps, task.recipe.batch_size
+    progress = ProgressReporter("base", steps, batch_size, on_progress)
+    loop = _train(base, images, dataset.label_space.names, task.recipe, checkpoints, progress)
+    if validation:
+        metrics["miou"] = mean_iou(base, dataset, validation, None)
     _save(task, base, digest, loop, metrics)
-    if slot:
-        slot.clear()
+    if checkpoints:
+        checkpoints.clear()
     return _read_result(task.output, skipped=False, started=started)
 
 
@@ -202,8 +208,8 @@ def _train(
     images: TrainingImages,
     classes: tuple[str, ...],
     recipe: BaseRecipe,
-    slot: CheckpointStore | None,
-    pace: ProgressReporter,
+    checkpoints: CheckpointStore | None,
+    progress: ProgressReporter,
 ) -> LoopResult:
     images.require_labels()
     tokens = base.tokenize(classes)
@@ -223,17 +229,17 @@ def _train(
         pixels, labels = images.batch(step, recipe.batch_size)
         if not has_labels(labels):
             return None
-        side = encode_image_features(base, pixels, precision)
+        features = encode_image_features(base, pixels, precision)
         text = encode_text(base, tokens, precision)
         return segmentation_loss(
-            base, text, side, labels, mask_ignored=recipe.mask_ignored, precision=precision
+            base, text, features, labels, mask_ignored=recipe.mask_ignored, precision=precision
         )
 
     model.train(recipe.pooled)
     try:
         with fixed_threads(recipe.threads):
             return run_loop(
-                parameters, groups, loss_of, recipe.loop, checkpoints=slot, on_step=pace
+                parameters, groups, loss_of, recipe.loop, checkpoints=checkpoints, on_step=progress
             )
     finally:
         model.eval()
@@ -255,24 +261,26 @@ def _save(
         "metrics": metrics,
         "code_revision": code_revision(),
     }
-    Path(task.output).parent.mkdir(parents=True, exist_ok=True)
     save_base(base, task.output, {"training": json.dumps(history, sort_keys=True)})
 
 
-def _is_finished(output: str, digest: str) -> bool:
-    """Whether the file is there and says that this very task made it."""
-    if not Path(output).is_file():
+def _written_by(output: str, digest: str) -> bool:
+    """Return whether the output exists and was written by the task of this digest."""
+    try:
+        path = resolve_weights(output).path
+    except (ConfigError, ObjectNotFoundError):
         return False
-    return json.loads(read_metadata(output).get("training", "{}")).get("task_digest") == digest
+    return json.loads(read_metadata(path).get("training", "{}")).get("task_digest") == digest
 
 
 def _read_result(output: str, *, skipped: bool, started: float) -> BaseTrainingResult:
-    history = json.loads(read_metadata(output)["training"])
+    weights = resolve_weights(output)
+    history = json.loads(read_metadata(weights.path)["training"])
     seconds = time.monotonic() - started
-    logger.info("base %s: %s, %.1f s", output, "found" if skipped else "written", seconds)
+    logger.info("base %s: %s, %.1f s", output, "exists" if skipped else "written", seconds)
     return BaseTrainingResult(
         path=output,
-        digest=resolve_weights(output).digest,
+        digest=weights.digest,
         metrics=history["metrics"],
         skipped=skipped,
         seconds=seconds,

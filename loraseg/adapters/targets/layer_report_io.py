@@ -2,31 +2,9 @@
 
 from loraseg.adapters.targets.layer_report import MAX_REPORT_BYTES, LayerReport
 from loraseg.errors import ConfigError, IntegrityError
-from loraseg.storage import ObjectNotFoundError, ObjectStore, absolute_uri, open_store
+from loraseg.storage import ObjectNotFoundError, open_parent_store
 
-__all__ = ["find_layer_report", "open_parent_store", "read_layer_report", "split_uri"]
-
-
-def split_uri(uri: str) -> tuple[str, str]:
-    """Return folder and name of a file such as ``s3://bucket/reports/fog.json``.
-
-    Raises:
-        ConfigError: It names no file.
-    """
-    folder, _, name = absolute_uri(uri).rpartition("/")
-    if name in ("", ".", "..") or folder.endswith(("://", ":/")):
-        raise ConfigError(f"{uri!r}: expected a file, such as reports/fog.json")
-    return folder or "/", name
-
-
-def open_parent_store(uri: str) -> tuple[ObjectStore, str]:
-    """Return the store and the key of a file.
-
-    Raises:
-        ConfigError: It names no file, or a store of an unknown kind.
-    """
-    folder, name = split_uri(uri)
-    return open_store(folder), name
+__all__ = ["find_layer_report", "read_layer_report"]
 
 
 def read_layer_report(uri: str) -> LayerReport:

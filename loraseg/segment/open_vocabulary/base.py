@@ -16,13 +16,14 @@ from loraseg.backbones.tokenizer import WordTokenizer
 from loraseg.backbones.weights import WeightSource, resolve_weights
 from loraseg.errors import ConfigError, IntegrityError
 from loraseg.segment.open_vocabulary.catseg.checkpoint import (
+    encode_catseg,
     is_own_file,
     load_catseg,
     read_metadata,
-    save_catseg,
 )
 from loraseg.segment.open_vocabulary.catseg.model import CATSeg
 from loraseg.segment.open_vocabulary.catseg.official import load_official_checkpoint
+from loraseg.storage import open_parent_store
 from loraseg.tensor_types import Float, Int
 
 __all__ = ["PROMPT", "SegmentationBase", "check_classes", "load_base", "save_base"]
@@ -173,18 +174,22 @@ def load_base(spec: str = "miniature", **overrides: Any) -> SegmentationBase:
 
 def save_base(
     base: SegmentationBase,
-    path: str | Path,
+    uri: str | Path,
     metadata: Mapping[str, str] | None = None,
     *,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a base, for instance one trained further, so that :func:`load_base` gives it back.
+    """Write a base as a file that :func:`load_base` reads.
 
     Args:
-        base: Name and digest are not written; they follow from the file.
-        path: A ``.safetensors`` file, replaced whole.
-        metadata: Further strings for the header, such as how it was trained.
+        base: Its name and digest are not written; they follow from the file.
+        uri: Path or store URI of a ``.safetensors`` file, replaced atomically.
+        metadata: Additional strings of the header, such as the training recipe.
         dtype: Stored type of the weights; None keeps theirs.
+
+    Raises:
+        ConfigError: The URI names no file.
+        StoreError: The store cannot be written.
     """
     header = {
         **(metadata or {}),
@@ -197,7 +202,8 @@ def save_base(
     }
     if isinstance(base.tokenizer, WordTokenizer):
         header["vocabulary"] = json.dumps(base.tokenizer.vocabulary)
-    save_catseg(base.model, path, header, dtype=dtype)
+    store, key = open_parent_store(str(uri))
+    store.put(key, encode_catseg(base.model, header, dtype=dtype))
 
 
 def _load_own_file(source: WeightSource, overrides: dict[str, Any]) -> SegmentationBase:

@@ -15,7 +15,7 @@ from loraseg.segment.open_vocabulary.catseg.layout import check_keys
 from loraseg.segment.open_vocabulary.catseg.model import CATSeg
 from loraseg.storage.safetensors_io import encode_safetensors
 
-__all__ = ["is_own_file", "load_catseg", "read_metadata", "save_catseg"]
+__all__ = ["encode_catseg", "is_own_file", "load_catseg", "read_metadata", "save_catseg"]
 
 _FORMAT = "loraseg-catseg-1"
 
@@ -36,6 +36,15 @@ def save_catseg(
         dtype: Stored type of floating tensors; None keeps theirs.
     """
     path = Path(path)
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(encode_catseg(model, metadata, dtype=dtype))
+    part.replace(path)
+
+
+def encode_catseg(
+    model: CATSeg, metadata: Mapping[str, str] | None = None, *, dtype: torch.dtype | None = None
+) -> bytes:
+    """Return the bytes that :func:`save_catseg` writes; the arguments are the same."""
     header = {
         **(metadata or {}),
         "format": _FORMAT,
@@ -44,9 +53,7 @@ def save_catseg(
     tensors = {
         key: value.detach().to(dtype or value.dtype) for key, value in model.state_dict().items()
     }
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(encode_safetensors(tensors, header))
-    part.replace(path)
+    return encode_safetensors(tensors, header)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

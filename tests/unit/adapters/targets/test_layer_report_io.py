@@ -2,10 +2,10 @@ import pytest
 
 from loraseg.adapters.targets.layer_report_io import (
     find_layer_report,
-    open_parent_store,
     read_layer_report,
 )
 from loraseg.errors import ConfigError, IntegrityError
+from loraseg.storage import open_parent_store
 from tests.unit.probes.test_tables import layer, report
 
 
