@@ -13,7 +13,7 @@ COPY loraseg loraseg
 COPY actors actors
 COPY jobs jobs
 RUN pip install --no-cache-dir --constraint constraints.txt .
-# Serve's proxies then answer in the API's words for a gateway that was lost.
+# Serve's proxies answer with the API's error format if a gateway replica is lost.
 ENV RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=actors.proxying:middlewares
 
 WORKDIR /root

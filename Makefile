@@ -1,7 +1,7 @@
-# make quickstart and make test each work on a fresh clone with python3, pip and make.
+# `make quickstart` and `make test` work in a fresh clone; they need python3, pip and make.
 PYTHON ?= python3
 BIN := .venv/bin
-USUAL := not gpu and not slow and not bench
+DEFAULT := not gpu and not slow and not bench
 
 .PHONY: install quickstart test faults lint bench
 
@@ -15,12 +15,12 @@ install: .venv/.installed
 quickstart: install
 	$(BIN)/python -m jobs.quickstart
 
-# What starts Ray or a browser comes last and alone: it keeps all cores busy by itself.
+# Tests that start Ray or a browser run last and one at a time: each of them uses all cores.
 test: install
-	$(BIN)/python -m pytest -rs -n auto --maxprocesses 4 -m "$(USUAL) and not ray and not e2e"
-	$(BIN)/python -m pytest -rs -m "$(USUAL) and (ray or e2e)"
+	$(BIN)/python -m pytest -rs -n auto --maxprocesses 4 -m "$(DEFAULT) and not ray and not e2e"
+	$(BIN)/python -m pytest -rs -m "$(DEFAULT) and (ray or e2e)"
 
-# Kills, failing stores and crowds of publishers on a real S3 server, at full length.
+# The long form of the fault tests: killed processes, failing stores and concurrent publishers.
 faults: install
 	LORASEG_FAULTS=full bash .ci/durable_tests.sh -m faults tests/integration/faults
 

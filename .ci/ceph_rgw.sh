@@ -1,13 +1,13 @@
 #!/bin/bash
-# A durable S3 server of one node for the tests: Ceph's RADOS gateway over one disk in a file.
+# A durable S3 server of one node for the tests: Ceph's RADOS gateway on one disk in a file.
 #
-#   ceph_rgw.sh start DIR PORT   create it in DIR at the first call, restart it at later ones
-#   ceph_rgw.sh stop DIR         kill -9 its daemons; what was acknowledged is there after `start`
+#   ceph_rgw.sh start DIR PORT   create it in DIR at the first call, start it again at later calls
+#   ceph_rgw.sh stop DIR         kill -9 its daemons; acknowledged writes survive until the next `start`
 #   ceph_rgw.sh restart DIR PORT stop and start
 #
-# `start` prints the settings that the tests want: eval "$(.ci/ceph_rgw.sh start DIR PORT)".
-# It listens on 127.0.0.1 only: PORT, PORT + 1 (monitor) and ports from 6800 (disk). DIR must be on
-# a file system with O_DIRECT, such as ext4. Keys: S3_ACCESS_KEY, S3_SECRET_KEY (at creation).
+# `start` prints the settings of the tests: eval "$(.ci/ceph_rgw.sh start DIR PORT)".
+# It listens on 127.0.0.1: on PORT, PORT + 1 (monitor) and ports from 6800 (disk). The file system of
+# DIR must support O_DIRECT, as ext4 does. S3_ACCESS_KEY and S3_SECRET_KEY set the keys at creation.
 set -euo pipefail
 
 fail() {
@@ -19,14 +19,14 @@ usage() { fail "usage: ceph_rgw.sh start|restart DIR PORT, or stop DIR"; }
 
 port_open() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
 
-# Whether the daemon that we started in DIR still runs; a reused process number does not count.
+# Whether the daemon that was started in DIR is running; a reused process id does not count.
 runs() {
   local pid
   pid=$(cat "$DIR/run/$1.own" 2>/dev/null) || return 1
   tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null | grep -qF -- "$(cat "$DIR/run/$1.tag")"
 }
 
-# launch NAME COMMAND...: in a session of its own, so that it outlives this script's terminal.
+# launch NAME COMMAND...: start it in its own session, so that it survives the terminal.
 launch() {
   local name=$1
   shift
@@ -35,7 +35,7 @@ launch() {
   echo "$*" >"$DIR/run/$name.tag"
 }
 
-# wait_for NAME SECONDS TEST...: until TEST holds; fails with the log when the daemon is gone.
+# wait_for NAME SECONDS TEST...: wait until TEST succeeds; print the log and fail if the daemon exits.
 wait_for() {
   local name=$1 seconds=$2
   shift 2
@@ -46,7 +46,7 @@ wait_for() {
   done
   tail -n 20 "$DIR/log/$name.out" "$DIR/log/"*"$name"*.log 2>/dev/null >&2 || true
   kill_all
-  fail "$name did not get ready within $seconds s; its logs are in $DIR/log"
+  fail "$name was not ready within $seconds s; its logs are in $DIR/log"
 }
 
 kill_all() {
@@ -59,7 +59,7 @@ kill_all() {
       runs "$name" || break
       sleep 0.1
     done
-    if runs "$name"; then fail "$name (process $(cat "$DIR/run/$name.own")) does not die"; fi
+    if runs "$name"; then fail "$name (process $(cat "$DIR/run/$name.own")) cannot be killed"; fi
     rm -f "$DIR/run/$name.own" "$DIR/run/$name.tag"
   done
 }
@@ -104,18 +104,18 @@ mon_data_avail_crit = 1
 mon_data_avail_warn = 2
 mon_client_hunt_interval = 0.5
 osd_mon_shutdown_timeout = 1
-# Without these two the first start takes 18 s instead of 5.
+# Without these two settings, the first start takes 18 s instead of 5 s.
 paxos_propose_interval = 0.05
 paxos_min_wait = 0.01
 
 [client.rgw]
 auth_client_required = none
-# Without it the gateway never starts when authentication is off.
+# Without this setting, the gateway does not start if authentication is off.
 ms_mon_client_mode = crc
-# Without tcp_nodelay small reads fall from 750 to 23 a second.
+# Without tcp_nodelay, small reads drop from 750 to 23 per second.
 rgw_frontends = beast endpoint=127.0.0.1:$PORT tcp_nodelay=1
 rgw_thread_pool_size = 64
-# Free deleted data after a minute, not after two hours.
+# Free deleted data after one minute instead of two hours.
 rgw_gc_obj_min_wait = 60
 rgw_gc_processor_period = 60
 EOF
@@ -141,10 +141,10 @@ start() {
   done
   mkdir -p "$DIR"/{mon,osd,rgw,run,log}
   if [ -e "$DIR/created" ]; then
-    # The monitor keeps its address for life.
+    # The address of a monitor cannot change.
     [ "$(cat "$DIR/created")" = "$PORT" ] || fail "$DIR was created for port $(cat "$DIR/created")"
   elif [ -e "$CEPH_CONF" ]; then
-    fail "an earlier start failed half way; stop it, remove $DIR and start again"
+    fail "an earlier start failed; stop it, remove $DIR and start again"
   fi
   if runs mon && runs osd && runs rgw && port_open "$PORT"; then
     return 0
@@ -158,7 +158,7 @@ start() {
   wait_for mon 20 port_open "$MON_PORT"
   [ -e "$DIR/created" ] || create_disk
   launch osd ceph-osd -f -c "$CEPH_CONF" -i 0
-  # A gateway that starts before the disk is active takes twice as long.
+  # A gateway that starts before the disk is active needs twice the time.
   wait_for osd 40 disk_active
   launch rgw radosgw -f -c "$CEPH_CONF" -n client.rgw
   if [ ! -e "$DIR/created" ]; then

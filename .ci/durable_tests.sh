@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Store, library and training tests on a real durable S3 server: Ceph RGW, installed and started here
-# unless LORASEG_TEST_S3_ENDPOINT names another one. Arguments replace the choice of tests.
+# Run the tests marked `durable`, or those that the arguments select, on a durable S3 server. Ceph RGW is
+# installed and started unless LORASEG_TEST_S3_ENDPOINT names another server.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ -z "${LORASEG_TEST_S3_ENDPOINT:-}" ]; then

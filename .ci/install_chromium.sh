@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Install the browser that the tests of the page drive; without root or apt they are skipped.
+# Install Chromium for the tests of the page; without root or apt nothing is installed, and these
+# tests are skipped.
 set -euo pipefail
 if command -v chromium > /dev/null || [ "$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then
     exit 0

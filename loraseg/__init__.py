@@ -61,7 +61,9 @@ if TYPE_CHECKING:
     from loraseg.fuse.weights import mixing_weights
     from loraseg.inference.generation import load_generator
     from loraseg.inference.loading import load_segmenter
+    from loraseg.inference.segmenter import Segmenter
     from loraseg.library.catalog import Library
+    from loraseg.train.adapter_folder import train_adapter
 
 __all__ = [
     "Adapter",
@@ -70,6 +72,7 @@ __all__ = [
     "LabelSpace",
     "Library",
     "LorasegError",
+    "Segmenter",
     "ShardStream",
     "concat_lora",
     "load_adapter",
@@ -77,6 +80,7 @@ __all__ = [
     "load_segmenter",
     "mixing_weights",
     "open_dataset",
+    "train_adapter",
 ]
 
 _MODULES = {
@@ -86,6 +90,7 @@ _MODULES = {
     "LabelSpace": "loraseg.data.labels",
     "Library": "loraseg.library.catalog",
     "LorasegError": "loraseg.errors",
+    "Segmenter": "loraseg.inference.segmenter",
     "ShardStream": "loraseg.data.shards.torch_stream",
     "concat_lora": "loraseg.fuse.concat",
     "load_adapter": "loraseg.adapters.peft_io",
@@ -93,6 +98,7 @@ _MODULES = {
     "load_segmenter": "loraseg.inference.loading",
     "mixing_weights": "loraseg.fuse.weights",
     "open_dataset": "loraseg.data.readers.opening",
+    "train_adapter": "loraseg.train.adapter_folder",
 }
 
 

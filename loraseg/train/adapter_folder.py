@@ -11,11 +11,11 @@ from loraseg.cache_dir import cache_dir
 from loraseg.library import AdapterCard, Library
 from loraseg.library.card import Role
 from loraseg.storage import open_store
+from loraseg.train import tasks
 from loraseg.train.core.progress import Progress, ProgressCallback
 from loraseg.train.manifest import TrainingDomain, TrainingManifest
-from loraseg.train.tasks import train_adapter
 
-__all__ = ["TrainedAdapter", "train_adapter_on_folder"]
+__all__ = ["TrainedAdapter", "train_adapter"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +39,7 @@ def _ignore(progress: Progress) -> None:
     del progress
 
 
-def train_adapter_on_folder(  # noqa: PLR0913 - the arguments of a one-line call
+def train_adapter(  # noqa: PLR0913 - the arguments of a one-line call
     data: str | Path,
     *,
     name: str | None = None,
@@ -96,7 +96,7 @@ def train_adapter_on_folder(  # noqa: PLR0913 - the arguments of a one-line call
             domains=(TrainingDomain(name=name, data=str(data)),),
         )
         (task,) = manifest.tasks()
-        result = train_adapter(task, on_progress)
+        result = tasks.train_adapter(task, on_progress)
         files, card = Library(open_store(task.library)).load(name, result.version)
     if output is not None:
         _write(str(output), files)

@@ -17,6 +17,7 @@ NAMES = [
     "LabelSpace",
     "Library",
     "LorasegError",
+    "Segmenter",
     "ShardStream",
     "concat_lora",
     "load_adapter",
@@ -24,6 +25,7 @@ NAMES = [
     "load_segmenter",
     "mixing_weights",
     "open_dataset",
+    "train_adapter",
 ]
 
 

@@ -29,7 +29,7 @@ class ShardStream(torch.utils.data.IterableDataset[dict[str, Any]]):
 
     def __init__(
         self,
-        dataset: ShardDataset,
+        dataset: ShardDataset | str,
         *,
         seed: int = 0,
         buffer_size: int = 256,
@@ -39,7 +39,7 @@ class ShardStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         """Stream a dataset.
 
         Args:
-            dataset: What to stream.
+            dataset: The dataset, or its store URI.
             seed: The user's seed.
             buffer_size: How many pairs to draw from, as files in memory; 1 keeps the order of each
                 shard.
@@ -48,11 +48,12 @@ class ShardStream(torch.utils.data.IterableDataset[dict[str, Any]]):
 
         Raises:
             ConfigError: ``buffer_size`` is below 1 or ``rank`` is not below ``world_size``.
+            DatasetError: Nothing is committed at the URI.
         """
         super().__init__()
         if buffer_size < 1 or not 0 <= rank < world_size:
             raise ConfigError(f"shard stream: buffer {buffer_size}, rank {rank} of {world_size}")
-        self._dataset = dataset
+        self._dataset = ShardDataset.open(dataset) if isinstance(dataset, str) else dataset
         self._seed = seed
         self._buffer_size = buffer_size
         self._rank, self._world_size = rank, world_size

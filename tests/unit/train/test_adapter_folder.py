@@ -6,8 +6,8 @@ from loraseg.adapters import load_adapter
 from loraseg.errors import ConfigError
 from loraseg.library import Library
 from loraseg.storage import open_store
-from loraseg.train.adapter_folder import train_adapter_on_folder
-from loraseg.train.tasks import train_adapter
+from loraseg.train import tasks
+from loraseg.train.adapter_folder import train_adapter
 from tests.unit.train.tiny_files import RECIPE, tiny_task
 
 
@@ -17,8 +17,8 @@ def options(task):
 
 def test_it_returns_and_writes_what_the_job_publishes(tmp_path):
     task = tiny_task(tmp_path)
-    published = train_adapter(task)
-    trained = train_adapter_on_folder(task.data, output=tmp_path / "out", **options(task))
+    published = tasks.train_adapter(task)
+    trained = train_adapter(task.data, output=tmp_path / "out", **options(task))
     assert trained.adapter.digest == published.digest
     assert trained.card.name == trained.adapter.name == "fog"
     assert trained.card.metrics == published.metrics
@@ -33,8 +33,7 @@ def test_it_publishes_once(tmp_path):
     task = tiny_task(tmp_path)
     library = tmp_path / "library"
     calls = [
-        train_adapter_on_folder(task.data, name="mist", library=library, **options(task))
-        for _ in range(2)
+        train_adapter(task.data, name="mist", library=library, **options(task)) for _ in range(2)
     ]
     assert [call.version for call in calls] == [1, 1]
     assert [entry.name for entry in Library(open_store(str(library))).entries()] == ["mist"]
@@ -42,4 +41,4 @@ def test_it_publishes_once(tmp_path):
 
 def test_a_folder_that_is_no_name_needs_one(tmp_path):
     with pytest.raises(ConfigError, match="name: "):
-        train_adapter_on_folder(tmp_path / "No Name")
+        train_adapter(tmp_path / "No Name")
