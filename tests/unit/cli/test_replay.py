@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from loraseg.batch.synthesize.run import LocalSynthesisExecutor, synthesize
+from loraseg.batch.core.executor import LocalExecutor
+from loraseg.batch.synthesize.run import synthesize
 from loraseg.cli import main
 from tests.tiny_synthesis import all_rows, settings, write_inputs
 
@@ -9,7 +10,7 @@ from tests.tiny_synthesis import all_rows, settings, write_inputs
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     shop = write_inputs(tmp_path_factory.mktemp("shop"), masks=1)
-    synthesize(settings(shop, shop / "out"), LocalSynthesisExecutor(torch.get_num_threads()))
+    synthesize(settings(shop, shop / "out"), LocalExecutor(torch.get_num_threads()))
     return shop / "out"
 
 
