@@ -27,10 +27,10 @@ from loraseg.storage import absolute_uri
 
 __all__ = ["build_app"]
 
-# A gateway refuses by itself what it cannot take, in words; this is for what comes on top.
+# The API itself limits requests and explains why; this limit is a backstop.
 _MAX_GATEWAY_REQUESTS = 1024
 _RETRY_AFTER_S = 1.0
-# Calls; how many images wait is bounded by the gateways.
+# Limits calls; the gateways limit images.
 _MAX_STAGE_CALLS = 1024
 _SCALING_POLICY = "actors.serve.autoscaling:images_in_flight_policy"
 _HEALTH_PERIOD_S = 5.0
@@ -43,15 +43,15 @@ def build_app(args: ServiceConfig | Mapping[str, Any]) -> Application:
     """Build the application.
 
     Args:
-        args: The config, or its fields as ``serve run`` and Serve's YAML give them: plain values or
-            text, nested or with dotted names (``limits.images=16``); ``config`` may name a YAML
-            file that the others are set on top of.
+        args: The config, or its fields as in ``serve run`` and Serve's YAML: plain values or
+            text, nested or with dotted names (``limits.images=16``). The field ``config`` names
+            a YAML file, whose values the others override.
 
     Raises:
         ConfigError: A field is unknown, missing, mistyped or out of range.
     """
     config = _with_absolute_uris(args if isinstance(args, ServiceConfig) else _parse_args(args))
-    # An argument of the deployments, not a runtime_env: that would be written into log files.
+    # An argument of the deployments, since Ray writes a runtime_env into log files.
     access = StorageCredentials.from_environment()
     retrieval = _deployment(Retrieval, config.retrieval, config).bind(config, access)
     segmenter = _deployment(Segmenter, config.segmenter, config, policy=_SCALING_POLICY).bind(
@@ -69,7 +69,7 @@ def build_app(args: ServiceConfig | Mapping[str, Any]) -> Application:
 
 
 def __getattr__(name: str) -> Application:
-    """Return ``app`` of the config file that LORASEG_SERVICE names: `serve build` takes no args."""
+    """Return ``app`` of the config file LORASEG_SERVICE, since `serve build` has no arguments."""
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     path = os.environ.get("LORASEG_SERVICE")
@@ -123,13 +123,13 @@ def _scaling_options(replicas: ReplicaConfig, policy: str | None) -> dict[str, A
 def _parse_args(args: Mapping[str, Any]) -> ServiceConfig:
     fields = dict(args)
     path = fields.pop("config", None)
-    # JSON is YAML, which is what overrides are read as; and so is the text of a command line.
+    # Overrides are parsed as YAML, of which JSON is a subset.
     texts = {key: v if isinstance(v, str) else json.dumps(v) for key, v in fields.items()}
     return configuration.load(ServiceConfig, path, [f"{key}={v}" for key, v in texts.items()])
 
 
 def _with_absolute_uris(config: ServiceConfig) -> ServiceConfig:
-    """Return a config that means the same in the folder of any worker."""
+    """Return a config without relative paths, since workers have other working directories."""
     return replace(
         config,
         libraries={name: absolute_uri(uri) for name, uri in config.libraries.items()},

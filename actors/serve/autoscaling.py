@@ -1,4 +1,4 @@
-"""How many segmenters: as many as the images in work ask for."""
+"""Autoscaling of the segmenter by images."""
 
 from typing import Any
 
@@ -8,13 +8,13 @@ __all__ = ["images_in_flight_policy"]
 
 
 def images_in_flight_policy(context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
-    """Return the number of replicas that the images now in work need.
+    """Return the number of replicas for the images in flight.
 
-    Serve's own policy counts calls, and one call may bring a whole batch. Bounds, factors and
-    delays of the autoscaling config are applied by Serve to what this returns.
+    Serve's own policy counts calls, and one call may have a whole batch. Serve applies the limits,
+    factors and delays of the autoscaling config to the returned number.
     """
     counts = (context.aggregated_metrics or {}).get("images", {})
-    # Calls that no replica has taken yet are at least an image each.
+    # Queued calls have at least one image each.
     images = sum(counts.values()) + (context.total_queued_requests or 0)
     config: Any = context.config
     return images / config.get_target_ongoing_requests(), {}

@@ -1,23 +1,21 @@
-"""The deployments of the endpoint, each a thin shell around a stage of ``loraseg``."""
+"""The deployments of the endpoint; each wraps a stage of ``loraseg``."""
 
 import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from ray import ObjectRef
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from actors.resources import StorageCredentials
 from actors.serve.batched_calls import IndexedResults
 from actors.serve.drain import DrainMiddleware, DrainState
-from actors.serve.engine import ImageOrRef, RayEngine, max_images_in_flight
+from actors.serve.engine import RayEngine, fetch_images, max_images_in_flight
 from actors.serve.logs import attach_serve_logging
 from actors.serve.metrics import AdapterCacheMetrics, CatalogMetrics, ImageMetrics, RequestMetrics
 from loraseg.errors import LorasegError, StageError
@@ -35,7 +33,7 @@ __all__ = ["Gateway", "Retrieval", "Segmenter"]
 
 logger = logging.getLogger(__name__)
 
-# Answers that come almost together travel together.
+# Results that finish within this time are sent together.
 _RESULT_BATCH_WAIT_S = 0.001
 _WARM_UP_TIMEOUT_S = 600.0
 
@@ -55,10 +53,10 @@ class Gateway:
         self._drain_state = DrainState()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        """Build the API in the replica: it holds what does not travel between processes."""
+        """Build the API in the replica, since it cannot be pickled."""
         config = self._config
         tokens = TokenStore.open(config.tokens) if config.tokens else None
-        engine = RayEngine(config, *self._handles, on_done=ImageMetrics().record)
+        engine = RayEngine(config, *self._handles, on_complete=ImageMetrics().record)
         api = build_api(
             engine,
             config,
@@ -66,18 +64,18 @@ class Gateway:
             on_complete=RequestMetrics().record,
             send_request_id=False,
         )
-        # Outermost, but the API stays what Serve sees: it reads the routes for its own figures.
+        # Added to the API, not wrapped around it: Serve reads the routes of the app it gets.
         api.add_middleware(DrainMiddleware, state=self._drain_state)
         return api
 
     async def drain(self) -> int:
-        """Refuse new requests from now on; return how many are still in work."""
+        """Reject new requests from now on; return the number of running ones."""
         self._drain_state.is_draining = True
         return self._drain_state.in_flight
 
 
 class Retrieval:
-    """Embedding and search; follows the libraries."""
+    """Embeds images and searches the libraries, whose catalogs it follows."""
 
     def __init__(self, config: ServiceConfig, access: StorageCredentials) -> None:
         _set_up_replica(config.retrieval, access)
@@ -88,13 +86,12 @@ class Retrieval:
         self._metrics = CatalogMetrics(self._stage.libraries)
 
     async def retrieve(
-        self, items: Sequence[tuple[SegmentRequest, ImageOrRef]]
-    ) -> AsyncGenerator[IndexedResults, None]:
-        """Choose adapters for images; yields positions with :class:`Picked` or an error."""
-        images = await _fetch_images([pixels for _, pixels in items])
-        asks = [replace(ask, image=img) for (ask, _), img in zip(items, images, strict=True)]
+        self, requests: Sequence[SegmentRequest]
+    ) -> Sequence[AdapterSelection | LorasegError]:
+        """Return the selection or the error of each request."""
         loop = asyncio.get_running_loop()
-        yield list(enumerate(await loop.run_in_executor(self._thread, self._retrieve, asks)))
+        fetched = await fetch_images(requests)
+        return await loop.run_in_executor(self._thread, self._retrieve, fetched)
 
     def _retrieve(
         self, requests: Sequence[SegmentRequest]
@@ -117,34 +114,34 @@ class Retrieval:
         return card_view(self._stage.library(library), name)
 
     async def refresh(self, library: str) -> CatalogView:
-        """Look for a newer generation now."""
+        """Check for a newer generation now."""
         await asyncio.to_thread(self._stage.library(library).refresh)
         return await self.catalog(library)
 
     async def encoder(self) -> dict[str, Any]:
-        """Return what is frozen here."""
+        """Return the description of the encoder."""
         return encoder_view(self._config, self._stage)
 
     async def pending_libraries(self) -> tuple[str, ...]:
-        """Return what its libraries lack."""
-        waiting = [not_ready_reason(live.status()) for live in self._stage.libraries.values()]
-        return tuple(words for words in waiting if words is not None)
+        """Return for each library that is not loaded its name and the reason."""
+        watchers = self._stage.libraries.values()
+        reasons = [not_ready_reason(watcher.status()) for watcher in watchers]
+        return tuple(reason for reason in reasons if reason is not None)
 
     async def check_health(self) -> None:
-        """Fail if the embedding is stuck. A store that is down is no reason to restart."""
+        """Raise if the embedding is stuck. An unreachable store is not a reason to restart."""
         since = self._busy_since
-        _check_stalled(
-            "embedding", 0.0 if since is None else time.monotonic() - since, self._config
-        )
+        stalled_s = 0.0 if since is None else time.monotonic() - since
+        _check_stalled("embedding", stalled_s, self._config)
 
     async def __del__(self) -> None:
-        """End the threads."""
+        """Stop the threads."""
         self._thread.shutdown(wait=False, cancel_futures=True)
         self._stage.close()
 
 
 class Segmenter:
-    """The model."""
+    """Runs the segmentation model."""
 
     def __init__(self, config: ServiceConfig, access: StorageCredentials) -> None:
         _set_up_replica(config.segmenter, access)
@@ -154,28 +151,28 @@ class Segmenter:
             self._stage,
             max_batch_size=config.batch,
             max_wait_s=config.batch_wait_s,
-            # The gateways bound what waits; all together they must find room.
+            # Each gateway limits its images; the replica accepts those of all of them.
             max_in_flight=max_images_in_flight(config) * config.gateway.max_replicas,
         )
         bare = AdapterQuery(settings=AdaptiveSettings(mode="base"))
-        # A replica counts as up once an image went through the model.
+        # Warm up: Serve routes requests to the replica when the constructor returns.
         blank: Any = np.zeros((64, 64, 3), np.uint8)
-        task = SegmentRequest(image=blank, classes=("scene",), query=bare)
-        self._batcher.submit(task).result(timeout=_WARM_UP_TIMEOUT_S)
+        request = SegmentRequest(image=blank, classes=("scene",), query=bare)
+        self._batcher.submit(request).result(timeout=_WARM_UP_TIMEOUT_S)
         self._metrics = AdapterCacheMetrics(self._stage.cache, self._batcher)
 
     async def segment(
-        self, items: Sequence[tuple[SegmentRequest, ImageOrRef]]
+        self, requests: Sequence[SegmentRequest]
     ) -> AsyncGenerator[IndexedResults, None]:
-        """Segment images; yields positions with :class:`Segmented` or an error, as they finish."""
-        images = await _fetch_images([pixels for _, pixels in items])
-        running: dict[asyncio.Future[Any], int] = {}
-        for index, ((task, _), image) in enumerate(zip(items, images, strict=True)):
-            running[asyncio.ensure_future(self._segment(replace(task, image=image)))] = index
+        """Yield indices of requests with their result or error, in the order of completion."""
+        running: dict[asyncio.Future[Any], int] = {
+            asyncio.ensure_future(self._segment(request)): index
+            for index, request in enumerate(await fetch_images(requests))
+        }
         try:
             while running:
                 await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                if len(running) > 1:
+                if not all(future.done() for future in running):
                     await asyncio.sleep(_RESULT_BATCH_WAIT_S)
                 done = [future for future in running if future.done()]
                 yield [(running.pop(future), future.result()) for future in done]
@@ -183,33 +180,33 @@ class Segmenter:
             for future in running:
                 future.cancel()
 
-    async def _segment(self, task: SegmentRequest) -> SegmentResult | LorasegError:
+    async def _segment(self, request: SegmentRequest) -> SegmentResult | LorasegError:
         try:
-            return await asyncio.wrap_future(self._batcher.submit(task))
+            return await asyncio.wrap_future(self._batcher.submit(request))
         except LorasegError as error:
             return error
         except Exception as error:
             logger.exception("an image could not be segmented")
-            return StageError(f"segmenting failed: {type(error).__name__}")
+            return StageError(f"segmentation failed: {type(error).__name__}")
 
     async def base(self) -> dict[str, Any]:
-        """Return what is frozen here."""
+        """Return the description of the base model."""
         return await asyncio.to_thread(base_view, self._config, self._stage)
 
     async def is_up(self) -> bool:
-        """Answer; the model has been loaded and tried."""
+        """Return True: the constructor has loaded and run the model."""
         return True
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Tell the autoscaler how many images are here: a call may bring several."""
+        """Return the number of images for the autoscaler: a call may have several."""
         return {"images": float(self._batcher.in_flight)}
 
     async def check_health(self) -> None:
-        """Fail if the model's thread is stuck or dead."""
+        """Raise if the model's thread is stuck or dead."""
         _check_stalled("the model", self._batcher.stalled_s, self._config)
 
     async def __del__(self) -> None:
-        """Finish what is in the model, end the threads."""
+        """Finish the running batch and stop the threads."""
         await asyncio.to_thread(self._batcher.close)
 
 
@@ -219,15 +216,10 @@ def _set_up_replica(replicas: ReplicaConfig, access: StorageCredentials) -> None
     torch.set_num_threads(max(1, int(replicas.cpus)))
 
 
-def _check_stalled(what: str, stalled_s: float, config: ServiceConfig) -> None:
-    # Whoever waited has given up by then; the rest of the time is for what nobody waits for.
+def _check_stalled(component: str, stalled_s: float, config: ServiceConfig) -> None:
+    # Work on an image may continue after the timeout of its request.
     limit_s = 2 * config.limits.request_timeout_s
     if stalled_s > limit_s:
         raise StageError(
-            f"{what} has not moved for {stalled_s:.0f} s, expected at most {limit_s:g}"
+            f"{component} has made no progress for {stalled_s:.0f} s, expected at most {limit_s:g}"
         )
-
-
-async def _fetch_images(pixels: Sequence[ImageOrRef]) -> list[Any]:
-    """Fetch images that lie in the object store."""
-    return [await each if isinstance(each, ObjectRef) else each for each in pixels]

@@ -1,10 +1,11 @@
-"""Counts the requests in a gateway, and turns new ones away once it is closing."""
+"""Counts the requests of a gateway, and rejects new ones during shutdown."""
 
 from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from loraseg.errors import ServiceError
+from loraseg.inference.service_errors import draining_error
+from loraseg.serving.http_api.headers import request_id
 from loraseg.serving.http_api.problems import problem_response
 
 __all__ = ["DrainMiddleware", "DrainState"]
@@ -12,12 +13,11 @@ __all__ = ["DrainMiddleware", "DrainState"]
 
 @dataclass(eq=False, slots=True)
 class DrainState:
-    """The way into a gateway.
+    """State of a gateway.
 
     Attributes:
-        is_draining: Whether new requests are answered with 503 ``draining``; what is in work goes
-            on.
-        in_flight: How many requests are inside.
+        is_draining: Whether new requests get 503 ``draining``; running ones are finished.
+        in_flight: Number of running requests.
     """
 
     is_draining: bool = False
@@ -36,10 +36,7 @@ class DrainMiddleware:
             await self._app(scope, receive, send)
             return
         if self._state.is_draining:
-            error = ServiceError("draining", "the service is shutting down", retry_after_s=10.0)
-            headers = dict(scope["headers"])
-            request_id = headers.get(b"x-request-id", b"").decode("latin-1")
-            await problem_response(error, request_id)(scope, receive, send)
+            await problem_response(draining_error(), request_id(scope))(scope, receive, send)
             return
         self._state.in_flight += 1
         try:

@@ -1,50 +1,44 @@
-"""The engine that a gateway serves: the two stages are deployments behind handles."""
+"""The engine of a gateway: both stages are deployments behind handles."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-import numpy as np
 import ray
+from ray import ObjectRef
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from actors.serve.batched_calls import CallBatcher
+from actors.serve.batched_calls import CallBatcher, UnaryResponse
+from loraseg.api_types import ReadinessInfo
 from loraseg.errors import LorasegError, ServiceError
 from loraseg.inference.request import SegmentRequest, SegmentResult
 from loraseg.inference.selection import AdapterSelection
 from loraseg.serving.config import ServiceConfig
-from loraseg.serving.engine import CatalogView, Readiness
-from loraseg.serving.orchestrator import run_request
-from loraseg.tensor_types import ndarray
+from loraseg.serving.engine import CatalogView, Engine
 
-__all__ = ["ImageOrRef", "RayEngine", "max_images_in_flight"]
+__all__ = ["RayEngine", "fetch_images", "max_images_in_flight"]
 
 ResultT = TypeVar("ResultT")
 
-# Larger images lie in the object store, where both stages read the same copy. Ray would put them
-# there for each call; smaller ones travel inside the message.
+# Larger images are put into the object store once for both stages; Ray would do so in each call.
 _MAX_INLINE_BYTES = 64 * 1024
-# Beyond this size a hop costs nothing beside the model, and the memory of a bundle adds up.
+# For larger images the time of a call is small compared to the model's.
 _MAX_BATCHED_BYTES = 512 * 1024
 _LINGER_S = 0.010
 _CONTROL_TIMEOUT_S = 10.0
 _REFRESH_TIMEOUT_S = 60.0
-_NO_PIXELS: ndarray = np.zeros((1, 1, 3), np.uint8)
-
-# An image, or where it lies.
-ImageOrRef = Any
 
 
 def max_images_in_flight(config: ServiceConfig) -> int:
-    """Return how many images one gateway takes in: those that wait, and those in the models."""
+    """Return the limit of images in one gateway: waiting ones and those in the models."""
     return config.limits.queued + config.batch * config.segmenter.max_replicas
 
 
-class RayEngine:
-    """Segments on a cluster, see :class:`~loraseg.serving.engine.Engine`."""
+class RayEngine(Engine):
+    """Segments on a Ray cluster."""
 
     def __init__(
         self,
@@ -52,75 +46,56 @@ class RayEngine:
         retrieval: DeploymentHandle,
         segmenter: DeploymentHandle,
         *,
-        on_done: Callable[[SegmentRequest, SegmentResult], None] | None = None,
+        on_complete: Callable[[SegmentRequest, SegmentResult], None] | None = None,
     ) -> None:
-        """Use two deployments.
+        """Use the two deployments.
 
         Args:
-            config: The service's.
-            retrieval: Of :class:`~actors.serve.deployments.Retrieval`.
-            segmenter: Of :class:`~actors.serve.deployments.Segmenter`.
-            on_done: Told about each order that was carried out, for metrics.
+            config: Of the service.
+            retrieval: Handle of :class:`~actors.serve.deployments.Retrieval`.
+            segmenter: Handle of :class:`~actors.serve.deployments.Segmenter`.
+            on_complete: Called after each segmented image, for metrics.
         """
-        self._config, self._retrieval, self._segmenter = config, retrieval, segmenter
-        self._on_done = on_done
-        self._limit, self._in_flight = max_images_in_flight(config), 0
-        choose: Any = retrieval.options(method_name="retrieve", stream=True)
+        super().__init__(config, max_in_flight=max_images_in_flight(config))
+        self._retrieval, self._segmenter = retrieval, segmenter
+        self._on_complete = on_complete
+        retrieve: Any = retrieval.options(method_name="retrieve")
         segment: Any = segmenter.options(method_name="segment", stream=True)
-        self._retrieval_calls: CallBatcher[tuple[SegmentRequest, ImageOrRef], AdapterSelection] = (
-            CallBatcher(
-                choose.remote, name="retrieval", max_batch_size=config.batch, linger_s=_LINGER_S
-            )
+        self._retrieval_calls: CallBatcher[SegmentRequest, AdapterSelection] = CallBatcher(
+            lambda requests: UnaryResponse(retrieve.remote(requests)),
+            name="retrieval",
+            # Retrieval reads catalogs from memory, so that all libraries may share a call.
+            batch_key=lambda request: "any" if _is_batchable(request) else None,
+            max_batch_size=config.batch,
+            linger_s=_LINGER_S,
         )
-        self._segment_calls: CallBatcher[tuple[SegmentRequest, ImageOrRef], SegmentResult] = (
-            CallBatcher(
-                segment.remote, name="segmenter", max_batch_size=config.batch, linger_s=_LINGER_S
-            )
+        self._segment_calls: CallBatcher[SegmentRequest, SegmentResult] = CallBatcher(
+            segment.remote,
+            name="segmenter",
+            batch_key=_segment_key,
+            max_batch_size=config.batch,
+            linger_s=_LINGER_S,
         )
-
-    @property
-    def in_flight(self) -> int:
-        """How many images are in work."""
-        return self._in_flight
 
     async def segment(self, request: SegmentRequest) -> SegmentResult:
         """Segment one image.
 
         Raises:
-            ServiceError: ``overloaded``, ``replica_lost``, or as
-                :func:`~loraseg.serving.orchestrator.conduct`.
+            ServiceError: As :meth:`Engine.segment`, or ``replica_lost``.
         """
-        if self._in_flight >= self._limit:
-            raise ServiceError(
-                "overloaded", f"{self._limit} images are waiting already", retry_after_s=1.0
-            )
-        self._in_flight += 1
-        try:
-            outcome = await self._run_request(request)
-        finally:
-            self._in_flight -= 1
-        if self._on_done is not None:
-            self._on_done(request, outcome)
-        return outcome
+        result = await super().segment(request)
+        if self._on_complete is not None:
+            self._on_complete(request, result)
+        return result
 
-    async def _run_request(self, request: SegmentRequest) -> SegmentResult:
-        size_bytes = request.image.nbytes
-        pixels = request.image if size_bytes <= _MAX_INLINE_BYTES else ray.put(request.image)
-        is_bundled = size_bytes <= _MAX_BATCHED_BYTES and request.tiling != "always"
+    async def _retrieve_and_segment(self, request: SegmentRequest) -> SegmentResult:
+        return await super()._retrieve_and_segment(_with_shared_image(request))
 
-        async def retrieve(ask: SegmentRequest) -> AdapterSelection:
-            # A store that fails concerns whoever needs it; nobody else waits in the same call.
-            parcel = replace(ask, image=_NO_PIXELS), pixels
-            key = "any" if is_bundled else None
-            return await self._retrieval_calls.submit(parcel, key=key, deadline=request.deadline)
+    async def _retrieve(self, request: SegmentRequest) -> AdapterSelection:
+        return await self._retrieval_calls.submit(request)
 
-        async def segment(task: SegmentRequest) -> SegmentResult:
-            parcel = replace(task, image=_NO_PIXELS), pixels
-            key = task.classes if is_bundled else None
-            return await self._segment_calls.submit(parcel, key=key, deadline=request.deadline)
-
-        libraries = self._config.libraries
-        return await run_request(request, libraries=libraries, retrieve=retrieve, segment=segment)
+    async def _segment(self, request: SegmentRequest) -> SegmentResult:
+        return await self._segment_calls.submit(request)
 
     async def catalog(self, library: str) -> CatalogView:
         """Return a library's state."""
@@ -131,27 +106,27 @@ class RayEngine:
         return await _call_replica(self._retrieval.card.remote(library, name), _CONTROL_TIMEOUT_S)
 
     async def refresh(self, library: str) -> CatalogView:
-        """Let all replicas look for a newer generation now."""
+        """Make all replicas check for a newer generation; return the oldest of their states."""
         handle: Any = self._retrieval
-        found = await _call_replica(
+        results = await _call_replica(
             handle.broadcast("refresh", library).results_async(timeout_s=_REFRESH_TIMEOUT_S),
             _REFRESH_TIMEOUT_S,
         )
-        views = [view for view in found if isinstance(view, CatalogView)]
+        views = [view for view in results if isinstance(view, CatalogView)]
         if not views:
             raise _unreachable()
         return min(views, key=lambda view: view.generation)
 
     async def base(self) -> dict[str, Any]:
-        """Return what is frozen."""
+        """Return base model and encoder."""
         segmenter, encoder = await asyncio.gather(
             _call_replica(self._segmenter.base.remote(), _CONTROL_TIMEOUT_S),
             _call_replica(self._retrieval.encoder.remote(), _CONTROL_TIMEOUT_S),
         )
         return {**segmenter, **encoder}
 
-    async def readiness(self) -> Readiness:
-        """Tell whether replicas of both stages answer, and have their models and catalogs."""
+    async def readiness(self) -> ReadinessInfo:
+        """Return whether replicas of both stages respond and have models and catalogs."""
         missing, is_up = await asyncio.gather(
             _call_replica(self._retrieval.pending_libraries.remote(), _CONTROL_TIMEOUT_S),
             _call_replica(self._segmenter.is_up.remote(), _CONTROL_TIMEOUT_S),
@@ -160,11 +135,46 @@ class RayEngine:
         waiting = ["retrieval"] if isinstance(missing, BaseException) else list(missing)
         if is_up is not True:
             waiting.append("segmenter")
-        return Readiness(not waiting, tuple(waiting))
+        return ReadinessInfo(not waiting, tuple(waiting))
+
+
+@dataclass(frozen=True, slots=True)
+class _SharedImage:
+    """An image in the object store, in place of the array in a request."""
+
+    ref: ObjectRef
+    nbytes: int
+
+
+async def fetch_images(requests: Sequence[SegmentRequest]) -> list[SegmentRequest]:
+    """Return requests with their images, fetched from the object store if they are there."""
+    fetched: list[SegmentRequest] = []
+    for request in requests:
+        image: Any = request.image
+        if isinstance(image, _SharedImage):
+            request = replace(request, image=await image.ref)
+        fetched.append(request)
+    return fetched
+
+
+def _with_shared_image(request: SegmentRequest) -> SegmentRequest:
+    """Return a request that is cheap to send twice."""
+    if request.image.nbytes <= _MAX_INLINE_BYTES:
+        return request
+    image: Any = _SharedImage(ray.put(request.image), request.image.nbytes)
+    return replace(request, image=image)
+
+
+def _is_batchable(request: SegmentRequest) -> bool:
+    return request.image.nbytes <= _MAX_BATCHED_BYTES and request.tiling != "always"
+
+
+def _segment_key(request: SegmentRequest) -> Hashable | None:
+    return request.classes if _is_batchable(request) else None
 
 
 async def _call_replica(response: Awaitable[ResultT], timeout_s: float) -> ResultT:
-    """Await a control call; an error of the replica comes out as it was raised there."""
+    """Await a control call; raise an error of the replica as it was raised there."""
     try:
         async with asyncio.timeout(timeout_s):
             return await response
@@ -177,4 +187,4 @@ async def _call_replica(response: Awaitable[ResultT], timeout_s: float) -> Resul
 
 
 def _unreachable() -> ServiceError:
-    return ServiceError("not_ready", "no replica answers at this moment", retry_after_s=2.0)
+    return ServiceError("not_ready", "no replica responds at present", retry_after_s=2.0)

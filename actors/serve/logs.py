@@ -1,4 +1,4 @@
-"""Where a replica's log lines go: into Serve's own files, one JSON object a line."""
+"""Logging of replicas into Serve's log files, one JSON object per line."""
 
 import logging
 
@@ -6,8 +6,8 @@ from ray.serve.schema import LoggingConfig
 
 __all__ = ["LOGGING", "attach_serve_logging"]
 
-# Serve adds time, deployment, replica and request id; its own line per request would only repeat
-# what the API logs.
+# Serve adds time, deployment, replica and request id. Its access log is off, since the API logs
+# each request.
 LOGGING = LoggingConfig(encoding="JSON", enable_access_log=False)
 
 _SERVE_LOGGER = "ray.serve"
@@ -15,7 +15,7 @@ _PACKAGE_LOGGERS = ("loraseg", "actors")
 
 
 def attach_serve_logging() -> None:
-    """Let what loraseg logs in this replica go where Serve's own lines go."""
+    """Send the log records of loraseg in this replica to Serve's handlers."""
     serve = logging.getLogger(_SERVE_LOGGER)
     for name in _PACKAGE_LOGGERS:
         logger = logging.getLogger(name)

@@ -1,6 +1,6 @@
-"""What the endpoint reports of itself, on the metrics port of every Ray node (Prometheus).
+"""Prometheus metrics of the endpoint, on the metrics port of every Ray node.
 
-Ray puts ``ray_`` before each name, and adds the deployment and the replica as labels.
+Ray adds the prefix ``ray_`` to each name, and labels for deployment and replica.
 """
 
 import logging
@@ -22,7 +22,7 @@ __all__ = ["AdapterCacheMetrics", "CatalogMetrics", "ImageMetrics", "RequestMetr
 
 logger = logging.getLogger(__name__)
 
-# Ray's annotations allow for one label only.
+# Ray's annotations permit one label only.
 Counter: Any = metrics.Counter
 Gauge: Any = metrics.Gauge
 Histogram: Any = metrics.Histogram
@@ -41,13 +41,13 @@ class RequestMetrics:
         )
         self._seconds = Histogram(
             "loraseg_request_seconds",
-            "From a request's arrival to the last byte of its answer.",
+            "From a request's arrival to the last byte of its response.",
             _LATENCY_BUCKETS_S,
             ("path",),
         )
 
     def record(self, request: RequestContext) -> None:
-        """Count a request that is over."""
+        """Record a finished request."""
         status, code = str(request.status), request.problem_code or ""
         tags = {"method": request.method, "path": request.route, "status": status, "code": code}
         self._requests.inc(tags=tags)
@@ -55,32 +55,36 @@ class RequestMetrics:
 
 
 class ImageMetrics:
-    """Images that a gateway had segmented."""
+    """Images of a gateway."""
 
     def __init__(self) -> None:
         self._images = Counter(
             "loraseg_images",
-            "Segmented images; fallback=yes where the bare base had to stand in for adapters.",
+            "Segmented images; fallback=yes: the bare base was used instead of adapters.",
             ("library", "mode", "fallback"),
         )
         self._seconds = Histogram(
             "loraseg_stage_seconds",
-            "Time of an image in each stage; queue is all waiting and hops between them.",
+            "Time of an image in each stage; queue is waiting and transport between stages.",
             _LATENCY_BUCKETS_S,
             ("stage",),
         )
         self._batch = Histogram(
             "loraseg_batch_images",
-            "Images that went through the model with this one.",
+            "Size of the batch that an image was in.",
             _BATCH_SIZE_BUCKETS,
         )
         self._tiles = Counter("loraseg_tiles", "Tiles of large images.")
 
     def record(self, request: SegmentRequest, result: SegmentResult) -> None:
-        """Count an image."""
-        why = result.explanation
-        fallback = "no" if why.fallback is None else "yes"
-        self._images.inc(tags={"library": request.library, "mode": why.mode, "fallback": fallback})
+        """Record a segmented image."""
+        explanation = result.explanation
+        tags = {
+            "library": request.library,
+            "mode": explanation.mode,
+            "fallback": "no" if explanation.fallback is None else "yes",
+        }
+        self._images.inc(tags=tags)
         for stage, spent_ms in result.timing_ms.items():
             self._seconds.observe(max(spent_ms / 1000, 1e-6), tags={"stage": stage})
         self._batch.observe(result.batch_size)
@@ -89,19 +93,19 @@ class ImageMetrics:
 
 
 class AdapterCacheMetrics:
-    """Adapters in a segmenter's memory, and images before its model."""
+    """Adapter cache and queue of a segmenter."""
 
     def __init__(self, cache: AdapterCache, batcher: MicroBatcher) -> None:
         self._cache, self._batcher = cache, batcher
         self._resident = Gauge("loraseg_adapters_resident", "Adapters in memory.")
-        self._bytes = Gauge("loraseg_adapter_bytes", "Memory that adapters take.")
-        self._queue = Gauge("loraseg_segmenter_images", "Images waiting for the model, or in it.")
+        self._bytes = Gauge("loraseg_adapter_bytes", "Memory of the adapters.")
+        self._queue = Gauge("loraseg_segmenter_images", "Images waiting for or in the model.")
         self._totals = {
             name: Counter(f"loraseg_adapter_{name}", help_text)
             for name, help_text in (
-                ("hits", "Adapters asked for that were in memory."),
-                ("misses", "Adapters that had to be loaded."),
-                ("evictions", "Adapters that had to make room."),
+                ("hits", "Requested adapters that were in memory."),
+                ("misses", "Requested adapters that were loaded."),
+                ("evictions", "Adapters removed from memory."),
                 ("failures", "Adapters that could not be loaded."),
                 ("load_seconds", "Time spent loading adapters."),
             )
@@ -115,14 +119,14 @@ class AdapterCacheMetrics:
         self._bytes.set(stats["size_bytes"])
         self._queue.set(self._batcher.in_flight)
         for name, counter in self._totals.items():
-            grown = stats[name] - self._last[name]
+            increase = stats[name] - self._last[name]
             self._last[name] = stats[name]
-            if grown > 0:
-                counter.inc(grown)
+            if increase > 0:
+                counter.inc(increase)
 
 
 class CatalogMetrics:
-    """The libraries that a retrieval replica follows."""
+    """Catalogs of a retrieval replica."""
 
     def __init__(self, libraries: Mapping[str, LibraryWatcher]) -> None:
         self._libraries = libraries
@@ -130,18 +134,18 @@ class CatalogMetrics:
         self._generation = Gauge("loraseg_catalog_generation", "Generation in use.", label)
         self._age = Gauge(
             "loraseg_catalog_age_seconds",
-            "Since the store last confirmed that the generation in use is the newest.",
+            "Time since the store last confirmed that the generation in use is the newest.",
             label,
         )
         self._adapters = Gauge("loraseg_catalog_adapters", "Adapters that fit the base.", label)
         self._quarantined = Gauge(
-            "loraseg_adapters_out_of_service", "Adapters that could not be loaded lately.", label
+            "loraseg_adapters_out_of_service", "Adapters that recently could not be loaded.", label
         )
         _report_periodically("catalog-meter", self._report)
 
     def _report(self) -> None:
-        for name, live in self._libraries.items():
-            status, tags = live.status(), {"library": name}
+        for name, watcher in self._libraries.items():
+            status, tags = watcher.status(), {"library": name}
             if status.snapshot is None:
                 continue
             checked_at = status.checked_at or status.snapshot.loaded_at
@@ -152,9 +156,9 @@ class CatalogMetrics:
 
 
 def _report_periodically(name: str, report: Callable[[], None]) -> None:
-    """Call ``report`` now and then in a thread that ends with the process."""
+    """Call ``report`` periodically in a daemon thread."""
 
-    def work() -> None:
+    def run() -> None:
         while True:
             try:
                 report()
@@ -162,4 +166,4 @@ def _report_periodically(name: str, report: Callable[[], None]) -> None:
                 logger.exception("%s failed", name)
             time.sleep(_REPORT_INTERVAL_S)
 
-    threading.Thread(target=work, name=name, daemon=True).start()
+    threading.Thread(target=run, name=name, daemon=True).start()

@@ -1,37 +1,31 @@
-"""What Serve's HTTP proxies do in front of the gateways.
+"""Middleware of Serve's HTTP proxies: problem details for errors outside the gateways.
 
-``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=actors.proxying:middlewares`` in the
-environment that
-Ray is started with puts it there. Without it, the client of a gateway that is killed is told 500
-without a reason, where it should be told to try again.
+Ray loads it if its environment has
+``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=actors.proxying:middlewares``. Without it, clients of a
+gateway that is killed get status 500 without problem details, which they would not retry.
 """
-
-import re
-import uuid
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraseg.errors import ServiceError
+from loraseg.serving.http_api.headers import REQUEST_ID, header, request_id
 from loraseg.serving.http_api.problems import PROBLEM_TYPES, problem_response
 
 __all__ = ["CALLBACK", "ProxyErrorMiddleware", "middlewares"]
 
 CALLBACK = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "actors.proxying:middlewares"}
 
-_REQUEST_ID_HEADER = b"x-request-id"
-_VALID_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
-
 
 def middlewares() -> list[Middleware]:
-    """Return what each proxy wraps around itself."""
+    """Return the middlewares of each proxy."""
     return [Middleware(ProxyErrorMiddleware)]
 
 
 class ProxyErrorMiddleware:
-    """Answers in the API's words for a gateway that is lost, or has no room, or is not there yet.
+    """Responds with problem details if no gateway does: it was lost, is overloaded or not started.
 
-    A request id that is not plain is replaced before the proxy repeats it.
+    An invalid X-Request-ID is replaced before the proxy copies it into the response.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -42,28 +36,23 @@ class ProxyErrorMiddleware:
         if scope["type"] != "http" or scope["path"].startswith("/-/"):
             await self._app(scope, receive, send)
             return
-        headers = [pair for pair in scope["headers"] if pair[0].lower() != _REQUEST_ID_HEADER]
-        given = [value for key, value in scope["headers"] if key.lower() == _REQUEST_ID_HEADER]
-        named = (
-            given[0]
-            if given and _VALID_REQUEST_ID.fullmatch(given[0])
-            else uuid.uuid4().hex.encode()
-        )
-        scope = {**scope, "headers": [*headers, (_REQUEST_ID_HEADER, named)]}
-        answer = _ResponseInterceptor(send)
-        await self._app(scope, receive, answer.send)
-        if answer.is_started and answer.error is None:
+        own_id = request_id(scope)
+        headers = [pair for pair in scope["headers"] if pair[0].lower() != REQUEST_ID]
+        scope = {**scope, "headers": [*headers, (REQUEST_ID, own_id.encode())]}
+        interceptor = _ResponseInterceptor(send)
+        await self._app(scope, receive, interceptor.send)
+        if interceptor.is_started and interceptor.error is None:
             return
-        error = answer.error or ServiceError(
-            "replica_lost", "the gateway that worked on the request was lost", retry_after_s=2.0
+        error = interceptor.error or ServiceError(
+            "replica_lost", "the gateway that processed the request was lost", retry_after_s=2.0
         )
-        response = problem_response(error, named.decode())
-        response.headers["X-Request-ID"] = named.decode()
+        response = problem_response(error, own_id)
+        response.headers["X-Request-ID"] = own_id
         await response(scope, receive, send)
 
 
 class _ResponseInterceptor:
-    """The way back; keeps from the client what Serve says in its own words."""
+    """Wraps ``send``: withholds error responses that Serve itself generates."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -79,10 +68,10 @@ class _ResponseInterceptor:
 
 
 def _serve_error(start: Message) -> ServiceError | None:
-    """Return what to say instead of a refusal by Serve itself; None for the API's own answers."""
-    kinds = [value for key, value in start["headers"] if key.lower() == b"content-type"]
-    if start["status"] not in (500, 503) or not kinds or not kinds[0].startswith(b"text/plain"):
+    """Return the error that replaces a response of Serve itself; None for one of the API."""
+    media_type = header(start["headers"], b"content-type") or b""
+    if start["status"] not in (500, 503) or not media_type.startswith(b"text/plain"):
         return None
     if start["status"] == PROBLEM_TYPES["overloaded"].status:
-        return ServiceError("overloaded", "no gateway has room", retry_after_s=1.0)
-    return ServiceError("replica_lost", "no gateway answered", retry_after_s=2.0)
+        return ServiceError("overloaded", "all gateways are overloaded", retry_after_s=1.0)
+    return ServiceError("replica_lost", "no gateway responded", retry_after_s=2.0)

@@ -1,19 +1,14 @@
-"""Talk to an endpoint, from any Python: neither torch nor Ray is loaded.
+"""Client of an endpoint. It loads neither torch nor Ray.
 
 >>> with Client("https://segment.example.org", token=token) as client:
-...     reply = client.segment(Path("street.jpg"), ["road", "car", "sky"])
-...     reply.label_map, reply.adapters
+...     response = client.segment(Path("street.jpg"), ["road", "car", "sky"])
+...     response.label_map, response.adapters
 """
 
+from loraseg.api_types import AdapterInfo, LibraryInfo, SkippedAdapterInfo, UsedAdapterInfo
 from loraseg.client.asynchronous import AsyncClient
 from loraseg.client.requests import SegmentOptions
-from loraseg.client.responses import (
-    AdapterInfo,
-    LibraryInfo,
-    SegmentResponse,
-    SkippedAdapterInfo,
-    UsedAdapterInfo,
-)
+from loraseg.client.responses import SegmentResponse
 from loraseg.client.synchronous import Client
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The client for programmes with an event loop; the other one is a shell around it."""
+"""The client for asyncio; :class:`loraseg.client.Client` wraps it for synchronous code."""
 
 import asyncio
 import logging
@@ -10,18 +10,13 @@ from typing import Any, Unpack
 from urllib.parse import quote
 
 from loraseg import seeding
+from loraseg.api_types import AdapterInfo, AdapterList, LibraryInfo
 from loraseg.client.batches import PendingBatch, UploadGroup, group_uploads
 from loraseg.client.endpoint import parse_endpoint
 from loraseg.client.images import ImageInput, prepare_upload
-from loraseg.client.parsing import (
-    JsonObject,
-    parse_adapter,
-    parse_json,
-    parse_library,
-    parse_segment_response,
-)
+from loraseg.client.parsing import parse, parse_object, parse_segment_response
 from loraseg.client.requests import Request, SegmentOptions, form_fields, segment_request
-from loraseg.client.responses import AdapterInfo, LibraryInfo, SegmentResponse
+from loraseg.client.responses import SegmentResponse
 from loraseg.client.retry import Deadline, retry_delay_s
 from loraseg.client.transport import Response, connect, send, stream_lines
 from loraseg.errors import ConfigError, LorasegError, ServiceError
@@ -32,18 +27,18 @@ logger = logging.getLogger(__name__)
 
 
 class AsyncClient:
-    """Talks to an endpoint, on asyncio. Any number of calls may be under way at once.
+    """Client of an endpoint. Calls may run concurrently.
 
     Args:
-        url: Of the endpoint: ``https://host[:port][/path]``.
-        token: Bearer token. It is sent to this endpoint alone, and never shown.
-        timeout_s: For a call with all its attempts.
-        retries: Most further attempts after 429, 503 and broken connections.
+        url: ``https://host[:port][/path]``.
+        token: Bearer token. It is sent to this endpoint only and appears in no message.
+        timeout_s: Limit of a call with all its attempts.
+        retries: Maximum number of further attempts after 429, 503 and broken connections.
         allow_insecure: Send the token over plain HTTP to another machine.
 
     Raises:
-        ConfigError: The URL, the token or a number is unfit; or the token would travel unencrypted
-            to another machine.
+        ConfigError: The URL, the token or a number is invalid; or the token would be sent
+            unencrypted to another machine.
     """
 
     def __init__(
@@ -90,21 +85,17 @@ class AsyncClient:
         Args:
             image: RGB, uint8 (h, w, 3); or a PNG or JPEG file, as bytes or as a path.
             classes: Distinct class names; their order gives the ids of the label map.
-            options: See :class:`Options`.
+            options: See :class:`SegmentOptions`.
 
         Raises:
-            DatasetError: The image cannot be sent.
-            ServiceError: The endpoint's refusal, by its code, or one of the client's own codes:
-                ``unreachable``, ``deadline`` (no answer in time), ``bad_reply``.
+            DatasetError: The image is not RGB, cannot be read or is too large.
+            ServiceError: The endpoint's error with its code, or one of the client's own codes:
+                ``unreachable``, ``deadline`` (no response in time), ``bad_reply``.
         """
         upload = await asyncio.to_thread(prepare_upload, image)
-        question = segment_request(upload, form_fields(classes, options))
-        answer = await self.request(question, options.get("timeout_s"))
-
-        def read() -> SegmentResponse:
-            return parse_segment_response(JsonObject(parse_json(answer.body)), upload, len(classes))
-
-        return await asyncio.to_thread(read)
+        request = segment_request(upload, form_fields(classes, options))
+        response = await self.request(request, options.get("timeout_s"))
+        return await asyncio.to_thread(parse_segment_response, response.body, upload, len(classes))
 
     async def segment_batch(
         self,
@@ -112,19 +103,19 @@ class AsyncClient:
         classes: Sequence[str],
         **options: Unpack[SegmentOptions],
     ) -> AsyncGenerator[tuple[int, SegmentResponse | LorasegError], None]:
-        """Segment any number of images, a few in each request.
+        """Segment any number of images, several per request.
 
         Args:
-            images: As for :meth:`segment`; read as they are needed.
+            images: As for :meth:`segment`; read lazily.
             classes: As for :meth:`segment`.
-            options: As for :meth:`segment`; ``timeout_s`` is for the next image to be finished.
+            options: As for :meth:`segment`; ``timeout_s`` limits the time between two results.
 
         Yields:
-            The index of an image and its reply or error, in the order in which they finish.
+            The index of an image and its response or error, in the order of completion.
 
         Raises:
-            ServiceError: A request was refused as a whole, or the endpoint is out of reach; images
-                that were finished before have been yielded.
+            ServiceError: A whole request failed, or the endpoint cannot be reached; results that
+                arrived before have been yielded.
         """
         form = form_fields(classes, options)
         source = group_uploads(images)
@@ -132,39 +123,38 @@ class AsyncClient:
             for failure in group.failures.items():
                 yield failure
             batch = PendingBatch(group.uploads, form, len(classes))
-            async with aclosing(self._stream_batch(batch, options.get("timeout_s"))) as found:
-                async for settled in found:
-                    yield settled
+            async with aclosing(self._stream_batch(batch, options.get("timeout_s"))) as results:
+                async for result in results:
+                    yield result
 
     async def adapters(self, library: str | None = None) -> tuple[AdapterInfo, ...]:
-        """Return the adapters of a library, the default one if none is named, by name."""
-        told = await self._get_json("/v1/adapters", _library_params(library))
-        return tuple(parse_adapter(node) for node in told.children("adapters"))
+        """Return the adapters of a library (None: the default one), ordered by name."""
+        body = await self._get("/v1/adapters", _library_params(library))
+        return parse(body, AdapterList).adapters
 
     async def adapter(self, name: str, library: str | None = None) -> dict[str, Any]:
         """Return an adapter's card, without centroids."""
-        return (
-            await self._get_json(f"/v1/adapters/{quote(name, safe='')}", _library_params(library))
-        ).to_dict()
+        path = f"/v1/adapters/{quote(name, safe='')}"
+        return parse_object(await self._get(path, _library_params(library)))
 
     async def library(self, library: str | None = None) -> LibraryInfo:
-        """Return the state of a library, the default one if none is named."""
-        return parse_library(await self._get_json("/v1/library", _library_params(library)))
+        """Return the state of a library (None: the default one)."""
+        return parse(await self._get("/v1/library", _library_params(library)), LibraryInfo)
 
     async def refresh(self, library: str | None = None) -> LibraryInfo:
-        """Let the endpoint look for a newer generation now. Needs the role ``admin``."""
-        path = "/v1/library/refresh"
-        answer = await self.request(
-            Request(method="POST", path=path, params=_library_params(library))
+        """Make the endpoint check for a newer generation now. Requires the role ``admin``."""
+        params = _library_params(library)
+        response = await self.request(
+            Request(method="POST", path="/v1/library/refresh", params=params)
         )
-        return parse_library(JsonObject(parse_json(answer.body)))
+        return parse(response.body, LibraryInfo)
 
     async def base(self) -> dict[str, Any]:
-        """Return what is frozen: base model, encoder and default settings."""
-        return (await self._get_json("/v1/base", {})).to_dict()
+        """Return the description of base model, encoder and default settings."""
+        return parse_object(await self._get("/v1/base", {}))
 
     async def is_ready(self) -> bool:
-        """Tell whether the endpoint can segment now; False too if it cannot be reached."""
+        """Return whether the endpoint can segment now; False if it cannot be reached."""
         try:
             await self._send_once(Request(method="GET", path="/readyz"), self._timeout_s)
         except ServiceError as error:
@@ -173,26 +163,25 @@ class AsyncClient:
         return True
 
     async def request(self, request: Request, timeout_s: float | None = None) -> Response:
-        """Send any request until it succeeds, is refused for good, or time is over.
+        """Send a request; retry until success, a permanent error or the deadline.
 
         Raises:
             ServiceError: As for :meth:`segment`.
         """
-        patience = Deadline(self._timeout_s if timeout_s is None else timeout_s)
+        deadline = Deadline(self._timeout_s if timeout_s is None else timeout_s)
         attempt = 0
         while True:
             try:
                 return await self._send_once(
-                    request.with_timeout(patience.remaining_s), patience.remaining_s
+                    request.with_timeout(deadline.remaining_s), deadline.remaining_s
                 )
             except ServiceError as error:
-                if not await self._wait_to_retry(attempt, error, patience):
+                if not await self._wait_to_retry(attempt, error, deadline):
                     raise
             attempt += 1
 
-    async def _get_json(self, path: str, params: Mapping[str, str]) -> JsonObject:
-        answer = await self.request(Request(method="GET", path=path, params=params))
-        return JsonObject(parse_json(answer.body))
+    async def _get(self, path: str, params: Mapping[str, str]) -> bytes:
+        return (await self.request(Request(method="GET", path=path, params=params))).body
 
     async def _send_once(self, request: Request, timeout_s: float) -> Response:
         return await send(self._http, self.endpoint, request, timeout_s)
@@ -200,43 +189,43 @@ class AsyncClient:
     async def _stream_batch(
         self, batch: PendingBatch, timeout_s: float | None
     ) -> AsyncGenerator[tuple[int, SegmentResponse | ServiceError], None]:
-        patience = Deadline(self._timeout_s if timeout_s is None else timeout_s)
+        deadline = Deadline(self._timeout_s if timeout_s is None else timeout_s)
         attempt = 0
         while batch.pending:
-            question = batch.next_request().with_timeout(patience.remaining_s)
-            lines = stream_lines(self._http, self.endpoint, question, patience)
-            is_whole = False
+            request = batch.next_request().with_timeout(deadline.remaining_s)
+            lines = stream_lines(self._http, self.endpoint, request, deadline)
+            is_complete = False
             try:
                 async with aclosing(lines):
                     async for line in lines:
-                        settled = await asyncio.to_thread(batch.parse_line, line)
-                        if settled is not None:
-                            yield settled
+                        result = await asyncio.to_thread(batch.parse_line, line)
+                        if result is not None:
+                            yield result
                             attempt = 0
-                            patience.reset()
-                if (refusal := batch.retry_reason()) is None:
+                            deadline.reset()
+                if (retryable := batch.retry_reason()) is None:
                     return
-                is_whole = True
-                raise refusal
+                is_complete = True
+                raise retryable
             except ServiceError as error:
-                if not await self._wait_to_retry(attempt, error, patience):
-                    if is_whole:
+                if not await self._wait_to_retry(attempt, error, deadline):
+                    if is_complete:
                         break
                     raise
             attempt += 1
-        for settled in batch.remaining_errors():
-            yield settled
+        for result in batch.remaining_errors():
+            yield result
 
     async def _wait_to_retry(self, attempt: int, error: ServiceError, deadline: Deadline) -> bool:
-        """Wait before another attempt; False at once if there should be none."""
+        """Sleep before the next attempt; return False at once if there is none."""
         jitter = float(seeding.numpy_generator(time.time_ns(), "client", attempt).uniform())
-        pause = retry_delay_s(
+        delay_s = retry_delay_s(
             attempt, error, retries=self._retries, remaining_s=deadline.remaining_s, jitter=jitter
         )
-        if pause is None:
+        if delay_s is None:
             return False
-        logger.info("%s: %s; again in %.2f s", self.endpoint.url, error, pause)
-        await asyncio.sleep(pause)
+        logger.info("%s: %s; retry in %.2f s", self.endpoint.url, error, delay_s)
+        await asyncio.sleep(delay_s)
         return True
 
 

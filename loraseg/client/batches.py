@@ -1,13 +1,13 @@
-"""Many images in few requests: what is still to be answered, and by which place in a request."""
+"""Batch requests: groups of images, and which of them have no result yet."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from loraseg.client.images import ImageInput, Upload, prepare_upload
 from loraseg.client.parsing import (
-    JsonObject,
+    BatchLine,
     invalid_response,
-    parse_json,
+    parse,
     parse_segment_response,
     problem_error,
 )
@@ -18,21 +18,21 @@ from loraseg.errors import DatasetError, ServiceError
 
 __all__ = ["PendingBatch", "UploadGroup", "group_uploads"]
 
-# A request stays well below what endpoints take by default.
+# Well below the default limits of endpoints.
 _MAX_IMAGES = 16
 _MAX_BYTES = 16 * 2**20
 
 
 @dataclass(slots=True)
 class UploadGroup:
-    """Images of one request by their index among all, and files that cannot be sent."""
+    """Images of one request by their index among all images, and errors of unusable files."""
 
     uploads: dict[int, Upload] = field(default_factory=dict[int, Upload])
     failures: dict[int, DatasetError] = field(default_factory=dict[int, DatasetError])
 
 
 def group_uploads(images: Iterable[ImageInput]) -> Iterator[UploadGroup]:
-    """Split images into requests of bounded count and size, reading no further than needed."""
+    """Group images into requests of bounded count and size; ``images`` is read lazily."""
     group, size = UploadGroup(), 0
     for index, image in enumerate(images):
         try:
@@ -53,7 +53,7 @@ def group_uploads(images: Iterable[ImageInput]) -> Iterator[UploadGroup]:
 
 
 class PendingBatch:
-    """A group on its way to being answered, by one request or, after failures, several."""
+    """The images of a group without a result, over one request and its retries."""
 
     def __init__(
         self, uploads: Mapping[int, Upload], form: Mapping[str, str], classes: int
@@ -66,55 +66,54 @@ class PendingBatch:
         self._is_complete = False
 
     def next_request(self) -> Request:
-        """Return a request for what has not been answered."""
+        """Return a request for the images without a result."""
         self._sent = list(self.pending)
         self._retryable = {}
         self._is_complete = False
         return segment_batch_request(list(self.pending.values()), self._form)
 
     def parse_line(self, line: bytes) -> tuple[int, SegmentResponse | ServiceError] | None:
-        """Take in a line of the answer; return the image that it settles, if it does.
+        """Parse a line of the response; return index and result of its image, if final.
 
         Raises:
-            ServiceError: ``bad_reply``: the line does not belong to the question.
+            ServiceError: ``bad_reply``: the line does not match the request.
         """
-        told = JsonObject(parse_json(line))
-        if not told.has("index"):
-            self._is_complete = told.has("done")
+        head = parse(line, BatchLine)
+        if head.index is None:
+            self._is_complete = head.done is not None
             return None
-        place = told.integer("index")
-        index = self._sent[place] if 0 <= place < len(self._sent) else None
+        index = self._sent[head.index] if 0 <= head.index < len(self._sent) else None
         if index not in self.pending or index in self._retryable:
             raise invalid_response(
-                f"index {place} of {len(self._sent)} images, or for a second time"
+                f"index {head.index} of {len(self._sent)} images, or for a second time"
             )
-        if told.has("error"):
-            error = problem_error(told.child("error"))
-            # An image that ran out of time may only have waited for the others of its request.
+        if head.error is not None:
+            error = problem_error(head.error)
+            # The deadline may have passed while the image waited for others of its request.
             if isinstance(error, RetryableError) or error.code == "deadline":
                 self._retryable[index] = error
                 return None
             del self.pending[index]
             return index, error
-        reply = parse_segment_response(told, self.pending[index], self._classes)
+        response = parse_segment_response(line, self.pending[index], self._classes)
         del self.pending[index]
-        return index, reply
+        return index, response
 
     def retry_reason(self) -> ServiceError | None:
-        """Tell, at the end of an answer, why images are pending; None if none is.
+        """Return, after the last line, why images have no result; None if all have one.
 
         Raises:
-            ServiceError: ``bad_reply``: the endpoint forgot some. A ``RetryableError``: the answer
-                broke off before its last line.
+            ServiceError: ``bad_reply``: the response omits images. A ``RetryableError``: the
+                response ended before its last line.
         """
         if not self._is_complete:
-            raise RetryableError("unreachable", "the answer broke off")
-        if forgotten := self.pending.keys() - self._retryable.keys():
-            raise invalid_response(f"it leaves out {len(forgotten)} of {len(self._sent)} images")
+            raise RetryableError("unreachable", "the response ended early")
+        if omitted := self.pending.keys() - self._retryable.keys():
+            raise invalid_response(f"it omits {len(omitted)} of {len(self._sent)} images")
         for error in self._retryable.values():
             return RetryableError(error.code, str(error), retry_after_s=error.retry_after_s)
         return None
 
     def remaining_errors(self) -> Iterator[tuple[int, ServiceError]]:
-        """Yield what is pending with its latest refusal."""
+        """Yield the indices of images without a result, each with its latest error."""
         yield from self._retryable.items()

@@ -1,4 +1,4 @@
-"""Where an endpoint is, and whether a token may be sent there."""
+"""The checked URL of an endpoint, and the token sent to it."""
 
 import ipaddress
 import string
@@ -17,12 +17,12 @@ _EXPECTED = "http(s)://host[:port][/path]"
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """The checked URL of an endpoint, without a slash at its end.
+    """The checked URL of an endpoint.
 
     Attributes:
-        url: Scheme, host and perhaps a path that all routes are below.
-        is_encrypted: Whether TLS protects what is sent.
-        is_loopback: Whether it is on this machine.
+        url: Scheme, host and optional path prefix, without a trailing slash.
+        is_encrypted: Whether the connection uses TLS.
+        is_loopback: Whether the host is this machine.
     """
 
     url: str
@@ -31,49 +31,49 @@ class Endpoint:
 
 
 def parse_endpoint(url: str, token: str | None, *, allow_insecure: bool) -> Endpoint:
-    """Check a URL, and that the token would not travel in the clear.
+    """Check a URL, and that the token would not be sent unencrypted.
 
     Raises:
-        ConfigError: Not the http(s) URL of a host, it holds a user name, query or fragment, the
-            token has characters that no token has, or it would leave this machine unencrypted
-            without ``allow_insecure``. No message repeats the token or a password.
+        ConfigError: Not an http(s) URL with a host; the URL has a user name, query or fragment;
+            the token has invalid characters; or it would leave this machine unencrypted without
+            ``allow_insecure``. No message repeats the token or a password.
     """
     if "@" in url:
         raise ConfigError(
-            f"endpoint URL: got a user name or password in it, expected {_EXPECTED}; "
-            "tokens are given apart from the URL"
+            f"endpoint URL: it has a user name or password, expected {_EXPECTED}; "
+            "pass the token separately"
         )
     try:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port
     except ValueError as error:
         raise ConfigError(f"endpoint URL: got {url!r}, expected {_EXPECTED}: {error}") from error
-    unfit = not host or not url.isprintable() or " " in url or port == 0
-    if parts.scheme not in ("http", "https") or unfit or parts.query or parts.fragment:
+    is_invalid = not host or not url.isprintable() or " " in url or port == 0
+    if parts.scheme not in ("http", "https") or is_invalid or parts.query or parts.fragment:
         raise ConfigError(f"endpoint URL: got {url!r}, expected {_EXPECTED}")
-    address = Endpoint(url.rstrip("/"), parts.scheme == "https", _is_loopback(host))
+    endpoint = Endpoint(url.rstrip("/"), parts.scheme == "https", _is_loopback(host))
     if token is not None:
         _check_token(token)
-        if not (address.is_encrypted or address.is_loopback or allow_insecure):
+        if not (endpoint.is_encrypted or endpoint.is_loopback or allow_insecure):
             raise ConfigError(
-                f"{address.url}: a token would travel unencrypted; expected https, an address of "
-                "this machine, or allow_insecure=True on a network where nobody can listen"
+                f"{endpoint.url}: the token would be sent unencrypted; expected https, an address "
+                "of this machine, or allow_insecure=True on a trusted network"
             )
-    return address
+    return endpoint
 
 
 def read_token(path: str | Path) -> str:
-    """Read a token from a file that holds nothing else; blanks around it are dropped.
+    """Read a token from a file that contains nothing else; surrounding blanks are stripped.
 
     Raises:
-        ConfigError: The file cannot be read, or does not hold one token.
+        ConfigError: The file cannot be read, or does not contain exactly one token.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the token: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: expected a token, got bytes that are no text") from error
+        raise ConfigError(f"{path}: expected a token, got bytes that are not UTF-8") from error
     token = text.strip()
     try:
         _check_token(token)
@@ -86,7 +86,7 @@ def _check_token(token: str) -> None:
     if not 1 <= len(token) <= _MAX_TOKEN_CHARS or not _TOKEN_CHARACTERS.issuperset(token):
         raise ConfigError(
             f"token: expected 1 to {_MAX_TOKEN_CHARS} letters, digits and -._~+/=, "
-            "got other characters or another length"
+            "got a different length or other characters"
         )
 
 

@@ -1,4 +1,4 @@
-"""Images to send and maps that come back, with every size checked before it costs memory."""
+"""Encode images to send and decode received maps; sizes are checked before decoding."""
 
 import io
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ class Upload:
     Attributes:
         data: The bytes of a PNG or JPEG file.
         content_type: Its media type.
-        shapes: What (height, width) a label map of it may have: two for a file, since a JPEG may
-            ask its viewer to turn it.
+        shapes: Possible (height, width) of its label map: two for a file, since the EXIF
+            orientation of a JPEG may rotate it.
     """
 
     data: bytes
@@ -35,20 +35,20 @@ class Upload:
 
     @property
     def pixels(self) -> int:
-        """Return their number."""
+        """Return the number of pixels."""
         height, width = next(iter(self.shapes))
         return height * width
 
 
 def prepare_upload(image: ImageInput) -> Upload:
-    """Encode an array without loss; read and check the header of a file, which is sent as it is.
+    """Encode an array losslessly, or check the header of a file, which is sent unchanged.
 
     Args:
         image: RGB, uint8 (h, w, 3); or a PNG or JPEG file, as bytes or as a path.
 
     Raises:
-        DatasetError: Another kind of array, a file that cannot be read, has another format or too
-            many pixels.
+        DatasetError: The array has another dtype or shape, the file cannot be read or has another
+            format, or there are too many pixels.
     """
     if isinstance(image, ndarray):
         return _encode_array(image)
@@ -66,7 +66,7 @@ def decode_map(png: bytes, shapes: frozenset[tuple[int, int]]) -> ndarray:
     """Decode an 8-bit PNG of one channel, grey or indexed, to uint8 (h, w).
 
     Raises:
-        ValueError: Not a PNG, of another kind, damaged, or of none of the ``shapes``.
+        ValueError: Not a PNG, damaged, of another mode, or its size is not among ``shapes``.
     """
     try:
         with Image.open(io.BytesIO(png), formats=("PNG",)) as picture:
@@ -86,7 +86,7 @@ def _encode_array(image: ndarray) -> Upload:
     height, width = image.shape[:2]
     _check_pixels(height, width, "image")
     buffer = io.BytesIO()
-    # Little effort: a local network is faster than the last percent of compression.
+    # Low effort: sending a few percent more takes less time than stronger compression.
     Image.fromarray(np.ascontiguousarray(image)).save(buffer, format="PNG", compress_level=1)
     return Upload(buffer.getvalue(), "image/png", frozenset({(height, width)}))
 

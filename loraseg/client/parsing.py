@@ -1,42 +1,37 @@
-"""Read answers: nothing in them is believed before its type, size and range are checked."""
+"""Parse replies: types, sizes and ranges are checked before a value is used."""
 
 import base64
 import binascii
-import json
-import sys
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
 from http import HTTPStatus
-from typing import Any, cast
+from typing import Any, TypeVar
 
 import numpy as np
+import pydantic_core
 from numpy import ndarray
+from pydantic import TypeAdapter, ValidationError
 
+from loraseg.api_types import Problem, ReplyExplanation, SegmentReply, printable
 from loraseg.client.images import Upload, decode_map
-from loraseg.client.responses import (
-    AdapterInfo,
-    LibraryInfo,
-    SegmentResponse,
-    SkippedAdapterInfo,
-    UsedAdapterInfo,
-)
+from loraseg.client.responses import SegmentResponse
 from loraseg.client.retry import RetryableError
 from loraseg.errors import ServiceError
 
 __all__ = [
-    "JsonObject",
+    "BatchLine",
     "invalid_response",
-    "parse_adapter",
-    "parse_json",
-    "parse_library",
+    "parse",
+    "parse_object",
     "parse_segment_response",
     "problem_error",
     "response_error",
 ]
 
-_MAX_TEXT_CHARS = 2000
-_MAX_FLOAT = sys.float_info.max
+ReplyT = TypeVar("ReplyT")
+
 _RETRYABLE_STATUSES = {HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE}
-# For answers that come from something before the endpoint, such as a proxy.
+# For responses of something in front of the endpoint, such as a proxy.
 _CODE_BY_STATUS = {
     400: "bad_request",
     401: "unauthorized",
@@ -50,136 +45,75 @@ _CODE_BY_STATUS = {
     503: "overloaded",
     504: "deadline",
 }
+_MAX_SHOWN_CHARS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLine:
+    """What the client reads first of a line of a batch response.
+
+    Attributes:
+        index: Of the image in the request; None in the last line.
+        error: Why the image was not segmented; None if it was.
+        done: Number of segmented images, in the last line only.
+    """
+
+    index: int | None = None
+    error: Problem | None = None
+    done: int | None = None
 
 
 def invalid_response(reason: str) -> ServiceError:
-    """Return the error for an answer that no sound endpoint gives."""
-    return ServiceError("bad_reply", f"the endpoint's answer cannot be used: {reason}")
+    """Return the error for a response that violates the API."""
+    return ServiceError("bad_reply", f"the endpoint's response is invalid: {reason}")
 
 
-class JsonObject:
-    """A JSON object whose values are taken out by type; the error names the key."""
-
-    def __init__(self, value: Any, path: str = "") -> None:
-        if not isinstance(value, Mapping):
-            raise invalid_response(
-                f"{path or 'the answer'}: got {type(value).__name__}, expected object"
-            )
-        self._values = cast(Mapping[str, Any], value)
-        self._path_prefix = path
-
-    def string(self, key: str, *, optional: bool = False) -> Any:
-        """Return printable text; None where it is absent and optional."""
-        value = self._values.get(key)
-        if value is None and optional:
-            return None
-        if not isinstance(value, str):
-            raise self._type_error(key, value, "text")
-        return sanitise(value)
-
-    def number(self, key: str, *, optional: bool = False) -> Any:
-        """Return a finite number as float; None where it is absent and optional."""
-        value = self._values.get(key)
-        if value is None and optional:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self._type_error(key, value, "a number")
-        if not abs(value) <= _MAX_FLOAT:  # neither NaN nor what no float holds
-            raise self._type_error(key, value, "a finite number")
-        return float(value)
-
-    def integer(self, key: str, *, optional: bool = False) -> Any:
-        """Return an integer; None where it is absent and optional."""
-        value = self._values.get(key)
-        if value is None and optional:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self._type_error(key, value, "a whole number")
-        return value
-
-    def version(self, key: str) -> int | str:
-        """Return a version: a number or text."""
-        return self.string(key) if isinstance(self._values.get(key), str) else self.integer(key)
-
-    def array(self, key: str) -> Sequence[Any]:
-        """Return a list of anything."""
-        value = self._values.get(key)
-        if not isinstance(value, list):
-            raise self._type_error(key, value, "a list")
-        return cast(list[Any], value)
-
-    def children(self, key: str) -> list["JsonObject"]:
-        """Return a list of objects."""
-        return [JsonObject(value, self._key_path(key)) for value in self.array(key)]
-
-    def child(self, key: str) -> "JsonObject":
-        """Return an object."""
-        return JsonObject(self._values.get(key), self._key_path(key))
-
-    def strings(self, key: str) -> tuple[str, ...]:
-        """Return a list of printable texts."""
-        values = self.array(key)
-        if not all(isinstance(value, str) for value in values):
-            raise self._type_error(key, "something else", "a list of texts")
-        return tuple(sanitise(value) for value in values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all of it, unchecked."""
-        return dict(self._values)
-
-    def number_values(self) -> dict[str, float]:
-        """Return all values as finite numbers by key."""
-        return {sanitise(key): self.number(key) for key in self._values}
-
-    def has(self, key: str) -> bool:
-        """Tell whether the key is there and not null."""
-        return self._values.get(key) is not None
-
-    def image(self, key: str, shapes: frozenset[tuple[int, int]]) -> ndarray:
-        """Return a base64 PNG of one of these shapes as uint8 (h, w)."""
-        value = self._values.get(key)
-        if not isinstance(value, str):
-            raise self._type_error(key, value, "a PNG in base64")
-        try:
-            return decode_map(base64.b64decode(value, validate=True), shapes)
-        except (ValueError, binascii.Error) as error:
-            raise invalid_response(f"{self._key_path(key)}: {error}") from error
-
-    def _key_path(self, key: str) -> str:
-        return f"{self._path_prefix}.{key}" if self._path_prefix else key
-
-    def _type_error(self, key: str, value: Any, expected: str) -> ServiceError:
-        return invalid_response(
-            f"{self._key_path(key)}: got {sanitise(repr(value))[:60]}, expected {expected}"
-        )
-
-
-def parse_json(body: bytes) -> Any:
-    """Parse JSON without NaN and infinities.
-
-    Raises:
-        ServiceError: ``invalid_response``.
-    """
-    try:
-        return json.loads(body, parse_constant=_reject_constant)
-    except (ValueError, RecursionError) as error:
-        raise invalid_response(
-            f"not JSON ({sanitise(body[:60].decode('latin-1'))!r} ...)"
-        ) from error
-
-
-def problem_error(details: JsonObject, retry_after_s: float | None = None) -> ServiceError:
-    """Return the error that problem details (RFC 9457) stand for; passing ones may be retried.
+def parse(body: bytes, cls: type[ReplyT]) -> ReplyT:
+    """Parse a JSON body strictly; unknown keys are ignored.
 
     Args:
-        details: The details.
-        retry_after_s: From the header.
+        body: UTF-8.
+        cls: One of :mod:`loraseg.api_types`.
+
+    Raises:
+        ServiceError: ``bad_reply``; the message names the key.
     """
-    code, detail = details.string("code"), details.string("detail")
-    if code == "internal":  # whoever runs the endpoint finds the reason in its log by this
-        detail = f"{detail} (request {details.string('request_id')})"
-    kind = RetryableError if details.integer("status") in _RETRYABLE_STATUSES else ServiceError
-    return kind(code, detail, retry_after_s=retry_after_s)
+    try:
+        return _type_adapter(cls).validate_json(body, strict=True)
+    except ValidationError as error:
+        raise invalid_response(_first_error(error, body)) from error
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """Parse a JSON object of any members, without NaN and infinities.
+
+    Raises:
+        ServiceError: ``bad_reply``.
+    """
+    try:
+        value = pydantic_core.from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise invalid_response(_not_json(body)) from error
+    if not isinstance(value, dict):
+        raise invalid_response(f"got {type(value).__name__}, expected an object")
+    return value
+
+
+def problem_error(problem: Problem, retry_after_s: float | None = None) -> ServiceError:
+    """Return the error that problem details (RFC 9457) stand for.
+
+    Args:
+        problem: The details.
+        retry_after_s: From the header.
+
+    Returns:
+        A :class:`RetryableError` for statuses 429 and 503.
+    """
+    detail = problem.detail
+    if problem.code == "internal":  # the endpoint's log has the reason under this id
+        detail = f"{detail} (request {problem.request_id})"
+    kind = RetryableError if problem.status in _RETRYABLE_STATUSES else ServiceError
+    return kind(problem.code, detail, retry_after_s=retry_after_s)
 
 
 def response_error(status: int, body: bytes, retry_after_s: float | None) -> ServiceError:
@@ -187,124 +121,77 @@ def response_error(status: int, body: bytes, retry_after_s: float | None) -> Ser
 
     Args:
         status: Of HTTP.
-        body: Problem details, or whatever a proxy on the way has to say.
+        body: Problem details, or the text of a proxy.
         retry_after_s: From the header.
     """
     try:
-        return problem_error(JsonObject(parse_json(body)), retry_after_s)
+        return problem_error(parse(body, Problem), retry_after_s)
     except ServiceError:
         detail = f"HTTP status {status} without a reason; is this the URL of a loraseg endpoint?"
         kind = RetryableError if status in _RETRYABLE_STATUSES else ServiceError
         return kind(_CODE_BY_STATUS.get(status, "bad_reply"), detail, retry_after_s=retry_after_s)
 
 
-def parse_segment_response(
-    json_object: JsonObject, upload: Upload, classes: int
-) -> SegmentResponse:
-    """Read one segmented image.
+def parse_segment_response(body: bytes, upload: Upload, classes: int) -> SegmentResponse:
+    """Parse the reply for one image.
 
     Args:
-        json_object: The JSON reply.
-        upload: What was sent, for the sizes.
-        classes: How many class names were sent.
+        body: JSON.
+        upload: The image of the request, for its size.
+        classes: Number of class names in the request.
 
     Raises:
-        ServiceError: ``invalid_response``: anything is missing, mistyped, or of a size or range
-            that does not belong to the question.
+        ServiceError: ``bad_reply``: a value is missing, mistyped or out of range, or does not fit
+            the request.
     """
-    names = json_object.strings("classes")
-    if len(names) != classes:
-        raise invalid_response(f"classes: got {len(names)}, expected {classes}")
-    labels = json_object.image("segmentation_mask", upload.shapes)
+    reply = parse(body, SegmentReply)
+    for name, count in (("classes", len(reply.classes)), ("palette", len(reply.palette))):
+        if count != classes:
+            raise invalid_response(f"{name}: got {count}, expected {classes}")
+    labels = _decode("segmentation_mask", reply.segmentation_mask, upload.shapes)
     if int(labels.max()) >= classes:
         raise invalid_response(f"segmentation_mask: id {int(labels.max())} of {classes} classes")
-    same_shape = frozenset({(labels.shape[0], labels.shape[1])})
-    maps = {
-        name: json_object.image(name, same_shape).astype(np.float32) / np.float32(255)
-        for name in ("confidence", "entropy")
-        if json_object.has(name)
-    }
+    explanation = {field.name: getattr(reply, field.name) for field in fields(ReplyExplanation)}
     return SegmentResponse(
         label_map=labels,
-        class_names=names,
-        palette=_parse_palette(json_object.array("palette"), classes),
-        confidence=maps.get("confidence"),
-        entropy=maps.get("entropy"),
-        mode=json_object.string("mode"),
-        library=json_object.string("library"),
-        generation=json_object.integer("generation", optional=True),
-        base=json_object.string("base"),
-        mix=json_object.string("mix", optional=True),
-        adapters=tuple(_parse_used_adapter(node) for node in json_object.children("adapters")),
-        fallback=json_object.string("fallback", optional=True),
-        skipped=tuple(_parse_skipped_adapter(node) for node in json_object.children("skipped")),
-        tiles=json_object.integer("tiles"),
-        timing_ms=json_object.child("timing_ms").number_values(),
-        request_id=json_object.string("request_id"),
+        class_names=reply.classes,
+        palette=np.array(reply.palette, dtype=np.uint8),
+        confidence=_decode_scores("confidence", reply.confidence, labels),
+        entropy=_decode_scores("entropy", reply.entropy, labels),
+        request_id=reply.request_id,
+        **explanation,
     )
 
 
-def parse_adapter(json_object: JsonObject) -> AdapterInfo:
-    """Read one adapter of the list."""
-    return AdapterInfo(
-        name=json_object.string("name"),
-        version=json_object.integer("version"),
-        digest=json_object.string("digest"),
-        size_bytes=json_object.integer("size_bytes"),
-        classes=json_object.strings("classes"),
-        images=json_object.integer("images", optional=True),
-        unavailable=json_object.string("unavailable", optional=True),
-    )
+@cache
+def _type_adapter(cls: type) -> Any:
+    return TypeAdapter(cls)
 
 
-def parse_library(json_object: JsonObject) -> LibraryInfo:
-    """Read the state of a library."""
-    return LibraryInfo(
-        library=json_object.string("library"),
-        generation=json_object.integer("generation"),
-        loaded_s=json_object.number("loaded_s"),
-        checked_s=json_object.number("checked_s"),
-        problem=json_object.string("problem", optional=True),
-        adapters=json_object.integer("adapters"),
-        unavailable=json_object.integer("unavailable"),
-        misfits=json_object.integer("misfits"),
-    )
+def _decode_scores(name: str, png: str | None, labels: ndarray) -> ndarray | None:
+    """Decode a map of the label map's size to float32 (h, w) in [0, 1]."""
+    if png is None:
+        return None
+    height, width = labels.shape
+    values = _decode(name, png, frozenset({(height, width)}))
+    return values.astype(np.float32) / np.float32(255)
 
 
-def sanitise(text: str) -> str:
-    """Keep what a terminal shows as text: an endpoint must not steer it."""
-    shown = "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
-    return shown if len(shown) <= _MAX_TEXT_CHARS else f"{shown[:_MAX_TEXT_CHARS]} ..."
-
-
-def _parse_used_adapter(json_object: JsonObject) -> UsedAdapterInfo:
-    return UsedAdapterInfo(
-        json_object.string("name"),
-        json_object.version("version"),
-        json_object.string("digest"),
-        json_object.number("weight"),
-        json_object.number("distance", optional=True),
-    )
-
-
-def _parse_skipped_adapter(json_object: JsonObject) -> SkippedAdapterInfo:
-    return SkippedAdapterInfo(
-        json_object.string("name"),
-        json_object.version("version"),
-        json_object.string("digest"),
-        json_object.string("reason"),
-    )
-
-
-def _parse_palette(colors: Sequence[Any], classes: int) -> ndarray:
+def _decode(name: str, png: str, shapes: frozenset[tuple[int, int]]) -> ndarray:
     try:
-        palette = np.array(colors, dtype=np.uint8)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise invalid_response(f"palette: {error}") from error
-    if palette.shape != (classes, 3):
-        raise invalid_response(f"palette: got shape {palette.shape}, expected {(classes, 3)}")
-    return palette
+        return decode_map(base64.b64decode(png, validate=True), shapes)
+    except (ValueError, binascii.Error) as error:
+        raise invalid_response(f"{name}: {error}") from error
 
 
-def _reject_constant(name: str) -> Any:
-    raise ValueError(name)
+def _first_error(error: ValidationError, body: bytes) -> str:
+    problem = error.errors(include_url=False, include_context=False)[0]
+    if problem["type"] == "json_invalid":
+        return _not_json(body)
+    path = printable(".".join(str(part) for part in problem["loc"]))
+    got = printable(repr(problem["input"]))[:_MAX_SHOWN_CHARS]
+    return f"{path}: {problem['msg']}, got {got}" if path else f"{problem['msg']}, got {got}"
+
+
+def _not_json(body: bytes) -> str:
+    return f"not JSON ({printable(body[:_MAX_SHOWN_CHARS].decode('latin-1'))!r} ...)"

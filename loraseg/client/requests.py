@@ -1,4 +1,4 @@
-"""Requests: what a caller wants, as form fields and parts."""
+"""Requests to an endpoint: form fields and files."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -9,23 +9,24 @@ from loraseg.client.images import Upload
 
 __all__ = ["Request", "SegmentOptions", "form_fields", "segment_batch_request", "segment_request"]
 
-# Everything but the maps: explanations with thousands of adapters are long.
+# Of a response without its maps; an explanation with thousands of adapters is long.
 _MAX_TEXT_BYTES = 16 * 2**20
 
 
 class SegmentOptions(TypedDict, total=False):
-    """What may be said about a segmentation; the endpoint decides what is left out.
+    """Options of a segmentation; the endpoint has a default for each.
 
     Attributes:
         library: The endpoint's name of a library.
-        top_k: Number of nearest adapters that are fused.
-        temperature: Sharpness of their weights.
-        adapters: Names of adapters: with ``rain``, exactly those that are named are used; with
-            ``-rain``, it is not used.
-        mode: Nearest adapters, all adapters alike, or none.
+        top_k: Number of nearest adapters to fuse.
+        temperature: Of the mixing weights; smaller values favour the nearest adapter.
+        adapters: Names: ``rain`` restricts the mix to the adapters so named, ``-rain`` excludes
+            one.
+        mode: ``fused``: the nearest adapters; ``uniform``: all, with equal weights; ``base``:
+            none.
         maps: Further maps to return: ``confidence``, ``entropy``.
-        tiling: Whether the image is cut into overlapping tiles.
-        timeout_s: For this call, instead of the client's.
+        tiling: Whether to cut the image into overlapping tiles.
+        timeout_s: Of this call, instead of the client's.
     """
 
     library: str | None
@@ -40,7 +41,7 @@ class SegmentOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """One request, ready to be sent any number of times.
+    """One HTTP request; it may be sent repeatedly.
 
     Attributes:
         method: Of HTTP.
@@ -48,7 +49,7 @@ class Request:
         params: Of the query.
         form: Fields of a multipart body.
         files: Its files: field, (name, bytes, media type).
-        max_response_bytes: Most bytes of an answer.
+        max_response_bytes: Limit of the response, or of one line of a batch response.
     """
 
     method: str
@@ -59,16 +60,16 @@ class Request:
     max_response_bytes: int = 4 * _MAX_TEXT_BYTES
 
     def with_timeout(self, timeout_s: float) -> "Request":
-        """Tell the endpoint how long its answer is waited for; it need not work on after that."""
+        """Return the request with the endpoint's time limit; unchanged without a form."""
         if not self.form:
             return self
         return replace(self, form={**self.form, "timeout_s": f"{max(timeout_s, 0.001):.3f}"})
 
 
 def form_fields(classes: Sequence[str], options: SegmentOptions) -> dict[str, str]:
-    """Return the parameters of a segmentation, without those that are left to the endpoint."""
-    wanted = ("mask", *sorted(set(options.get("maps", ()))), "explanation")
-    named = {
+    """Return the form fields of a segmentation; options that are not set are left out."""
+    returns = ("mask", *sorted(set(options.get("maps", ()))), "explanation")
+    values = {
         "library": options.get("library"),
         "top_k": options.get("top_k"),
         "temperature": options.get("temperature"),
@@ -76,8 +77,8 @@ def form_fields(classes: Sequence[str], options: SegmentOptions) -> dict[str, st
         "mode": options.get("mode"),
         "tiling": options.get("tiling"),
     }
-    said = {name: str(value) for name, value in named.items() if value is not None}
-    return {"classes": json.dumps(list(classes)), "return": ",".join(wanted), **said}
+    fields = {name: str(value) for name, value in values.items() if value is not None}
+    return {"classes": json.dumps(list(classes)), "return": ",".join(returns), **fields}
 
 
 def segment_request(upload: Upload, form: Mapping[str, str]) -> Request:
@@ -92,23 +93,23 @@ def segment_request(upload: Upload, form: Mapping[str, str]) -> Request:
 
 
 def segment_batch_request(uploads: Sequence[Upload], form: Mapping[str, str]) -> Request:
-    """Return the request for several images; the limit is that of one line of the answer."""
+    """Return the request for several images."""
     return Request(
         method="POST",
         path="/v1/segment/batch",
         form=form,
-        files=tuple(_file_part("images", place, upload) for place, upload in enumerate(uploads)),
+        files=tuple(_file_part("images", index, upload) for index, upload in enumerate(uploads)),
         max_response_bytes=max(_max_response_bytes(upload, form) for upload in uploads),
     )
 
 
 def _file_part(name: str, index: int, upload: Upload) -> tuple[str, tuple[str, bytes, str]]:
-    # File names may tell what they should not, and the endpoint needs none.
+    # The real file name may be confidential, and the endpoint does not need it.
     return name, (str(index), upload.data, upload.content_type)
 
 
 def _max_response_bytes(upload: Upload, form: Mapping[str, str]) -> int:
-    """Return how long an honest answer can be: maps as PNG that did not compress, in base64."""
+    """Return the size of the longest valid response: incompressible maps as PNG in base64."""
     maps = form["return"].count(",")
     rows = max(max(shape) for shape in upload.shapes)
     return _MAX_TEXT_BYTES + maps * ((upload.pixels + rows) * 3 // 2)

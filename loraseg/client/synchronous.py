@@ -1,4 +1,4 @@
-"""The client for programmes without an event loop."""
+"""The client for synchronous code."""
 
 import asyncio
 import threading
@@ -6,10 +6,11 @@ from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, TypeVar, Unpack
 
+from loraseg.api_types import AdapterInfo, LibraryInfo
 from loraseg.client.asynchronous import AsyncClient
 from loraseg.client.images import ImageInput
 from loraseg.client.requests import Request, SegmentOptions
-from loraseg.client.responses import AdapterInfo, LibraryInfo, SegmentResponse
+from loraseg.client.responses import SegmentResponse
 from loraseg.client.transport import Response
 from loraseg.errors import LorasegError, ServiceError
 
@@ -19,13 +20,13 @@ ResultT = TypeVar("ResultT")
 
 
 class Client:
-    """Talks to an endpoint. Any number of threads may use one client at once.
+    """Client of an endpoint, safe for any number of threads.
 
-    It is :class:`AsyncClient` on an event loop in a thread of its own: only an event loop can break
-    off a read when time is over, however slowly bytes keep coming. It works inside notebooks,
-    which have a loop already. Close it, or use it in a ``with`` statement.
+    It runs an :class:`AsyncClient` on an event loop in its own thread: an event loop can cancel a
+    read at the deadline even if bytes keep arriving slowly. It also works in notebooks, which
+    already run a loop. Close it, or use it in a ``with`` statement.
 
-    Args and errors are those of :class:`AsyncClient`.
+    Arguments and errors are those of :class:`AsyncClient`.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the connections and end the thread."""
+        """Close the connections and stop the thread."""
         if not self._loop.is_closed:
             self._loop.run(self._client.aclose())
             self._loop.close()
@@ -75,24 +76,24 @@ class Client:
         classes: Sequence[str],
         **options: Unpack[SegmentOptions],
     ) -> Iterator[tuple[int, SegmentResponse | LorasegError]]:
-        """Yield index and outcome as images finish, as :meth:`AsyncClient.segment_batch` does.
+        """Yield index and result of each image, as :meth:`AsyncClient.segment_batch` does.
 
-        ``images`` is read in other threads.
+        ``images`` is iterated in other threads.
         """
-        found = self._client.segment_batch(images, classes, **options)
+        results = self._client.segment_batch(images, classes, **options)
 
         async def step() -> tuple[int, SegmentResponse | LorasegError] | None:
-            return await anext(found, None)
+            return await anext(results, None)
 
         try:
-            while (settled := self._loop.run(step())) is not None:
-                yield settled
+            while (result := self._loop.run(step())) is not None:
+                yield result
         finally:
             if not self._loop.is_closed:
-                self._loop.run(found.aclose())
+                self._loop.run(results.aclose())
 
     def adapters(self, library: str | None = None) -> tuple[AdapterInfo, ...]:
-        """Return the adapters of a library, the default one if none is named, by name."""
+        """Return the adapters of a library (None: the default one), ordered by name."""
         return self._loop.run(self._client.adapters(library))
 
     def adapter(self, name: str, library: str | None = None) -> dict[str, Any]:
@@ -100,28 +101,28 @@ class Client:
         return self._loop.run(self._client.adapter(name, library))
 
     def library(self, library: str | None = None) -> LibraryInfo:
-        """Return the state of a library, the default one if none is named."""
+        """Return the state of a library (None: the default one)."""
         return self._loop.run(self._client.library(library))
 
     def refresh(self, library: str | None = None) -> LibraryInfo:
-        """Let the endpoint look for a newer generation now. Needs the role ``admin``."""
+        """Make the endpoint check for a newer generation now. Requires the role ``admin``."""
         return self._loop.run(self._client.refresh(library))
 
     def base(self) -> dict[str, Any]:
-        """Return what is frozen: base model, encoder and default settings."""
+        """Return the description of base model, encoder and default settings."""
         return self._loop.run(self._client.base())
 
     def is_ready(self) -> bool:
-        """Tell whether the endpoint can segment now; False too if it cannot be reached."""
+        """Return whether the endpoint can segment now; False if it cannot be reached."""
         return self._loop.run(self._client.is_ready())
 
     def request(self, request: Request, timeout_s: float | None = None) -> Response:
-        """Send any request, as :meth:`AsyncClient.ask` does."""
+        """Send a request, as :meth:`AsyncClient.request` does."""
         return self._loop.run(self._client.request(request, timeout_s))
 
 
 class _LoopThread:
-    """An event loop in a thread; other threads wait for what they run on it."""
+    """An event loop in a thread, and a blocking call that runs coroutines on it."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -135,11 +136,11 @@ class _LoopThread:
         if self.is_closed:
             coroutine.close()
             raise ServiceError("unreachable", "the client has been closed")
-        running = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
-            return running.result()
+            return future.result()
         except BaseException:
-            running.cancel()  # for Ctrl-C in this thread; what has ended by itself is past it
+            future.cancel()  # after Ctrl-C in this thread; no effect on a finished coroutine
             raise
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""One request and its answer over a connection, within a time and a number of bytes."""
+"""One request and its response, with limits of time and size."""
 
 import asyncio
 import contextlib
@@ -24,12 +24,12 @@ _MAX_PROBLEM_BYTES = 2**16
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """What came back.
+    """A response with status 200.
 
     Attributes:
-        body: All of it.
-        date: When, by the endpoint's clock, as in the header; None if it did not say.
-        tls: The secured connection, None for plain HTTP.
+        body: The whole body.
+        date: The header ``Date``, None if absent.
+        tls: The TLS connection, None for plain HTTP.
     """
 
     body: bytes
@@ -38,14 +38,14 @@ class Response:
 
 
 class LineBuffer:
-    """Puts lines together from chunks; one may have at most ``limit`` bytes."""
+    """Joins chunks into lines of at most ``limit`` bytes."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._partial = bytearray()
 
     def feed(self, chunk: bytes) -> list[bytes]:
-        """Return the lines that the chunk completes.
+        """Return the lines that the chunk completes, without empty ones.
 
         Raises:
             ServiceError: ``bad_reply``: a line is too long.
@@ -67,17 +67,17 @@ class LineBuffer:
 
 
 def connect(endpoint: Endpoint, token: str | None) -> httpx2.AsyncClient:
-    """Return a pool of connections that sends the token, if any, to this address only."""
+    """Return a connection pool that sends the token, if any, to this endpoint only."""
     headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
     if token is not None:
         headers["Authorization"] = f"Bearer {token}"
     return httpx2.AsyncClient(
         headers=headers,
-        # How long an answer may take is bounded as a whole, whatever it trickles in meanwhile.
+        # Timeouts of single reads do not limit a slow response; _timeout() limits the whole.
         timeout=httpx2.Timeout(None, connect=_CONNECT_TIMEOUT_S),
         follow_redirects=False,
         cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
-        # A proxy from the environment would read what plain HTTP carries.
+        # A proxy of the environment could read plain HTTP.
         trust_env=endpoint.is_encrypted,
     )
 
@@ -85,11 +85,11 @@ def connect(endpoint: Endpoint, token: str | None) -> httpx2.AsyncClient:
 async def send(
     http: httpx2.AsyncClient, endpoint: Endpoint, request: Request, timeout_s: float
 ) -> Response:
-    """Ask once and read the whole answer.
+    """Send a request once and read the whole response.
 
     Raises:
-        ServiceError: The endpoint's refusal; ``unreachable``; ``bad_reply`` for an answer that is
-            too long; ``deadline`` after ``timeout_s`` seconds. A ``RetryableError`` may be retried.
+        ServiceError: The endpoint's error; ``unreachable``; ``bad_reply`` for a response that is
+            too long; ``deadline`` after ``timeout_s`` seconds. A ``RetryableError`` is temporary.
     """
     async with _timeout(timeout_s, endpoint), _request(http, endpoint, request) as response:
         body = await _read_body(response, request.max_response_bytes)
@@ -99,16 +99,15 @@ async def send(
 async def stream_lines(
     http: httpx2.AsyncClient, endpoint: Endpoint, request: Request, deadline: Deadline
 ) -> AsyncGenerator[bytes, None]:
-    """Ask once and yield the answer line by line as it comes, until the patience is over.
+    """Send a request once and yield the lines of the response as they arrive.
 
     Raises:
-        ServiceError: As for :func:`exchange`; the limit is that of a line.
+        ServiceError: As for :func:`send`; the size limit is that of a line.
     """
     async with contextlib.AsyncExitStack() as stack:
-        # A deadline must not reach over a yield: what the caller does meanwhile takes its time.
+        # No timeout may span a yield: the caller's own work would count.
         async with _timeout(deadline.remaining_s, endpoint):
-            asked = _request(http, endpoint, request)
-            response = await stack.enter_async_context(asked)
+            response = await stack.enter_async_context(_request(http, endpoint, request))
         chunks, buffer = response.aiter_raw(), LineBuffer(request.max_response_bytes)
         while True:
             with _map_errors(endpoint):
@@ -124,7 +123,7 @@ async def stream_lines(
 async def _request(
     http: httpx2.AsyncClient, endpoint: Endpoint, request: Request
 ) -> AsyncGenerator[httpx2.Response]:
-    """Send the question; the response is a success whose body has not been read."""
+    """Send a request and yield the response, whose status is 200, before its body is read."""
     with _map_errors(endpoint):
         async with http.stream(
             request.method,
@@ -138,7 +137,7 @@ async def _request(
                 wait_s = parse_retry_after(response.headers.get("retry-after"))
                 raise response_error(response.status_code, body, wait_s)
             if response.headers.get("content-encoding", "identity") != "identity":
-                raise invalid_response("it is compressed, which was not asked for")
+                raise invalid_response("it is compressed although the request does not allow it")
             yield response
 
 
@@ -165,7 +164,9 @@ async def _timeout(timeout_s: float, endpoint: Endpoint) -> AsyncGenerator[None]
         async with asyncio.timeout(timeout_s):
             yield
     except TimeoutError as error:
-        raise ServiceError("deadline", f"{endpoint.url}: no answer in {timeout_s:.3g} s") from error
+        raise ServiceError(
+            "deadline", f"{endpoint.url}: no response in {timeout_s:.3g} s"
+        ) from error
 
 
 def _tls_object(response: httpx2.Response) -> ssl.SSLObject | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from loraseg.errors import LorasegError, ServiceError
 from loraseg.inference.request import SegmentRequest, SegmentResult
 from loraseg.inference.segmentation import PreparedRequest, SegmentationStage, score_bytes
+from loraseg.inference.service_errors import draining_error, overloaded_error
 
 __all__ = ["MicroBatcher"]
 
@@ -118,13 +119,9 @@ class MicroBatcher:
         ticket = _PendingRequest(request, Future())
         with self._condition:
             if self._is_closed:
-                raise ServiceError("draining", "the service is shutting down", retry_after_s=5.0)
+                raise draining_error()
             if self._in_flight >= self._max_in_flight:
-                raise ServiceError(
-                    "overloaded",
-                    f"{self._max_in_flight} images are waiting already",
-                    retry_after_s=1.0,
-                )
+                raise overloaded_error(self._max_in_flight)
             if not self._in_flight:
                 self._last_progress = time.monotonic()
             self._in_flight += 1
@@ -174,7 +171,7 @@ class MicroBatcher:
                 (self._tiled if pending.prepared.is_tiled else self._ready).append(pending)
                 self._condition.notify()
                 return
-        pending.resolve(_draining_error())
+        pending.resolve(draining_error())
 
     def _run_loop(self) -> None:
         while True:
@@ -186,7 +183,7 @@ class MicroBatcher:
             self._run_tiled_step()
             self._last_progress = time.monotonic()
         for ticket in (*self._ready, *self._tiled):
-            ticket.resolve(_draining_error())
+            ticket.resolve(draining_error())
 
     def _next_batch(self) -> list[_PendingRequest] | None:
         """Return what goes through the model next, [] for only a tiled image, None at the end."""
@@ -260,7 +257,3 @@ class MicroBatcher:
 
 def _batch_key(pending: _PendingRequest) -> object:
     return pending.prepared.batch_key if pending.prepared else None
-
-
-def _draining_error() -> ServiceError:
-    return ServiceError("draining", "the service is shutting down", retry_after_s=5.0)

@@ -17,6 +17,7 @@ from loraseg.inference.selection import (
     adapter_not_found_error,
     select_adapters,
 )
+from loraseg.inference.service_errors import no_such_library_error
 from loraseg.inference.snapshot import LibrarySnapshot
 from loraseg.inference.watcher import LibraryWatcher
 from loraseg.tensor_types import ndarray
@@ -77,8 +78,7 @@ class RetrievalStage:
             ServiceError: ``no_such_library``.
         """
         if name not in self._libraries:
-            known = ", ".join(repr(other) for other in self._libraries)
-            raise ServiceError("no_such_library", f"no library {name!r}; there are {known}")
+            raise no_such_library_error(name, self._libraries)
         return self._libraries[name]
 
     def retrieve(self, requests: Sequence[SegmentRequest]) -> list[AdapterSelection | LorasegError]:

@@ -1,3 +1,3 @@
-"""Probes: reports on which layers of a generator matter, from which recipes select layers."""
+"""Probes: which layers of a generator matter, as reports that selections are made from."""
 
 __all__: list[str] = []

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-import jinja2
+from loraseg.reports.html_template import html_template
 
 __all__ = ["Block", "HtmlReport", "Section", "StatTile", "render_report"]
 
@@ -88,16 +87,5 @@ def render_report(report: HtmlReport) -> str:
         (section, [(block.macro, block.view()) for block in section.blocks])
         for section in report.sections
     ]
-    return _page_template().render(report=report, sections=sections)
-
-
-@cache
-def _page_template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html.j2")
+    template = html_template(_TEMPLATES, "page.html.j2")
+    return template.render(report=report, sections=sections)

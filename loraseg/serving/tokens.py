@@ -1,4 +1,4 @@
-"""Who may use the endpoint: bearer tokens, of which only the digests are kept in a file.
+"""Bearer tokens of the endpoint, and the file with their digests.
 
 The file is YAML or JSON::
 
@@ -6,8 +6,8 @@ The file is YAML or JSON::
       - name: night-team                  # for logs
         sha256: 9f86d08...                # of the token; `loraseg token new` prints both
         roles: [segment, admin]           # default: [segment]
-        adapters: ["night*", "rain"]      # which adapters it sees (fnmatch); default: all
-        concurrent: 8                     # requests in work, in each gateway replica
+        adapters: ["night*", "rain"]      # visible adapters (fnmatch patterns); default: all
+        concurrent: 8                     # limit of concurrent requests per gateway replica
 """
 
 import hashlib
@@ -37,7 +37,7 @@ Role = Literal["segment", "admin"]
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _MAX_TOKEN_CHARS = 512
-# A token that is taken out of the file is refused after this time at the latest.
+# A token that is removed from the file is rejected after this time at the latest.
 _RELOAD_INTERVAL_S = 2.0
 
 
@@ -48,9 +48,9 @@ class Token:
     Attributes:
         name: For logs; distinct.
         sha256: Hex digest of the token.
-        roles: What it allows: ``segment`` for all that reads, ``admin`` for the admin routes.
-        adapters: Name patterns (``fnmatch``) of the adapters it sees; None for all.
-        concurrent: Requests it may have in work; None for the service's limit.
+        roles: ``segment`` permits all routes but the admin routes, ``admin`` only those.
+        adapters: Name patterns (``fnmatch``) of the visible adapters; None for all.
+        concurrent: Limit of concurrent requests; None for the service's limit.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Token:
     concurrent: int | None = None
 
     def __post_init__(self) -> None:
-        """Check what the types cannot say."""
+        """Check name, digest, roles and limit."""
         if not self.name.isprintable() or not 1 <= len(self.name) <= 64:
             raise ConfigError(f"name {self.name!r}: expected 1 to 64 printable characters")
         if not _DIGEST.fullmatch(self.sha256):
@@ -78,17 +78,17 @@ class TokenFile:
     tokens: tuple[Token, ...]
 
     def __post_init__(self) -> None:
-        """Check that no name or token stands twice, and that there is any."""
+        """Check that there are tokens and that names and digests are distinct."""
         for key in ("name", "sha256"):
             values = [getattr(token, key) for token in self.tokens]
             if len(set(values)) != len(values):
                 raise ConfigError(f"tokens: two entries have the same {key}")
         if not self.tokens:
-            raise ConfigError("tokens: expected at least one; without a file, the service is open")
+            raise ConfigError("tokens: expected at least one; an open service has no token file")
 
 
 class TokenStore:
-    """The tokens of a file, read again when it changes; thread-safe."""
+    """The tokens of a file, which is reloaded when it changes. Thread-safe."""
 
     def __init__(self, read: Callable[[], bytes]) -> None:
         self._read = read
@@ -102,7 +102,7 @@ class TokenStore:
         """Open a file by path or store URI (``s3://bucket/tokens.yaml``).
 
         Raises:
-            ConfigError: It cannot be read or is no token file.
+            ConfigError: The file cannot be read or is not a token file.
         """
         folder, _, name = uri.rpartition("/")
         try:
@@ -113,29 +113,29 @@ class TokenStore:
         except (OSError, LorasegError) as error:
             raise ConfigError(f"token file {uri}: {error}") from error
 
-    def authenticate(self, presented: str) -> Token:
+    def authenticate(self, secret: str) -> Token:
         """Return the entry of a token.
 
         Raises:
             ServiceError: ``unauthorized``.
         """
-        digest = hashlib.sha256(presented[: _MAX_TOKEN_CHARS + 1].encode()).hexdigest()
-        found = None
+        digest = hashlib.sha256(secret[: _MAX_TOKEN_CHARS + 1].encode()).hexdigest()
+        match = None
         for token in self._tokens:
-            # All entries, so that the time tells nothing about which one came close.
+            # Compares all entries, so that the duration does not depend on the match.
             if hmac.compare_digest(token.sha256, digest):
-                found = token
-        if found is None:
-            raise ServiceError("unauthorized", "The token is not known.")
-        return found
+                match = token
+        if match is None:
+            raise ServiceError("unauthorized", "unknown token")
+        return match
 
     @property
     def needs_reload(self) -> bool:
-        """Whether the file should be looked at again."""
+        """Whether the file should be read again."""
         return time.monotonic() - self._checked_at > _RELOAD_INTERVAL_S
 
     def reload(self) -> None:
-        """Read the file again; a broken or missing one leaves the tokens as they were."""
+        """Read the file again; keep the current tokens if it is invalid or missing."""
         if not self._lock.acquire(blocking=False):
             return
         try:
@@ -144,9 +144,9 @@ class TokenStore:
             if content != self._content:
                 self._tokens = _parse(content)
                 self._content = content
-                logger.info("token file: %d tokens in force", len(self._tokens))
+                logger.info("token file: %d tokens loaded", len(self._tokens))
         except (OSError, LorasegError) as error:
-            logger.warning("token file: the former tokens stay in force: %s", error)
+            logger.warning("token file: not reloaded, the previous tokens stay valid: %s", error)
         finally:
             self._lock.release()
 
@@ -161,17 +161,17 @@ def _parse(content: bytes) -> tuple[Token, ...]:
     try:
         values: Any = yaml.safe_load(content)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        # Only the place: the text around it may hold a token.
-        place = getattr(error, "problem_mark", None)
-        line = f", line {place.line + 1}" if place is not None else ""
+        # Only the line number: the parser's message may contain a token.
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark is not None else ""
         raise ConfigError(f"token file: not YAML or JSON{line}") from error
     if not isinstance(values, dict):
         raise ConfigError("token file: expected a mapping with the key 'tokens'")
     entries = values.get("tokens")
-    for place, entry in enumerate(entries if isinstance(entries, list) else []):
+    for index, entry in enumerate(entries if isinstance(entries, list) else []):
         digest = entry.get("sha256", "") if isinstance(entry, dict) else ""
-        # Looked at before all else, whose messages repeat what they got: people may have put the
-        # token itself here.
+        # Checked before build(), whose messages repeat values: users may have written the token
+        # itself here.
         if not isinstance(digest, str) or (digest and not _DIGEST.fullmatch(digest)):
-            raise ConfigError(f"token file: entry {place}: sha256: expected 64 hexadecimal digits")
+            raise ConfigError(f"token file: entry {index}: sha256: expected 64 hexadecimal digits")
     return build(TokenFile, values, where="token file").tokens

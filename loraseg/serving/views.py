@@ -5,13 +5,14 @@ import re
 import time
 from typing import Any
 
+from loraseg.api_types import AdapterInfo
 from loraseg.errors import ServiceError
 from loraseg.inference.retrieval import RetrievalStage
 from loraseg.inference.segmentation import SegmentationStage
 from loraseg.inference.watcher import LibraryStatus, LibraryWatcher
 from loraseg.library.snapshot import CatalogEntry
 from loraseg.serving.config import ServiceConfig
-from loraseg.serving.engine import AdapterView, CatalogView
+from loraseg.serving.engine import CatalogView
 
 __all__ = [
     "base_view",
@@ -40,7 +41,7 @@ def catalog_view(live: LibraryWatcher) -> CatalogView:
         loaded_s=max(0.0, now - shelf.loaded_at),
         checked_s=max(0.0, now - (status.checked_at or shelf.loaded_at)),
         problem=status.problem,
-        adapters=tuple(_adapter_view(e, reasons.get(e.name)) for e in shelf.entries.values()),
+        adapters=tuple(_adapter_info(e, reasons.get(e.name)) for e in shelf.entries.values()),
         incompatible=len(shelf.incompatible),
     )
 
@@ -97,9 +98,9 @@ def not_ready_reason(status: LibraryStatus) -> str | None:
     return f"library {status.name!r}: {status.problem or 'being loaded'}"
 
 
-def _adapter_view(entry: CatalogEntry, unavailable: str | None) -> AdapterView:
+def _adapter_info(entry: CatalogEntry, unavailable: str | None) -> AdapterInfo:
     training = entry.card.training
-    return AdapterView(
+    return AdapterInfo(
         name=entry.name,
         version=entry.version,
         digest=entry.digest,

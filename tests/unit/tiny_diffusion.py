@@ -1,4 +1,4 @@
-"""Small random diffusers pipelines, and the public UNets on the meta device."""
+"""Stock diffusers pipelines, small and with random weights, and the public UNets without memory."""
 
 import contextlib
 import logging
@@ -20,7 +20,7 @@ from transformers import (
 )
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-# One token each; other words, such as "sidewalk", have several tokens.
+# One token each; any other word falls into several, "sidewalk" for one.
 WHOLE_WORDS = (
     *("road", "sky", "car", "tree", "building", "person", "grass", "water", "bus", "train"),
     *("wall", "fence", "light", "bird", "cat", "dog", "snow", "night", "rain", "fog", "heavy"),
@@ -35,7 +35,7 @@ SCHEDULE = {
     "num_train_timesteps": 1000,
     "steps_offset": 1,
 }
-# The files of a saved pipeline that loraseg reads.
+# What loraseg reads of a saved pipeline.
 PIPELINE_FILES = {
     "sd": {
         "model_index.json",
@@ -135,7 +135,7 @@ def full_unet(name):
 
 
 def tiny_tokenizer(*, pad=END, length=TEXT_LENGTH):
-    """Return CLIP's byte-pair tokenizer with a small vocabulary that can encode any text."""
+    """Return CLIP's byte-pair tokenizer with a small vocabulary that spells any text."""
     vocabulary, merges = _vocabulary()
     return CLIPTokenizer(
         vocab={token: index for index, token in enumerate(vocabulary)},
@@ -206,7 +206,7 @@ def _text_config(tokenizer, width):
 
 
 def _quiet(pipeline_class, **parts):
-    # diffusers warns about the missing safety checker.
+    # diffusers asks for a safety checker, which a random model has no use for.
     logger = logging.getLogger("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion")
     before = logger.level
     logger.setLevel(logging.ERROR)

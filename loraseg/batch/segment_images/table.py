@@ -1,4 +1,4 @@
-"""The Parquet table of explanations: one row per image."""
+"""The table of explanations: one row an image."""
 
 import io
 import re
@@ -24,9 +24,8 @@ __all__ = [
     "to_printable",
 ]
 
-# "bad_image": the bytes are not an image. "too_large": not read. "bad_key": no store accepts the
-# key. "gone": deleted between listing and reading. "failed": not the image's fault; the next run
-# repeats it.
+# ok; bytes that are no image; objects too large to read; keys that no store call takes; objects
+# that went between listing and reading; and failures of our own, which the next run tries again.
 Status = Literal["ok", "bad_image", "too_large", "bad_key", "gone", "failed"]
 
 _ADAPTER = pa.struct(
@@ -67,7 +66,7 @@ _MAX_ERROR_CHARS = 500
 
 @dataclass(frozen=True, slots=True)
 class CompletedRow:
-    """The columns of a row that later runs use."""
+    """What a later run needs to know of a row."""
 
     id: str
     etag: str
@@ -76,27 +75,25 @@ class CompletedRow:
 
 
 def result_columns(result: SegmentResult, classes: Sequence[str]) -> dict[str, Any]:
-    """Return the columns of a segmented image; ``shares`` are fractions of its pixels."""
-    labels, explanation = result.label_map, result.explanation
+    """Return the columns that tell of a result; ``shares`` are fractions of the pixels."""
+    labels, why = result.label_map, result.explanation
     counts = np.bincount(labels.reshape(-1), minlength=len(classes))
     return {
         "status": "ok",
         "width": labels.shape[1],
         "height": labels.shape[0],
         "shares": [float(count / labels.size) for count in counts],
-        "mode": explanation.mode,
-        "adapters": [
-            {**asdict(used), "version": str(used.version)} for used in explanation.adapters
-        ],
-        "mix": explanation.mix,
-        "fallback": explanation.fallback,
+        "mode": why.mode,
+        "adapters": [{**asdict(used), "version": str(used.version)} for used in why.adapters],
+        "mix": why.mix,
+        "fallback": why.fallback,
     }
 
 
 def error_columns(status: Status, error: object) -> dict[str, Any]:
     """Return the columns of an image without a mask.
 
-    Memory addresses are removed from the message: equal inputs must give equal rows.
+    Decoders name objects by their address; equal inputs must give equal rows.
     """
     return {
         "status": status,
@@ -105,12 +102,12 @@ def error_columns(status: Status, error: object) -> dict[str, Any]:
 
 
 def to_printable(text: str) -> str:
-    """Return text with lone surrogates escaped, which keys may have and UTF-8 may not."""
+    """Return text that UTF-8 can hold; file names need not be valid Unicode."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def encode_rows(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Return the rows as Parquet; equal rows give equal bytes."""
+    """Return the rows as Parquet, the same bytes for the same rows."""
     buffer = io.BytesIO()
     table = pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA)
     pq.write_table(table, buffer, compression="zstd")
@@ -118,14 +115,10 @@ def encode_rows(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def read_completed_rows(data: bytes, where: str) -> list[CompletedRow]:
-    """Read the columns that later runs use.
-
-    Args:
-        data: A Parquet file from :func:`encode_rows`.
-        where: Its URI, for error messages.
+    """Read back what a later run needs.
 
     Raises:
-        IntegrityError: The file is not such a table.
+        IntegrityError: It is not such a table.
     """
     names = ["id", "etag", "status", "mask"]
     try:

@@ -1,1 +1,1 @@
-"""Similarity of synthetic and real images: CMMD, FID, coverage and near duplicates."""
+"""How close synthetic images are to real ones: CMMD, FID, coverage and near duplicates."""

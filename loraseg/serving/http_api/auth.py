@@ -1,4 +1,4 @@
-"""Who may come in, how many at once, and how much memory their images may take together."""
+"""Authentication by bearer tokens, concurrency limits and a memory budget."""
 
 import asyncio
 import re
@@ -22,12 +22,12 @@ _BEARER_PATTERN = re.compile(r"[Bb][Ee][Aa][Rr][Ee][Rr] +([A-Za-z0-9._~+/=-]{1,5
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Whom a request comes from.
+    """The sender of a request.
 
     Attributes:
-        name: Of the token; empty where no tokens are asked for.
-        visible: Name patterns of the adapters it sees, None for all.
-        max_concurrent: How many requests it may have in work.
+        name: Of the token; empty in a service without tokens.
+        visible: Name patterns of the adapters that it may see, None for all.
+        max_concurrent: Limit of its concurrent requests.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Principal:
 
 
 class Authenticator:
-    """Checks tokens and counts the requests in work. Used from one event loop."""
+    """Checks tokens and counts concurrent requests. Used from one event loop."""
 
     def __init__(self, token_store: TokenStore | None, limits: Limits) -> None:
         self._token_store = token_store
@@ -44,10 +44,10 @@ class Authenticator:
         self._in_flight: Counter[str] = Counter()
 
     async def authenticate(self, request: Request, role: Role) -> Principal:
-        """Return whom a request comes from.
+        """Return the sender of a request.
 
         Raises:
-            ServiceError: ``unauthorized``, or ``forbidden`` if the token lacks the role.
+            ServiceError: ``unauthorized``, or ``forbidden`` if the token does not have the role.
         """
         if self._token_store is None:
             if role == "admin":
@@ -65,13 +65,13 @@ class Authenticator:
         return Principal(token.name, token.adapters, min(concurrent, self._limits.concurrent))
 
     async def _reload_tokens(self, token_store: TokenStore) -> None:
-        """Read the token file again, without waiting for a slow store."""
-        reading = asyncio.ensure_future(asyncio.to_thread(token_store.reload))
-        await asyncio.wait([reading], timeout=_RELOAD_TIMEOUT_S)
+        """Read the token file again, but do not wait long for a slow store."""
+        reload = asyncio.ensure_future(asyncio.to_thread(token_store.reload))
+        await asyncio.wait([reload], timeout=_RELOAD_TIMEOUT_S)
 
     @contextmanager
     def acquire_slot(self, principal: Principal) -> Generator[None, None, None]:
-        """Hold one of the caller's places.
+        """Count a concurrent request of the principal.
 
         Raises:
             ServiceError: ``too_many_requests``.
@@ -79,8 +79,7 @@ class Authenticator:
         if self._in_flight[principal.name] >= principal.max_concurrent:
             raise ServiceError(
                 "too_many_requests",
-                f"{principal.max_concurrent} requests of this token are in work, which is all "
-                f"it may.",
+                f"{principal.max_concurrent} requests of this token are running: the limit.",
                 retry_after_s=1.0,
             )
         self._in_flight[principal.name] += 1
@@ -93,7 +92,7 @@ class Authenticator:
 
 
 class MemoryBudget:
-    """Bytes that requests may hold together; whoever comes later waits. First come, first served.
+    """Limits the memory of concurrent requests; later requests wait in order of arrival.
 
     Used from one event loop.
     """
@@ -105,7 +104,7 @@ class MemoryBudget:
 
     @asynccontextmanager
     async def reserve(self, size_bytes: int) -> AsyncGenerator[None, None]:
-        """Set bytes aside; a demand above the whole budget waits until it is alone."""
+        """Reserve bytes; a request above the whole budget waits until it is the only one."""
         size = min(size_bytes, self._limit)
         await self._acquire(size)
         try:
@@ -118,30 +117,30 @@ class MemoryBudget:
         if not self._waiting and size <= self._free:
             self._free -= size
             return
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((size, turn))
+        granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((size, granted))
         try:
-            await turn
+            await granted
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
+            if granted.done() and not granted.cancelled():
                 self._free += size
             self._wake_waiters()
             raise
 
     def _wake_waiters(self) -> None:
         while self._waiting:
-            size, turn = self._waiting[0]
-            if not turn.done():
+            size, granted = self._waiting[0]
+            if not granted.done():
                 if size > self._free:
                     return
                 self._free -= size
-                turn.set_result(None)
+                granted.set_result(None)
             self._waiting.popleft()
 
 
 def _bearer_token(request: Request) -> str:
-    given = request.headers.getlist("authorization")
-    match = _BEARER_PATTERN.fullmatch(given[0]) if len(given) == 1 else None
+    values = request.headers.getlist("authorization")
+    match = _BEARER_PATTERN.fullmatch(values[0]) if len(values) == 1 else None
     if match is None:
         raise ServiceError("unauthorized", "Expected one header 'Authorization: Bearer <token>'.")
     return match[1]

@@ -1,7 +1,7 @@
-"""Request bodies: raw images and multipart forms, read once into memory and cut without copies.
+"""Parse request bodies: raw images and multipart forms, without copies of the files.
 
-Written out rather than taken from a form library: bodies are already bounded and in memory, so
-that parts are found by one search each, whatever an attacker puts between the boundaries.
+There is no form library here: bodies are limited and in memory, so that one search per part finds
+its end, in linear time for any content.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -18,7 +18,7 @@ __all__ = ["BodyBudget", "FormSubmission", "UploadedFile", "query_fields", "read
 
 RAW_TYPES = ("image/png", "image/jpeg", "application/octet-stream")
 _MAX_FIELDS = 600
-# 255 class names of 100 characters, each written as a pair of JSON escapes, fit in.
+# Enough for 255 class names of 100 characters, each written as two JSON escapes.
 _MAX_TEXT_BYTES = 512 * 1024
 _MAX_HEADER_BYTES = 4096
 _BOUNDARY_LENGTHS = range(1, 71)  # RFC 2046, section 5.1.1
@@ -26,7 +26,7 @@ _BOUNDARY_LENGTHS = range(1, 71)  # RFC 2046, section 5.1.1
 
 @dataclass(frozen=True, slots=True)
 class UploadedFile:
-    """An uploaded file; its name is the client's text and never used as a path."""
+    """An uploaded file; its name is untrusted and never used as a path."""
 
     name: str
     data: memoryview
@@ -34,27 +34,27 @@ class UploadedFile:
 
 @dataclass(frozen=True, slots=True)
 class FormSubmission:
-    """Parameters, in order, from the query and then the form; and the files."""
+    """Parameters of the query followed by those of the form, in order; and the files."""
 
     fields: Sequence[tuple[str, str]]
     files: Sequence[UploadedFile]
 
 
 class BodyBudget:
-    """Counts the bytes of all bodies that are in memory. Used from one event loop."""
+    """Limits the bytes of all bodies in memory. Used from one event loop."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._free = limit_bytes
 
     @contextmanager
     def reserve(self) -> Generator[Callable[[int], None], None, None]:
-        """Yield a function to call with each piece's length; at the end the room is given back.
+        """Yield a function that counts received bytes; they are released at exit.
 
-        The function raises ServiceError ``overloaded`` when the room is used up.
+        The function raises ServiceError ``overloaded`` beyond the limit.
         """
         held = 0
 
-        def put(length: int) -> None:
+        def consume(length: int) -> None:
             nonlocal held
             held += length
             self._free -= length
@@ -64,7 +64,7 @@ class BodyBudget:
                 )
 
         try:
-            yield put
+            yield consume
         finally:
             self._free += held
 
@@ -75,22 +75,22 @@ async def read_submission(
     """Read a request's parameters and files.
 
     Args:
-        request: Its body is not yet read.
-        consume: Of :meth:`BodyBudget.shelf`.
-        file_field: Name of the form field that holds files.
-        max_files: More are refused.
+        request: Its body has not been read.
+        consume: From :meth:`BodyBudget.reserve`.
+        file_field: Name of the form field with the files.
+        max_files: Maximum number of files.
 
     Raises:
-        ServiceError: ``unsupported_media_type``, ``bad_request`` for a broken form,
-            ``invalid`` for too many files or none.
+        ServiceError: ``unsupported_media_type``; ``bad_request`` for a malformed form;
+            ``invalid`` for too many files or none; ``overloaded``.
     """
     query = query_fields(request)
-    kind, options = parse_options_header(request.headers.get("content-type"))
-    media_type = kind.decode("latin-1")
+    media_type_bytes, options = parse_options_header(request.headers.get("content-type"))
+    media_type = media_type_bytes.decode("latin-1")
     if media_type == "multipart/form-data":
         boundary = options.get(b"boundary", b"")
         if len(boundary) not in _BOUNDARY_LENGTHS:
-            raise ServiceError("bad_request", "multipart/form-data without a usable boundary.")
+            raise ServiceError("bad_request", "multipart/form-data without a valid boundary.")
         form, files = _parse_form(
             await _read_body(request, consume), boundary, file_field, max_files
         )
@@ -112,7 +112,7 @@ def query_fields(request: Request) -> list[tuple[str, str]]:
     """Return the query's parameters in order.
 
     Raises:
-        ServiceError: ``bad_request``: too many, or not UTF-8.
+        ServiceError: ``bad_request``: there are too many, or they are not UTF-8.
     """
     try:
         text = request.scope["query_string"].decode("ascii")
@@ -137,7 +137,7 @@ async def _read_body(request: Request, consume: Callable[[int], None]) -> bytes:
 def _parse_form(
     body: bytes, boundary: bytes, file_field: str, max_files: int
 ) -> tuple[list[tuple[str, str]], list[UploadedFile]]:
-    """Cut a multipart body (RFC 7578) into fields and files."""
+    """Split a multipart body (RFC 7578) into fields and files."""
     fields: list[tuple[str, str]] = []
     files: list[UploadedFile] = []
     room = _MAX_TEXT_BYTES
@@ -152,20 +152,20 @@ def _parse_form(
         if room < 0 or len(fields) >= _MAX_FIELDS:
             raise ServiceError(
                 "bad_request",
-                f"Over {_MAX_FIELDS} parameters, or {_MAX_TEXT_BYTES} bytes of them.",
+                f"Over {_MAX_FIELDS} parameters, or over {_MAX_TEXT_BYTES} bytes of parameters.",
             )
         fields.append((name, _decode_text(bytes(data))))
     return fields, files
 
 
 def _split_parts(body: bytes, delimiter: bytes) -> list[tuple[bytes, memoryview]]:
-    """Return header block and content of every part."""
+    """Return header block and content of each part."""
     view = memoryview(body)
     parts: list[tuple[bytes, memoryview]] = []
-    # A delimiter belongs to the line break before it; only the first may open the body.
+    # A delimiter includes the line break before it, except at the start of the body.
     start = 0 if body.startswith(delimiter) else body.find(b"\r\n" + delimiter) + 2
     if start == 1:
-        raise ServiceError("bad_request", "The form lacks its boundary.")
+        raise ServiceError("bad_request", "The form does not contain its boundary.")
     while True:
         start += len(delimiter)
         if body.startswith(b"--", start):
@@ -173,7 +173,7 @@ def _split_parts(body: bytes, delimiter: bytes) -> list[tuple[bytes, memoryview]
         line_end = body.find(b"\r\n", start, start + 128)
         header_end = body.find(b"\r\n\r\n", line_end, line_end + _MAX_HEADER_BYTES)
         if line_end < 0 or body[start:line_end].strip(b" \t") or header_end < 0:
-            raise ServiceError("bad_request", "A part of the form has no proper header.")
+            raise ServiceError("bad_request", "A part of the form has no valid header.")
         end = body.find(b"\r\n" + delimiter, header_end + 2)
         if end < 0:
             raise ServiceError("bad_request", "The form is cut off.")
@@ -186,12 +186,12 @@ def _split_parts(body: bytes, delimiter: bytes) -> list[tuple[bytes, memoryview]
 
 
 def _parse_disposition(header: bytes) -> tuple[str, str]:
-    """Return the field and file name of a part."""
+    """Return field name and file name of a part."""
     for line in header.split(b"\r\n"):
         key, _, value = line.partition(b":")
         if key.strip().lower() == b"content-disposition":
-            kind, options = parse_options_header(value.strip())
-            if kind == b"form-data" and b"name" in options:
+            disposition, options = parse_options_header(value.strip())
+            if disposition == b"form-data" and b"name" in options:
                 return _decode_text(options[b"name"]), _decode_text(options.get(b"filename", b""))
     raise ServiceError("bad_request", "A part of the form has no name.")
 
@@ -200,4 +200,4 @@ def _decode_text(data: bytes) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise ServiceError("bad_request", "A text of the form is not UTF-8.") from error
+        raise ServiceError("bad_request", "A field of the form is not UTF-8.") from error

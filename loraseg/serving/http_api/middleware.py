@@ -1,31 +1,28 @@
-"""The outermost layer of the API: bounds bodies, names requests, logs them, words every failure."""
+"""The outermost middleware: request ids, limits of bodies, logging, and responses for errors."""
 
 import asyncio
 import logging
-import re
 import time
-import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraseg.errors import ServiceError
 from loraseg.serving.config import Limits
+from loraseg.serving.http_api.headers import header, request_id
 from loraseg.serving.http_api.problems import as_service_error, problem_response
 
 __all__ = ["ClientDisconnectedError", "RequestContext", "RequestMiddleware", "request_context"]
 
 logger = logging.getLogger(__name__)
 
-_SCOPE_KEY = "loraseg.visit"
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
-# A client that reads this slowly holds memory and a place in the queue for nothing.
+_SCOPE_KEY = "loraseg.request"
+# Slower clients are disconnected, since they occupy memory and a slot of their token.
 _SEND_TIMEOUT_S = 120.0
-# A refused upload is read on for a moment: a connection that is closed with unread bytes is reset,
-# and the client would see the reset instead of the reason.
+# After an error the rest of the upload is read for this time: closing a connection with unread
+# bytes resets it, and the client would see the reset instead of the response.
 _DISCARD_TIMEOUT_S = 2.0
 _CLIENT_CLOSED_REQUEST = 499
 _SECURITY_HEADERS = (
@@ -36,24 +33,24 @@ _SECURITY_HEADERS = (
 
 
 class ClientDisconnectedError(Exception):
-    """Nobody is there to hear the answer."""
+    """The client closed the connection before the response was complete."""
 
 
 @dataclass(slots=True)
 class RequestContext:
-    """One request on its way through the API.
+    """Data of one request, for logs, metrics and the routes.
 
     Attributes:
-        request_id: The client's, if it is short and plain, else a new one.
+        request_id: The client's if it is valid, else a new one.
         arrived_at: As ``time.time()``.
         method: HTTP method.
         route: Template of the path, such as ``/v1/adapters/{name}``; ``-`` if none matched.
-        token_name: Name of the token that it came with, once that is checked.
-        status: Of the answer; 499 when the client left before.
-        problem_code: Of the problem, None for an answer.
-        bytes_in: Of the body so far.
-        bytes_out: Of the answer's body.
-        duration_s: From arrival to the last byte of the answer; set at the end.
+        token_name: Name of its token, None before authentication.
+        status: Of the response; 499 if the client disconnected first.
+        problem_code: Error code, None for success.
+        bytes_in: Received bytes of the body.
+        bytes_out: Sent bytes of the response's body.
+        duration_s: From arrival to the last byte of the response; set at the end.
     """
 
     request_id: str
@@ -69,7 +66,7 @@ class RequestContext:
 
 
 def request_context(scope: Scope) -> RequestContext:
-    """Return the visit that the guard opened for a request."""
+    """Return the context that :class:`RequestMiddleware` stored in an ASGI scope."""
     return scope[_SCOPE_KEY]
 
 
@@ -79,8 +76,8 @@ class RequestMiddleware:
     Args:
         app: The API.
         limits: Of the body.
-        on_complete: Told about each request when it is over, for metrics.
-        send_request_id: Whether answers get X-Request-ID; False behind a proxy that writes it.
+        on_complete: Called after each request, for metrics.
+        send_request_id: Whether responses get X-Request-ID; False behind a proxy that adds it.
     """
 
     def __init__(
@@ -101,21 +98,21 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        visit = RequestContext(_request_id(scope), method=scope["method"])
-        body = _LimitedBody(receive, visit, self._limits, _content_length(scope))
-        answer = _ResponseWriter(send, visit, body, send_request_id=self._send_request_id)
-        scope[_SCOPE_KEY] = visit
+        context = RequestContext(request_id(scope), method=scope["method"])
+        body = _LimitedBody(receive, context, self._limits, _content_length(scope))
+        writer = _ResponseWriter(send, context, body, send_request_id=self._send_request_id)
+        scope[_SCOPE_KEY] = context
         if scope["method"] == "HEAD":
-            # Whoever takes GET takes HEAD (RFC 9110, section 9.1).
+            # A server that supports GET must support HEAD (RFC 9110, section 9.1).
             scope = {**scope, "method": "GET"}
-            answer.omit_body = True
+            writer.omit_body = True
         try:
-            await self._handle(scope, body, answer, visit)
+            await self._handle(scope, body, writer, context)
         except asyncio.CancelledError:
-            visit.status = _CLIENT_CLOSED_REQUEST
+            context.status = _CLIENT_CLOSED_REQUEST
             raise
         finally:
-            self._report(visit, scope)
+            self._report(context, scope)
 
     async def _handle(
         self, scope: Scope, body: "_LimitedBody", writer: "_ResponseWriter", context: RequestContext
@@ -127,12 +124,12 @@ class RequestMiddleware:
         except ClientDisconnectedError:
             context.status = _CLIENT_CLOSED_REQUEST
         except Exception as error:
-            told = as_service_error(error)
-            context.problem_code = told.code
-            if told.code == "internal":
+            service_error = as_service_error(error)
+            context.problem_code = service_error.code
+            if service_error.code == "internal":
                 logger.error("request %s failed", context.request_id, exc_info=error)
             if not writer.started:
-                response = problem_response(told, context.request_id)
+                response = problem_response(service_error, context.request_id)
                 with suppress(ClientDisconnectedError):
                     await response(scope, body.receive, writer.send)
         finally:
@@ -151,14 +148,14 @@ class RequestMiddleware:
             "bytes_out": context.bytes_out,
             "token": context.token_name,
         }
-        # The route, not the path: a path is the client's text, a template is ours.
+        # The route, not the path, which the client controls.
         logger.info("%s %s %s", context.method, context.route, context.status, extra=fields)
         if self._on_complete is not None:
             self._on_complete(context)
 
 
 class _LimitedBody:
-    """A request body that may be only so large and take only so long."""
+    """A request body with limits of size and time."""
 
     def __init__(
         self, receive: Receive, context: RequestContext, limits: Limits, content_length: int | None
@@ -172,16 +169,16 @@ class _LimitedBody:
 
     @property
     def is_pending(self) -> bool:
-        """Whether the client announced a body that has not wholly arrived."""
+        """Whether a part of the body has not been received."""
         return self._content_length != 0 and not self._is_complete
 
     def check_content_length(self) -> None:
-        """Refuse a body by its Content-Length, before a byte of it is read."""
+        """Raise ServiceError if Content-Length is above the limit."""
         if self._content_length is not None and self._content_length > self._limits.body_bytes:
             raise self._too_large(f"{self._content_length} bytes")
 
     async def receive(self) -> Message:
-        """Receive a message; raises ServiceError beyond the bounds."""
+        """Receive a message; raise ServiceError beyond the limits."""
         if self._is_complete:
             return await self._receive()
         try:
@@ -196,26 +193,26 @@ class _LimitedBody:
             raise ClientDisconnectedError
         self._context.bytes_in += len(message.get("body", b""))
         if self._context.bytes_in > self._limits.body_bytes:
-            raise self._too_large("more")
+            raise self._too_large(f"over {self._limits.body_bytes} bytes")
         self._is_complete = not message.get("more_body", False)
         return message
 
     async def discard_remaining(self) -> None:
-        """Read and forget what still comes, for a moment."""
+        """Read and discard the rest of the body, for a limited time."""
         with suppress(TimeoutError):
             async with asyncio.timeout(_DISCARD_TIMEOUT_S):
                 while self.is_pending:
                     message = await self._receive()
-                    gone = message["type"] == "http.disconnect"
-                    self._is_complete = gone or not message.get("more_body", False)
+                    is_disconnect = message["type"] == "http.disconnect"
+                    self._is_complete = is_disconnect or not message.get("more_body", False)
 
     def _too_large(self, got: str) -> ServiceError:
-        most = self._limits.body_bytes
-        return ServiceError("body_too_large", f"At most {most} bytes are taken, got {got}.")
+        limit = self._limits.body_bytes
+        return ServiceError("body_too_large", f"Got {got}, expected at most {limit} bytes.")
 
 
 class _ResponseWriter:
-    """The way back: counts, adds headers, and gives up on a client that does not read."""
+    """Wraps ``send``: adds headers, counts bytes and limits the time of each message."""
 
     def __init__(
         self, send: Send, context: RequestContext, body: _LimitedBody, *, send_request_id: bool
@@ -228,7 +225,7 @@ class _ResponseWriter:
         self.omit_body = False
 
     async def send(self, message: Message) -> None:
-        """Send a message; raises ClientDisconnectedError when it cannot be delivered."""
+        """Send a message; raise ClientDisconnectedError if that fails or takes too long."""
         if message["type"] == "http.response.start":
             self.started = True
             self._context.status = message["status"]
@@ -259,20 +256,10 @@ class _ResponseWriter:
             raise ClientDisconnectedError from error
 
 
-def _request_id(scope: Scope) -> str:
-    given = _header(scope, b"x-request-id")
-    if given is not None and _REQUEST_ID.fullmatch(given):
-        return given.decode()
-    return uuid.uuid4().hex
-
-
 def _content_length(scope: Scope) -> int | None:
-    """Return the announced length: 0 for none, None for a body of unknown length."""
-    given = _header(scope, b"content-length")
-    if given is not None and given.isdigit() and len(given) <= 18:
-        return int(given)
-    return None if given is not None or _header(scope, b"transfer-encoding") is not None else 0
-
-
-def _header(scope: Scope, name: bytes) -> Any:
-    return next((value for key, value in scope["headers"] if key.lower() == name), None)
+    """Return Content-Length: 0 without a body, None for a body of unknown length."""
+    value = header(scope["headers"], b"content-length")
+    if value is not None and value.isdigit() and len(value) <= 18:
+        return int(value)
+    is_chunked = header(scope["headers"], b"transfer-encoding") is not None
+    return None if value is not None or is_chunked else 0

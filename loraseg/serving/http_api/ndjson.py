@@ -1,4 +1,4 @@
-"""Many images in one request: a line of JSON for each as it is done."""
+"""The response to several images: a line of JSON for each as soon as it is segmented."""
 
 import asyncio
 import json
@@ -18,11 +18,11 @@ logger = logging.getLogger(__name__)
 
 
 class NdjsonResponse(Response):
-    """NDJSON, sent as it is made; ends early when the client leaves.
+    """Streamed NDJSON; cancelled when the client disconnects.
 
     Args:
         lines: The lines.
-        resources: Closed at the end, whatever happens.
+        resources: Closed after the response, also after an error.
     """
 
     media_type = "application/x-ndjson"
@@ -40,8 +40,8 @@ class NdjsonResponse(Response):
             await cancel_on_disconnect(receive, self._send_lines(send))
 
     async def _send_lines(self, send: Send) -> None:
-        async with aclosing(self._lines) as source:
-            async for line in source:
+        async with aclosing(self._lines) as lines:
+            async for line in lines:
                 await send({"type": "http.response.body", "body": line, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
@@ -52,35 +52,34 @@ async def stream_results(
     *,
     concurrency: int,
 ) -> AsyncGenerator[bytes, None]:
-    """Yield a line for each job in the order in which they finish, and one with the counts.
+    """Yield the lines of images that finished at the same time, and last a line with the counts.
 
-    Closing the generator cancels what is in work. A line is held until it is taken, and a job only
-    begins when one before it has been taken, so that a slow reader does not fill the memory.
+    Closing the generator cancels running images. A new image starts only when the line of an
+    earlier one has been consumed, so that a slow client does not fill the memory.
 
     Args:
-        requests: In the order of the request.
-        respond: Gives the JSON reply of a job.
-        concurrency: Jobs in work or waiting to be taken.
+        requests: In the order of the HTTP request.
+        respond: Returns the JSON reply of an image.
+        concurrency: Number of images that run or wait to be consumed.
     """
-    waiting = iter(requests)
-    working: set[asyncio.Task[tuple[bool, bytes]]] = set()
+    remaining = iter(requests)
+    running: set[asyncio.Task[tuple[bool, bytes]]] = set()
     failed = 0
     try:
         while True:
-            while len(working) < concurrency and (job := next(waiting, None)) is not None:
-                working.add(asyncio.ensure_future(_result_line(job, respond)))
-            if not working:
+            while len(running) < concurrency and (request := next(remaining, None)) is not None:
+                running.add(asyncio.ensure_future(_result_line(request, respond)))
+            if not running:
                 break
-            done, _ = await asyncio.wait(working, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                working.discard(task)
-                is_good, line = task.result()
-                failed += not is_good
-                yield line
+            done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            running -= done
+            results = [task.result() for task in done]
+            failed += sum(not is_success for is_success, _ in results)
+            yield b"".join(line for _, line in results)
     finally:
-        for task in working:
+        for task in running:
             task.cancel()
-        await asyncio.gather(*working, return_exceptions=True)
+        await asyncio.gather(*running, return_exceptions=True)
     yield json.dumps({"done": len(requests) - failed, "failed": failed}).encode() + b"\n"
 
 
@@ -90,8 +89,8 @@ async def _result_line(
     try:
         return True, await respond(request) + b"\n"
     except Exception as error:
-        told = as_service_error(error)
-        if told.code == "internal":
+        client_error = as_service_error(error)
+        if client_error.code == "internal":
             logger.error("request %s failed", request.context.request_id, exc_info=error)
-        content = {**request.id_fields, "error": problem_details(told, request.context.request_id)}
-        return False, json.dumps(content).encode() + b"\n"
+        problem = problem_details(client_error, request.context.request_id)
+        return False, json.dumps({**request.id_fields, "error": problem}).encode() + b"\n"

@@ -1,18 +1,19 @@
-"""The pages for people: each one file, which may run nothing but its own inline script."""
+"""The HTML pages; their security policy permits only their own inline scripts and styles."""
 
 import base64
 import hashlib
 import re
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
-import jinja2
-
+from loraseg.reports.html_template import html_template
 from loraseg.serving.http_api.problems import PROBLEM_TYPES
 
 __all__ = ["docs_page", "index_page"]
 
+_TEMPLATES = Path(__file__).parents[1] / "templates"
 _INLINE = re.compile(r"<(script|style)\b[^>]*>(.*?)</\1>", re.DOTALL | re.IGNORECASE)
 
 
@@ -20,23 +21,22 @@ _INLINE = re.compile(r"<(script|style)\b[^>]*>(.*?)</\1>", re.DOTALL | re.IGNORE
 def index_page() -> tuple[bytes, dict[str, str]]:
     """Return the page at ``/`` and its headers."""
     content = files("loraseg.serving").joinpath("static", "index.html").read_bytes()
-    # As a browser hashes it: line breaks are normalised while HTML is parsed.
+    # Browsers normalise line breaks before they compute the hashes.
     text = content.decode().replace("\r\n", "\n")
     return text.encode(), _page_headers(text)
 
 
 def docs_page(document: dict[str, Any]) -> tuple[bytes, dict[str, str]]:
-    """Return an OpenAPI document as a page to read, and its headers."""
-    source = files("loraseg.serving").joinpath("templates", "docs.html.j2").read_text("utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    text = environment.from_string(source).render(document=document, kinds=PROBLEM_TYPES)
+    """Return an OpenAPI document rendered as HTML, and the page's headers."""
+    template = html_template(_TEMPLATES, "docs.html.j2")
+    text = template.render(document=document, problem_types=PROBLEM_TYPES)
     return text.encode(), _page_headers(text)
 
 
 def _page_headers(text: str) -> dict[str, str]:
-    """Name the inline scripts and styles by their sha256, so that nothing else runs.
+    """Return the headers, with the sha256 of each inline script and style in the policy.
 
-    That holds whatever text finds its way into the page.
+    Injected scripts do not run, since the policy has no hash of them.
     """
     hashes: dict[str, list[str]] = {"script": [], "style": []}
     for match in _INLINE.finditer(text):

@@ -1,4 +1,4 @@
-"""What a client may ask for, read from the query or the form, each value checked."""
+"""Parse and check the parameters of a request, from query and form."""
 
 import difflib
 import json
@@ -12,6 +12,7 @@ from loraseg.data.labels import LabelSpace
 from loraseg.errors import ConfigError, DatasetError, ServiceError
 from loraseg.inference.request import MapName
 from loraseg.inference.selection import AdapterMode, AdapterQuery, TilingMode
+from loraseg.inference.service_errors import no_such_library_error
 from loraseg.segment.open_vocabulary.base import check_classes
 from loraseg.serving.config import Limits, ServiceConfig
 
@@ -30,7 +31,7 @@ MODES = ("fused", "base", "uniform")
 TILINGS = get_args(TilingMode)
 RETURNS = ("mask", "confidence", "entropy", "overlay", "rle", "polygons", "explanation")
 DEFAULT_RETURNS = ("mask", "explanation")
-# More neighbours would make one request load a library.
+# Limits the adapters that one request loads.
 MAX_TOP_K = 64
 MAX_ADAPTER_NAMES = 256
 TEMPERATURE_RANGE = (1e-6, 1e6)
@@ -45,15 +46,15 @@ _NUMBER_PATTERN = re.compile(r"[+-]?(\d{1,40}\.?\d{0,40}|\.\d{1,40})([eE][+-]?\d
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SegmentParameters:
-    """What one request asks for, whatever the image.
+    """The checked parameters of a request, common to all its images.
 
     Attributes:
         classes: In the order of their ids.
-        library: One that is served.
-        query: How adapters are chosen.
-        returns: Some of ``RETURNS``.
+        library: Name of one of the service's libraries.
+        query: How adapters are selected.
+        returns: A subset of ``RETURNS``.
         tiling: Whether the image is cut into tiles.
-        timeout_s: From the request's arrival to the answer.
+        timeout_s: From the arrival of the request.
         opacity: Of the overlay's colours, in [0, 1].
     """
 
@@ -67,13 +68,13 @@ class SegmentParameters:
 
     @property
     def maps(self) -> frozenset[MapName]:
-        """The further maps that are computed for it."""
-        wanted: tuple[MapName, ...] = ("confidence", "entropy")
-        return frozenset(name for name in wanted if name in self.returns)
+        """The score maps to compute."""
+        names: tuple[MapName, ...] = ("confidence", "entropy")
+        return frozenset(name for name in names if name in self.returns)
 
 
 class ParameterParser:
-    """Reads parameters as one service takes them."""
+    """Parses parameters with the limits and defaults of a service."""
 
     def __init__(self, config: ServiceConfig) -> None:
         self._limits: Limits = config.limits
@@ -81,10 +82,13 @@ class ParameterParser:
         self._default_settings = config.adaptive_settings()
 
     def parse(self, fields: Sequence[tuple[str, str]]) -> SegmentParameters:
-        """Check all parameters of a segmentation.
+        """Parse the parameters of a segmentation.
+
+        Args:
+            fields: Names and values.
 
         Raises:
-            ServiceError: ``invalid`` with the name of the parameter, or ``no_such_library``.
+            ServiceError: ``invalid``, naming the parameter, or ``no_such_library``.
         """
         values, lists = _split_lists(fields)
         only, exclude = _parse_adapters(lists["adapters"])
@@ -101,7 +105,7 @@ class ParameterParser:
             ),
             mode=cast(AdapterMode, _parse_choice("mode", values.get("mode", "fused"), MODES)),
         )
-        most_s = self._limits.request_timeout_s
+        max_timeout_s = self._limits.request_timeout_s
         return SegmentParameters(
             classes=self._parse_classes(lists["classes"]),
             library=self.library(values.get("library")),
@@ -109,14 +113,16 @@ class ParameterParser:
             returns=_parse_returns(lists["return"]),
             tiling=cast(TilingMode, _parse_choice("tiling", values.get("tiling", "auto"), TILINGS)),
             timeout_s=min(
-                _parse_number("timeout_s", values.get("timeout_s"), most_s, (0.001, math.inf)),
-                most_s,
+                _parse_number(
+                    "timeout_s", values.get("timeout_s"), max_timeout_s, (0.001, math.inf)
+                ),
+                max_timeout_s,
             ),
             opacity=_parse_number("opacity", values.get("opacity"), 0.55, (0.0, 1.0)),
         )
 
     def library(self, name: str | None) -> str:
-        """Return a library's name; the first one's for None.
+        """Check a library's name; None returns the first library.
 
         Raises:
             ServiceError: ``no_such_library``.
@@ -124,19 +130,20 @@ class ParameterParser:
         if name is None:
             return self._libraries[0]
         if name not in self._libraries:
-            raise ServiceError(
-                "no_such_library", f"library {_quote(name)}{_suggestion(name, self._libraries)}"
-            )
+            raise no_such_library_error(name, self._libraries)
         return name
 
     def _parse_classes(self, texts: Sequence[str]) -> LabelSpace:
         names = [name for text in texts for name in _split_class_names(text)]
-        most, longest = self._limits.classes, self._limits.class_name_chars
-        if not 1 <= len(names) <= most:
-            raise _invalid_parameter("classes", f"got {len(names)} names, expected 1 to {most}")
-        if too_long := [name for name in names if len(name) > longest]:
+        max_count, max_chars = self._limits.classes, self._limits.class_name_chars
+        if not 1 <= len(names) <= max_count:
             raise _invalid_parameter(
-                "classes", f"a name of {len(too_long[0])} characters; at most {longest} are taken"
+                "classes", f"got {len(names)} names, expected 1 to {max_count}"
+            )
+        if too_long := [name for name in names if len(name) > max_chars]:
+            raise _invalid_parameter(
+                "classes",
+                f"got a name of {len(too_long[0])} characters, expected at most {max_chars}",
             )
         try:
             space = LabelSpace(tuple(names))
@@ -152,18 +159,18 @@ def unique_parameters(
     """Return parameters by name.
 
     Raises:
-        ServiceError: ``invalid``: one is unknown or given twice.
+        ServiceError: ``invalid``: a parameter is unknown or repeated.
     """
     values: dict[str, str] = {}
     for name, text in fields:
         if name not in allowed:
             raise ServiceError(
                 "invalid",
-                f"There is no parameter {_quote(name)}{_suggestion(name, allowed)} "
+                f"unknown parameter {_quote(name)}{_suggestion(name, allowed)} "
                 f"(known: {', '.join(allowed) or 'none'})",
             )
         if name in values:
-            raise _invalid_parameter(name, "given twice")
+            raise _invalid_parameter(name, "expected only one value")
         values[name] = text
     return values
 
@@ -182,16 +189,16 @@ def _split_lists(
 
 
 def _split_class_names(text: str) -> list[str]:
-    """Read a JSON array of strings, or names between commas."""
+    """Parse a JSON array of strings, or comma-separated names."""
     if not text.lstrip().startswith("["):
         return [name.strip() for name in text.split(",") if name.strip()]
     try:
         names: Any = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise _invalid_parameter("classes", "starts like a JSON array, but is none") from error
+        raise _invalid_parameter("classes", "got an invalid JSON array") from error
     if not all(isinstance(name, str) for name in names):
         raise _invalid_parameter(
-            "classes", "expected a JSON array of strings, or names between commas"
+            "classes", "expected a JSON array of strings, or comma-separated names"
         )
     return names
 
@@ -200,17 +207,17 @@ def _parse_adapters(texts: Sequence[str]) -> tuple[frozenset[str], frozenset[str
     names = {item.strip() for text in texts for item in text.split(",") if item.strip()}
     if len(names) > MAX_ADAPTER_NAMES:
         raise _invalid_parameter(
-            "adapters", f"got {len(names)} names, at most {MAX_ADAPTER_NAMES} are taken"
+            "adapters", f"got {len(names)} names, expected at most {MAX_ADAPTER_NAMES}"
         )
-    if wrong := sorted(name for name in names if not _ADAPTER_PATTERN.fullmatch(name)):
+    if invalid := sorted(name for name in names if not _ADAPTER_PATTERN.fullmatch(name)):
         raise _invalid_parameter(
             "adapters",
-            f"{_quote(wrong[0])}: expected names, each alone to use it or as -name to exclude it",
+            f"got {_quote(invalid[0])}, expected names, with a leading hyphen to exclude one",
         )
     only = frozenset(name for name in names if not name.startswith("-"))
     if len(only) > MAX_TOP_K:
         raise _invalid_parameter(
-            "adapters", f"got {len(only)} to use, at most {MAX_TOP_K} are fused"
+            "adapters", f"got {len(only)} adapters to fuse, expected at most {MAX_TOP_K}"
         )
     return only, frozenset(name[1:] for name in names if name.startswith("-"))
 
@@ -260,7 +267,7 @@ def _invalid_parameter(name: str, reason: str) -> ServiceError:
 
 
 def _quote(text: str) -> str:
-    """Return a client's text as it may stand in a message: short, and in plain characters."""
+    """Return untrusted text for a message: shortened, in ASCII."""
     return ascii(text if len(text) <= 60 else text[:60] + "...")
 
 

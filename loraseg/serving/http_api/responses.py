@@ -1,4 +1,4 @@
-"""From outcomes to what goes over the wire: JSON members, indexed PNG, headers."""
+"""Encode results: JSON fields, indexed PNG, headers."""
 
 import base64
 import io
@@ -15,30 +15,41 @@ from loraseg.data.mask_encodings.polygons import outline_polygons
 from loraseg.data.mask_encodings.rle import encode_rle
 from loraseg.data.masks import encode_mask
 from loraseg.errors import DatasetError, ServiceError
-from loraseg.inference.request import SegmentRequest, SegmentResult
+from loraseg.inference.request import SegmentResult
 from loraseg.segment.render import grey_png, overlay
 from loraseg.serving.http_api.parameters import SegmentParameters
 from loraseg.tensor_types import ndarray
 
-__all__ = ["explanation_fields", "json_fields", "label_map_png", "png_headers"]
+__all__ = [
+    "explanation_fields",
+    "json_fields",
+    "label_map_png",
+    "png_headers",
+    "round_milliseconds",
+]
 
-# Clients and proxies refuse longer header lines; the JSON reply has no such bound.
+# Clients and proxies reject longer header lines.
 _MAX_HEADER_CHARS = 4096
 _DIGITS = 6
 _ROWS_PER_BLOCK = 256
 
 
 def json_fields(
-    request: SegmentRequest, parameters: SegmentParameters, result: SegmentResult
+    image: ndarray, parameters: SegmentParameters, result: SegmentResult
 ) -> dict[str, Any]:
-    """Return the members of a JSON reply that come from the pixels; slow for large images.
+    """Return the fields of a JSON reply that depend on the pixels; slow for large images.
+
+    Args:
+        image: RGB, uint8 (h, w, 3).
+        parameters: Of the request.
+        result: Its label map is (h, w).
 
     Raises:
-        ServiceError: ``invalid``: polygons of more corners than anybody can use.
+        ServiceError: ``invalid``: the polygons have too many corners.
     """
     labels, space = result.label_map, parameters.classes
     height, width = labels.shape
-    members: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "image": {"width": width, "height": height},
         "classes": list(space.names),
         "class_map": {str(index): name for index, name in enumerate(space.names)},
@@ -46,30 +57,30 @@ def json_fields(
         "shares": _class_shares(labels, space),
     }
     if "mask" in parameters.returns:
-        members["segmentation_mask"] = _base64_text(encode_mask(labels, space))
+        fields["segmentation_mask"] = _base64_text(encode_mask(labels, space))
     for name, values in (("confidence", result.confidence), ("entropy", result.entropy)):
         if name in parameters.returns and values is not None:
-            members[name] = _base64_text(grey_png(values))
+            fields[name] = _base64_text(grey_png(values))
     if "overlay" in parameters.returns:
-        members["overlay"] = _base64_text(_overlay_png(request.image, labels, parameters))
+        fields["overlay"] = _base64_text(_overlay_png(image, labels, parameters))
     if "rle" in parameters.returns:
-        members["rle"] = encode_rle(labels, range(len(space)))
+        fields["rle"] = encode_rle(labels, range(len(space)))
     if "polygons" in parameters.returns:
-        members["polygons"] = _polygons(labels, space)
-    return members
+        fields["polygons"] = _polygons(labels, space)
+    return fields
 
 
 def explanation_fields(result: SegmentResult, library: str) -> dict[str, Any]:
-    """Return the members that say how the result came about, all but ``timing_ms``."""
-    why = result.explanation
+    """Return the fields of :class:`loraseg.api_types.ReplyExplanation` except ``timing_ms``."""
+    explanation = result.explanation
     return {
-        "mode": why.mode,
+        "mode": explanation.mode,
         "library": library,
         "generation": result.generation,
-        "base": why.base,
-        "mix": why.mix,
-        "adapters": [asdict(used) for used in why.adapters],
-        "fallback": why.fallback,
+        "base": explanation.base,
+        "mix": explanation.mix,
+        "adapters": [asdict(used) for used in explanation.adapters],
+        "fallback": explanation.fallback,
         "skipped": [failure.to_json() for failure in result.skipped],
         "tiles": result.tiles,
         "batch": result.batch_size,
@@ -82,28 +93,28 @@ def label_map_png(parameters: SegmentParameters, result: SegmentResult) -> bytes
 
 
 def png_headers(parameters: SegmentParameters, result: SegmentResult) -> dict[str, str]:
-    """Return the headers that explain a PNG; those that would be too long are left out."""
-    why = result.explanation
+    """Return the headers that explain a PNG; headers that would be too long are left out."""
+    explanation = result.explanation
     headers = {
         "X-Loraseg-Classes": json.dumps(parameters.classes.names),
-        "X-Loraseg-Adapters": json.dumps([asdict(used) for used in why.adapters]),
-        "X-Loraseg-Mode": why.mode,
+        "X-Loraseg-Adapters": json.dumps([asdict(used) for used in explanation.adapters]),
+        "X-Loraseg-Mode": explanation.mode,
     }
     if result.generation is not None:
         headers["X-Loraseg-Generation"] = str(result.generation)
-    if why.fallback is not None:
-        headers["X-Loraseg-Fallback"] = json.dumps(why.fallback)
+    if explanation.fallback is not None:
+        headers["X-Loraseg-Fallback"] = json.dumps(explanation.fallback)
     return {name: text for name, text in headers.items() if len(text) <= _MAX_HEADER_CHARS}
 
 
 def round_milliseconds(timing: Mapping[str, float]) -> dict[str, float]:
-    """Return milliseconds with three digits after the point."""
+    """Round to three decimals."""
     return {stage: round(float(value), 3) for stage, value in timing.items()}
 
 
 def _overlay_png(image: ndarray, labels: ndarray, parameters: SegmentParameters) -> bytes:
     picture = np.empty_like(image)
-    # By rows, since blending takes many times the bytes of what it blends.
+    # In blocks of rows, since blending takes several float arrays of its input's size.
     for top in range(0, len(labels), _ROWS_PER_BLOCK):
         rows = slice(top, top + _ROWS_PER_BLOCK)
         picture[rows] = overlay(

@@ -1,4 +1,4 @@
-"""A real endpoint in this process: the API over a local engine, served by uvicorn."""
+"""A real endpoint in the test process: the API over a local engine, served by uvicorn."""
 
 import contextlib
 import hashlib
@@ -15,7 +15,7 @@ TOKENS = {"worker": ["segment"], "admin": ["segment", "admin"]}
 
 
 def write_tokens(path):
-    """Write a token file in which the names of the tokens are the tokens."""
+    """Write a token file whose tokens equal their names."""
     entries = [
         {"name": name, "sha256": hashlib.sha256(name.encode()).hexdigest(), "roles": roles}
         for name, roles in TOKENS.items()

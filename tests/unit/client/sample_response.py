@@ -1,4 +1,4 @@
-"""A reply as the API gives it; test_client.py holds its keys against those of a real one."""
+"""A reply of the API; test_client.py compares its keys with those of a real one."""
 
 import base64
 import io
@@ -35,7 +35,7 @@ def sample_response(**changes):
         "mix": "ef" * 32,
         "adapters": [{**adapter, "weight": 1.0, "distance": 0.25}],
         "fallback": None,
-        "skipped": [{**adapter, "name": "snow", "reason": "its file is damaged"}],
+        "skipped": [{**adapter, "name": "snow", "reason": "a stored file is missing"}],
         "tiles": 1,
         "batch": 1,
         "timing_ms": {"embed": 1.0, "segment": 2.5, "total": 4.0},

@@ -1,4 +1,4 @@
-"""A TCP server that answers each request with the next act of a script, byte for byte."""
+"""A TCP server that handles each request with the next handler of a list, byte for byte."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ _TIMEOUT_S = 30.0
 
 @dataclass
 class ReceivedRequest:
-    """One request as it came over the wire."""
+    """One request as received."""
 
     line: str
     headers: dict[str, str]
@@ -21,9 +21,9 @@ class ReceivedRequest:
 
 
 class ScriptedServer:
-    """Plays ``handlers`` in order, one a request; further requests get the last one again.
+    """Calls ``handlers`` in order, one per request; the last one handles all further requests.
 
-    An act is a function of the connection. Connections are closed after each answer.
+    A handler is a function of a :class:`ScriptedConnection`, which is closed afterwards.
     """
 
     def __init__(self, handlers):
@@ -43,7 +43,7 @@ class ScriptedServer:
             yield self
         finally:
             self._stopped.set()
-            # Closing a listener does not wake a thread that waits on it.
+            # Closing a listener does not wake a thread in accept().
             with contextlib.suppress(OSError):
                 socket.create_connection(self._listener.getsockname(), 1).close()
             accepting.join()
@@ -68,13 +68,13 @@ class ScriptedServer:
             if request is None:
                 return
             with self._lock:
-                act = self.handlers[min(len(self.requests), len(self.handlers) - 1)]
+                handler = self.handlers[min(len(self.requests), len(self.handlers) - 1)]
                 self.requests.append(request)
-            act(ScriptedConnection(connection, self._stopped))
+            handler(ScriptedConnection(connection, self._stopped))
 
 
 class ScriptedConnection:
-    """What an act may do."""
+    """The connection of one request, for its handler."""
 
     def __init__(self, connection, stopped):
         self._connection = connection
@@ -84,7 +84,7 @@ class ScriptedConnection:
         self._connection.sendall(data)
 
     def send_repeatedly(self, chunk, pause_s=0.0):
-        """Send the same bytes until the client leaves or the test ends."""
+        """Send the same bytes until the client disconnects or the test ends."""
         while not self._stopped.is_set():
             self.send(chunk)
             self._stopped.wait(pause_s)
@@ -94,41 +94,41 @@ class ScriptedConnection:
 
 
 def answer(status, body, **headers):
-    """Answer with a complete HTTP response; names of headers are written with underscores."""
+    """Send a complete HTTP response; underscores in header names stand for hyphens."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     lines = [f"HTTP/1.1 {status} X", f"Content-Length: {len(data)}", "Connection: close"]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-    return lambda stage: stage.send("\r\n".join([*lines, "", ""]).encode() + data)
+    return lambda connection: connection.send("\r\n".join([*lines, "", ""]).encode() + data)
 
 
 def problem(status, code, detail="no reason", **headers):
-    """Answer with problem details as the API words them."""
+    """Send problem details as the API does."""
     content = {"status": status, "code": code, "detail": detail, "request_id": "r1"}
     return answer(status, content, Content_Type="application/problem+json", **headers)
 
 
 def raw(data):
-    """Send bytes that need not be HTTP, and close."""
-    return lambda stage: stage.send(data)
+    """Send any bytes and close."""
+    return lambda connection: connection.send(data)
 
 
-def drop(stage):
-    """Close without an answer."""
+def drop(connection):
+    """Close without a response."""
 
 
-def silence(stage):
-    """Keep the connection and say nothing."""
-    stage.wait()
+def silence(connection):
+    """Keep the connection open and send nothing."""
+    connection.wait()
 
 
 def trickle(head, chunk, pause_s=0.02):
-    """Send something, then a little again and again, for ever."""
+    """Send ``head``, then ``chunk`` repeatedly without end."""
 
-    def act(stage):
-        stage.send(head)
-        stage.send_repeatedly(chunk, pause_s)
+    def handler(connection):
+        connection.send(head)
+        connection.send_repeatedly(chunk, pause_s)
 
-    return act
+    return handler
 
 
 def _read_request(connection):

@@ -1,4 +1,4 @@
-"""``loraseg doctor --endpoint``: what it finds at sound, secured and broken endpoints."""
+"""``loraseg doctor --endpoint`` on working, TLS and broken endpoints."""
 
 import subprocess
 
@@ -28,7 +28,7 @@ def library(models, tmp_path):
 
 @pytest.fixture
 def certificate(tmp_path):
-    """A certificate for 127.0.0.1 that nobody else has signed, for thirty days."""
+    """A self-signed certificate for 127.0.0.1, valid for 30 days."""
     files = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "30"]
     names = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
@@ -37,20 +37,18 @@ def certificate(tmp_path):
     return files
 
 
-def states(findings):
-    return {
-        finding.what.split(" http")[0]: (finding.is_well, finding.state) for finding in findings
-    }
+def by_name(checks):
+    return {check.name.split(" http")[0]: (check.ok, check.detail) for check in checks}
 
 
-def test_a_sound_endpoint(models, library, tmp_path, capsys):
+def test_a_working_endpoint(models, library, tmp_path, capsys):
     (tmp_path / "token").write_text("worker")
     tokens = write_tokens(tmp_path / "tokens.yaml")
     with serve_endpoint(models, library, tokens=tokens) as url:
-        found = states(check_endpoint(url, "worker"))
+        found = by_name(check_endpoint(url, "worker"))
         assert main(["doctor", "--endpoint", url, "--token-file", str(tmp_path / "token")]) == 0
-        lacking = states(check_endpoint(url))
-    assert all(is_well for is_well, _ in found.values()), found
+        without_token = by_name(check_endpoint(url))
+    assert all(ok for ok, _ in found.values()), found
     assert set(found) == {
         *("endpoint", "TLS", "clock", "ready", "base", "library main", "segmentation")
     }
@@ -58,20 +56,20 @@ def test_a_sound_endpoint(models, library, tmp_path, capsys):
     assert "2 adapters" in found["library main"][1]
     assert "64 x 64 pixels in" in found["segmentation"][1]
     assert "library main" in capsys.readouterr().out
-    assert not lacking["base"][0]
-    assert "--token-file" in lacking["base"][1]
+    assert not without_token["base"][0]
+    assert "--token-file" in without_token["base"][1]
 
 
-def test_adapters_out_of_service_are_told(models, library, tmp_path, monkeypatch):
+def test_adapters_out_of_service_are_listed(models, library, tmp_path, monkeypatch):
     monkeypatch.setenv("LORASEG_CACHE", str(tmp_path / "cache"))
     for blob in (tmp_path / "library" / "blobs").rglob("sha256/*/*"):
         blob.write_bytes(b"rust")
     with serve_endpoint(models, library) as url:
-        list(check_endpoint(url))  # its segmentation meets the damage
-        found = states(check_endpoint(url))
-    lacking = [state for what, state in found.items() if what.startswith("library main, ")]
-    assert lacking
-    assert all(not is_well and "out of service" in words for is_well, words in lacking)
+        list(check_endpoint(url))  # its segmentation loads the damaged files
+        found = by_name(check_endpoint(url))
+    adapters = [result for name, result in found.items() if name.startswith("library main, ")]
+    assert adapters
+    assert all(not ok and "out of service" in detail for ok, detail in adapters)
 
 
 def test_tls(models, library, certificate, monkeypatch):
@@ -83,10 +81,10 @@ def test_tls(models, library, certificate, monkeypatch):
             client.base()
         assert caught.value.code == "unreachable"
         monkeypatch.setenv("SSL_CERT_FILE", certificate[0])
-        found = states(check_endpoint(url))
-    is_well, state = found["TLS"]
-    assert is_well
-    assert state.startswith("TLSv1.3, certificate for 30 more days")
+        found = by_name(check_endpoint(url))
+    ok, detail = found["TLS"]
+    assert ok
+    assert detail.startswith("TLSv1.3, certificate expires in 30 days")
     assert found["segmentation"][0]
 
 
@@ -95,22 +93,22 @@ def test_an_endpoint_that_is_not_ready(capsys):
     script = [answer(200, {}, Date="Wed, 21 Oct 2015 07:28:00 GMT"), starting]
     with ScriptedServer(script).running() as server:
         assert main(["doctor", "--endpoint", server.url]) == 1
-    told = capsys.readouterr().out
-    assert "Waiting for the models." in told
-    assert "behind this machine's" in told
-    assert "failed: clock, ready, base" in told
+    output = capsys.readouterr().out
+    assert "Waiting for the models." in output
+    assert "behind this machine's" in output
+    assert "failed: clock, ready, base" in output
 
 
 @pytest.mark.parametrize(
-    ("act", "state"),
-    [(answer(404, b"<html>"), "is this the URL"), (silence, "no answer in")],
+    ("handler", "detail"),
+    [(answer(404, b"<html>"), "is this the URL"), (silence, "no response in")],
 )
-def test_something_else_answers(act, state, monkeypatch):
+def test_a_server_that_is_not_an_endpoint(handler, detail, monkeypatch):
     monkeypatch.setattr("loraseg.client.health._TIMEOUT_S", 1.0)
-    with ScriptedServer([act]).running() as server:
-        [finding] = check_endpoint(server.url)
-    assert not finding.ok
-    assert state in finding.detail
+    with ScriptedServer([handler]).running() as server:
+        [check] = check_endpoint(server.url)
+    assert not check.ok
+    assert detail in check.detail
 
 
 def test_a_token_file_needs_an_endpoint(capsys):

@@ -17,21 +17,21 @@ def encoded(image=IMAGE, **options):
 
 
 @pytest.mark.parametrize("image", [IMAGE, IMAGE[:, ::-1], np.asfortranarray(IMAGE)])
-def test_arrays_are_sent_without_loss(image):
+def test_arrays_are_encoded_losslessly(image):
     upload = prepare_upload(image)
     with Image.open(io.BytesIO(upload.data)) as sent:
         assert (np.asarray(sent) == image).all()
     assert (upload.content_type, upload.shapes, upload.pixels) == ("image/png", {(7, 5)}, 35)
 
 
-def test_files_are_sent_as_they_are(tmp_path):
+def test_files_are_sent_unchanged(tmp_path):
     path = tmp_path / "x.jpg"
     path.write_bytes(encoded(format="JPEG"))
     for image in (path, str(path), path.read_bytes()):
         upload = prepare_upload(image)
         assert upload.data == path.read_bytes()
         assert upload.content_type == "image/jpeg"
-        # Whichever way its EXIF orientation turns it.
+        # The EXIF orientation may rotate it.
         assert upload.shapes == {(7, 5), (5, 7)}
 
 
@@ -39,12 +39,12 @@ def test_files_are_sent_as_they_are(tmp_path):
     "image",
     [IMAGE[..., 0], IMAGE.astype(np.float32), IMAGE[:0], np.zeros((2, 2, 4), np.uint8)],
 )
-def test_other_arrays_are_refused(image):
+def test_other_arrays_are_rejected(image):
     with pytest.raises(DatasetError, match=r"expected uint8 \(height, width, 3\)"):
         prepare_upload(image)
 
 
-def test_unusable_files_are_named(tmp_path):
+def test_errors_name_the_file(tmp_path):
     (tmp_path / "x.png").write_bytes(b"GIF89a")
     for image, reason in (
         (tmp_path / "x.png", "x.png: not a PNG or JPEG"),
@@ -57,7 +57,7 @@ def test_unusable_files_are_named(tmp_path):
             prepare_upload(image)
 
 
-def test_maps_are_decoded_only_if_they_have_the_expected_shape():
+def test_maps_are_decoded_only_with_the_expected_shape():
     labels = IMAGE[..., 0]
     indexed = Image.fromarray(labels)
     indexed.putpalette(bytes(range(256)) * 3)

@@ -1,4 +1,4 @@
-"""Requests to an API in this process, and what every answer must keep to."""
+"""Sends requests to an API in this process and checks what holds for all responses."""
 
 import asyncio
 import base64
@@ -16,7 +16,7 @@ from loraseg.serving.http_api.app import build_api
 from loraseg.serving.http_api.problems import PROBLEM_TYPES
 from tests.unit.tiny import domain_images
 
-# What would tell a client about this machine.
+# Text that would reveal details of the server.
 ROOT = str(Path(__file__).parents[3])
 LEAKS = (
     ROOT,
@@ -51,7 +51,7 @@ FOG = domain_images("fog", 1)[0]
 
 
 class ApiClient:
-    """Sends requests through the whole app, and checks what holds for all answers."""
+    """Sends requests through the whole app and checks each response."""
 
     def __init__(self, engine, config, *, tokens=None, limits=None, **options):
         if limits:
@@ -67,9 +67,9 @@ class ApiClient:
     async def send(self, method, path, **options):
         transport = httpx2.ASGITransport(app=self.api)
         async with httpx2.AsyncClient(transport=transport, base_url="http://service") as client:
-            answer = await client.request(method, path, timeout=600, **options)
-        check_response(answer)
-        return answer
+            response = await client.request(method, path, timeout=600, **options)
+        check_response(response)
+        return response
 
     def segment(self, image=NIGHT, classes="road, car, sky", headers=None, **fields):
         """Send one image as a form."""
@@ -83,41 +83,43 @@ class ApiClient:
         )
 
     def batch(self, images, classes="road, car, sky", **fields):
-        """Send several images; return the answer and its lines."""
+        """Send several images; return the response and its lines."""
         files = [
             ("images", (f"{n}.png", image if isinstance(image, bytes) else png(image)))
             for n, image in enumerate(images)
         ]
-        answer = self("POST", "/v1/segment/batch", files=files, data={"classes": classes, **fields})
-        return answer, [json.loads(line) for line in answer.text.splitlines()]
+        response = self(
+            "POST", "/v1/segment/batch", files=files, data={"classes": classes, **fields}
+        )
+        return response, [json.loads(line) for line in response.text.splitlines()]
 
 
-def check_response(answer):
-    """Every answer has an id and, unless it is good, problem details that tell no secrets."""
-    assert answer.headers["x-request-id"]
-    assert answer.headers["x-content-type-options"] == "nosniff"
-    if answer.status_code == 200:
+def check_response(response):
+    """Check the request id and, for an error, that its problem details reveal nothing."""
+    assert response.headers["x-request-id"]
+    assert response.headers["x-content-type-options"] == "nosniff"
+    if response.status_code == 200:
         return
-    assert answer.headers["content-type"] == "application/problem+json"
-    told = answer.json()
-    kind = PROBLEM_TYPES[told["code"]]
-    assert answer.status_code == told["status"] == kind.status
-    assert told["title"] == kind.title
-    assert told["type"] == f"urn:loraseg:problem:{told['code']}"
-    assert told["request_id"] == answer.headers["x-request-id"]
-    assert len(answer.content) < 2000
-    assert leaks(told["detail"], answer.request) == []
-    assert told["code"] != "internal"
+    assert response.headers["content-type"] == "application/problem+json"
+    problem = response.json()
+    problem_type = PROBLEM_TYPES[problem["code"]]
+    assert response.status_code == problem["status"] == problem_type.status
+    assert problem["title"] == problem_type.title
+    assert problem["type"] == f"urn:loraseg:problem:{problem['code']}"
+    assert problem["request_id"] == response.headers["x-request-id"]
+    assert len(response.content) < 2000
+    assert leaks(problem["detail"], response.request) == []
+    assert problem["code"] != "internal"
 
 
 def leaks(detail, request):
-    """What a client must not be told; what it said itself may be repeated to it."""
+    """Return the revealing texts in ``detail`` that the request did not contain."""
     sent = unquote_plus(str(request.url)) + request.read().decode(errors="replace")
     return [leak for leak in LEAKS if leak in detail and leak not in sent]
 
 
-def status_and_code(answer):
-    return answer.status_code, answer.json()["code"]
+def status_and_code(response):
+    return response.status_code, response.json()["code"]
 
 
 def decode_png(base64_png):

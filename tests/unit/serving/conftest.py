@@ -9,9 +9,9 @@ from tests.unit.tiny import publish, write_models
 
 
 @pytest.fixture(scope="package")
-def world(tmp_path_factory):
-    """The tiny models as files, and a library of four adapters for them."""
-    folder = tmp_path_factory.mktemp("world")
+def config(tmp_path_factory):
+    """A service with the tiny models and a library of four adapters."""
+    folder = tmp_path_factory.mktemp("service")
     base, encoder = write_models(folder)
     publish(folder / "library", load_base(base), load_clip(encoder))
     return ServiceConfig(
@@ -20,25 +20,25 @@ def world(tmp_path_factory):
         encoder=encoder,
         k=2,
         poll_s=0.2,
-        # Busy machines are slow, which is not what these tests are about.
+        # These tests do not measure time, and the machine may be busy.
         limits=Limits(request_timeout_s=500.0),
     )
 
 
 @pytest.fixture(scope="package")
-def engine(world):
-    with build_local_engine(world) as engine:
+def engine(config):
+    with build_local_engine(config) as engine:
         assert engine.wait_until_ready(60.0)
         yield engine
 
 
 @pytest.fixture(scope="package")
-def open_talk(engine, world):
-    return ApiClient(engine, world)
+def shared_api(engine, config):
+    return ApiClient(engine, config)
 
 
 @pytest.fixture
-def talk(open_talk):
-    """Talks to an open API over the engine."""
-    open_talk.contexts.clear()
-    return open_talk
+def api(shared_api):
+    """A client of an API without tokens."""
+    shared_api.contexts.clear()
+    return shared_api

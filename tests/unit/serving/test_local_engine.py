@@ -1,4 +1,4 @@
-"""The engine in one process, on real libraries in folders."""
+"""The local engine on libraries in folders."""
 
 import asyncio
 import json
@@ -51,61 +51,61 @@ def engine(folder, models):
         yield engine
 
 
-def segment(engine, *orders):
-    async def together():
-        return await asyncio.gather(*map(engine.segment, orders), return_exceptions=True)
+def segment(engine, *requests):
+    async def run_all():
+        return await asyncio.gather(*map(engine.segment, requests), return_exceptions=True)
 
-    return asyncio.run(together())
+    return asyncio.run(run_all())
 
 
 def image_of(domain):
     return domain_images(domain, 1)[0]
 
 
-def used(outcome):
-    return {part.name: part.digest for part in outcome.result.explanation.adapters}
+def used(result):
+    return {part.name: part.digest for part in result.explanation.adapters}
 
 
-def raised(engine, one):
-    [error] = segment(engine, one)
+def raised(engine, request):
+    [error] = segment(engine, request)
     assert isinstance(error, ServiceError), error
     return error
 
 
-def test_gives_what_the_command_line_gives_alone_and_in_company(engine, folder, models):
+def test_results_equal_the_offline_segmenter_alone_and_in_a_batch(engine, folder, models):
     loaded = load_models(SegmenterConfig(base=models[0], encoder=models[1]), str(folder))
     cases = [
         (domain, settings)
         for domain in DOMAINS
         for settings in (SETTINGS, AdaptiveSettings(mode="uniform"), AdaptiveSettings(mode="base"))
     ]
-    orders = [
+    requests = [
         segment_request(image_of(domain), settings=settings, maps=frozenset(["confidence"]))
         for domain, settings in cases
     ]
-    together = segment(engine, *orders)
-    assert max(outcome.batch for outcome in together) > 1
-    for one, (domain, settings), company in zip(orders, cases, together, strict=True):
+    together = segment(engine, *requests)
+    assert max(result.batch_size for result in together) > 1
+    for request, (domain, settings), batched in zip(requests, cases, together, strict=True):
         offline = loaded.segmenter(settings)
         [known] = offline.segment([image_of(domain)], CLASSES, maps={"confidence"})
-        [alone] = segment(engine, one)
-        assert alone.result.explanation == company.result.explanation == known.explanation
-        # This model's odd widths do not fill cache lines: sums round by where a row lies, so that a
-        # pixel where two classes tie may go to either. Its confidence is the same.
-        for result in (alone.result, company.result):
+        [alone] = segment(engine, request)
+        assert alone.explanation == batched.explanation == known.explanation
+        # This model's odd widths make rounding depend on the position in the batch, so that a
+        # pixel whose classes tie may get either class. Its confidence is the same.
+        for result in (alone, batched):
             assert np.abs(result.confidence - known.confidence).max() <= 1e-5
             assert (result.label_map == known.label_map).mean() >= 0.99
-        if settings.mode == "base":  # no adapter's rows take part
-            assert np.array_equal(alone.result.label_map, known.label_map)
-            assert np.array_equal(alone.result.confidence, known.confidence)
+        if settings.mode == "base":  # no adapters are involved
+            assert np.array_equal(alone.label_map, known.label_map)
+            assert np.array_equal(alone.confidence, known.confidence)
         assert alone.generation == (None if settings.mode == "base" else 4)
         assert set(alone.timing_ms) == {"embed", "retrieve", "load", "segment", "queue"}
 
 
-def test_a_damaged_adapter_takes_only_itself_out_of_service(engine, folder, library):
+def test_a_damaged_adapter_is_the_only_one_out_of_service(engine, folder, library):
     [before] = segment(engine, segment_request(image_of("fog"), exclude={"day"}))
     nearest = next(iter(used(before)))
-    # Still in memory and on this machine's disk: what is stored does not matter.
+    # The adapter is in memory and in the disk cache, so its stored file is not read.
     blob_paths(folder, library, nearest)[WEIGHTS].unlink()
     [same] = segment(engine, segment_request(image_of("fog"), exclude={"day"}))
     assert (used(same), same.skipped) == (used(before), ())
@@ -128,23 +128,23 @@ def test_a_damaged_adapter_takes_only_itself_out_of_service(engine, folder, libr
     library.publish("day", files, replace(card, name="day"))
     view = asyncio.run(engine.refresh("main"))
     assert not any(adapter.unavailable for adapter in view.adapters)
-    [whole] = segment(engine, segment_request(image_of("day"), only={"day"}))
-    assert used(whole) == {"day": library.entry("day").digest}
+    [restored] = segment(engine, segment_request(image_of("day"), only={"day"}))
+    assert used(restored) == {"day": library.entry("day").digest}
 
 
-def test_when_every_choice_fails_it_is_told_after_three_rounds(engine, folder, library):
+def test_three_failed_selections_raise_adapters_unavailable(engine, folder, library):
     for name in DOMAINS:
         blob_paths(folder, library, name)[WEIGHTS].unlink()
-    one = AdaptiveSettings(k=1)
-    error = raised(engine, segment_request(image_of("fog"), settings=one))
+    nearest = AdaptiveSettings(k=1)
+    error = raised(engine, segment_request(image_of("fog"), settings=nearest))
     assert (error.code, error.retry_after_s) == ("adapters_unavailable", 5.0)
-    [bare] = segment(engine, segment_request(image_of("fog"), settings=one))
-    assert bare.result.explanation.fallback == "every adapter is excluded or out of service"
+    [bare] = segment(engine, segment_request(image_of("fog"), settings=nearest))
+    assert bare.explanation.fallback == "every adapter is excluded or out of service"
     assert {skipped.reason for skipped in bare.skipped} == {"a stored file is missing"}
     [asked] = segment(
         engine, segment_request(image_of("fog"), settings=AdaptiveSettings(mode="base"))
     )
-    assert np.array_equal(asked.result.label_map, bare.result.label_map)
+    assert np.array_equal(asked.label_map, bare.label_map)
 
 
 @pytest.mark.parametrize(
@@ -158,21 +158,21 @@ def test_when_every_choice_fails_it_is_told_after_three_rounds(engine, folder, l
         ({"timeout_s": 0.0001}, "deadline"),
     ],
 )
-def test_refusals_have_their_codes(engine, options, code):
+def test_errors_have_their_codes(engine, options, code):
     assert raised(engine, segment_request(image_of("fog"), **options)).code == code
 
 
-def test_too_many_at_once_are_refused(folder, models):
+def test_too_many_concurrent_images_are_rejected(folder, models):
     config = service_config(models, {"main": folder}, batch=1, limits=Limits(queued=3))
     with build_local_engine(config) as engine:
         assert engine.wait_until_ready(60.0)
-        outcomes = segment(engine, *[segment_request(image_of("fog")) for _ in range(12)])
-    codes = [outcome.code for outcome in outcomes if isinstance(outcome, ServiceError)]
+        results = segment(engine, *[segment_request(image_of("fog")) for _ in range(12)])
+    codes = [result.code for result in results if isinstance(result, ServiceError)]
     assert codes == ["overloaded"] * 8
-    assert sum(not isinstance(outcome, ServiceError) for outcome in outcomes) == 4
+    assert sum(not isinstance(result, ServiceError) for result in results) == 4
 
 
-def test_cancelling_gives_up_the_work_and_lets_go_of_the_adapters(engine):
+def test_cancelling_stops_the_work_and_unpins_the_adapters(engine):
     async def cancelled():
         tasks = [
             asyncio.ensure_future(engine.segment(segment_request(image_of("fog"))))
@@ -184,14 +184,14 @@ def test_cancelling_gives_up_the_work_and_lets_go_of_the_adapters(engine):
         return await asyncio.gather(*tasks, return_exceptions=True)
 
     first, *rest = asyncio.run(cancelled())
-    assert first.batch >= 1
-    assert all(isinstance(one, asyncio.CancelledError) or one.batch for one in rest)
+    assert first.batch_size >= 1
+    assert all(isinstance(result, asyncio.CancelledError) or result.batch_size for result in rest)
     [again] = segment(engine, segment_request(image_of("fog")))
-    assert np.array_equal(again.result.label_map, first.result.label_map)
+    assert np.array_equal(again.label_map, first.label_map)
     assert not any(slot.pins for slot in engine.stage.cache._slots.values())
 
 
-def test_is_not_ready_without_its_libraries_and_says_which(models, folder, tmp_path):
+def test_readiness_lists_libraries_that_are_not_loaded(models, folder, tmp_path):
     damaged = tmp_path / "damaged"
     (damaged / "catalog").mkdir(parents=True)
     (damaged / "catalog" / "HEAD").write_bytes(b"nonsense")
@@ -209,7 +209,7 @@ def test_is_not_ready_without_its_libraries_and_says_which(models, folder, tmp_p
         assert segment(engine, bare)[0].generation is None
 
 
-def test_tells_what_is_frozen_and_what_is_published_but_not_where(engine, folder, models):
+def test_views_have_no_paths(engine, folder, models):
     base = asyncio.run(engine.base())
     known = load_base(models[0])
     assert (base["name"], base["digest"]) == ("base.safetensors", known.digest)
@@ -217,7 +217,7 @@ def test_tells_what_is_frozen_and_what_is_published_but_not_where(engine, folder
     assert base["settings"] == {"top_k": 5, "temperature": 0.05}
     view = asyncio.run(engine.catalog("main"))
     assert [adapter.name for adapter in view.adapters] == sorted(DOMAINS)
-    assert (view.generation, view.misfits, view.problem) == (4, 0, None)
+    assert (view.generation, view.incompatible, view.problem) == (4, 0, None)
     card = asyncio.run(engine.card("main", "fog"))
     assert (card["version"], card["label_space"]) == (1, list(CLASSES))
     assert "centroids" not in card
@@ -229,7 +229,7 @@ def test_tells_what_is_frozen_and_what_is_published_but_not_where(engine, folder
         asyncio.run(engine.catalog("x"))
 
 
-def test_no_answer_is_ever_of_two_generations(engine, library, models):
+def test_each_result_is_of_one_generation(engine, library, models):
     """Publish and roll back while images are segmented; check all digests against the catalog."""
     base = load_base(models[0])
     files = [
@@ -247,18 +247,18 @@ def test_no_answer_is_ever_of_two_generations(engine, library, models):
 
     publisher = threading.Thread(target=publish_and_roll_back)
     publisher.start()
-    outcomes = []
-    while not stop.is_set() or len(outcomes) < 16:
+    results = []
+    while not stop.is_set() or len(results) < 16:
         domains = list(DOMAINS)
         settings = AdaptiveSettings(k=4, temperature=3.0)
-        outcomes += segment(
+        results += segment(
             engine, *[segment_request(image_of(d), settings=settings) for d in domains]
         )
     publisher.join()
     deadline = time.monotonic() + 60
     while asyncio.run(engine.catalog("main")).generation != library.generation():
         assert time.monotonic() < deadline
-    for outcome in outcomes:
-        known = {entry.name: entry.digest for entry in library.entries(outcome.generation)}
-        assert used(outcome) == known
-        assert outcome.skipped == ()
+    for result in results:
+        known = {entry.name: entry.digest for entry in library.entries(result.generation)}
+        assert used(result) == known
+        assert result.skipped == ()

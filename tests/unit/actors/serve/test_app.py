@@ -1,4 +1,4 @@
-"""The application as Serve's tools see it; nothing is started."""
+"""The Serve application, its config and dashboard; nothing is started."""
 
 import json
 import math
@@ -23,7 +23,7 @@ JOBS = Path(job.__file__).parent
 
 
 def deployments(app):
-    """Deployments by name: the ingress and those bound to it."""
+    """The deployments by name: the ingress and those bound to it."""
     bound = app._bound_deployment
     nodes = [bound, *(arg for arg in bound.init_args if hasattr(arg, "_bound_deployment"))]
     found = [getattr(node, "_bound_deployment", node) for node in nodes]
@@ -34,34 +34,34 @@ def config_of(app):
     return app._bound_deployment.init_args[0]
 
 
-def test_the_config_may_come_as_an_object_as_plain_values_or_as_text(tmp_path):
+def test_the_config_can_be_an_object_plain_values_or_text(tmp_path):
     file = tmp_path / "service.yaml"
     file.write_text("libraries: {main: s3://bucket/adapters}\nbatch: 4\n")
-    ways = (
+    variants = (
         ServiceConfig(libraries={"main": "s3://bucket/adapters"}, batch=2),
         {"libraries": {"main": "s3://bucket/adapters"}, "batch": 2},
         {"libraries.main": "s3://bucket/adapters", "batch": "2"},
         {"config": str(file), "batch": "2"},
     )
-    assert len({configuration.digest(config_of(build_app(args))) for args in ways}) == 1
+    assert len({configuration.digest(config_of(build_app(args))) for args in variants}) == 1
 
 
-def test_a_mistake_is_named_before_anything_starts():
+def test_config_errors_are_raised_before_start():
     with pytest.raises(ConfigError, match="did you mean 'batch'"):
         build_app({"libraries.main": "s3://bucket/adapters", "bach": "2"})
     with pytest.raises(ConfigError, match="libraries"):
         build_app({})
 
 
-def test_paths_mean_the_same_in_the_folder_of_a_worker(tmp_path, monkeypatch):
+def test_paths_are_made_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = config_of(build_app({"libraries.main": "library", "tokens": "tokens.yaml"}))
     assert config.libraries == {"main": str(tmp_path / "library")}
     assert config.tokens == str(tmp_path / "tokens.yaml")
 
 
-def test_placement_and_bounds_follow_the_config(monkeypatch):
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "do-not-write-me")
+def test_resources_and_scaling_follow_the_config(monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-to-be-logged")
     app = build_app(
         {
             "libraries": {"main": "s3://bucket/adapters"},
@@ -78,17 +78,17 @@ def test_placement_and_bounds_follow_the_config(monkeypatch):
     scaling = found["Gateway"]._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas) == (1, 3)
     assert scaling.get_target_ongoing_requests() == 7
-    assert "do-not-write-me" not in repr(found["Segmenter"].init_args)
+    assert "not-to-be-logged" not in repr(found["Segmenter"].init_args)
 
 
-def test_segmenters_are_counted_by_images_not_by_calls():
+def test_segmenters_are_scaled_by_images_not_by_calls():
     context = SimpleNamespace(
         aggregated_metrics={"images": {"a": 12.0, "b": 4.0}},
         total_queued_requests=2,
         config=SimpleNamespace(get_target_ongoing_requests=lambda: 4.0),
     )
-    wanted, _ = images_in_flight_policy(context)
-    assert math.ceil(wanted) == 5
+    replicas, _ = images_in_flight_policy(context)
+    assert math.ceil(replicas) == 5
 
 
 def test_serve_build_needs_a_config_file(monkeypatch, tmp_path):
@@ -103,7 +103,7 @@ def test_serve_build_needs_a_config_file(monkeypatch, tmp_path):
     assert set(deployments(module.app)) == {"Gateway", "Retrieval", "Segmenter"}
 
 
-def test_the_rayservice_holds_a_valid_deployment_of_the_app():
+def test_the_rayservice_has_a_valid_deployment_of_the_app():
     resource = yaml.safe_load((JOBS / "rayservice.yaml").read_text())
     schema = ServeDeploySchema.model_validate(yaml.safe_load(resource["spec"]["serveConfigV2"]))
     [application] = schema.applications
@@ -112,12 +112,12 @@ def test_the_rayservice_holds_a_valid_deployment_of_the_app():
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7"])
-def test_other_hosts_are_let_in_only_with_tokens(host):
+def test_other_interfaces_require_tokens(host):
     with pytest.raises(ConfigError, match="token"):
         job.main(job.Config(libraries={"main": "s3://bucket/adapters"}, host=host))
 
 
-def test_without_libraries_the_quickstarts_is_served_if_it_is_there(tmp_path, monkeypatch):
+def test_the_default_library_is_that_of_the_quickstart_if_it_exists(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="libraries"):
         job.Config()
@@ -125,7 +125,7 @@ def test_without_libraries_the_quickstarts_is_served_if_it_is_there(tmp_path, mo
     assert job.Config().libraries == {"main": "runs/quickstart/library"}
 
 
-def test_the_dashboard_file_is_up_to_date_and_shows_metrics_that_exist():
+def test_the_dashboard_file_is_up_to_date_and_its_metrics_exist():
     written = json.loads((JOBS / "grafana_dashboard.json").read_text())
     assert written == dashboard()
     source = Path(metrics.__file__).read_text()
@@ -133,5 +133,5 @@ def test_the_dashboard_file_is_up_to_date_and_shows_metrics_that_exist():
     assert len(names) > 12
     for name in names:
         bare = re.sub(r"_(total|bucket|sum|count)$", "", name)
-        told = bare.removeprefix("loraseg_adapter_")
-        assert f'"{bare}"' in source or f'"{told}"' in source, name
+        suffix = bare.removeprefix("loraseg_adapter_")
+        assert f'"{bare}"' in source or f'"{suffix}"' in source, name

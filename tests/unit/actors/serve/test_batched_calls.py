@@ -1,33 +1,41 @@
-"""Bundling, and what happens to those whose replica is lost; replicas are plain generators here."""
+"""Batching and retries of calls; the replicas are generators in this process."""
 
 import asyncio
 import time
+from dataclasses import dataclass, field
 
 import pytest
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
 
-from actors.serve.batched_calls import CallBatcher
+from actors.serve.batched_calls import CallBatcher, UnaryResponse
 from loraseg.errors import ConfigError, ServiceError, StageError
 
 
-class FakeResponseStream:
-    """What a handle gives for a call: answers after a while, or an error."""
+@dataclass
+class Item:
+    value: int
+    key: str | None = "any"
+    deadline: float = field(default_factory=lambda: time.time() + 5.0)
 
-    def __init__(self, items, answer):
-        self.items, self._answer = items, answer
+
+class FakeResponseStream:
+    """The response stream of a deployment handle."""
+
+    def __init__(self, items, respond):
+        self.items, self._respond = items, respond
         self.is_cancelled = False
 
     def cancel(self):
         self.is_cancelled = True
 
     async def __aiter__(self):
-        async for answers in self._answer(self.items):
-            yield answers
+        async for results in self._respond(self.items):
+            yield results
 
 
 class FakeReplica:
-    """Notes each call; answers an item with twice its value, unless told otherwise."""
+    """Records each call; the result of an item is twice its value, an error if it is negative."""
 
     def __init__(self):
         self.calls = []
@@ -37,13 +45,13 @@ class FakeReplica:
         self.hangs_after_loss = False
 
     def call(self, items):
-        reply = FakeResponseStream(items, self._respond)
-        self.calls.append(reply)
-        return reply
+        response = FakeResponseStream(items, self._respond)
+        self.calls.append(response)
+        return response
 
     @property
     def batches(self):
-        return [call.items for call in self.calls]
+        return [[item.value for item in call.items] for call in self.calls]
 
     async def _respond(self, items):
         await self.free.wait()
@@ -52,79 +60,71 @@ class FakeReplica:
             if self.hangs_after_loss:
                 self.free.clear()
             raise ActorDiedError()
-        yield [(index, expected_result(item)) for index, item in enumerate(items)]
+        yield [(index, expected_result(item.value)) for index, item in enumerate(items)]
 
 
-def expected_result(item):
-    return ConfigError(f"no {item}") if item < 0 else 2 * item
-
-
-def deadline_in(seconds=5.0):
-    return time.time() + seconds
+def expected_result(value):
+    return ConfigError(f"no {value}") if value < 0 else 2 * value
 
 
 def run_scenario(scenario, **options):
     async def main():
         replica = FakeReplica()
-        carrier = CallBatcher(
-            replica.call, name="stage", **{"max_batch_size": 4, "linger_s": 0.05, **options}
+        batcher = CallBatcher(
+            replica.call,
+            name="stage",
+            batch_key=lambda item: item.key,
+            **{"max_batch_size": 4, "linger_s": 0.05, **options},
         )
-        return await scenario(carrier, replica)
+        return await scenario(batcher, replica)
 
     return asyncio.run(main())
 
 
-def test_what_comes_at_the_same_time_goes_in_one_call_and_answers_find_their_way():
-    async def scenario(carrier, replica):
-        answers = await asyncio.gather(
-            *(carrier.submit(n, key="any", deadline=deadline_in()) for n in (1, 2, 3))
-        )
-        assert answers == [2, 4, 6]
-        assert replica.bundles == [[1, 2, 3]]
+def test_concurrent_items_share_a_call_and_get_their_own_results():
+    async def scenario(batcher, replica):
+        results = await asyncio.gather(*(batcher.submit(Item(n)) for n in (1, 2, 3)))
+        assert results == [2, 4, 6]
+        assert replica.batches == [[1, 2, 3]]
 
     run_scenario(scenario)
 
 
-def test_no_call_takes_more_than_most_and_keys_are_kept_apart():
-    async def scenario(carrier, replica):
+def test_calls_have_at_most_max_batch_size_items_of_one_key():
+    async def scenario(batcher, replica):
         keys = ["a", "b", "a", None, "a", None, "a", "a"]
-        await asyncio.gather(
-            *(carrier.submit(n, key=key, deadline=deadline_in()) for n, key in enumerate(keys))
-        )
-        assert sorted(n for bundle in replica.bundles for n in bundle) == list(range(8))
-        assert all(len(bundle) <= 4 for bundle in replica.bundles)
-        for bundle in replica.bundles:
-            assert len(bundle) == 1 or len({keys[n] for n in bundle}) == 1
-        assert [3] in replica.bundles
-        assert [5] in replica.bundles
+        await asyncio.gather(*(batcher.submit(Item(n, key)) for n, key in enumerate(keys)))
+        assert sorted(n for batch in replica.batches for n in batch) == list(range(8))
+        assert all(len(batch) <= 4 for batch in replica.batches)
+        for batch in replica.batches:
+            assert len(batch) == 1 or len({keys[n] for n in batch}) == 1
+        assert [3] in replica.batches
+        assert [5] in replica.batches
 
     run_scenario(scenario)
 
 
-def test_while_a_call_is_under_way_the_next_ones_wait_for_company():
-    async def scenario(carrier, replica):
+def test_items_wait_for_others_while_a_call_runs():
+    async def scenario(batcher, replica):
         replica.free.clear()
-        first = asyncio.create_task(carrier.submit(1, key="any", deadline=deadline_in()))
+        first = asyncio.create_task(batcher.submit(Item(1)))
         await asyncio.sleep(0.01)
-        others = [
-            asyncio.create_task(carrier.submit(n, key="any", deadline=deadline_in()))
-            for n in (2, 3)
-        ]
+        others = [asyncio.create_task(batcher.submit(Item(n))) for n in (2, 3)]
         await asyncio.sleep(0.01)
-        assert replica.bundles == [[1]]
+        assert replica.batches == [[1]]
         replica.free.set()
         assert await asyncio.gather(first, *others) == [2, 4, 6]
-        assert replica.bundles == [[1], [2, 3]]
+        assert replica.batches == [[1], [2, 3]]
 
     run_scenario(scenario, linger_s=5.0)
 
 
-def test_nobody_waits_for_company_longer_than_the_linger():
-    async def scenario(carrier, replica):
+def test_items_wait_at_most_the_linger_time():
+    async def scenario(batcher, replica):
         replica.free.clear()
-        tasks = [asyncio.create_task(carrier.submit(1, key="any", deadline=deadline_in()))]
+        tasks = [asyncio.create_task(batcher.submit(Item(1)))]
         await asyncio.sleep(0.01)
-        tasks.append(asyncio.create_task(carrier.submit(2, key="any", deadline=deadline_in())))
+        tasks.append(asyncio.create_task(batcher.submit(Item(2))))
         while len(replica.calls) < 2:
             await asyncio.sleep(0.01)
         replica.free.set()
@@ -133,37 +133,35 @@ def test_nobody_waits_for_company_longer_than_the_linger():
     run_scenario(scenario)
 
 
-def test_an_answer_that_is_an_error_belongs_to_its_item_alone():
-    async def scenario(carrier, replica):
-        answers = await asyncio.gather(
-            *(carrier.submit(n, key="any", deadline=deadline_in()) for n in (1, -1, 3)),
+def test_an_error_is_the_result_of_its_item_only():
+    async def scenario(batcher, replica):
+        results = await asyncio.gather(
+            *(batcher.submit(Item(n)) for n in (1, -1, 3)),
             return_exceptions=True,
         )
-        assert answers[0] == 2
-        assert isinstance(answers[1], ConfigError)
-        assert answers[2] == 6
+        assert results[0] == 2
+        assert isinstance(results[1], ConfigError)
+        assert results[2] == 6
         assert len(replica.calls) == 1
 
     run_scenario(scenario)
 
 
-def test_what_a_lost_replica_had_in_hand_is_sent_again_one_by_one():
-    async def scenario(carrier, replica):
+def test_items_of_a_lost_replica_are_sent_again_in_their_own_calls():
+    async def scenario(batcher, replica):
         replica.lost = 1
-        answers = await asyncio.gather(
-            *(carrier.submit(n, key="any", deadline=deadline_in()) for n in (1, 2, 3))
-        )
-        assert answers == [2, 4, 6]
-        assert replica.bundles == [[1, 2, 3], [1], [2], [3]]
+        results = await asyncio.gather(*(batcher.submit(Item(n)) for n in (1, 2, 3)))
+        assert results == [2, 4, 6]
+        assert replica.batches == [[1, 2, 3], [1], [2], [3]]
 
     run_scenario(scenario)
 
 
-def test_what_brings_down_replica_after_replica_is_given_up():
-    async def scenario(carrier, replica):
+def test_an_item_that_kills_three_replicas_gets_an_error():
+    async def scenario(batcher, replica):
         replica.lost = 100
         with pytest.raises(ServiceError, match="was lost") as caught:
-            await carrier.submit(1, key="any", deadline=deadline_in())
+            await batcher.submit(Item(1))
         assert caught.value.code == "replica_lost"
         assert caught.value.retry_after_s is not None
         assert len(replica.calls) == 3
@@ -171,23 +169,20 @@ def test_what_brings_down_replica_after_replica_is_given_up():
     run_scenario(scenario)
 
 
-def test_after_a_loss_the_answer_at_the_deadline_says_so():
-    async def scenario(carrier, replica):
+def test_after_a_loss_the_deadline_gives_replica_lost():
+    async def scenario(batcher, replica):
         replica.lost, replica.hangs_after_loss = 1, True
         with pytest.raises(ServiceError) as caught:
-            await carrier.submit(1, key="any", deadline=deadline_in(0.6))
+            await batcher.submit(Item(1, deadline=time.time() + 0.6))
         assert caught.value.code == "replica_lost"
 
     run_scenario(scenario)
 
 
-def test_a_call_is_given_up_when_nobody_waits_for_any_of_its_items():
-    async def scenario(carrier, replica):
+def test_a_call_is_cancelled_when_all_its_items_are():
+    async def scenario(batcher, replica):
         replica.free.clear()
-        tasks = [
-            asyncio.create_task(carrier.submit(n, key="any", deadline=deadline_in()))
-            for n in (1, 2)
-        ]
+        tasks = [asyncio.create_task(batcher.submit(Item(n))) for n in (1, 2)]
         await asyncio.sleep(0.01)
         tasks[0].cancel()
         await asyncio.sleep(0.01)
@@ -207,23 +202,44 @@ def test_a_call_is_given_up_when_nobody_waits_for_any_of_its_items():
         (ValueError("a fault"), StageError, None),
     ],
 )
-def test_a_call_that_fails_as_a_whole_fails_each_of_its_items(raised, kind, code):
-    async def scenario(carrier, replica):
+def test_an_error_of_the_call_is_the_result_of_all_its_items(raised, kind, code):
+    async def scenario(batcher, replica):
         async def fail(_):
             raise raised
             yield
 
-        carrier = CallBatcher(
+        batcher = CallBatcher(
             lambda items: FakeResponseStream(items, fail),
             name="stage",
+            batch_key=lambda item: item.key,
             max_batch_size=4,
             linger_s=0.01,
         )
-        answers = await asyncio.gather(
-            *(carrier.submit(n, key="any", deadline=deadline_in()) for n in (1, 2)),
+        results = await asyncio.gather(
+            *(batcher.submit(Item(n)) for n in (1, 2)),
             return_exceptions=True,
         )
-        assert all(isinstance(answer, kind) for answer in answers)
-        assert code in (None, *(getattr(answer, "code", None) for answer in answers))
+        assert all(isinstance(result, kind) for result in results)
+        assert code in (None, *(getattr(result, "code", None) for result in results))
 
     run_scenario(scenario)
+
+
+def test_a_unary_response_yields_all_results_once():
+    class Response:
+        is_cancelled = False
+
+        def __await__(self):
+            yield from asyncio.sleep(0).__await__()
+            return ["a", "b"]
+
+        def cancel(self):
+            self.is_cancelled = True
+
+    async def collect(response):
+        return [results async for results in response]
+
+    response = Response()
+    assert asyncio.run(collect(UnaryResponse(response))) == [[(0, "a"), (1, "b")]]
+    UnaryResponse(response).cancel()
+    assert response.is_cancelled

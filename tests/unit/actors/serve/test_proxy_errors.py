@@ -1,4 +1,4 @@
-"""What the proxy says for a gateway that does not; the gateway is a small ASGI app."""
+"""The middleware of the proxies and of draining gateways; a gateway is a small ASGI app."""
 
 import asyncio
 import json
@@ -10,7 +10,7 @@ from actors.serve.proxy_errors import ProxyErrorMiddleware, middlewares
 
 
 def get(app, path="/v1/base", headers=()):
-    """Return status, headers and body that an ASGI app answers with."""
+    """Return status, headers and body of an ASGI app's response."""
     sent = []
 
     async def receive():
@@ -29,9 +29,9 @@ def get(app, path="/v1/base", headers=()):
     )
 
 
-def answering(status, kind, content=b"words"):
+def responding(status, media_type, content=b"text"):
     async def app(scope, receive, send):
-        headers = [(b"content-type", kind)]
+        headers = [(b"content-type", media_type)]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": content})
 
@@ -39,15 +39,15 @@ def answering(status, kind, content=b"words"):
 
 
 async def silent(scope, receive, send):
-    """As the proxy when the gateway that it had sent the request to is dead."""
+    """Sends nothing, as the proxy after the death of the gateway."""
 
 
-def test_serve_takes_it_as_a_middleware():
+def test_middlewares_returns_the_middleware():
     [middleware] = middlewares()
     assert middleware.cls is ProxyErrorMiddleware
 
 
-def test_a_request_that_nobody_answers_is_told_to_come_back():
+def test_a_request_without_a_response_gets_replica_lost():
     status, headers, body = get(ProxyErrorMiddleware(silent), headers=[(b"x-request-id", b"mine")])
     problem = json.loads(body)
     assert (status, problem["code"], problem["request_id"]) == (503, "replica_lost", "mine")
@@ -57,54 +57,56 @@ def test_a_request_that_nobody_answers_is_told_to_come_back():
 
 
 @pytest.mark.parametrize(("status", "code"), [(503, "overloaded"), (500, "replica_lost")])
-def test_a_refusal_in_serves_own_words_is_put_into_the_apis(status, code):
-    told, headers, body = get(ProxyErrorMiddleware(answering(status, b"text/plain; charset=utf-8")))
-    assert (told, json.loads(body)["code"]) == (503, code)
-    assert b"words" not in body
+def test_errors_of_serve_are_replaced_by_problem_details(status, code):
+    received, headers, body = get(
+        ProxyErrorMiddleware(responding(status, b"text/plain; charset=utf-8"))
+    )
+    assert (received, json.loads(body)["code"]) == (503, code)
+    assert b"text" not in body
     assert "retry-after" in headers
 
 
 @pytest.mark.parametrize("status", [200, 404, 500, 503])
-def test_the_apis_answers_pass_unchanged(status):
-    told, _, body = get(ProxyErrorMiddleware(answering(status, b"application/problem+json")))
-    assert (told, body) == (status, b"words")
+def test_responses_of_the_api_are_unchanged(status):
+    received, _, body = get(ProxyErrorMiddleware(responding(status, b"application/problem+json")))
+    assert (received, body) == (status, b"text")
 
 
-def test_serves_own_paths_pass_unchanged():
-    told, _, body = get(ProxyErrorMiddleware(answering(503, b"text/plain")), path="/-/healthz")
-    assert (told, body) == (503, b"words")
+def test_paths_of_serve_are_unchanged():
+    received, _, body = get(ProxyErrorMiddleware(responding(503, b"text/plain")), path="/-/healthz")
+    assert (received, body) == (503, b"text")
 
 
 @pytest.mark.parametrize("given", [b"a b", b"<script>", b"x" * 65, b""])
-def test_a_request_id_that_is_not_plain_is_replaced(given):
-    seen = []
+def test_an_invalid_request_id_is_replaced(given):
+    ids = []
 
     async def app(scope, receive, send):
-        seen.extend(value for key, value in scope["headers"] if key == b"x-request-id")
+        ids.extend(value for key, value in scope["headers"] if key == b"x-request-id")
 
     get(ProxyErrorMiddleware(app), headers=[(b"X-Request-ID", given)])
-    [named] = seen
-    assert named != given
-    assert named.isalnum()
+    [request_id] = ids
+    assert request_id != given
+    assert request_id.isalnum()
 
 
-def test_a_closed_doorman_turns_new_requests_away_and_counts_those_inside():
+def test_a_draining_gateway_rejects_new_requests_and_counts_running_ones():
     async def scenario():
-        leave = asyncio.Event()
+        finish = asyncio.Event()
 
         async def app(scope, receive, send):
-            await leave.wait()
+            await finish.wait()
 
-        door = DrainState()
-        doorman = DrainMiddleware(app, door)
-        inside = asyncio.create_task(doorman({"type": "http", "headers": []}, None, None))
+        state = DrainState()
+        middleware = DrainMiddleware(app, state)
+        running = asyncio.create_task(middleware({"type": "http", "headers": []}, None, None))
         await asyncio.sleep(0)
-        door.is_draining = True
-        assert door.in_flight == 1
-        leave.set()
-        await inside
-        assert door.in_flight == 0
-        return doorman
+        state.is_draining = True
+        assert state.in_flight == 1
+        finish.set()
+        await running
+        assert state.in_flight == 0
+        return middleware
 
     status, headers, body = get(asyncio.run(scenario()))
     assert (status, json.loads(body)["code"]) == (503, "draining")

@@ -15,10 +15,10 @@ from tests.unit.tiny import CLASSES, DOMAINS
 
 
 @pytest.fixture(scope="module")
-def offline(world):
-    """The same images, classes and library without the endpoint."""
-    config = SegmenterConfig(base=world.base, encoder=world.encoder)
-    models = load_models(config, world.libraries["main"])
+def offline(config):
+    """Segments with the same models and library, without the API."""
+    segmenter_config = SegmenterConfig(base=config.base, encoder=config.encoder)
+    models = load_models(segmenter_config, config.libraries["main"])
 
     def segment(image, mode="fused", k=2):
         settings = AdaptiveSettings(k=k, temperature=0.05, mode=mode)
@@ -29,17 +29,21 @@ def offline(world):
 
 class TestSegment:
     @pytest.mark.parametrize("mode", ["fused", "base", "uniform"])
-    def test_pixels_and_reasons_are_those_of_the_offline_segmenter(self, talk, offline, mode):
+    def test_label_map_and_explanation_equal_the_offline_ones(self, api, offline, mode):
         expected = offline(NIGHT, mode)
-        reply = talk.segment(NIGHT, mode=mode).json()
+        reply = api.segment(NIGHT, mode=mode).json()
         assert np.array_equal(decode_png(reply["segmentation_mask"]), expected.label_map)
         why = expected.explanation
-        assert (reply["mode"], reply["base"], reply["mix"]) == (mode, why.base, why.mix)
+        assert (reply["mode"], reply["base"], reply["mix"]) == (
+            mode,
+            why.base,
+            why.mix,
+        )
         assert [a["digest"] for a in reply["adapters"]] == [a.digest for a in why.adapters]
         assert [a["weight"] for a in reply["adapters"]] == [a.weight for a in why.adapters]
 
-    def test_reply_names_image_classes_colours_and_library(self, talk):
-        reply = talk.segment(NIGHT).json()
+    def test_reply_has_image_classes_colours_and_library(self, api):
+        reply = api.segment(NIGHT).json()
         assert reply["image"] == {"width": 24, "height": 20}
         assert reply["classes"] == ["road", "car", "sky"]
         assert reply["class_map"] == {"0": "road", "1": "car", "2": "sky"}
@@ -53,9 +57,9 @@ class TestSegment:
         assert sum(a["weight"] for a in reply["adapters"]) == pytest.approx(1)
         assert {"decode", "segment", "encode", "total"} <= set(reply["timing_ms"])
 
-    def test_everything_that_can_be_returned_agrees_with_the_mask(self, talk):
-        wanted = {"return": ",".join(RETURNS), "opacity": "1"}
-        reply = talk.segment(NIGHT, **wanted).json()
+    def test_all_representations_agree_with_the_mask(self, api):
+        options = {"return": ",".join(RETURNS), "opacity": "1"}
+        reply = api.segment(NIGHT, **options).json()
         mask = decode_png(reply["segmentation_mask"])
         for rle in reply["rle"]:
             assert np.array_equal(decode_rle(rle), mask == rle["class_id"])
@@ -65,22 +69,22 @@ class TestSegment:
         assert np.array_equal(decode_png(reply["overlay"]), palette[mask])
         assert {p["class_id"] for p in reply["polygons"]} == set(np.unique(mask).tolist())
 
-    def test_only_what_was_asked_for_is_returned(self, talk):
-        reply = talk.segment(NIGHT, **{"return": "rle"}).json()
+    def test_only_requested_members_are_returned(self, api):
+        reply = api.segment(NIGHT, **{"return": "rle"}).json()
         assert "rle" in reply
         assert not {"segmentation_mask", "adapters", "timing_ms", "confidence"} & set(reply)
 
-    def test_png_is_indexed_and_its_headers_explain_it(self, talk):
-        reply = talk.segment(NIGHT).json()
-        answer = talk.segment(NIGHT, headers={"Accept": "image/png"})
-        assert answer.headers["content-type"] == "image/png"
-        picture = Image.open(io.BytesIO(answer.content))
-        assert picture.mode == "P"
-        assert np.array_equal(np.asarray(picture), decode_png(reply["segmentation_mask"]))
-        assert picture.getpalette()[:9] == np.ravel(reply["palette"]).tolist()
-        assert json.loads(answer.headers["x-loraseg-adapters"]) == reply["adapters"]
-        assert json.loads(answer.headers["x-loraseg-classes"]) == reply["classes"]
-        assert answer.headers["x-loraseg-generation"] == str(reply["generation"])
+    def test_png_is_indexed_and_its_headers_explain_it(self, api):
+        reply = api.segment(NIGHT).json()
+        response = api.segment(NIGHT, headers={"Accept": "image/png"})
+        assert response.headers["content-type"] == "image/png"
+        image = Image.open(io.BytesIO(response.content))
+        assert image.mode == "P"
+        assert np.array_equal(np.asarray(image), decode_png(reply["segmentation_mask"]))
+        assert image.getpalette()[:9] == np.ravel(reply["palette"]).tolist()
+        assert json.loads(response.headers["x-loraseg-adapters"]) == reply["adapters"]
+        assert json.loads(response.headers["x-loraseg-classes"]) == reply["classes"]
+        assert response.headers["x-loraseg-generation"] == str(reply["generation"])
 
     @pytest.mark.parametrize(
         ("accept", "kind"),
@@ -94,158 +98,158 @@ class TestSegment:
             ("", "application/json"),
         ],
     )
-    def test_accept_decides_between_json_and_png(self, talk, accept, kind):
-        assert talk.segment(NIGHT, headers={"Accept": accept}).headers["content-type"] == kind
+    def test_accept_decides_between_json_and_png(self, api, accept, kind):
+        assert api.segment(NIGHT, headers={"Accept": accept}).headers["content-type"] == kind
 
-    def test_headers_that_would_be_too_long_are_left_out(self, talk):
+    def test_headers_that_are_too_long_are_omitted(self, api):
         classes = json.dumps([f"{n} {'ü' * 90}" for n in range(100)])
-        answer = talk.segment(NIGHT, classes=classes, headers={"Accept": "image/png"})
-        assert answer.status_code == 200
-        assert "x-loraseg-classes" not in answer.headers
-        assert "x-loraseg-adapters" in answer.headers
+        response = api.segment(NIGHT, classes=classes, headers={"Accept": "image/png"})
+        assert response.status_code == 200
+        assert "x-loraseg-classes" not in response.headers
+        assert "x-loraseg-adapters" in response.headers
 
     @pytest.mark.parametrize("kind", ["image/png", "application/octet-stream"])
-    def test_raw_body_with_query_is_the_same_as_a_form(self, talk, kind):
-        answer = talk(
+    def test_raw_body_with_query_equals_a_form(self, api, kind):
+        response = api(
             "POST",
             "/v1/segment?classes=road,car,sky",
             content=png(NIGHT),
             headers={"Content-Type": kind},
         )
-        form = talk.segment(NIGHT).json()
-        assert answer.json()["segmentation_mask"] == form["segmentation_mask"]
+        form = api.segment(NIGHT).json()
+        assert response.json()["segmentation_mask"] == form["segmentation_mask"]
 
-    def test_query_and_form_may_be_mixed(self, talk):
-        answer = talk(
+    def test_query_and_form_can_be_combined(self, api):
+        response = api(
             "POST",
             "/v1/segment?classes=road&mode=base",
             files={"image": ("x", png(NIGHT))},
             data={"classes": "car"},
         )
-        assert answer.json()["classes"] == ["road", "car"]
-        assert answer.json()["mode"] == "base"
+        assert response.json()["classes"] == ["road", "car"]
+        assert response.json()["mode"] == "base"
 
-    def test_adapters_are_forced_and_excluded_by_name(self, talk):
-        only = talk.segment(NIGHT, adapters="fog, day").json()
+    def test_adapters_can_be_selected_and_excluded_by_name(self, api):
+        only = api.segment(NIGHT, adapters="fog, day").json()
         assert {a["name"] for a in only["adapters"]} == {"fog", "day"}
-        without = talk.segment(NIGHT, adapters="-night").json()
+        without = api.segment(NIGHT, adapters="-night").json()
         assert "night" not in {a["name"] for a in without["adapters"]}
-        none = talk.segment(NIGHT, adapters=",".join(f"-{name}" for name in DOMAINS)).json()
+        none = api.segment(NIGHT, adapters=",".join(f"-{name}" for name in DOMAINS)).json()
         assert none["adapters"] == []
         assert none["fallback"]
 
-    def test_unknown_adapter_and_library_are_not_found(self, talk):
-        assert status_and_code(talk.segment(NIGHT, adapters="nigth")) == (404, "no_such_adapter")
-        assert status_and_code(talk.segment(NIGHT, library="other")) == (404, "no_such_library")
+    def test_unknown_adapter_and_library_are_not_found(self, api):
+        assert status_and_code(api.segment(NIGHT, adapters="nigth")) == (404, "no_such_adapter")
+        assert status_and_code(api.segment(NIGHT, library="other")) == (404, "no_such_library")
 
-    def test_deadline_is_kept(self, talk):
-        assert status_and_code(talk.segment(NIGHT, timeout_s="0.001")) == (504, "deadline")
+    def test_timeout_gives_deadline(self, api):
+        assert status_and_code(api.segment(NIGHT, timeout_s="0.001")) == (504, "deadline")
 
-    def test_jpeg_is_read_as_offline(self, talk, offline):
+    def test_jpeg_is_decoded_as_offline(self, api, offline):
         data = jpeg(FOG, quality=90)
         image = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-        mask = decode_png(talk.segment(data).json()["segmentation_mask"])
+        mask = decode_png(api.segment(data).json()["segmentation_mask"])
         assert np.array_equal(mask, offline(image).label_map)
 
 
 class TestBatch:
-    def test_every_image_is_answered_as_if_it_came_alone(self, talk):
+    def test_each_image_gets_the_reply_of_a_single_request(self, api):
         images = [NIGHT, FOG, png(NIGHT)[:200], FOG[::-1], b"nothing"]
-        answer, lines = talk.batch(images)
-        assert answer.headers["content-type"] == "application/x-ndjson"
+        response, lines = api.batch(images)
+        assert response.headers["content-type"] == "application/x-ndjson"
         assert lines[-1] == {"done": 3, "failed": 2}
         by_index = {line["index"]: line for line in lines[:-1]}
         assert set(by_index) == set(range(5))
         for index in (0, 1, 3):
-            alone = talk.segment(images[index]).json()
+            alone = api.segment(images[index]).json()
             together = by_index[index]
             assert together["file"] == f"{index}.png"
-            # A batch rounds otherwise, and this random model's scores have many near-ties.
+            # A batch changes rounding, and scores of this random model have many near-ties.
             masks = [decode_png(reply["segmentation_mask"]) for reply in (together, alone)]
             assert (masks[0] == masks[1]).mean() > 0.98
             assert together["adapters"] == alone["adapters"]
         for index in (2, 4):
             assert by_index[index]["error"]["code"] == "bad_image"
 
-    def test_deadline_ends_every_image_that_is_not_done(self, talk):
-        _, lines = talk.batch([NIGHT] * 5, timeout_s="0.001")
+    def test_deadline_applies_to_each_unfinished_image(self, api):
+        _, lines = api.batch([NIGHT] * 5, timeout_s="0.001")
         assert {line["error"]["code"] for line in lines[:-1]} == {"deadline"}
         assert lines[-1] == {"done": 0, "failed": 5}
 
-    def test_parameters_are_checked_before_the_stream_begins(self, talk):
-        answer, _ = talk.batch([NIGHT], mode="best")
-        assert status_and_code(answer) == (422, "invalid")
+    def test_parameters_are_checked_before_the_stream_starts(self, api):
+        response, _ = api.batch([NIGHT], mode="best")
+        assert status_and_code(response) == (422, "invalid")
 
-    def test_image_count_is_bounded(self, talk):
-        answer, _ = talk.batch([b"x"] * 65)
-        assert status_and_code(answer) == (422, "invalid")
+    def test_image_count_is_limited(self, api):
+        response, _ = api.batch([b"x"] * 65)
+        assert status_and_code(response) == (422, "invalid")
 
-    def test_raw_bodies_are_not_taken(self, talk):
+    def test_raw_bodies_are_rejected(self, api):
         headers = {"Content-Type": "image/png"}
-        answer = talk("POST", "/v1/segment/batch", content=png(NIGHT), headers=headers)
-        assert status_and_code(answer) == (415, "unsupported_media_type")
+        response = api("POST", "/v1/segment/batch", content=png(NIGHT), headers=headers)
+        assert status_and_code(response) == (415, "unsupported_media_type")
 
 
 class TestLibraries:
-    def test_adapters_are_listed_by_name_with_what_they_are(self, talk):
-        told = talk("GET", "/v1/adapters").json()
-        assert (told["library"], told["generation"]) == ("main", len(DOMAINS))
-        assert [a["name"] for a in told["adapters"]] == sorted(DOMAINS)
-        assert told["adapters"][0]["classes"] == list(CLASSES)
+    def test_adapters_are_listed_by_name_with_their_classes(self, api):
+        body = api("GET", "/v1/adapters").json()
+        assert (body["library"], body["generation"]) == ("main", len(DOMAINS))
+        assert [a["name"] for a in body["adapters"]] == sorted(DOMAINS)
+        assert body["adapters"][0]["classes"] == list(CLASSES)
 
-    def test_card_is_shown_without_centroids(self, talk):
-        card = talk("GET", "/v1/adapters/fog?library=main").json()
+    def test_card_has_no_centroids(self, api):
+        card = api("GET", "/v1/adapters/fog?library=main").json()
         assert card["name"] == "fog"
         assert "centroids" not in card
 
     @pytest.mark.parametrize("name", ["nix", "FOG", "..%2f..%2fetc%2fpasswd", "fog%00", "%ff"])
-    def test_other_names_are_not_found(self, talk, name):
-        answer = talk("GET", f"/v1/adapters/{name}")
-        assert answer.status_code == 404
+    def test_other_names_are_not_found(self, api, name):
+        response = api("GET", f"/v1/adapters/{name}")
+        assert response.status_code == 404
 
-    def test_library_tells_its_state(self, talk):
-        told = talk("GET", "/v1/library").json()
-        assert told["adapters"] == len(DOMAINS)
-        assert told["unavailable"] == told["misfits"] == 0
-        assert told["libraries"] == [{"library": "main"}]
-        assert told["problem"] is None
+    def test_library_state(self, api):
+        body = api("GET", "/v1/library").json()
+        assert body["adapters"] == len(DOMAINS)
+        assert body["unavailable"] == body["misfits"] == 0
+        assert body["libraries"] == [{"library": "main"}]
+        assert body["problem"] is None
 
-    def test_base_tells_what_is_frozen(self, talk):
-        told = talk("GET", "/v1/base").json()
-        assert len(told["digest"]) == 64
+    def test_base_has_a_digest(self, api):
+        body = api("GET", "/v1/base").json()
+        assert len(body["digest"]) == 64
 
-    def test_unknown_parameters_are_refused_with_a_hint(self, talk):
-        answer = talk("GET", "/v1/adapters?libary=main")
-        assert status_and_code(answer) == (422, "invalid")
-        assert "did you mean 'library'?" in answer.json()["detail"]
+    def test_unknown_parameters_are_rejected_with_a_suggestion(self, api):
+        response = api("GET", "/v1/adapters?libary=main")
+        assert status_and_code(response) == (422, "invalid")
+        assert "did you mean 'library'?" in response.json()["detail"]
 
-    def test_refresh_is_closed_without_tokens(self, talk):
-        assert status_and_code(talk("POST", "/v1/library/refresh")) == (403, "forbidden")
+    def test_refresh_is_forbidden_without_tokens(self, api):
+        assert status_and_code(api("POST", "/v1/library/refresh")) == (403, "forbidden")
 
 
-class TestOpenRoutes:
-    def test_ready_and_healthy(self, talk):
-        assert talk("GET", "/readyz").json() == {"ready": True, "waiting_for": []}
-        assert talk("GET", "/healthz").json() == {"status": "ok"}
+class TestPublicRoutes:
+    def test_ready_and_healthy(self, api):
+        assert api("GET", "/readyz").json() == {"ready": True, "waiting_for": []}
+        assert api("GET", "/healthz").json() == {"status": "ok"}
 
-    def test_head_is_get_without_a_body(self, talk):
-        answer = talk("HEAD", "/healthz")
-        assert answer.status_code == 200
-        assert answer.content == b""
+    def test_head_is_get_without_a_body(self, api):
+        response = api("HEAD", "/healthz")
+        assert response.status_code == 200
+        assert response.content == b""
 
-    def test_examples_are_pictures_that_can_be_segmented(self, talk):
-        examples = talk("GET", "/v1/examples").json()["examples"]
-        answer = talk("GET", f"/{examples[3]['url']}")
-        assert answer.headers["content-type"] == "image/png"
-        assert talk.segment(answer.content, ",".join(examples[3]["classes"])).status_code == 200
+    def test_examples_can_be_segmented(self, api):
+        examples = api("GET", "/v1/examples").json()["examples"]
+        response = api("GET", f"/{examples[3]['url']}")
+        assert response.headers["content-type"] == "image/png"
+        assert api.segment(response.content, ",".join(examples[3]["classes"])).status_code == 200
 
     @pytest.mark.parametrize("n", ["99", "-1", "x", "1e3", "٣", "9" * 5000])
-    def test_other_examples_are_not_found(self, talk, n):
-        assert status_and_code(talk("GET", f"/v1/examples/{n}.png")) == (404, "not_found")
+    def test_other_examples_are_not_found(self, api, n):
+        assert status_and_code(api("GET", f"/v1/examples/{n}.png")) == (404, "not_found")
 
-    def test_unknown_paths_and_methods_are_problems_too(self, talk):
-        assert status_and_code(talk("GET", "/v2/segment")) == (404, "not_found")
-        assert status_and_code(talk("GET", "/v1/base/", headers={"Host": "evil.example"}))[0] == 404
-        answer = talk("GET", "/v1/segment")
-        assert status_and_code(answer) == (405, "method_not_allowed")
-        assert answer.headers["allow"] == "POST"
+    def test_unknown_paths_and_methods_give_problem_details(self, api):
+        assert status_and_code(api("GET", "/v2/segment")) == (404, "not_found")
+        assert status_and_code(api("GET", "/v1/base/", headers={"Host": "evil.example"}))[0] == 404
+        response = api("GET", "/v1/segment")
+        assert status_and_code(response) == (405, "method_not_allowed")
+        assert response.headers["allow"] == "POST"

@@ -8,46 +8,46 @@ from loraseg.serving.http_api.auth import Authenticator, MemoryBudget, Principal
 
 
 class TestSlots:
-    def test_places_of_a_token_are_bounded_and_given_back(self):
-        admission = Authenticator(None, Limits())
+    def test_slots_of_a_token_are_limited_and_released(self):
+        authenticator = Authenticator(None, Limits())
         first, other = Principal("a", None, 2), Principal("b", None, 1)
         with (
-            admission.acquire_slot(first),
-            admission.acquire_slot(first),
-            admission.acquire_slot(other),
+            authenticator.acquire_slot(first),
+            authenticator.acquire_slot(first),
+            authenticator.acquire_slot(other),
         ):
             with (
-                pytest.raises(ServiceError, match="in work") as caught,
-                admission.acquire_slot(first),
+                pytest.raises(ServiceError, match="are running") as caught,
+                authenticator.acquire_slot(first),
             ):
                 pass
             assert caught.value.code == "too_many_requests"
-        with admission.acquire_slot(first), admission.acquire_slot(first):
+        with authenticator.acquire_slot(first), authenticator.acquire_slot(first):
             pass
 
 
 class TestMemoryBudget:
-    def test_demands_wait_in_order_and_never_exceed_the_budget(self):
+    def test_requests_wait_in_order_and_never_exceed_the_budget(self):
         async def run():
-            budget, held, order, most = MemoryBudget(10), 0, [], 0
+            budget, held, order, peak = MemoryBudget(10), 0, [], 0
 
             async def work(name, size):
-                nonlocal held, most
+                nonlocal held, peak
                 async with budget.reserve(size):
                     order.append(name)
                     held += min(size, 10)
-                    most = max(most, held)
+                    peak = max(peak, held)
                     await asyncio.sleep(0)
                     held -= min(size, 10)
 
             await asyncio.gather(*(work(n, size) for n, size in enumerate([6, 6, 1, 99, 3, 3])))
-            return order, most
+            return order, peak
 
-        order, most = asyncio.run(run())
+        order, peak = asyncio.run(run())
         assert order == [0, 1, 2, 3, 4, 5]
-        assert most <= 10
+        assert peak <= 10
 
-    def test_cancelled_waiting_leaves_no_trace(self):
+    def test_cancelled_waiters_release_nothing(self):
         async def run():
             budget = MemoryBudget(10)
             async with budget.reserve(10):
@@ -62,15 +62,15 @@ class TestMemoryBudget:
 
         asyncio.run(run())
 
-    def test_cancelling_a_turn_that_was_just_given_passes_it_on(self):
+    def test_cancelling_a_waiter_with_a_granted_reservation_wakes_the_next(self):
         async def run():
             budget = MemoryBudget(10)
             async with budget.reserve(10):
-                given = asyncio.ensure_future(budget.reserve(10).__aenter__())
-                next_one = asyncio.ensure_future(budget.reserve(10).__aenter__())
+                granted = asyncio.ensure_future(budget.reserve(10).__aenter__())
+                waiting = asyncio.ensure_future(budget.reserve(10).__aenter__())
                 await asyncio.sleep(0)
-            given.cancel()
+            granted.cancel()
             async with asyncio.timeout(1):
-                await next_one
+                await waiting
 
         asyncio.run(run())

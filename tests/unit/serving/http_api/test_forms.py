@@ -11,7 +11,7 @@ from loraseg.errors import ServiceError
 from loraseg.serving.http_api.forms import BodyBudget, read_submission
 
 BOUNDARY = "----b0undary"
-# Names as browsers send them; contents of anything, also of what looks like a boundary.
+# Names as browsers send them; contents of any bytes, also parts of the boundary.
 NAMES = st.text(
     st.characters(codec="utf-8", exclude_characters='"\\\r\n\0'), min_size=1, max_size=12
 )
@@ -30,7 +30,7 @@ def form(parts, boundary=BOUNDARY):
     return body + f"--{boundary}--\r\n".encode()
 
 
-def read(body, *, kind=f"multipart/form-data; boundary={BOUNDARY}", query=b"", chunk=7, **options):
+def parse(body, *, kind=f"multipart/form-data; boundary={BOUNDARY}", query=b"", chunk=7, **options):
     pieces = [body[i : i + chunk] for i in range(0, len(body), chunk)] or [b""]
     messages = iter(
         {"type": "http.request", "body": piece, "more_body": n + 1 < len(pieces)}
@@ -46,44 +46,44 @@ def read(body, *, kind=f"multipart/form-data; boundary={BOUNDARY}", query=b"", c
         "query_string": query,
         "headers": [(b"content-type", kind.encode()), (b"host", b"service")],
     }
-    arguments = {"most_files": 3, **options}
-    room = arguments.pop("room", BodyBudget(10**6))
-    with room.shelf() as put:
-        return asyncio.run(read_submission(Request(scope, receive), put, "image", **arguments))
+    arguments = {"max_files": 3, **options}
+    budget = arguments.pop("budget", BodyBudget(10**6))
+    with budget.reserve() as consume:
+        return asyncio.run(read_submission(Request(scope, receive), consume, "image", **arguments))
 
 
-def reason(body, **options):
+def error_code(body, **options):
     with pytest.raises(ServiceError) as caught:
-        read(body, **options)
+        parse(body, **options)
     return caught.value.code
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.tuples(NAMES.filter(lambda n: n != "image"), CONTENTS), max_size=4), CONTENTS)
-def test_parts_come_back_as_they_were_and_as_the_mail_parser_reads_them(fields, picture):
+def test_parts_are_unchanged_and_the_email_parser_finds_as_many(fields, image):
     fields = [(name, content) for name, content in fields]
-    body = form([*((n, None, c) for n, c in fields), ("image", "a.png", picture)])
-    found = read(body)
-    assert [(n, t.encode()) for n, t in found.fields] == fields
-    assert [bytes(f.data) for f in found.files] == [picture]
+    body = form([*((n, None, c) for n, c in fields), ("image", "a.png", image)])
+    submission = parse(body)
+    assert [(n, t.encode()) for n, t in submission.fields] == fields
+    assert [bytes(f.data) for f in submission.files] == [image]
     message = email.parser.BytesParser(policy=email.policy.HTTP).parsebytes(
         f"Content-Type: multipart/form-data; boundary={BOUNDARY}\r\n\r\n".encode() + body
     )
     assert len(message.get_payload()) == len(fields) + 1
 
 
-def test_preamble_epilogue_and_padding_are_passed_over():
+def test_preamble_epilogue_and_padding_are_ignored():
     body = (
         b"preamble\r\n" + form([("image", "a", b"x")]).replace(b"y\r\n", b"y \t\r\n") + b"epilogue"
     )
-    assert bytes(read(body).files[0].data) == b"x"
+    assert bytes(parse(body).files[0].data) == b"x"
 
 
 def test_query_comes_before_the_form():
-    found = read(
+    submission = parse(
         form([("image", "a", b"x"), ("mode", None, b"base")]), query=b"mode=fused&mode=%C3%BC"
     )
-    assert found.fields == [("mode", "fused"), ("mode", "ü"), ("mode", "base")]
+    assert submission.fields == [("mode", "fused"), ("mode", "ü"), ("mode", "base")]
 
 
 @pytest.mark.parametrize(
@@ -107,19 +107,19 @@ def test_query_comes_before_the_form():
     ],
     ids=range(15),
 )
-def test_broken_form_is_refused(body):
-    assert reason(body, chunk=10_000) == "bad_request"
+def test_malformed_forms_are_rejected(body):
+    assert error_code(body, chunk=10_000) == "bad_request"
 
 
-def test_count_of_files_is_bounded():
-    assert reason(form([("image", str(n), b"") for n in range(4)])) == "invalid"
-    assert reason(form([("classes", None, b"road")])) == "invalid"
+def test_the_number_of_files_is_limited():
+    assert error_code(form([("image", str(n), b"") for n in range(4)])) == "invalid"
+    assert error_code(form([("classes", None, b"road")])) == "invalid"
 
 
-def test_room_is_given_back_after_each_body_and_when_it_is_used_up():
-    room = BodyBudget(400)
+def test_the_budget_is_released_after_each_body_and_after_an_error():
+    budget = BodyBudget(400)
     body = form([("image", "a", b"x" * 100)])
     for _ in range(3):
-        read(body, room=room)
-    assert reason(form([("image", "a", b"x" * 400)]), room=room) == "overloaded"
-    read(body, room=room)
+        parse(body, budget=budget)
+    assert error_code(form([("image", "a", b"x" * 400)]), budget=budget) == "overloaded"
+    parse(body, budget=budget)

@@ -32,31 +32,31 @@ BOUNDED = settings(
 )
 
 
-# Threads of the application may draw random numbers while Hypothesis makes a case.
+# Threads of the application may draw random numbers while Hypothesis generates a case.
 @pytest.mark.filterwarnings("ignore:Do not use the `random` module")
-def test_every_answer_is_one_that_the_document_describes(engine, world):
-    schema = schemathesis.openapi.from_asgi("/openapi.json", build_api(engine, world))
-    operations = [found.ok() for found in schema.get_all_operations()]
+def test_every_response_matches_the_document(engine, config):
+    schema = schemathesis.openapi.from_asgi("/openapi.json", build_api(engine, config))
+    operations = [result.ok() for result in schema.get_all_operations()]
     assert len(operations) > 8
     for operation in operations:
-        _attack(operation)
+        _test_operation(operation)
 
 
-def _attack(operation):
+def _test_operation(operation):
     @given(case=operation.as_strategy())
     @BOUNDED
-    def attack(case):
+    def check(case):
         response = case.call()
         case.validate_response(response, checks=CHECKS)
         if response.status_code != 200:
             detail, sent = response.json()["detail"], unquote_plus(str(case.as_curl_command()))
             assert not [leak for leak in LEAKS if leak in detail and leak not in sent]
 
-    attack()
+    check()
 
 
-def test_document_and_routes_name_the_same(engine, world):
-    api = build_api(engine, world)
+def test_document_and_routes_have_the_same_operations(engine, config):
+    api = build_api(engine, config)
     described = {
         (method.upper(), path)
         for path, operations in api.openapi()["paths"].items()
@@ -67,24 +67,24 @@ def test_document_and_routes_name_the_same(engine, world):
     assert described == routes - pages
 
 
-def test_every_problem_is_described_somewhere(engine, world):
-    text = json.dumps(build_api(engine, world).openapi())
-    # What the router says of paths and methods that the document does not have.
+def test_every_problem_is_in_the_document(engine, config):
+    text = json.dumps(build_api(engine, config).openapi())
+    # Only for paths and methods that are not in the document.
     assert [code for code in PROBLEM_TYPES if f"`{code}`" not in text] == ["method_not_allowed"]
 
 
-def test_real_answers_have_the_described_form(engine, world):
+def test_real_responses_match_their_schemas(engine, config):
     jsonschema = pytest.importorskip("jsonschema")
-    talk = ApiClient(engine, world)
-    schemas = json.loads(json.dumps(talk.api.openapi()["components"]["schemas"]))
+    api = ApiClient(engine, config)
+    schemas = json.loads(json.dumps(api.api.openapi()["components"]["schemas"]))
     for name, content in {
-        "Reply": talk.segment(
+        "Reply": api.segment(
             **{"return": "mask,confidence,entropy,overlay,rle,polygons,explanation"}
         ),
-        "AdapterList": talk("GET", "/v1/adapters"),
-        "Library": talk("GET", "/v1/library"),
-        "Problem": talk.segment(mode="x"),
-        "Examples": talk("GET", "/v1/examples"),
+        "AdapterList": api("GET", "/v1/adapters"),
+        "Library": api("GET", "/v1/library"),
+        "Problem": api.segment(mode="x"),
+        "Examples": api("GET", "/v1/examples"),
     }.items():
         whole = {"components": {"schemas": schemas}, "$ref": f"#/components/schemas/{name}"}
         jsonschema.validate(content.json(), whole)
@@ -92,10 +92,10 @@ def test_real_answers_have_the_described_form(engine, world):
         assert not extra
 
 
-def test_docs_page_shows_routes_and_problems_and_runs_nothing(engine, world):
-    answer = ApiClient(engine, world)("GET", "/docs")
+def test_docs_page_lists_routes_and_problems_and_runs_no_script(engine, config):
+    response = ApiClient(engine, config)("GET", "/docs")
     for text in ("/v1/segment/batch", "temperature", "too_many_requests", "segmentation_mask"):
-        assert text in answer.text
-    policy = answer.headers["content-security-policy"]
+        assert text in response.text
+    policy = response.headers["content-security-policy"]
     assert "script-src 'none'" in policy
     assert "unsafe-inline" not in policy
