@@ -15,7 +15,7 @@ from loraseg.storage.safetensors_io import encode_safetensors
 
 __all__ = ["WEIGHTS", "read_clip", "write_clip"]
 
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = Path(__file__).parents[1] / "weights"
 
 
 def write_clip(model: nn.Module, path: Path) -> None:

@@ -29,6 +29,7 @@ from loraseg.segment.metrics import ConfusionMatrix
 from loraseg.train.closed_set.recipes import SegmenterRecipe, lr_factor
 from loraseg.train.closed_set.samples import BatchDataset, MixedSampler, PairSource, class_shares
 from loraseg.train.closed_set.state import TrainingCurves, TrainingState, decode_state, encode_state
+from loraseg.train.core.optimisation import OptimiserStep, is_due
 
 __all__ = ["TrainingContext", "TrainingData", "TrainingResult", "train_segmenter"]
 
@@ -135,7 +136,12 @@ class _SegmenterTrainer:
         _check_batch(recipe, context.world_size)
         self._device = torch.device(context.device)
         self._network = _init_network(recipe, len(data.label_space), seed).to(self._device)
-        self._optimiser = _optimiser(recipe, self._network)
+        self._optimiser_step = OptimiserStep(
+            _optimiser(recipe, self._network),
+            self._network.parameters(),
+            lambda peak, step: peak * lr_factor(recipe, step),
+            clip_norm=recipe.clip_norm,
+        )
         self._state = TrainingState(len(data.label_space))
         self._class_weights = _class_weights(recipe, data, self._device)
         sampler = MixedSampler(recipe, data.real, data.synthetic, seed)
@@ -145,7 +151,7 @@ class _SegmenterTrainer:
         """Take up the newest checkpoint."""
         stored = self._context.load_checkpoint()
         if stored is not None:
-            self._state = decode_state(stored, self._network.body, self._optimiser)
+            self._state = decode_state(stored, self._network.body, self._optimiser_step.optimiser)
             logger.info("resumed at step %d of %d", self._state.step, self._recipe.steps)
 
     def train(self) -> None:
@@ -159,7 +165,7 @@ class _SegmenterTrainer:
         ):
             window.append(self._train_step(model, step, images, labels))
             state.step = step + 1
-            evaluates = state.step % recipe.eval_every == 0 or state.step == recipe.steps
+            evaluates = is_due(state.step, recipe.eval_every, recipe.steps)
             if evaluates or state.step % every == 0:
                 state.curves.losses.append((state.step, self._mean_loss(window)))
                 window = []
@@ -180,14 +186,8 @@ class _SegmenterTrainer:
     def _train_step(self, model: nn.Module, step: int, images: Tensor, labels: Tensor) -> Tensor:
         # Dropout, drop path and Mask2Former's points are drawn from torch's own generator.
         torch.manual_seed(derive(self._seed, "step", step, self._context.rank))
-        for group in self._optimiser.param_groups:
-            group["lr"] = group["peak"] * lr_factor(self._recipe, step)
         loss = model(images.to(self._device), labels.to(self._device), self._class_weights)
-        self._optimiser.zero_grad()
-        loss.backward()
-        if self._recipe.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self._network.parameters(), self._recipe.clip_norm)
-        self._optimiser.step()
+        self._optimiser_step.update(step, loss)
         return loss.detach()
 
     def _evaluate(self) -> None:
@@ -200,8 +200,8 @@ class _SegmenterTrainer:
         state.update_best(score, confusion, self._network.body)
         loss = state.curves.losses[-1][1]
         logger.info("step %d: loss %.4f, val mIoU %.4f", state.step, loss, score)
-        first = self._context.rank == 0
-        data = encode_state(state, self._network.body, self._optimiser) if first else None
+        first, optimiser = self._context.rank == 0, self._optimiser_step.optimiser
+        data = encode_state(state, self._network.body, optimiser) if first else None
         self._context.save_checkpoint(state.step, {"loss": loss, "val_miou": score}, data)
 
     def _confusion(self) -> ConfusionMatrix:
@@ -284,7 +284,6 @@ def _init_network(recipe: SegmenterRecipe, classes: int, seed: int) -> ClosedSet
 
 def _optimiser(recipe: SegmenterRecipe, network: ClosedSetNetwork) -> torch.optim.Optimizer:
     groups = network.parameter_groups(recipe.learning_rate, recipe.head_factor)
-    groups = [{**group, "peak": group["lr"]} for group in groups]
     if recipe.optimiser == "sgd":
         return torch.optim.SGD(groups, momentum=0.9, weight_decay=recipe.weight_decay)
     return torch.optim.AdamW(groups, betas=recipe.betas, weight_decay=recipe.weight_decay)

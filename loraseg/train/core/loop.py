@@ -1,7 +1,7 @@
-"""The training loop: AdamW, schedule, clipping, averaging, checkpoints; nothing task-specific.
+"""The training loop of adapters and bases: AdamW, schedule, clipping, averaging, checkpoints.
 
-What happens at step s depends on the parameters, the optimiser's state and s alone, so a run that
-is killed and resumed any number of times ends in the same bytes as one that is left alone.
+Step s depends only on s, the parameters and the optimiser's state. A run that is killed and resumed
+any number of times therefore ends in the same bytes as an uninterrupted one.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 from loraseg.errors import ConfigError, StageError
 from loraseg.tensor_types import Tensor
 from loraseg.train.core.checkpoint import CheckpointStore, TrainingSnapshot
+from loraseg.train.core.optimisation import OptimiserStep, is_due
 
 __all__ = [
     "AveragingLoopConfig",
@@ -33,13 +35,13 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 StepCallback = Callable[[int, float], None]
-# Whole, or in parts that are summed; each part's graph is gone before the next is asked for.
+# The loss, or parts that add up to it; each part's graph is freed before the next is computed.
 Loss = Tensor | Iterable[Tensor]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class LoopConfig:
-    """How long and how to optimise.
+    """Number of steps, schedule, clipping and precision.
 
     Attributes:
         steps: Number of updates.
@@ -47,8 +49,8 @@ class LoopConfig:
         warmup_factor: Share of the rate at step 0, in (0, 1].
         clip_norm: Largest L2 norm of all gradients together.
         precision: "bf16" runs the forward pass under autocast; parameters stay float32.
-        checkpoint_every: Steps between checkpoints; the last step has one too, for what comes
-            after the loop may be killed as well. Changes nothing about the result.
+        checkpoint_every: Steps between checkpoints. The last step writes one too, since the run
+            can be killed after the loop as well. Does not change the result.
     """
 
     steps: int
@@ -77,15 +79,15 @@ class LoopConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class AveragingLoopConfig(LoopConfig):
-    """A loop that may also keep its rate, and average what it passes through.
+    """A loop with a choice of schedule and an exponential moving average of the parameters.
 
-    A class of its own since the fields of :class:`LoopConfig` are part of the digests by which
-    adapters that were published long ago are known to be done.
+    A separate class because the fields of :class:`LoopConfig` are part of the digests of adapters
+    that are published already.
 
     Attributes:
         schedule: "cosine", or "constant" after the warm-up.
-        ema_decay: Share of the average that a step keeps, in (0, 1); at step t at most
-            (1 + t) / (10 + t), so that the start is soon forgotten. None averages nothing.
+        ema_decay: Share of the average that a step keeps, in (0, 1), at most (1 + t) / (10 + t) at
+            step t, so that the initial values decay fast. None keeps no average.
     """
 
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -104,7 +106,13 @@ class AveragingLoopConfig(LoopConfig):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LoopResult:
-    """How a loop went: the last loss, batches without a label, and where it took up again."""
+    """Result of a loop.
+
+    Attributes:
+        loss: Loss of the last step; nan if the step was skipped or made by an earlier run.
+        skipped_batches: Number of batches without a labelled pixel.
+        resumed_from_step: Step of the checkpoint that the run resumed from; 0 without one.
+    """
 
     loss: float
     skipped_batches: int
@@ -114,8 +122,9 @@ class LoopResult:
 def lr_factor(config: LoopConfig, step: int) -> float:
     """Return the share of the peak rate at a step in [0, steps).
 
-    A cosine from 1 to 0 over all steps, or 1 all along; before ``warmup_steps`` a straight line
-    from ``warmup_factor`` up to that (methods B.2).
+    A cosine from 1 to 0 over all steps, or a constant 1; before ``warmup_steps`` a straight line
+    from ``warmup_factor`` to the value at ``warmup_steps``, as in detectron2's ``WarmupCosineLR``,
+    which SemLA trains with.
     """
     constant = isinstance(config, AveragingLoopConfig) and config.schedule == "constant"
     if step >= config.warmup_steps:
@@ -126,7 +135,7 @@ def lr_factor(config: LoopConfig, step: int) -> float:
 
 
 class TrainingLoop:
-    """One run of the loop, driven step by step, so that several runs can go side by side."""
+    """A run that the caller drives step by step, so that several runs can be interleaved."""
 
     def __init__(
         self,
@@ -137,14 +146,15 @@ class TrainingLoop:
         checkpoints: CheckpointStore | None = None,
         on_step: StepCallback | None = None,
     ) -> None:
-        """Take up where the slot's checkpoint left off, else begin.
+        """Resume from the newest checkpoint, or start at step 0 without one.
 
         Args:
-            parameters: All that trains, by a name that is stable between runs; changed in place.
-            groups: AdamW groups over them with their peak ``lr`` and ``weight_decay``.
+            parameters: Trained parameters by a name that is stable between runs; changed in place.
+            groups: AdamW groups of them with their peak ``lr`` and ``weight_decay``.
             config: Steps and schedule.
-            checkpoints: Where checkpoints are kept; a usable one is resumed from. None keeps none.
-            on_step: Called after each step with (steps done, loss); the loss is nan after a skip.
+            checkpoints: Store of the checkpoints; None keeps none.
+            on_step: Called after each step with (finished steps, loss); the loss of a skipped step
+                is nan.
 
         Raises:
             StageError: The checkpoint holds other parameters.
@@ -152,12 +162,17 @@ class TrainingLoop:
         """
         self.config = config
         self._parameters, self._checkpoints, self._on_step = parameters, checkpoints, on_step
-        self._optimizer = torch.optim.AdamW([dict(group) for group in groups])
-        self._peaks = [group["lr"] for group in self._optimizer.param_groups]
+        self._optimiser = torch.optim.AdamW([dict(group) for group in groups])
+        self._optimiser_step = OptimiserStep(
+            self._optimiser,
+            parameters.values(),
+            lambda peak, step: peak * lr_factor(config, step),
+            clip_norm=config.clip_norm,
+        )
         self._average = _ExponentialAverage.create(config, parameters)
         snapshot = checkpoints.load() if checkpoints else None
         if snapshot:
-            _restore(snapshot, parameters, self._optimizer, self._average)
+            _restore(snapshot, parameters, self._optimiser, self._average)
         self.first_step, self._skipped = (
             (snapshot.step, snapshot.skipped_batches) if snapshot else (0, 0)
         )
@@ -165,44 +180,51 @@ class TrainingLoop:
         self._loss, self._started = math.nan, time.monotonic()
 
     def has_step(self, step: int) -> bool:
-        """Whether this run has still to make a step."""
+        """Return whether this run still has to make a step."""
         return self.first_step <= step < self.config.steps
 
     def step(self, step: int, loss: Loss | None) -> None:
-        """Make one step; steps come in order, from ``first_step`` on, none left out.
+        """Make one step. Steps are made in order from ``first_step``, without gaps.
 
         Args:
             step: Number of the step.
-            loss: Its loss, a pure function of the step and the parameters. None says that the
-                step's batch has nothing to learn from. Parts are taken back one after the other:
-                their sum is the loss, and the memory is that of one part.
+            loss: Its loss, a pure function of the step and the parameters; None if the batch has no
+                labelled pixel. Parts are differentiated one after the other: their sum is the loss,
+                and only one part's graph is in memory.
 
         Raises:
             StageError: The loss or a gradient is not finite.
         """
-        for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
-            group["lr"] = peak * lr_factor(self.config, step)
+        self._loss = math.nan if loss is None else 0.0
         if loss is None:
             self._skipped += 1
-            self._loss = math.nan
         else:
-            self._loss = _update(loss, self._parameters, self._optimizer, self.config, step)
+            parts = (loss,) if isinstance(loss, Tensor) else loss
+            self._optimiser_step.update(
+                step, self._checked(step, parts), partial(_check_norm, step)
+            )
             if self._average:
                 self._average.update(step)
         done = self._steps_done = step + 1
-        if self._checkpoints and (
-            done % self.config.checkpoint_every == 0 or done == self.config.steps
-        ):
+        if self._checkpoints and is_due(done, self.config.checkpoint_every, self.config.steps):
             self._checkpoints.save(self._snapshot(done))
         if self._on_step:
             self._on_step(done, self._loss)
 
+    def _checked(self, step: int, parts: Iterable[Tensor]) -> Generator[Tensor, None, None]:
+        """Yield the parts of a loss, adding up their values and checking the sum."""
+        for part in parts:
+            self._loss += float(part.detach())
+            if not math.isfinite(self._loss):
+                raise StageError(
+                    f"step {step}: the loss is {self._loss}; expected a finite number (lower the "
+                    f"learning rate, or look for broken images)"
+                )
+            yield part
+
     @contextmanager
     def averaged(self) -> Generator[None, None, None]:
-        """Let the parameters be what is to be kept of the run: their average, if one is taken.
-
-        At the end they are again what the next step goes on from.
-        """
+        """Set the parameters to their average inside the block, if the config keeps one."""
         if self._average is None:
             yield
             return
@@ -213,14 +235,14 @@ class TrainingLoop:
         tensors: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
             tensors[f"value/{name}"] = parameter.detach().cpu()
-            for key, value in self._optimizer.state.get(parameter, {}).items():
+            for key, value in self._optimiser.state.get(parameter, {}).items():
                 tensors[f"{key}/{name}"] = value.detach().cpu()
             if self._average:
                 tensors[f"average/{name}"] = self._average.values[name].cpu()
         return TrainingSnapshot(step, self._skipped, tensors)
 
     def result(self) -> LoopResult:
-        """Return how it went, after the last step that is made.
+        """Return the result after the last step.
 
         Raises:
             StageError: Every batch was skipped.
@@ -246,11 +268,11 @@ def run_loop(
     """Optimise ``parameters`` in place for ``config.steps`` steps.
 
     Args:
-        parameters: As in :class:`Optimisation`, like the rest.
-        groups: AdamW groups over them.
-        loss_fn: The loss of a step, as :meth:`Optimisation.advance` takes it.
+        parameters: As in :class:`TrainingLoop`, like the other arguments.
+        groups: AdamW groups of them.
+        loss_fn: Returns the loss of a step, as :meth:`TrainingLoop.step` takes it.
         config: Steps and schedule.
-        checkpoints: Where checkpoints are kept.
+        checkpoints: Store of the checkpoints.
         on_step: Called after each step.
 
     Raises:
@@ -267,32 +289,15 @@ def _cosine(config: LoopConfig, step: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(step / config.steps, 1)))
 
 
-def _update(
-    loss: Loss,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    config: LoopConfig,
-    step: int,
-) -> float:
-    optimizer.zero_grad(set_to_none=True)
-    value = 0.0
-    for part in (loss,) if isinstance(loss, Tensor) else loss:
-        value += float(part.detach())
-        if not math.isfinite(value):
-            raise StageError(
-                f"step {step}: the loss is {value}; expected a finite number (lower the learning "
-                f"rate, or look for broken images)"
-            )
-        part.backward()
-    norm = float(nn.utils.clip_grad_norm_(parameters.values(), config.clip_norm))
-    if not math.isfinite(norm):
-        raise StageError(f"step {step}: the gradient norm is {norm}; expected a finite number")
-    optimizer.step()
-    return value
+def _check_norm(step: int, norm: Tensor) -> None:
+    if not math.isfinite(float(norm)):
+        raise StageError(
+            f"step {step}: the gradient norm is {float(norm)}; expected a finite number"
+        )
 
 
 class _ExponentialAverage:
-    """The running average of parameters, on their devices."""
+    """Exponential moving average of parameters, on their devices."""
 
     def __init__(self, decay: float, parameters: Mapping[str, nn.Parameter]) -> None:
         self._decay, self._parameters = decay, parameters
@@ -329,12 +334,12 @@ class _ExponentialAverage:
 def _restore(
     snapshot: TrainingSnapshot,
     parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    optimiser: torch.optim.Optimizer,
     average: _ExponentialAverage | None,
 ) -> None:
-    for kind, wanted in (("value", parameters), ("average", average.values if average else {})):
-        held = {key for key in snapshot.tensors if key.startswith(f"{kind}/")}
-        if held != {f"{kind}/{name}" for name in wanted}:
+    for kind, names in (("value", parameters), ("average", average.values if average else {})):
+        stored = {key for key in snapshot.tensors if key.startswith(f"{kind}/")}
+        if stored != {f"{kind}/{name}" for name in names}:
             raise StageError("the checkpoint holds other parameters than the model that resumes it")
     with torch.no_grad():
         for key, tensor in snapshot.tensors.items():
@@ -346,5 +351,5 @@ def _restore(
                 average.values[name].copy_(tensor)
             else:
                 # AdamW counts its steps on the CPU, wherever the parameters are.
-                where = "cpu" if kind == "step" else parameter.device
-                optimizer.state[parameter][kind] = tensor.to(where)
+                device = "cpu" if kind == "step" else parameter.device
+                optimiser.state[parameter][kind] = tensor.to(device)

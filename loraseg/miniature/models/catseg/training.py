@@ -24,6 +24,7 @@ from loraseg.segment.open_vocabulary.catseg.from_clip import catseg_from_clip
 from loraseg.segment.open_vocabulary.catseg.model import CATSeg
 from loraseg.segment.open_vocabulary.catseg.trainable import freeze_clip, parameter_groups
 from loraseg.segment.open_vocabulary.losses import catseg_bce
+from loraseg.train.core.optimisation import OptimiserStep
 
 __all__ = ["HELD_OUT", "CatsegTrainingConfig", "catseg_config", "train_catseg"]
 
@@ -96,17 +97,13 @@ def train_catseg(config: CatsegTrainingConfig, clip: nn.Module) -> CATSeg:
     words = tokenizer()
     model = catseg_from_clip(clip, catseg_config(words.vocab_size)).train()
     freeze_clip(model)
-    optimiser = _optimiser(model, config)
+    optimiser_step = _optimiser_step(model, config)
     total, started = 0.0, time.perf_counter()
     for step in range(1, config.steps + 1):
-        _set_learning_rate(optimiser, step, config.steps)
         generator = numpy_generator(config.seed, "pretrain-catseg", "batch", step)
         batch = _draw_batch(images, labels, config, generator)
         loss = _loss(model, words(_prompts(generator)), *batch)
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        optimiser_step.update(step, loss)
         total += loss.item()
         if step % config.log_every == 0:
             mean, seconds = total / config.log_every, time.perf_counter() - started
@@ -151,14 +148,13 @@ def _prompts(generator: np.random.Generator) -> list[str]:
     return [PROMPT.format(class_word(name, generator)) for name in CLASSES if name != HELD_OUT]
 
 
-def _optimiser(model: CATSeg, config: CatsegTrainingConfig) -> torch.optim.Optimizer:
+def _optimiser_step(model: CATSeg, config: CatsegTrainingConfig) -> OptimiserStep:
     groups: list[dict[str, Any]] = parameter_groups(
         model, lr=config.learning_rate, clip_multiplier=config.clip_multiplier
     )
-    return torch.optim.AdamW([{**group, "peak": group["lr"]} for group in groups])
 
+    def rate(peak: float, step: int) -> float:
+        cosine = 0.495 * (1 + math.cos(math.pi * (step - 1) / config.steps)) + 0.01
+        return peak * min(1.0, step / 30) * cosine
 
-def _set_learning_rate(optimiser: torch.optim.Optimizer, step: int, steps: int) -> None:
-    cosine = 0.495 * (1 + math.cos(math.pi * (step - 1) / steps)) + 0.01
-    for group in optimiser.param_groups:
-        group["lr"] = group["peak"] * min(1.0, step / 30) * cosine
+    return OptimiserStep(torch.optim.AdamW(groups), model.parameters(), rate, clip_norm=1.0)

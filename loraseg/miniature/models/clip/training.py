@@ -22,6 +22,7 @@ from loraseg.miniature.world.canvas import CLASSES, class_id
 from loraseg.miniature.world.captions import TEMPLATES, class_word, tokenizer
 from loraseg.miniature.world.domains import DOMAINS
 from loraseg.seeding import derive, numpy_generator
+from loraseg.train.core.optimisation import OptimiserStep
 
 __all__ = ["ClipTrainingConfig", "contrastive_loss", "multi_positive_loss", "train_clip"]
 
@@ -78,18 +79,13 @@ def train_clip(
     torch.manual_seed(derive(config.seed, "pretrain-clip", "weights"))
     model = build_clip(words.vocab_size) if config.init is None else read_clip(config.init).train()
     scales = _LogitScales()
-    optimiser = _optimiser(model, scales, config)
+    optimiser_step = _optimiser_step(model, scales, config)
     totals, started = np.zeros(5), time.perf_counter()
     for step in range(config.first_step, config.steps + 1):
         progress = (step - 1) / config.steps
-        warm = min(1.0, (step + 1 - config.first_step) / 60)
-        _set_learning_rate(optimiser, config.learning_rate * warm, progress)
         generator = numpy_generator(config.seed, "pretrain-clip", "batch", step)
         terms = _losses(model, scales, draw_batch(pool, progress, generator), words, generator)
-        optimiser.zero_grad()
-        torch.stack(terms).sum().backward()
-        nn.utils.clip_grad_norm_([*model.parameters(), *scales.parameters()], 1.0)
-        optimiser.step()
+        optimiser_step.update(step, torch.stack(terms).sum())
         totals += [term.item() for term in terms]
         if step % config.log_every == 0:
             shown = " ".join(f"{value:.3f}" for value in totals / config.log_every)
@@ -182,20 +178,19 @@ def _domain_prompts(generator: np.random.Generator) -> list[str]:
     ]
 
 
-def _optimiser(
+def _optimiser_step(
     model: nn.Module, scales: nn.Module, config: ClipTrainingConfig
-) -> torch.optim.Optimizer:
+) -> OptimiserStep:
     parameters = [*model.parameters(), *scales.parameters()]
-    matrices = [p for p in parameters if p.ndim > 1]
-    vectors = [p for p in parameters if p.ndim <= 1]
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, config.learning_rate, betas=(0.9, 0.98))
 
+    def rate(peak: float, step: int) -> float:
+        warm = min(1.0, (step + 1 - config.first_step) / 60)
+        progress = (step - 1) / config.steps
+        return peak * warm * (0.495 * (1 + math.cos(math.pi * progress)) + 0.01)
 
-def _set_learning_rate(optimiser: torch.optim.Optimizer, peak: float, progress: float) -> None:
-    rate = peak * (0.495 * (1 + math.cos(math.pi * progress)) + 0.01)
-    for group in optimiser.param_groups:
-        group["lr"] = rate
+    optimiser = torch.optim.AdamW(groups, config.learning_rate, betas=(0.9, 0.98))
+    return OptimiserStep(optimiser, parameters, rate, clip_norm=1.0)

@@ -25,6 +25,7 @@ from loraseg.miniature.models.generator.text import CaptionEncoder
 from loraseg.miniature.world.canvas import CLASSES
 from loraseg.seeding import derive
 from loraseg.segment.closed_set.unet import UNet
+from loraseg.train.core.optimisation import OptimiserStep
 
 __all__ = ["GeneratorTrainingConfig", "train_codec", "train_judge", "train_text_to_image"]
 
@@ -76,9 +77,8 @@ def train_codec(config: GeneratorTrainingConfig, scenes: CaptionedScenes) -> Any
     codec = build_codec().to(device).train()
     average = copy.deepcopy(codec).requires_grad_(False)
     images = torch.from_numpy(scenes.images)
-    optimiser = torch.optim.AdamW(codec.parameters(), 2e-3, weight_decay=0.0, betas=(0.9, 0.98))
+    optimiser_step = _optimiser_step(codec, 2e-3, config.codec_steps, weight_decay=0.0)
     for step in range(config.codec_steps):
-        _set_learning_rate(optimiser, 2e-3, step, config.codec_steps, warm=100)
         rows = torch.randint(len(images), (min(config.batch, 256),))
         x = _pixels(images[rows], device)
         with torch.autocast(device.type, torch.bfloat16):
@@ -86,7 +86,7 @@ def train_codec(config: GeneratorTrainingConfig, scenes: CaptionedScenes) -> Any
             out = codec.decode(posterior.sample()).sample
         error = out.float() - x
         loss = error.abs().mean() + error.square().mean() + 1e-5 * posterior.kl().mean() / 4096
-        _optimiser_step(optimiser, codec, loss)
+        optimiser_step.update(step, loss)
         _update_ema(average, codec, min(0.999, step / (step + 10)))
         if step % 500 == 499:
             logger.info("codec %d: PSNR %.2f", step + 1, _psnr(error))
@@ -106,16 +106,16 @@ def train_judge(config: GeneratorTrainingConfig, scenes: CaptionedScenes) -> UNe
     weights = torch.tensor(
         [2.0 if name in _RARE_CLASSES else 1.0 for name in CLASSES], device=device
     )
-    optimiser = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.01, betas=(0.9, 0.98))
+    optimiser_step = _optimiser_step(model, 3e-3, config.judge_steps)
     for step in range(config.judge_steps):
-        _set_learning_rate(optimiser, 3e-3, step, config.judge_steps, warm=100)
         rows = torch.randint(len(images), (min(config.batch, 256),))
         x, target = _pixels(images[rows], device), masks[rows].to(device).long()
         if step % 2:
             x, target = x.flip(3), target.flip(2)
         with torch.autocast(device.type, torch.bfloat16):
             logits = model(x)
-        _optimiser_step(optimiser, model, functional.cross_entropy(logits.float(), target, weights))
+        loss = functional.cross_entropy(logits.float(), target, weights)
+        optimiser_step.update(step, loss)
     return model.eval()
 
 
@@ -154,13 +154,10 @@ def train_text_to_image(
     draw = _BatchSampler(
         _encode_all(codec, scenes, device), torch.from_numpy(scenes.captions).to(device)
     )
-    optimiser = torch.optim.AdamW(
-        live.parameters(), config.learning_rate, weight_decay=0.01, betas=(0.9, 0.98)
-    )
+    optimiser_step = _optimiser_step(live, config.learning_rate, config.steps, warm=config.warm)
     started = time.perf_counter()
     losses: list[float] = []
     for step in range(config.steps):
-        _set_learning_rate(optimiser, config.learning_rate, step, config.steps, warm=config.warm)
         batch = draw(config.batch)
         with torch.no_grad():
             hidden = words(input_ids=batch.ids)[0]
@@ -168,7 +165,7 @@ def train_text_to_image(
             out = unet(batch.noisy, batch.times, hidden, return_dict=False)[0]
         error = (out.float() - batch.target).square().mean((1, 2, 3))
         loss = (batch.weights * error).mean()
-        _optimiser_step(optimiser, live, loss)
+        optimiser_step.update(step, loss)
         _update_ema(average, live, min(config.ema, (step + 1) / (step + 10)))
         losses.append(float(loss.detach()))
         if step % every == every - 1:
@@ -251,22 +248,20 @@ def _pixels(images: Tensor, device: torch.device) -> Tensor:
     return images.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def _optimiser_step(optimiser: torch.optim.Optimizer, model: nn.Module, loss: Tensor) -> None:
-    optimiser.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimiser.step()
+def _optimiser_step(
+    model: nn.Module, peak: float, steps: int, *, warm: int = 100, weight_decay: float = 0.01
+) -> OptimiserStep:
+    parameters = list(model.parameters())
+    optimiser = torch.optim.AdamW(parameters, peak, weight_decay=weight_decay, betas=(0.9, 0.98))
+
+    def rate(peak: float, step: int) -> float:
+        cosine = 0.49 * (1 + math.cos(math.pi * step / steps)) + 0.02
+        return peak * cosine * min(1.0, (step + 1) / warm)
+
+    return OptimiserStep(optimiser, parameters, rate, clip_norm=1.0)
 
 
 def _update_ema(average: nn.Module, live: nn.Module, keep: float) -> None:
     with torch.no_grad():
         for mean, value in zip(average.parameters(), live.parameters(), strict=True):
             mean.lerp_(value, 1 - keep)
-
-
-def _set_learning_rate(
-    optimiser: torch.optim.Optimizer, peak: float, step: int, steps: int, *, warm: int
-) -> None:
-    rate = peak * (0.49 * (1 + math.cos(math.pi * step / steps)) + 0.02)
-    for group in optimiser.param_groups:
-        group["lr"] = rate * min(1.0, (step + 1) / warm)
