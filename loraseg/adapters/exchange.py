@@ -16,12 +16,14 @@ import torch
 from loraseg.adapters.adapter import LoraPair
 from loraseg.adapters.peft_config import PeftLoraConfig, parse_config
 from loraseg.adapters.safetensors_check import (
+    MAX_HEADER_BYTES,
     read_header,
     read_tensors,
     require_dtype,
     require_finite,
 )
 from loraseg.errors import AdapterMismatchError, IntegrityError
+from loraseg.storage.json_io import parse_json_object
 from loraseg.storage.safetensors_io import encode_safetensors
 from loraseg.tensor_types import Tensor
 
@@ -210,14 +212,12 @@ def _config_from_metadata(header: Mapping[str, Any]) -> PeftLoraConfig | None:
     text = metadata.get(_METADATA_KEY) if isinstance(metadata, dict) else None
     if text is None:
         return None
-    try:
-        values = json.loads(text)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise IntegrityError(
-            f"{DIFFUSERS_FILE}: {_METADATA_KEY} is not readable: {error}"
-        ) from error
-    if not isinstance(values, dict):
-        raise IntegrityError(f"{DIFFUSERS_FILE}: {_METADATA_KEY} is no JSON object")
+    where = f"{DIFFUSERS_FILE}: {_METADATA_KEY}"
+    if not isinstance(text, str):
+        raise IntegrityError(f"{where}: got {type(text).__name__}, expected text")
+    values = parse_json_object(
+        text.encode(), where, max_bytes=MAX_HEADER_BYTES, error=IntegrityError
+    )
     own = {
         key.removeprefix(_UNET_PREFIX): value
         for key, value in values.items()
@@ -226,7 +226,7 @@ def _config_from_metadata(header: Mapping[str, Any]) -> PeftLoraConfig | None:
     try:
         config = parse_config(json.dumps({**own, "peft_type": "LORA"}).encode())
     except IntegrityError as error:
-        raise IntegrityError(f"{DIFFUSERS_FILE}: {_METADATA_KEY}, read as {error}") from error
+        raise IntegrityError(f"{where}, read as {error}") from error
     if config.use_dora or config.bias != "none" or config.modules_to_save:
         raise IntegrityError(
             f"{DIFFUSERS_FILE}: the adapter has parts beside its pairs (DoRA, biases or modules)"

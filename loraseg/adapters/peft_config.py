@@ -6,9 +6,12 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
 
 from loraseg.errors import IntegrityError
+from loraseg.storage.json_io import parse_json_as, parse_json_object
 
 __all__ = ["MAX_CONFIG_BYTES", "MAX_RANK", "PeftLoraConfig", "parse_config", "render_config"]
 
@@ -31,10 +34,41 @@ _UNSUPPORTED = {
 # Initialisers that move part of the base weight into the adapter; False, True, "gaussian" and
 # "orthogonal" leave the base alone.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# peft reads pattern keys as regular expressions. Only plain names are accepted here, so that no
-# expression of a stranger is ever run.
-_PLAIN_NAME = re.compile(r"\^?[A-Za-z0-9_\-]+(\\?\.[A-Za-z0-9_\-]+)*\$?")
+_FILE = "adapter_config.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+_PLAIN_NAME = re.compile(r"\^?[A-Za-z0-9_\-]+(\\?\.[A-Za-z0-9_\-]+)*\$?")
+
+
+def _check_module_name(name: str) -> str:
+    if not _PLAIN_NAME.fullmatch(name):
+        raise ValueError(f"got {name[:80]!r}, expected a plain module name, not an expression")
+    return name
+
+
+_Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
+_Alpha = Annotated[float, Field(ge=-1e9, le=1e9)]
+_Text = Annotated[str, Field(max_length=1024)]
+# peft reads the keys of patterns as regular expressions. Only plain module names are accepted, so
+# that no expression from an untrusted file is ever run.
+_ModuleName = Annotated[str, AfterValidator(_check_module_name)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _ConfigFile:
+    """The keys of ``adapter_config.json`` that matter; others are ignored."""
+
+    peft_type: Literal["LORA"]
+    r: _Rank
+    lora_alpha: _Alpha
+    rank_pattern: dict[_ModuleName, _Rank] | None = None
+    alpha_pattern: dict[_ModuleName, _Alpha] | None = None
+    use_dora: bool = False
+    use_rslora: bool = False
+    bias: _Text | None = None
+    modules_to_save: tuple[str, ...] | None = None
+    base_model_name_or_path: _Text | None = None
+    revision: Any = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,37 +107,37 @@ def parse_config(data: bytes) -> PeftLoraConfig:
         IntegrityError: Too large, not a JSON object, not LoRA, a value is missing, mistyped or out
             of range, or a setting changes what the low-rank pairs mean.
     """
-    values = _read_object(data)
-    kind = values.get("peft_type")
-    if kind != "LORA":
-        raise _invalid_value("peft_type", kind, "'LORA'")
+    _check_settings(
+        parse_json_object(data, _FILE, max_bytes=MAX_CONFIG_BYTES, error=IntegrityError)
+    )
+    file = parse_json_as(_ConfigFile, data, _FILE, max_bytes=MAX_CONFIG_BYTES, error=IntegrityError)
+    revision = file.revision
+    is_digest = isinstance(revision, str) and _SHA256.fullmatch(revision)
+    return PeftLoraConfig(
+        rank=file.r,
+        alpha=file.lora_alpha,
+        rank_pattern=file.rank_pattern or {},
+        alpha_pattern=file.alpha_pattern or {},
+        use_dora=file.use_dora,
+        use_rslora=file.use_rslora,
+        bias=file.bias or "none",
+        modules_to_save=file.modules_to_save or (),
+        base_name=file.base_model_name_or_path,
+        base_digest=revision if is_digest else None,
+    )
+
+
+def _check_settings(values: Mapping[str, Any]) -> None:
+    """Refuse settings under which A and B do not say what the adapter does."""
     for key, reason in _UNSUPPORTED.items():
         if values.get(key):
-            raise IntegrityError(f"adapter_config.json: {key} is not supported: {reason}")
+            raise IntegrityError(f"{_FILE}: {key} is not supported: {reason}")
     init = values.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
         raise IntegrityError(
-            f"adapter_config.json: init_lora_weights={init[:40]!r} belongs to a changed base; "
-            f"export the adapter as plain LoRA on the untouched base first"
+            f"{_FILE}: init_lora_weights={init[:40]!r} belongs to a changed base; export the "
+            "adapter as plain LoRA on the untouched base first"
         )
-    revision = values.get("revision")
-    known = isinstance(revision, str) and _SHA256.fullmatch(revision)
-    return PeftLoraConfig(
-        rank=_rank("r", values.get("r")),
-        alpha=_alpha("lora_alpha", values.get("lora_alpha")),
-        rank_pattern={
-            k: _rank(f"rank_pattern {k}", v) for k, v in _pattern(values, "rank_pattern")
-        },
-        alpha_pattern={
-            k: _alpha(f"alpha_pattern {k}", v) for k, v in _pattern(values, "alpha_pattern")
-        },
-        use_dora=_flag(values, "use_dora"),
-        use_rslora=_flag(values, "use_rslora"),
-        bias=_text(values, "bias") or "none",
-        modules_to_save=_names(values, "modules_to_save"),
-        base_name=_text(values, "base_model_name_or_path"),
-        base_digest=cast(str, revision) if known else None,
-    )
 
 
 def render_config(
@@ -150,71 +184,6 @@ def _first_match(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
         if module == name or (not anchored and module.endswith(f".{name}")):
             return value
     return default
-
-
-def _read_object(data: bytes) -> dict[str, Any]:
-    if len(data) > MAX_CONFIG_BYTES:
-        raise IntegrityError(
-            f"adapter_config.json: got {len(data)} bytes, expected at most {MAX_CONFIG_BYTES}"
-        )
-    try:
-        values = json.loads(data, parse_constant=_reject_constant)
-    except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"adapter_config.json: not readable as JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise IntegrityError("adapter_config.json: expected a JSON object")
-    return cast(dict[str, Any], values)
-
-
-def _reject_constant(text: str) -> float:
-    raise ValueError(f"{text} is no JSON number")
-
-
-def _invalid_value(key: str, got: object, expected: str) -> IntegrityError:
-    return IntegrityError(f"adapter_config.json: {key}: got {str(got)[:80]}, expected {expected}")
-
-
-def _rank(key: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_RANK:
-        raise _invalid_value(key, value, f"a whole number in [1, {MAX_RANK}]")
-    return value
-
-
-def _alpha(key: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e9:
-        raise _invalid_value(key, value, "a number of at most 1e9")
-    return float(value)
-
-
-def _flag(values: Mapping[str, Any], key: str) -> bool:
-    value = values.get(key, False)
-    if not isinstance(value, bool):
-        raise _invalid_value(key, value, "true or false")
-    return value
-
-
-def _text(values: Mapping[str, Any], key: str) -> str | None:
-    value = values.get(key)
-    if value is not None and not (isinstance(value, str) and len(value) <= 1024):
-        raise _invalid_value(key, value, "a text of at most 1024 characters or null")
-    return value
-
-
-def _names(values: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    names = values.get(key) or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise _invalid_value(key, names, "a list of names")
-    return tuple(cast(list[str], names))
-
-
-def _pattern(values: Mapping[str, Any], key: str) -> list[tuple[str, Any]]:
-    pattern = values.get(key) or {}
-    if not isinstance(pattern, dict):
-        raise _invalid_value(key, pattern, "an object of module names")
-    for name in pattern:
-        if not _PLAIN_NAME.fullmatch(name):
-            raise _invalid_value(f"{key} key", name, "a plain module name, not an expression")
-    return list(cast(dict[str, Any], pattern).items())
 
 
 def _most_common(values: Any) -> Any:

@@ -5,7 +5,6 @@
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +27,7 @@ from loraseg.adapters.safetensors_check import (
     require_finite,
 )
 from loraseg.errors import AdapterMismatchError, IntegrityError
+from loraseg.storage.json_io import canonical_json
 from loraseg.tensor_types import Tensor
 
 __all__ = [
@@ -167,8 +167,7 @@ def files_digest(files: Mapping[str, bytes]) -> str:
     """
     names = (CONFIG_FILE, WEIGHTS_FILE, *({ATTENTION_MIX_FILE} & files.keys()))
     parts = {name: hashlib.sha256(files[name]).hexdigest() for name in names}
-    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(canonical_json(parts)).hexdigest()
 
 
 def _read_folder(folder: Path) -> dict[str, bytes]:

@@ -1,6 +1,5 @@
 """Safetensors bytes of a stranger: the header is checked before any tensor is touched."""
 
-import json
 from typing import Any, cast
 
 import safetensors.torch
@@ -8,6 +7,7 @@ import torch
 from safetensors import SafetensorError
 
 from loraseg.errors import IntegrityError
+from loraseg.storage.json_io import parse_json_object
 from loraseg.tensor_types import Tensor
 
 __all__ = ["MAX_HEADER_BYTES", "read_header", "read_tensors", "require_dtype", "require_finite"]
@@ -28,13 +28,9 @@ def read_header(data: bytes, where: str) -> dict[str, Any]:
             f"{where}: header of {size} bytes claimed in a file of {len(data)} "
             f"(at most {MAX_HEADER_BYTES} allowed)"
         )
-    try:
-        header = json.loads(data[8 : 8 + size], object_pairs_hook=_reject_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"{where}: header is not readable: {error}") from error
-    if not isinstance(header, dict):
-        raise IntegrityError(f"{where}: header is no JSON object")
-    return cast(dict[str, Any], header)
+    return parse_json_object(
+        data[8 : 8 + size], f"{where}: header", max_bytes=MAX_HEADER_BYTES, error=IntegrityError
+    )
 
 
 def require_dtype(entry: object, key: str, where: str) -> None:
@@ -72,10 +68,3 @@ def require_finite(tensor: Tensor, key: str, where: str) -> Tensor:
     if not bool(torch.isfinite(tensor).all()):
         raise IntegrityError(f"{where}: {key} holds NaN or infinite values")
     return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _reject_duplicates(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(items)
-    if len(values) != len(items):
-        raise ValueError("a name occurs twice")
-    return values

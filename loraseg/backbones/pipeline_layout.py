@@ -4,7 +4,6 @@ Only the parts that loraseg uses are looked at, each with the one class that it 
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any, Literal
 
 from loraseg.compat import prepare_torchvision
 from loraseg.errors import IntegrityError
+from loraseg.storage.json_io import canonical_json, parse_json_object
 
 __all__ = [
     "INDEX_FILE",
@@ -88,8 +88,7 @@ def pipeline_digest(folder: Path) -> str:
     for name in used_files(local_listing(folder)):
         with (folder / name).open("rb") as file:
             digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    text = json.dumps(digests, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(canonical_json(digests)).hexdigest()
 
 
 def local_listing(folder: Path) -> FileListing:
@@ -212,10 +211,9 @@ def _shards(listing: FileListing, name: str) -> list[str]:
 def _read_object(listing: FileListing, name: str) -> dict[str, Any]:
     if name not in listing.names:
         raise IntegrityError(f"{listing.where}: {name} is missing; not a diffusers pipeline")
-    try:
-        values = json.loads(listing.read(name))
-    except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"{listing.where}/{name}: not readable as JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise IntegrityError(f"{listing.where}/{name}: expected a JSON object")
-    return values
+    return parse_json_object(
+        listing.read(name),
+        f"{listing.where}/{name}",
+        max_bytes=_MAX_JSON_BYTES,
+        error=IntegrityError,
+    )

@@ -2,7 +2,7 @@
 
 import json
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,11 +12,13 @@ import numpy as np
 
 from loraseg.data.palette import class_colors
 from loraseg.errors import DatasetError
+from loraseg.storage.json_io import parse_json
 from loraseg.tensor_types import UInt8, ndarray
 
 __all__ = ["IGNORE", "LabelSpace", "parse_classes", "read_classes", "write_classes"]
 
 IGNORE = 255
+_MAX_BYTES = 2**24
 
 
 @dataclass(frozen=True)
@@ -112,14 +114,10 @@ def parse_classes(data: bytes, where: str) -> LabelSpace:
     Raises:
         DatasetError: As for :func:`read_classes`.
     """
+    content = parse_json(data, where, max_bytes=_MAX_BYTES, error=DatasetError)
     try:
-        content: Any = json.loads(data, object_pairs_hook=_reject_duplicate_keys)
         return LabelSpace(_parse_names(content))
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{where}: expected UTF-8 text: {error}") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DatasetError(f"{where}: expected JSON: {error}") from error
-    except DatasetError as error:
+    except ValueError as error:  # DatasetError is one; so is an id of thousands of digits
         raise DatasetError(f"{where}: {error}") from error
 
 
@@ -137,15 +135,6 @@ def write_classes(path: str | Path, label_space: LabelSpace) -> None:
 
 def _match_key(name: str) -> str:
     return unicodedata.normalize("NFC", " ".join(name.split())).casefold()
-
-
-def _reject_duplicate_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        keys = [key for key, _ in pairs]
-        double = next(key for key in keys if keys.count(key) > 1)
-        raise DatasetError(f"key {double!r} appears twice")
-    return values
 
 
 def _parse_names(content: Any) -> tuple[str, ...]:

@@ -1,6 +1,5 @@
 """What is known about an adapter: ``card.json``, validated whenever it is read."""
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -8,9 +7,19 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
 from loraseg.errors import IntegrityError
-from loraseg.library.centroid import Centroid
+from loraseg.library.centroid import Centroid, CentroidFile
+from loraseg.storage.json_io import canonical_json, parse_json_as
 
-__all__ = ["MAX_CARD_BYTES", "AdapterCard", "BaseModelInfo", "Role", "TrainingSet", "check_name"]
+__all__ = [
+    "MAX_CARD_BYTES",
+    "AdapterCard",
+    "BaseModelInfo",
+    "CardFile",
+    "Role",
+    "TrainingSet",
+    "check_digest",
+    "check_name",
+]
 
 Role = Literal["segmenter", "generator"]
 
@@ -128,50 +137,73 @@ class AdapterCard:
         return data
 
     @classmethod
-    def from_json(cls, values: Any, centroids: tuple[Centroid, ...] | None = None) -> "AdapterCard":
-        """Build a card from plain JSON values.
+    def from_file(
+        cls, values: "CardFile", centroids: tuple[Centroid, ...] | None = None
+    ) -> "AdapterCard":
+        """Build a card from the values of ``card.json``.
 
         Args:
-            values: As :meth:`to_json` gives them.
-            centroids: To take instead of those among ``values``.
+            values: The parsed file.
+            centroids: Replace those of ``values``.
 
         Raises:
-            IntegrityError: It is not a card, is of a newer schema, or a field is wrong.
+            IntegrityError: A value is out of range.
         """
-        card = _mapping(values, "card")
-        schema = card.get("schema")
-        if schema != SCHEMA_VERSION:
-            raise IntegrityError(
-                f"card: schema {schema!r}; this version of loraseg reads {SCHEMA_VERSION}"
-            )
-        base = _mapping(card.get("base"), "card: base")
-        training = card.get("training")
         if centroids is None:
-            centroids = tuple(
-                Centroid.from_json(_mapping(item, "card: centroid"))
-                for item in _list(card, "centroids")
-            )
+            centroids = tuple(Centroid.from_file(item) for item in values.centroids)
         return cls(
-            name=_text(card, "name"),
-            role=_check_role(_text(card, "role")),
-            base=BaseModelInfo(_text(base, "name"), _text(base, "digest")),
-            label_space=_texts(card, "label_space"),
+            name=values.name,
+            role=values.role,
+            base=values.base,
+            label_space=values.label_space,
             centroids=centroids,
-            recipe=_mapping(card.get("recipe", {}), "card: recipe"),
-            training=None if training is None else _training(_mapping(training, "card: training")),
-            metrics=_mapping(card.get("metrics", {}), "card: metrics"),
-            code_revision=_text(card, "code_revision") if "code_revision" in card else "",
-            parents=_texts(card, "parents"),
+            recipe=values.recipe,
+            training=values.training,
+            metrics=values.metrics,
+            code_revision=values.code_revision,
+            parents=values.parents,
         )
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> "AdapterCard":
+    def from_bytes(
+        cls, data: bytes, centroids: tuple[Centroid, ...] | None = None
+    ) -> "AdapterCard":
         """Read ``card.json``.
 
+        Args:
+            data: The file, from an untrusted source.
+            centroids: Replace those of the file.
+
         Raises:
-            IntegrityError: As :meth:`from_json`, or it is too large or not JSON.
+            IntegrityError: The file is too large, not a card or of a newer schema, or a value has
+                another type or is out of range.
         """
-        return cls.from_json(parse_json(data, "card", MAX_CARD_BYTES))
+        values = parse_json_as(
+            CardFile,
+            data,
+            "card",
+            max_bytes=MAX_CARD_BYTES,
+            error=IntegrityError,
+            version=("schema", SCHEMA_VERSION),
+        )
+        return cls.from_file(values, centroids)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CardFile:
+    """The values of ``card.json``; other keys are ignored, as cards may grow."""
+
+    schema: Literal[1]
+    name: str
+    role: Role
+    base: BaseModelInfo
+    label_space: tuple[str, ...] = ()
+    centroids: tuple[CentroidFile, ...] = ()
+    recipe: dict[str, Any] = field(default_factory=dict[str, Any])
+    training: TrainingSet | None = None
+    metrics: dict[str, Any] = field(default_factory=dict[str, Any])
+    code_revision: str = ""
+    parents: tuple[str, ...] = ()
 
 
 def check_name(name: str) -> str:
@@ -199,31 +231,6 @@ def check_digest(digest: str, what: str) -> str:
     return digest
 
 
-def canonical_json(values: Any) -> bytes:
-    """Return JSON with sorted keys and no spaces; equal values give equal bytes."""
-    text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return text.encode()
-
-
-def parse_json(data: bytes, what: str, limit_bytes: int) -> Any:
-    """Parse JSON that somebody else may have written.
-
-    Raises:
-        IntegrityError: It is larger than ``limit_bytes``, not JSON, nested too deeply, or holds
-            NaN or an infinity.
-    """
-    if len(data) > limit_bytes:
-        raise IntegrityError(f"{what}: {len(data)} bytes, at most {limit_bytes}")
-    try:
-        return json.loads(data.decode(), parse_constant=_reject_constant)
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise IntegrityError(f"{what}: not valid JSON ({error})") from error
-
-
-def _reject_constant(text: str) -> Any:
-    raise ValueError(f"{text} is not a JSON number")
-
-
 def _check_json(values: Any, where: str) -> None:
     if isinstance(values, Mapping):
         for key, value in cast(Mapping[Any, Any], values).items():
@@ -244,37 +251,3 @@ def _check_role(role: str) -> Role:
     if role not in get_args(Role):
         raise IntegrityError(f"card: role {role!r}, expected one of {', '.join(get_args(Role))}")
     return cast(Role, role)
-
-
-def _mapping(values: Any, where: str) -> dict[str, Any]:
-    if not isinstance(values, dict):
-        raise IntegrityError(f"{where}: expected an object, got {type(values).__name__}")
-    return cast(dict[str, Any], values)
-
-
-def _list(values: dict[str, Any], key: str) -> list[Any]:
-    items = values.get(key, [])
-    if not isinstance(items, list):
-        raise IntegrityError(f"card: {key}: expected a list, got {type(items).__name__}")
-    return cast(list[Any], items)
-
-
-def _text(values: dict[str, Any], key: str) -> str:
-    value = values.get(key)
-    if not isinstance(value, str):
-        raise IntegrityError(f"card: {key}: expected text, got {type(value).__name__}")
-    return value
-
-
-def _texts(values: dict[str, Any], key: str) -> tuple[str, ...]:
-    items = _list(values, key)
-    if not all(isinstance(item, str) for item in items):
-        raise IntegrityError(f"card: {key}: expected a list of texts")
-    return tuple(items)
-
-
-def _training(values: dict[str, Any]) -> TrainingSet:
-    images = values.get("images")
-    if isinstance(images, bool) or not isinstance(images, int):
-        raise IntegrityError(f"card: training images: expected an integer, got {images!r}")
-    return TrainingSet(_text(values, "digest"), images)

@@ -1,7 +1,6 @@
 """Where a domain lies in an encoder's space: mean, count and spread of its image embeddings."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,35 +137,30 @@ class Centroid:
         }
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Centroid":
-        """Build a centroid from plain JSON values.
+    def from_file(cls, values: "CentroidFile") -> "Centroid":
+        """Build a centroid from the values that a card holds.
 
         Raises:
-            IntegrityError: A key is missing, or a value has the wrong type or range.
+            IntegrityError: A value is out of range.
         """
-        vector, count, spread = (values.get(key) for key in ("vector", "count", "spread"))
-        encoder_id, normalised = values.get("encoder_id"), values.get("normalised")
-        if not isinstance(encoder_id, str) or not isinstance(normalised, bool):
-            raise IntegrityError(
-                "centroid: expected a text encoder_id and true or false normalised"
-            )
-        if not isinstance(vector, list) or not all(_is_number(item) for item in vector):
-            raise IntegrityError("centroid: expected vector to be a list of numbers")
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int)):
-            raise IntegrityError(f"centroid: count {count!r}, expected an integer or null")
-        if spread is not None and not _is_number(spread):
-            raise IntegrityError(f"centroid: spread {spread!r}, expected a number or null")
         return cls(
-            encoder_id,
-            normalised,
-            np.array(vector, dtype=np.float64),
-            count,
-            None if spread is None else float(spread),
+            values.encoder_id,
+            values.normalised,
+            np.array(values.vector, dtype=np.float64),
+            values.count,
+            values.spread,
         )
 
     def _key(self) -> tuple[str, bool, int | None, float | None]:
         return self.encoder_id, self.normalised, self.count, self.spread
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CentroidFile:
+    """The values of a centroid in ``card.json``."""
+
+    encoder_id: str
+    normalised: bool
+    vector: list[float]
+    count: int | None = None
+    spread: float | None = None

@@ -5,20 +5,22 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Annotated, Literal, Protocol, runtime_checkable
+
+from pydantic import Field
 
 from loraseg.adapters.peft_io import CONFIG_FILE, WEIGHTS_FILE, files_digest
 from loraseg.errors import IntegrityError
 from loraseg.library.card import (
     MAX_CARD_BYTES,
     AdapterCard,
-    canonical_json,
+    CardFile,
     check_digest,
     check_name,
-    parse_json,
 )
 from loraseg.library.snapshot import CatalogEntry
 from loraseg.storage import ObjectNotFoundError, ObjectStore
+from loraseg.storage.json_io import canonical_json, parse_json_as
 
 __all__ = [
     "HEAD_KEY",
@@ -92,7 +94,25 @@ class BlobInfo:
     """One file of an adapter."""
 
     sha256: str
-    size_bytes: int
+    size_bytes: Annotated[int, Field(ge=0, le=MAX_FILE_BYTES)]
+
+
+@dataclass(frozen=True, slots=True)
+class _HeadFile:
+    """The values of ``catalog/HEAD``."""
+
+    generation: Annotated[int, Field(ge=1)]
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class _RecordFile:
+    """The values of ``adapters/<name>/<version>.json``."""
+
+    schema: Literal[1]
+    digest: str
+    files: dict[str, BlobInfo]
+    card: CardFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +150,10 @@ class CatalogHead:
         Raises:
             IntegrityError: It is not what :meth:`to_bytes` writes.
         """
-        values = _require_object(parse_json(data, HEAD_KEY, _MAX_HEAD_BYTES), HEAD_KEY)
-        generation, digest = values.get("generation"), values.get("sha256")
-        if type(generation) is not int or generation < 1 or not isinstance(digest, str):
-            raise IntegrityError(f"{HEAD_KEY}: expected a generation from 1 and a sha256")
-        return cls(generation, check_digest(digest, HEAD_KEY))
+        head = parse_json_as(
+            _HeadFile, data, HEAD_KEY, max_bytes=_MAX_HEAD_BYTES, error=IntegrityError
+        )
+        return cls(head.generation, check_digest(head.sha256, HEAD_KEY))
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,22 +207,21 @@ class AdapterRecord:
         Raises:
             IntegrityError: It is not what :meth:`to_bytes` writes.
         """
-        values = _require_object(parse_json(data, where, 2 * MAX_CARD_BYTES), where)
-        if values.get("schema") != _SCHEMA_VERSION:
-            raise IntegrityError(
-                f"{where}: schema {values.get('schema')!r}; this version of loraseg reads "
-                f"{_SCHEMA_VERSION}"
-            )
-        files = _require_object(values.get("files"), f"{where}: files")
-        if not {CONFIG_FILE, WEIGHTS_FILE} <= files.keys():
-            raise IntegrityError(f"{where}: lists {sorted(files)}, not both weight files")
+        record = parse_json_as(
+            _RecordFile,
+            data,
+            where,
+            max_bytes=2 * MAX_CARD_BYTES,
+            error=IntegrityError,
+            version=("schema", _SCHEMA_VERSION),
+        )
+        if not {CONFIG_FILE, WEIGHTS_FILE} <= record.files.keys():
+            raise IntegrityError(f"{where}: lists {sorted(record.files)}, not both weight files")
+        for name, blob in record.files.items():
+            _check_file_name(name, where)
+            check_digest(blob.sha256, where)
         return cls(
-            AdapterCard.from_json(values.get("card")),
-            check_digest(str(values.get("digest")), where),
-            {
-                _check_file_name(name, where): _parse_blob(blob, where)
-                for name, blob in files.items()
-            },
+            AdapterCard.from_file(record.card), check_digest(record.digest, where), record.files
         )
 
     def to_entry(self, version: int) -> CatalogEntry:
@@ -294,20 +312,6 @@ def _check_file_name(name: str, where: str) -> str:
     if not _FILE_NAME.fullmatch(name):
         raise IntegrityError(f"{where}: file name {name[:140]!r} is not allowed")
     return name
-
-
-def _parse_blob(values: Any, where: str) -> BlobInfo:
-    blob = _require_object(values, f"{where}: file")
-    size_bytes = blob.get("size_bytes")
-    if not isinstance(size_bytes, int) or not 0 <= size_bytes <= MAX_FILE_BYTES:
-        raise IntegrityError(f"{where}: file size {size_bytes!r}")
-    return BlobInfo(check_digest(str(blob.get("sha256")), where), size_bytes)
-
-
-def _require_object(values: Any, where: str) -> dict[str, Any]:
-    if not isinstance(values, dict):
-        raise IntegrityError(f"{where}: expected an object, got {type(values).__name__}")
-    return cast(dict[str, Any], values)
 
 
 def _sha256(data: bytes) -> str:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from loraseg.errors import IntegrityError
-from loraseg.library.card import AdapterCard, canonical_json, check_digest
+from loraseg.library.card import AdapterCard, check_digest
 from loraseg.library.centroid import Centroid
+from loraseg.storage.json_io import canonical_json
 
 __all__ = ["CATALOG_SCHEMA", "CatalogEntry", "decode_snapshot", "encode_snapshot"]
 
@@ -173,7 +173,7 @@ def _to_row(entry: CatalogEntry) -> dict[str, Any]:
 
 
 def _parse_entry(row: dict[str, Any], centroids: tuple[Centroid, ...]) -> CatalogEntry:
-    card = AdapterCard.from_json(json.loads(row["card"]), centroids)
+    card = AdapterCard.from_bytes(row["card"].encode(), centroids)
     if card.name != row["name"] or row["version"] < 1:
         raise IntegrityError(f"row {row['name']!r}, version {row['version']}, is not valid")
     return CatalogEntry(

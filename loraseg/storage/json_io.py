@@ -130,8 +130,10 @@ def _describe(cause: ValidationError) -> str:
         return f"{prefix}{context['error']}"
     if first["type"] in _MESSAGES:
         return f"{location} {_MESSAGES[first['type']]}"
-    expected = first["msg"].removeprefix("Input should be ")
-    return f"{prefix}got {_shown(first['input'])}, expected {expected}"
+    subject, _, expected = first["msg"].partition(" should be ")
+    if subject == "Input":
+        return f"{prefix}got {_shown(first['input'])}, expected {expected}"
+    return f"{prefix}got {_shown(first['input'])}: {first['msg']}"
 
 
 def _shown(value: Any) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from loraseg.storage.json_io import canonical_json
 from loraseg.tensor_types import UInt8, ndarray
 
 __all__ = ["Lineage", "LineageAdapter", "generator_digest", "mask_digest", "pair_id"]
@@ -95,5 +96,4 @@ def generator_digest(parts: Mapping[str, Any]) -> str:
 
 def _digest(values: Any) -> str:
     # JSON writes the shortest exact form of a float, so nearly equal weights stay distinct.
-    text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(canonical_json(values)).hexdigest()

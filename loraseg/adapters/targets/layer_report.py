@@ -1,15 +1,15 @@
 """Scores of a model's layers by a probe, as a file that selections are made from."""
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from types import MappingProxyType, NoneType
-from typing import Any, cast
+from typing import Any
 
 from loraseg.adapters.targets.unet import PROJECTION_PARTS, Projection, ProjectionPart
 from loraseg.errors import ConfigError, IntegrityError
+from loraseg.storage.json_io import canonical_json, parse_json_as
 
 __all__ = ["MAX_REPORT_BYTES", "LayerReport", "LayerScore"]
 
@@ -20,17 +20,6 @@ _MAX_TEXT_LENGTH = 1024
 _NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PARTS = tuple(PROJECTION_PARTS.values())
-# Of a stranger's layer: field -> the types that its JSON value may have, no subclasses.
-_FIELD_TYPES: Mapping[str, tuple[type, ...]] = {
-    "name": (str,),
-    "score": (float,),
-    "history": (list,),
-    "numel": (int,),
-    "block": (str, NoneType),
-    "cross": (bool, NoneType),
-    "part": (str, NoneType),
-    "factor": (int, NoneType),
-}
 _SCALAR_TYPES = (str, int, float, bool, NoneType)
 
 
@@ -177,26 +166,28 @@ class LayerReport:
             "samples": dict(self.samples),
             "settings": dict(self.settings),
         }
-        text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
-        return text.encode() + b"\n"
+        return canonical_json(values) + b"\n"
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "LayerReport":
-        """Read a report, as if a stranger had made it.
+        """Read a report from an untrusted source.
 
         Raises:
-            IntegrityError: It is too large, no canonical JSON of a report, or a value is missing,
-                unknown, mistyped or out of range.
+            IntegrityError: The file is too large, not a report in canonical JSON, or a value is
+                missing, of another type or out of range.
         """
-        values = _read_object(data)
-        if values.pop("format", None) != REPORT_FORMAT:
-            raise IntegrityError(f"layer report: format is not {REPORT_FORMAT!r}")
-        try:
-            report = cls(**_parse_fields(values))
-        except ConfigError as error:
-            raise IntegrityError(str(error)) from error
+        report = parse_json_as(
+            cls,
+            data,
+            "layer report",
+            max_bytes=MAX_REPORT_BYTES,
+            error=IntegrityError,
+            version=("format", REPORT_FORMAT),
+        )
         if report.to_bytes() != data:
-            raise IntegrityError("layer report: not in canonical form (order, spaces or numbers)")
+            raise IntegrityError(
+                "layer report: not in canonical form (unknown keys, order, spaces or numbers)"
+            )
         return report
 
 
@@ -217,6 +208,10 @@ def _check(report: LayerReport) -> None:
             f"layer report: base_digest {report.base_digest[:80]!r}, expected 64 hex digits"
         )
     names = {score.name for score in report.scores}
+    if len(report.scores) > _MAX_LAYERS:
+        raise ConfigError(
+            f"layer report: {len(report.scores)} layers, expected at most {_MAX_LAYERS}"
+        )
     if not names or len(names) != len(report.scores):
         raise ConfigError(
             f"layer report: {len(report.scores)} layers with {len(names)} names, expected at least "
@@ -241,57 +236,3 @@ def _is_json_scalar(value: object) -> bool:
     return type(value) in _SCALAR_TYPES and not (
         isinstance(value, float) and not math.isfinite(value)
     )
-
-
-def _parse_fields(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a report after checking the types of a stranger's values."""
-    _require_keys(values, tuple(field.name for field in fields(LayerReport)), "layer report")
-    rows, samples, settings = values["scores"], values["samples"], values["settings"]
-    if not isinstance(rows, list) or len(rows) > _MAX_LAYERS:
-        raise IntegrityError(f"layer report: scores is no list of at most {_MAX_LAYERS} layers")
-    for name in ("method", "base_name", "base_digest"):
-        if not isinstance(values[name], str):
-            raise IntegrityError(f"layer report: {name} is no text")
-    if not isinstance(samples, dict) or any(type(count) is not int for count in samples.values()):
-        raise IntegrityError("layer report: samples does not give whole numbers by name")
-    if not isinstance(settings, dict):
-        raise IntegrityError("layer report: settings is no JSON object")
-    return {**values, "scores": tuple(_parse_score(row) for row in rows)}
-
-
-def _parse_score(row: object) -> LayerScore:
-    if not isinstance(row, dict):
-        raise IntegrityError("layer report: a layer is no JSON object")
-    values = cast(dict[str, Any], row)
-    _require_keys(values, tuple(_FIELD_TYPES), "layer report: layer")
-    for name, types in _FIELD_TYPES.items():
-        if type(values[name]) not in types:
-            raise IntegrityError(f"layer report: layer: {name} is {str(values[name])[:80]}")
-    if values["part"] not in (None, *_PARTS):
-        raise IntegrityError(f"layer report: layer: part is {values['part'][:80]!r}")
-    history = cast(list[Any], values["history"])
-    if any(type(value) is not float for value in history):
-        raise IntegrityError("layer report: layer: history holds something else than numbers")
-    values["history"] = tuple(history)
-    return LayerScore(**values)
-
-
-def _require_keys(values: Mapping[str, Any], expected: tuple[str, ...], where: str) -> None:
-    if set(values) != set(expected):
-        raise IntegrityError(
-            f"{where}: got {sorted(map(str, values))[:12]}, expected {sorted(expected)}"
-        )
-
-
-def _read_object(data: bytes) -> dict[str, Any]:
-    if len(data) > MAX_REPORT_BYTES:
-        raise IntegrityError(
-            f"layer report: {len(data)} bytes, expected at most {MAX_REPORT_BYTES}"
-        )
-    try:
-        values = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"layer report: not readable as JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise IntegrityError("layer report: expected a JSON object")
-    return cast(dict[str, Any], values)

@@ -4,15 +4,17 @@ Readers see the shards that it names and no others, so one conditional write of 
 of shards visible at once. It holds no time of day: equal inputs give equal bytes.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn, cast, get_args
+from typing import Any, get_args
+
+from pydantic import ConfigDict
 
 from loraseg.data.shards.schema import PairStatus, check_classes
 from loraseg.errors import DatasetError, IntegrityError
 from loraseg.storage import ObjectNotFoundError, ObjectStore
+from loraseg.storage.json_io import parse_json_as, readable_json
 
 __all__ = ["MANIFEST_KEY", "SHARDS_PREFIX", "ShardEntry", "ShardManifest", "read_manifest"]
 
@@ -22,18 +24,8 @@ _FORMAT = 1
 _STATUSES = get_args(PairStatus)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHARD_KEY = re.compile(rf"{SHARDS_PREFIX}/[0-9a-f]{{1,128}}\.parquet")
-_KEYS = {
-    "format",
-    "generation",
-    "classes",
-    "masks",
-    "pairs",
-    "statuses",
-    "shards",
-    "plans",
-    "dataset_sha256",
-}
-_ENTRY_KEYS = {"file", "sha256", "size_bytes", "rows", "statuses"}
+# About 900,000 shards.
+_MAX_BYTES = 2**28
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +42,8 @@ class ShardEntry:
     Raises:
         DatasetError: A value is of another form, or the statuses do not add up to ``rows``.
     """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     file: str
     sha256: str
@@ -144,25 +138,59 @@ class ShardManifest:
             "plans": list(self.plans),
             "dataset_sha256": self.dataset_sha256,
         }
-        return (json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+        return readable_json(content)
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> "ShardManifest":
-        """Read what :meth:`to_bytes` wrote.
+        """Read ``manifest.json``.
 
         Args:
-            data: The file; it may come from anybody.
-            where: What to call it in errors.
+            data: The file, from an untrusted source.
+            where: Name of the file, for messages.
 
         Raises:
-            IntegrityError: It is no manifest, or its numbers disagree.
+            IntegrityError: The file is not a manifest, or its sums are wrong.
         """
+        where = f"{where}: not a manifest of shards"
+        file = parse_json_as(
+            _ManifestFile,
+            data,
+            where,
+            max_bytes=_MAX_BYTES,
+            error=IntegrityError,
+            version=("format", _FORMAT),
+        )
         try:
-            return _parse_manifest(
-                json.loads(data, parse_constant=_reject_number, parse_float=_reject_number)
+            manifest = cls(
+                generation=file.generation,
+                classes=file.classes,
+                masks=file.masks,
+                shards=file.shards,
+                plans=file.plans,
+                dataset_sha256=file.dataset_sha256,
             )
-        except (ValueError, TypeError, RecursionError) as error:
-            raise IntegrityError(f"{where}: not a manifest of shards: {error}") from error
+        except DatasetError as error:
+            raise IntegrityError(f"{where}: {error}") from error
+        if (file.pairs, file.statuses) != (manifest.pairs, manifest.statuses):
+            raise IntegrityError(f"{where}: pairs or statuses are not the sums over the shards")
+        return manifest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _ManifestFile:
+    """The values of ``manifest.json``."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    format: int
+    generation: int
+    classes: tuple[str, ...]
+    masks: int
+    pairs: int
+    statuses: dict[str, int]
+    shards: tuple[ShardEntry, ...]
+    plans: tuple[str, ...]
+    dataset_sha256: str
 
 
 def read_manifest(store: ObjectStore) -> tuple[ShardManifest, str] | None:
@@ -177,59 +205,3 @@ def read_manifest(store: ObjectStore) -> tuple[ShardManifest, str] | None:
     except ObjectNotFoundError:
         return None
     return ShardManifest.from_bytes(data, f"{store.uri}/{MANIFEST_KEY}"), etag
-
-
-def _parse_manifest(content: Any) -> ShardManifest:
-    values = _require_keys(content, _KEYS, "the manifest")
-    if values["format"] != _FORMAT:
-        raise DatasetError(f"format {str(values['format'])[:40]}, expected {_FORMAT}")
-    manifest = ShardManifest(
-        generation=_typed_value(values, "generation", int),
-        classes=tuple(_string_list(values, "classes")),
-        masks=_typed_value(values, "masks", int),
-        shards=tuple(_parse_entry(entry) for entry in _typed_value(values, "shards", list)),
-        plans=tuple(_string_list(values, "plans")),
-        dataset_sha256=_typed_value(values, "dataset_sha256", str),
-    )
-    if values["pairs"] != manifest.pairs or values["statuses"] != manifest.statuses:
-        raise DatasetError("pairs or statuses are not the sums over the shards")
-    return manifest
-
-
-def _parse_entry(content: Any) -> ShardEntry:
-    values = _require_keys(content, _ENTRY_KEYS, "a shard")
-    statuses = _typed_value(values, "statuses", dict)
-    return ShardEntry(
-        file=_typed_value(values, "file", str),
-        sha256=_typed_value(values, "sha256", str),
-        size_bytes=_typed_value(values, "size_bytes", int),
-        rows=_typed_value(values, "rows", int),
-        statuses={status: _typed_value(statuses, status, int) for status in statuses},
-    )
-
-
-def _require_keys(content: Any, keys: set[str], what: str) -> dict[str, Any]:
-    if not isinstance(content, dict):
-        raise DatasetError(f"{what} is {type(content).__name__}, expected an object")
-    values = cast(dict[str, Any], content)
-    if different := keys ^ values.keys():
-        raise DatasetError(f"{what}: key {min(different)[:40]!r} is missing or not known")
-    return values
-
-
-def _typed_value(values: Mapping[str, Any], key: str, kind: type) -> Any:
-    value = values[key]
-    if type(value) is not kind:  # a bool is no number here
-        raise DatasetError(f"{key[:40]}: got {type(value).__name__}, expected {kind.__name__}")
-    return value
-
-
-def _string_list(values: Mapping[str, Any], key: str) -> list[str]:
-    texts = _typed_value(values, key, list)
-    if not all(isinstance(text, str) for text in texts):
-        raise DatasetError(f"{key}: expected a list of texts")
-    return texts
-
-
-def _reject_number(text: str) -> NoReturn:
-    raise DatasetError(f"{text[:40]}: expected whole numbers")

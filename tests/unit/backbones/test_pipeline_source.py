@@ -152,8 +152,8 @@ def test_a_store_without_a_pipeline(bucket):
 def test_a_store_that_fails_leaves_nothing(bucket, monkeypatch):
     store, _ = bucket
     store.delete("base/vae/config.json")
-    listed = [*store.sub("base").list(), "vae/config.json"]
-    below = store.sub("base")
+    listed = [*store.with_prefix("base").list(), "vae/config.json"]
+    below = store.with_prefix("base")
     failing = type(
         "Failing", (), {"list": lambda _: iter(listed), "get": lambda _, k: below.get(k)}
     )

@@ -1,4 +1,3 @@
-import json
 import math
 
 import numpy as np
@@ -8,6 +7,8 @@ from hypothesis import strategies as st
 
 from loraseg.errors import AdapterMismatchError, IntegrityError, StageError
 from loraseg.library import Centroid
+from loraseg.library.centroid import CentroidFile
+from loraseg.storage.json_io import canonical_json, parse_json_as
 from tests.unit.library.sample_adapters import make_centroid
 
 
@@ -60,9 +61,15 @@ def test_unknown_count_cannot_be_merged():
         make_centroid().merge(unknown)
 
 
+def parse_centroid(values):
+    data = canonical_json(values)
+    file = parse_json_as(CentroidFile, data, "x", max_bytes=10**6, error=IntegrityError)
+    return Centroid.from_file(file)
+
+
 def test_json_keeps_every_bit():
     centroid = centroid_of(np.random.default_rng(0).normal(size=(7, 20)) / 3)
-    again = Centroid.from_json(json.loads(json.dumps(centroid.to_json())))
+    again = parse_centroid(centroid.to_json())
     assert again == centroid
     assert hash(again) == hash(centroid)
     assert again.vector.tobytes() == centroid.vector.tobytes()
@@ -88,19 +95,20 @@ def test_useless_embeddings(rows):
     ("change", "message"),
     [
         ({"vector": []}, r"expected \(d,\)"),
-        ({"vector": [[1.0]]}, "list of numbers"),
-        ({"vector": [True]}, "list of numbers"),
-        ({"vector": None}, "list of numbers"),
-        ({"vector": [1e400]}, "not finite"),
+        ({"vector": [[1.0]]}, "vector.0: got .* expected a valid number"),
+        ({"vector": [True]}, "vector.0: got True, expected a valid number"),
+        ({"vector": None}, "vector: got None, expected a valid"),
+        ({"vector": ["1e400"]}, "vector.0: got '1e400', expected a valid number"),
+        ({"vector": [10**400]}, "not finite"),
         ({"encoder_id": ""}, "encoder id of 0"),
-        ({"encoder_id": 3}, "text encoder_id"),
-        ({"normalised": 1}, "true or false"),
+        ({"encoder_id": 3}, "encoder_id: got 3, expected a valid string"),
+        ({"normalised": 1}, "normalised: got 1, expected a valid boolean"),
         ({"count": 0}, "count 0"),
-        ({"count": 1.5}, "count 1.5"),
+        ({"count": 1.5}, "count: got 1.5, expected a valid integer"),
         ({"spread": -1}, "spread -1"),
-        ({"spread": "x"}, "spread 'x'"),
+        ({"spread": "x"}, "spread: got 'x', expected a valid number"),
     ],
 )
 def test_hostile_json(change, message):
     with pytest.raises(IntegrityError, match=message):
-        Centroid.from_json({**make_centroid().to_json(), **change})
+        parse_centroid({**make_centroid().to_json(), **change})

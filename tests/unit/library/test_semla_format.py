@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import pickle
 import zipfile
@@ -84,7 +85,7 @@ def test_what_the_format_cannot_say_is_not_exported(library, tmp_path, centroids
 
 def test_a_hostile_recipe_cannot_choose_the_folder(library, tmp_path):
     card = make_card("fog")
-    card = type(card).from_json({**card.to_json(), "recipe": {"loradb_domain": "../../fog"}})
+    card = dataclasses.replace(card, recipe={"loradb_domain": "../../fog"})
     library.publish("fog", make_files(), card)
     assert export_loradb(library, tmp_path / "out") == (tmp_path / "out" / "fog",)
 

@@ -62,7 +62,7 @@ def test_orphans_are_invisible(dataset, tmp_path):
     (tmp_path / "shards" / "ffff.parquet").write_bytes(encode_shard([make_pair(900)], CLASSES))
     assert pair_id(900) not in {row.pair_id for row in dataset.rows(statuses=ALL)}
     with pytest.raises(DatasetError, match="no pair"):
-        dataset.find(pair_id(900))
+        dataset.find_pair(pair_id(900))
 
 
 def test_nothing_committed_is_no_dataset(tmp_path):
@@ -111,12 +111,12 @@ def test_find_takes_a_prefix_that_is_clear(dataset):
     ids = [row.pair_id for row in dataset.rows(statuses=ALL) if row.pair_id]
     for wanted in (ids[0], ids[-1]):
         shortest = next(n for n in range(1, 65) if sum(i.startswith(wanted[:n]) for i in ids) == 1)
-        assert dataset.find(wanted[:shortest]).pair_id == wanted
-    assert dataset.find(pair_id(101)).status == "dropped"
+        assert dataset.find_pair(wanted[:shortest]).pair_id == wanted
+    assert dataset.find_pair(pair_id(101)).status == "dropped"
     with pytest.raises(DatasetError, match="is not clear"):
-        dataset.find("")
+        dataset.find_pair("")
     with pytest.raises(DatasetError, match="no pair 'zz'"):
-        dataset.find("zz")
+        dataset.find_pair("zz")
 
 
 def test_it_travels_between_processes(dataset):
