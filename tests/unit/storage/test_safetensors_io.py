@@ -9,10 +9,10 @@ from loraseg.storage.safetensors_io import encode_safetensors
 
 _WRITE = """
 import hashlib, torch
-from loraseg.storage.safetensors_io import encode_tensors
+from loraseg.storage.safetensors_io import encode_safetensors
 tensors = {"b": torch.arange(6.0).view(2, 3).T, "a": torch.ones(3, dtype=torch.float16)}
 header = {name: name * 3 for name in "xyzuvw"}
-print(hashlib.sha256(encode_tensors(tensors, header)).hexdigest())
+print(hashlib.sha256(encode_safetensors(tensors, header)).hexdigest())
 """
 
 

@@ -197,7 +197,7 @@ def test_a_consumer_reads_only_the_shards_of_its_stretch(tmp_path):
 
 
 def test_a_stream_needs_sensible_numbers(dataset):
-    for wrong in ({"buffer": 0}, {"rank": 2, "world": 2}, {"rank": -1}):
+    for wrong in ({"buffer_size": 0}, {"rank": 2, "world_size": 2}, {"rank": -1}):
         with pytest.raises(ConfigError, match="shard stream"):
             ShardStream(dataset, **wrong)
 
