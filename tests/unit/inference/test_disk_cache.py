@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from loraseg.inference.file_lock import locked
 
 from loraseg.adapters.adapter import Adapter, LoraPair
 from loraseg.adapters.packed import pack
 from loraseg.errors import IntegrityError, StoreError
 from loraseg.inference.disk_cache import AdapterDiskCache
+from loraseg.inference.file_lock import locked
 
 
 def make(number, size=64):

@@ -93,5 +93,5 @@ def test_unreadable_folder_names_the_key(store):
 def test_sub_and_whole_store_share_the_lock(store):
     store.put("a/b/key", b"data")
     etag = store.get_with_etag("a/b/key")[1]
-    assert store.with_prefix("a").sub("b").put_if_match("key", b"new", etag) is True
+    assert store.with_prefix("a").with_prefix("b").put_if_match("key", b"new", etag) is True
     assert files_below(store._root) == [".loraseg-lock", "key"]
