@@ -5,9 +5,8 @@ import json
 from collections.abc import Sequence
 from functools import lru_cache
 
-from actors.actor_pools import ActorPoolConfig
+from actors.executor import ActorPoolConfig, RayExecutor
 from actors.resources import ResourceConfig, check_capacity, connect
-from actors.synthesize import RaySynthesisExecutor
 from actors.tasks import get_result, run_ray_tasks
 from actors.train_segmenter import WorkerGroupConfig, ray_train_runner
 from loraseg.batch.matchmask_pp.pipeline import PipelineConfig, StageResult
@@ -83,7 +82,7 @@ class RayStageRunner:
             conditioning=config.conditioning,
             filter=config.filter,
         )
-        manifest = synthesize(wanted, RaySynthesisExecutor(self._generators, self._voters)).manifest
+        manifest = synthesize(wanted, RayExecutor(self._generators, self._voters)).manifest
         return {
             "dataset": output,
             "digest": hashlib.sha256(manifest.to_bytes()).hexdigest(),

@@ -22,9 +22,8 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.resources import ResourceConfig
+from actors.resources import ResourceConfig, alive_nodes, start_on_driver_node
 from actors.tasks import run_ray_tasks
 from loraseg.errors import LorasegError
 from loraseg.train.core.progress import Progress, ProgressCallback
@@ -72,7 +71,8 @@ def train_adapters(
     """
     _warn_resource_mismatch(tasks, resources)
     logger.info("training %d adapters, %s each", len(tasks), resources)
-    board = _start_tracker()
+    # An actor that is restarted loses the progress and keeps the training.
+    board = start_on_driver_node(ProgressTracker, max_restarts=-1)
     view = _ProgressPoller(board, on_progress or _change_logger(), poll_interval_s)
     units = [
         [tasks[index] for index in group]
@@ -95,7 +95,7 @@ def _parallel_workers(tasks: int, resources: ResourceConfig) -> int:
     With no room at all the autoscaler is to bring nodes, it is not known how many.
     """
     needs = {"CPU": resources.cpus, "GPU": resources.gpus}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [node["Resources"] for node in alive_nodes()]
     room = sum(
         min(int(node.get(kind, 0) / need) for kind, need in needs.items() if need)
         for node in nodes
@@ -113,18 +113,11 @@ def _warn_resource_mismatch(tasks: Sequence[TrainingTask], resources: ResourceCo
             threads,
             resources.cpus,
         )
-    hosts = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    hosts = {node["NodeManagerAddress"] for node in alive_nodes()}
     places = {place for task in tasks for place in task.required_uris()}
     local = sorted(place for place in places if not place.startswith("s3://"))
     if len(hosts) > 1 and local:
         logger.warning("%d machines must all find %s: use s3:// or share it", len(hosts), local[0])
-
-
-def _start_tracker() -> Any:
-    # On the driver's own node: a node that is lost without the driver must not take the board.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor: Any = ray.remote(ProgressTracker)
-    return actor.options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
 
 
 def _run_with_progress(

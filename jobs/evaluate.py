@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from actors.evaluate import ordered_map
-from actors.resources import ResourceConfig, check_capacity, connect
+from actors.resources import ResourceConfig, connect_with_capacity
+from actors.tasks import ordered_map
 from loraseg import config as configuration
 from loraseg.evaluate.output import write_results
 from loraseg.evaluate.results import results_table
-from loraseg.evaluate.run import EvaluationConfig, evaluate
+from loraseg.evaluate.run import EvaluationConfig, EvaluationTask, evaluate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,11 +37,14 @@ def main(config: Config) -> None:
         torch.set_num_threads(config.resources.threads)
         results = evaluate(evaluation)
     else:
-        started_here = connect()
-        check_capacity(config.resources, may_grow=not started_here)
-        results = evaluate(evaluation, ordered_map(config.resources))
+        connect_with_capacity(config.resources)
+        results = evaluate(evaluation, ordered_map(config.resources, _title))
     report = write_results(results, evaluation.output)
     sys.stdout.write(f"{results_table(results)}\nreport: {report}\n")
+
+
+def _title(task: EvaluationTask) -> str:
+    return f"evaluate {task.domain.name}"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from actors.actor_pools import ActorPoolConfig
+from actors.executor import ActorPoolConfig
 from actors.matchmask_pp import RayStageRunner
 from actors.train_segmenter import WorkerGroupConfig
 from loraseg import config as configuration

@@ -9,12 +9,12 @@ The report serves as ``targets`` of a generator's recipe. ``loraseg report show`
 import sys
 from dataclasses import dataclass, field
 
-from actors.probe import probe_on_ray
-from actors.resources import ResourceConfig, check_capacity, connect
+from actors.resources import ResourceConfig, connect_with_capacity
+from actors.tasks import call_on_ray
 from loraseg import config as configuration
 from loraseg.adapters.targets.layer_report import LayerReport
 from loraseg.probes.tables import format_report
-from loraseg.probes.task import ProbeTask
+from loraseg.probes.task import ProbeTask, run_probe
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,9 +27,9 @@ class Config(ProbeTask):
 def main(config: Config) -> None:
     """Probe, or find that it has been done; print what the report says."""
     task = config.resolved()
-    started_here = connect()
-    check_capacity(config.resources, may_grow=not started_here)
-    result = probe_on_ray(task, config.resources)
+    connect_with_capacity(config.resources)
+    title = f"{task.method} probe of {task.base}"
+    result = call_on_ray(run_probe, task, title=title, resources=config.resources)
     state = "probed before" if result.skipped else "written"
     sys.stdout.write(
         f"{format_report(LayerReport.from_bytes(result.report))}\n{task.output}: {state}\n"

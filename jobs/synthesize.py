@@ -1,22 +1,23 @@
-"""Turn masks into filtered image/label pairs, exactly once, whatever dies meanwhile.
+"""Generate filtered image/label pairs from masks.
 
 ray job submit --working-dir . -- python -m jobs.synthesize masks=s3://bucket/city \
     output=s3://bucket/pairs adapters="[s3://bucket/generators#city]" \
     segmenter=s3://bucket/segmenter.safetensors
 
-Started again after any accident it makes what is missing; with nothing missing it does nothing.
-With append=true a complete output grows: more masks, or more images of each (sampling.images).
+Safe to kill at any point and to run again: a run generates what is missing. With append=true a
+complete output grows: more masks, or more images of each (sampling.images). With local=true the job
+needs no Ray.
 
 Exit status: 0 done (masks that cannot be used are rows with a reason), 1 the work failed and can be
-started again, 2 a mistake in the config.
+run again, 2 a mistake in the config.
 """
 
 import sys
 from dataclasses import dataclass, field
 
-from actors.actor_pools import ActorPoolConfig
-from actors.synthesize import RaySynthesisExecutor
+from actors.executor import ActorPoolConfig, RayExecutor
 from loraseg import config as configuration
+from loraseg.batch.core.executor import LocalExecutor
 from loraseg.batch.synthesize.config import SynthesisConfig
 from loraseg.batch.synthesize.run import SynthesisSummary, synthesize
 
@@ -24,17 +25,31 @@ _MAX_REJECTED_SHOWN = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Config(SynthesisConfig):
-    """What is made, and what each generator and each voter takes on Ray."""
+class Config:
+    """The synthesis, and where it runs.
 
+    Attributes:
+        synthesis: Its fields are keys of this config.
+        generators: What each worker that generates images takes on Ray; its ``cpus`` set the
+            threads with ``local`` too.
+        voters: What each worker that filters labels takes on Ray.
+        local: Generate in this process, without Ray.
+    """
+
+    synthesis: SynthesisConfig = field(metadata=configuration.INLINED)
     generators: ActorPoolConfig = field(default_factory=ActorPoolConfig)
     voters: ActorPoolConfig = field(default_factory=lambda: ActorPoolConfig(cpus=0.5))
+    local: bool = False
 
 
 def main(config: Config) -> int:
-    """Run the job; return its exit status."""
-    summary = synthesize(config, RaySynthesisExecutor(config.generators, config.voters))
-    sys.stdout.write(_format_summary(config.output, summary))
+    """Run the job and return its exit status."""
+    if config.local:
+        executor = LocalExecutor(config.generators.threads)
+    else:
+        executor = RayExecutor(config.generators, config.voters)
+    summary = synthesize(config.synthesis, executor)
+    sys.stdout.write(_format_summary(config.synthesis.output, summary))
     return 0
 
 

@@ -1,7 +1,7 @@
-"""Score a library leave-one-out and report what came out.
+"""Leave-one-out evaluation of a library, and measures of synthetic images.
 
-Why K and tau are chosen by cross-validation over domains, families kept together: chosen on the
-domains that are scored, or on their twins, they would know the answer.
+K and tau are chosen by cross-validation over domains, and related domains (families) stay in one
+fold: values chosen on the scored domains or on similar ones would be biased towards the test data.
 """
 
 __all__: list[str] = []

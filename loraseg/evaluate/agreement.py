@@ -1,4 +1,7 @@
-"""Do images show what their masks say? Judged by a segmenter that has not seen the generator."""
+"""Agreement of generated images with their masks, measured by an independent segmenter.
+
+The segmenter (the judge) must not have been trained on images of the generator.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,12 +19,12 @@ LabelPredictor = Callable[[UInt8[ndarray, "n h w 3"]], UInt8[ndarray, "n h w"]]
 
 @dataclass(frozen=True, slots=True)
 class MaskAgreement:
-    """How far a judge finds the masks in the images.
+    """Agreement of a judge's label maps with masks.
 
     Attributes:
-        right: mIoU of the judge's labels against the masks, in [0, 1].
-        wrong: The same against the mask of the image before: what chance gives.
-        classes: IoU by class name; nan for a class that is in no mask and was never seen.
+        right: mIoU of the judge's label maps and the masks, in [0, 1].
+        wrong: mIoU with the mask of the previous image, the level of chance.
+        classes: IoU by class name; nan for a class that occurs in no mask and no label map.
     """
 
     right: float
@@ -38,9 +41,9 @@ def measure_agreement(
     """Measure the agreement of images with their masks.
 
     Args:
-        predict: Labels images with the ids of the masks.
-        images: RGB, one a mask.
-        masks: Class ids, 255 = ignore; at least two, so that there is a wrong one.
+        predict: The judge: returns label maps with the class ids of the masks.
+        images: RGB, one per mask.
+        masks: Class ids, 255 = ignore; at least two.
         names: Class names by id.
 
     Raises:
@@ -50,10 +53,10 @@ def measure_agreement(
         raise DatasetError(
             f"images {images.shape}, masks {masks.shape}: expected at least two of equal size"
         )
-    found = predict(images)
+    predicted = predict(images)
     right, wrong = ConfusionMatrix(len(names)), ConfusionMatrix(len(names))
-    right.add(masks, found)
-    wrong.add(np.roll(masks, 1, axis=0), found)
+    right.add(masks, predicted)
+    wrong.add(np.roll(masks, 1, axis=0), predicted)
     iou = right.iou()
     classes = {name: float(value) for name, value in zip(names, iou, strict=True)}
     return MaskAgreement(float(right.miou()), float(wrong.miou()), classes)

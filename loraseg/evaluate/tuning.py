@@ -1,4 +1,4 @@
-"""Choose K and tau on other domains than those that they are used for."""
+"""Choice of K and tau by cross-validation over domains."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,12 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hyperparameters:
-    """One point of the grid: K nearest adapters, temperature tau (methods B.4)."""
+    """One point of the grid.
+
+    Attributes:
+        k: Number K of nearest adapters.
+        temperature: tau in SemLA's weights ``w_i ~ exp(1 / (d_i tau))``.
+    """
 
     k: int
     temperature: float
@@ -30,7 +35,11 @@ class Hyperparameters:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HyperparameterGrid:
-    """All combinations of K and tau that are tried."""
+    """The values of K and tau that are combined.
+
+    Raises:
+        ConfigError: A list is empty, a K is below 1, or a tau is not positive.
+    """
 
     k: tuple[int, ...] = (1, 2, 3, 5)
     temperature: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.3)
@@ -42,7 +51,7 @@ class HyperparameterGrid:
             raise ConfigError(f"grid.temperature: got {self.temperature}, expected numbers above 0")
 
     def combinations(self) -> tuple[Hyperparameters, ...]:
-        """Return the points in the order in which ties between them are settled."""
+        """Return the points of the grid; of equally good ones the first is chosen."""
         return tuple(
             Hyperparameters(k=k, temperature=tau) for k in self.k for tau in self.temperature
         )
@@ -51,13 +60,11 @@ class HyperparameterGrid:
 def mixing_weight_matrix(
     distances: Float[ndarray, "images adapters"], setting: Hyperparameters
 ) -> Float[ndarray, "images adapters"]:
-    """Return every image's weights over all adapters, zero for those not retrieved.
-
-    The distances are measured once; any number of settings is then a matter of microseconds.
+    """Return SemLA's mixing weights of every image, zero for adapters that are not retrieved.
 
     Args:
-        distances: Euclidean distances of image embeddings to adapters, >= 0.
-        setting: K and tau; a K above the number of adapters takes all of them.
+        distances: Euclidean distances of image embeddings to centroids, >= 0.
+        setting: K and tau; a K above the number of adapters retrieves all of them.
     """
     weights = np.zeros(distances.shape, dtype=np.float64)
     for row, image in zip(weights, distances, strict=True):
@@ -69,20 +76,21 @@ def mixing_weight_matrix(
 def folds_by_family(
     families: Mapping[str, str], *, count: int | None = None, seed: int = 0
 ) -> dict[str, int]:
-    """Split domains into folds so that no family is in two of them.
+    """Split domains into folds so that each family is in one fold.
 
-    Families go, in an order drawn from the seed, to the fold with the fewest domains so far.
+    The largest families come first, families of equal size in an order drawn from ``seed``; each
+    goes to the fold with the fewest domains so far.
 
     Args:
         families: Family of every domain.
-        count: Number of folds, at least 2; None for one a family.
-        seed: For the order of the families.
+        count: Number of folds, at least 2; None for one fold per family.
+        seed: Seed of the order.
 
     Returns:
         The fold of every domain, in [0, count).
 
     Raises:
-        ConfigError: There are fewer families than folds, so some choice would see its own fold.
+        ConfigError: ``count`` is below 2 or above the number of families.
     """
     members: dict[str, list[str]] = {}
     for domain, family in families.items():
@@ -91,7 +99,7 @@ def folds_by_family(
     if not 2 <= count <= len(members):
         raise ConfigError(
             f"folds: got {count} for {len(members)} families of domains, expected 2 to the number "
-            f"of families (name k and temperature instead of a grid if there are too few)"
+            f"of families (with too few families, set k and temperature instead of a grid)"
         )
     names = sorted(members)
     seeding.numpy_generator(seed, "folds").shuffle(names)
@@ -110,12 +118,12 @@ def select_hyperparameters(
     folds: Mapping[str, int],
     settings: Sequence[Hyperparameters],
 ) -> dict[str, Hyperparameters]:
-    """Choose for every domain the setting with the best h-mean over the OTHER folds.
+    """Choose for every domain the setting with the largest h-mean over the other folds.
 
     Args:
-        scores: mIoU in [0, 1] of every setting for every domain.
+        scores: mIoU in [0, 1] of every setting, by domain.
         folds: Fold of every domain; at least two folds.
-        settings: What the scores belong to; the first of equal ones wins.
+        settings: The settings, in the order of the scores; the first of equally good ones wins.
     """
     chosen: dict[int, Hyperparameters] = {}
     for fold in set(folds.values()):

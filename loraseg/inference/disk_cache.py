@@ -1,17 +1,18 @@
-"""Packed adapters on this machine's disk, so that an adapter is fetched and laid out only once."""
+"""Packed adapters on this machine's disk: each is fetched and packed once for all processes."""
 
 import logging
 import os
 import re
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock
 
 from loraseg.adapters.packed import PackedAdapter, read_packed, write_packed
 from loraseg.errors import IntegrityError
-from loraseg.inference.file_lock import locked, remove_if_free
 
 __all__ = ["AdapterDiskCache"]
 
@@ -20,17 +21,20 @@ logger = logging.getLogger(__name__)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _SUFFIX = ".safetensors"
 _LOCK_SUFFIX = ".lock"
-_PARTIAL_FILE_AGE_S = 3600.0
-# Other processes put files here too: after this share of the limit, look what there is.
+_LOCK_POLL_S = 0.02
+# Age at which partial files of killed writers and unused lock files are removed. A lock that is
+# held for longer is removed too: then a second process may create the same adapter.
+_STALE_FILE_AGE_S = 3600.0
+# Other processes add files too: after this share of the limit, the folder is scanned again.
 _RESCAN_SHARE = 1 / 32
 
 
 class AdapterDiskCache:
-    """A folder of packed adapters by digest, bounded in bytes.
+    """A folder of packed adapters named by digest, with a limit in bytes.
 
-    Any number of processes may share it. What is taken from it is mapped, not read: pages come
-    from the disk when they are looked at and go when memory is short. A file may be deleted while
-    it is mapped. If the disk fails, adapters simply stay in memory.
+    Any number of threads and processes may share it. Adapters are memory-mapped: pages are read
+    when they are used and dropped when memory is short. A file may be deleted while it is mapped.
+    If the disk fails, adapters stay in memory.
     """
 
     def __init__(
@@ -39,10 +43,11 @@ class AdapterDiskCache:
         """Use a folder.
 
         Args:
-            folder: Need not exist.
-            limit_bytes: Beyond it the longest unused files go. Processes that write at once may
-                exceed it by a few percent each.
-            lock_timeout_s: How long :meth:`fetch` waits for another that makes the same adapter.
+            folder: Created when it is needed.
+            limit_bytes: Beyond it the least recently used files are deleted. Processes that write
+                at the same time may exceed it by a few percent each.
+            lock_timeout_s: How long :meth:`get_or_create` waits for another thread or process that
+                creates the same adapter.
         """
         self._folder, self._limit_bytes, self._lock_timeout_s = folder, limit_bytes, lock_timeout_s
         self._lock = threading.Lock()
@@ -50,35 +55,35 @@ class AdapterDiskCache:
         self._unscanned_bytes = 0
 
     def get_or_create(self, digest: str, create: Callable[[], PackedAdapter]) -> PackedAdapter:
-        """Return an adapter from here, else make it and keep it.
+        """Return an adapter from the folder, or create it and keep it.
 
-        Of all threads and processes that want the same one at once, one makes it while the others
-        wait. If it dies, another takes over at once; if it takes longer than our patience, we make
-        the adapter too, which costs only time. Its failure is its own: each of the others tries.
+        Of all threads and processes that need the same adapter, one creates it while the others
+        wait. If its process is killed, another takes over at once; if it takes longer than
+        ``lock_timeout_s``, the others create the adapter too. After an error of ``create``, each of
+        the others calls its own.
 
         Raises:
-            IntegrityError: What was made has another digest.
-            Exception: Whatever ``create`` raises.
+            IntegrityError: The created adapter has another digest.
+            Exception: As raised by ``create``.
         """
         packed = self.get(digest)
         if packed is not None:
             return packed
-        with suppress(OSError):  # a folder that cannot be made still serves
+        with suppress(OSError):  # without a folder, adapters stay in memory
             self._folder.mkdir(parents=True, exist_ok=True)
-        lock = self._folder / f".{digest}{_LOCK_SUFFIX}"
-        with locked(lock, self._lock_timeout_s) as is_first:
-            if not is_first:
-                logger.warning("adapter %s: no lock to be had, making it beside others", digest)
+        with self._locked(digest) as is_locked:
+            if not is_locked:
+                logger.warning("adapter %s: no lock within its timeout, creating it anyway", digest)
             packed = self.get(digest)
             if packed is not None:
                 return packed
-            made = create()
-            if made.digest != digest:
-                raise IntegrityError(f"adapter: got digest {made.digest}, expected {digest}")
-            return self.put(made)
+            created = create()
+            if created.digest != digest:
+                raise IntegrityError(f"adapter: got digest {created.digest}, expected {digest}")
+            return self.put(created)
 
     def get(self, digest: str) -> PackedAdapter | None:
-        """Return an adapter with its bytes checked, None if it is not here or not usable."""
+        """Return an adapter after checking its bytes; None if it is missing or damaged."""
         path = self._path(digest)
         try:
             packed = read_packed(path)
@@ -90,12 +95,12 @@ class AdapterDiskCache:
         if packed.digest != digest:
             logger.warning("%s holds adapter %s, fetching it again", path, packed.digest)
             return None
-        with suppress(OSError):  # a folder that cannot be written still serves
-            os.utime(path)  # the newest use decides what goes first
+        with suppress(OSError):  # a read-only folder can still be read
+            os.utime(path)  # the time of last use decides which file is deleted first
         return packed
 
     def put(self, packed: PackedAdapter) -> PackedAdapter:
-        """Keep an adapter and return it as it is kept, mapped from the disk."""
+        """Write an adapter and return it memory-mapped; unchanged if the disk fails."""
         path = self._path(packed.digest)
         try:
             write_packed(path, packed)
@@ -106,13 +111,25 @@ class AdapterDiskCache:
             logger.warning("packed adapter not kept: %s", error)
             return packed
 
+    @contextmanager
+    def _locked(self, digest: str) -> Generator[bool]:
+        """Hold the lock of an adapter; yield False on a timeout or if the disk has no locks."""
+        path = self._folder / f".{digest}{_LOCK_SUFFIX}"
+        lock = FileLock(path, timeout=self._lock_timeout_s, poll_interval=_LOCK_POLL_S)
+        with suppress(OSError):  # filelock.Timeout is an OSError
+            lock.acquire()
+        try:
+            yield lock.is_locked
+        finally:
+            lock.release()
+
     def _path(self, digest: str) -> Path:
         if not _DIGEST.fullmatch(digest):
             raise IntegrityError(f"adapter digest {digest!r}: expected 64 hex digits")
         return self._folder / f"{digest}{_SUFFIX}"
 
     def _enforce_limit(self, added_bytes: int) -> None:
-        """Look through the folder only when it may have grown beyond its limit."""
+        """Scan the folder only when it may have grown beyond its limit."""
         self._unscanned_bytes += added_bytes
         if (
             self._size_bytes is not None
@@ -122,29 +139,28 @@ class AdapterDiskCache:
             self._size_bytes += added_bytes
             return
         self._unscanned_bytes = 0
-        found: list[tuple[float, int, Path]] = []
-        self._remove_partial_files()
+        self._remove_stale_files()
+        files: list[tuple[float, int, Path]] = []
         for path in self._folder.glob(f"*{_SUFFIX}"):
             try:
-                state = path.stat()
-            except FileNotFoundError:  # another process made room
+                stat = path.stat()
+            except FileNotFoundError:  # deleted by another process
                 continue
-            found.append((state.st_mtime, state.st_size, path))
-        total = sum(size for _, size, _ in found)
-        # A little more than needed, so that not every adapter from now on has to look around.
-        room = self._limit_bytes if total <= self._limit_bytes else 0.9 * self._limit_bytes
-        for _, size, path in sorted(found)[:-1]:
-            if total <= room:
+            files.append((stat.st_mtime, stat.st_size, path))
+        total = sum(size for _, size, _ in files)
+        # Somewhat more than needed, so that not every further adapter causes a scan.
+        target = self._limit_bytes if total <= self._limit_bytes else 0.9 * self._limit_bytes
+        for _, size, path in sorted(files)[:-1]:
+            if total <= target:
                 break
             path.unlink(missing_ok=True)
             total -= size
         self._size_bytes = total
 
-    def _remove_partial_files(self) -> None:
-        """Remove what writers that were killed have left."""
-        for path in self._folder.glob(f".*{_SUFFIX}.*"):
-            with suppress(OSError):
-                if time.time() - path.stat().st_mtime > _PARTIAL_FILE_AGE_S:
-                    path.unlink()
-        for path in self._folder.glob(f".*{_LOCK_SUFFIX}"):
-            remove_if_free(path)
+    def _remove_stale_files(self) -> None:
+        """Remove partial files of killed writers, and lock files that are not used any more."""
+        for pattern in (f".*{_SUFFIX}.*", f".*{_LOCK_SUFFIX}"):
+            for path in self._folder.glob(pattern):
+                with suppress(OSError):
+                    if time.time() - path.stat().st_mtime > _STALE_FILE_AGE_S:
+                        path.unlink()

@@ -9,7 +9,7 @@ import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from loraseg.inference.config import AttentionLoraSetting
 from loraseg.inference.selection import AttentionLoraState
 from loraseg.library.retrieve import AdapterRetriever
 from loraseg.library.snapshot import CatalogEntry
+from loraseg.lru_cache import LruCache
 
 __all__ = ["AdapterFilter", "LibrarySnapshot", "build_snapshot", "describe_incompatible"]
 
@@ -72,22 +73,22 @@ class LibrarySnapshot:
     attention: AttentionLoraState
     incompatible: Mapping[str, str]
     loaded_at: float = field(default_factory=time.time)
-    _invisible_cache: dict[tuple[str, ...], frozenset[str]] = field(
-        default_factory=dict[tuple[str, ...], frozenset[str]], repr=False, compare=False
+    _invisible_cache: LruCache[tuple[str, ...], frozenset[str]] = field(
+        default_factory=lambda: LruCache(_MAX_CACHED_PATTERNS), repr=False, compare=False
     )
 
     def invisible(self, visible: tuple[str, ...] | None) -> frozenset[str]:
         """Return the names that match none of the patterns (``fnmatch``, case-sensitive)."""
         if visible is None:
             return frozenset()
-        names = self._invisible_cache.get(visible)
-        if names is None:
-            matches = [re.compile(fnmatch.translate(pattern)).match for pattern in visible]
-            names = frozenset(n for n in self.entries if not any(match(n) for match in matches))
-            if len(self._invisible_cache) >= _MAX_CACHED_PATTERNS:
-                self._invisible_cache.clear()
-            self._invisible_cache[visible] = names
-        return names
+        return self._invisible_cache.get_or_create(
+            visible, lambda: _unmatched(self.entries, visible)
+        )
+
+
+def _unmatched(names: Iterable[str], patterns: Sequence[str]) -> frozenset[str]:
+    matches = [re.compile(fnmatch.translate(pattern)).match for pattern in patterns]
+    return frozenset(name for name in names if not any(match(name) for match in matches))
 
 
 def build_snapshot(

@@ -1,3 +1,3 @@
-"""Probes: which layers of a generator matter, as reports that selections are made from."""
+"""Probes: reports on which layers of a generator matter, from which recipes select layers."""
 
 __all__: list[str] = []

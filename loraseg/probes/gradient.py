@@ -1,4 +1,9 @@
-"""Which layers full tuning changes most: MatchMask's probe (methods b.3)."""
+"""The gradient probe of MatchMask: which layers full fine-tuning changes most.
+
+MatchMask, section on the gradient probe: ``S_i = |theta_i - theta'_i| / |theta'_i|`` for layer i
+with weights theta' before and theta after fine-tuning. The paper gives no stop rule and no
+optimiser; both are settings here.
+"""
 
 import dataclasses
 import logging
@@ -24,27 +29,28 @@ __all__ = ["GradientProbeConfig", "gradient_probe", "relative_changes"]
 
 logger = logging.getLogger(__name__)
 
-# Below it a tensor counts as zero-initialised: its relative change would say nothing.
+# Tensors with a smaller norm count as zero-initialised; their relative change is meaningless.
 _SMALLEST_NORM = 1e-8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class GradientProbeConfig:
-    """How the UNet is tuned, and when its ranking has settled.
+    """How the UNet is fine-tuned, and when its ranking of layers counts as stable.
 
     Attributes:
-        epochs: At most so many.
-        learning_rate: Of AdamW without weight decay, constant. The default is for Stable Diffusion;
-            the miniature wants 1e-4.
+        epochs: Largest number of epochs.
+        learning_rate: Constant learning rate of AdamW without weight decay. The default is for
+            Stable Diffusion; the miniature needs 1e-4.
         batch_size: Images per step; an epoch has ceil(views / batch_size) steps.
-        accumulate: Parts that a step's images go through one after the other, to save memory.
-        top: The ranking's head that has to settle, so many projections; None to go by ``share``.
-        share: This share of all projections, in (0, 1].
-        stop_overlap: Stop when the heads of two epochs have this Jaccard overlap, in (0, 1].
+        accumulate: Number of micro-batches per step, to save memory.
+        top: Number of leading projections that are compared between epochs; None to use ``share``.
+        share: Share of all projections that is compared between epochs, in (0, 1].
+        stop_overlap: Training stops when the leading projections of two epochs have this Jaccard
+            overlap, in (0, 1].
         clip_norm: Largest L2 norm of all gradients together.
         precision: "bf16" runs the UNet under autocast; its weights stay float32.
         recompute: Gradient checkpointing.
-        threads: CPU threads while training. The last bits of a result depend on it.
+        threads: CPU threads of the training. The last bits of a result depend on it.
     """
 
     epochs: int = 5
@@ -70,10 +76,10 @@ class GradientProbeConfig:
                 raise ConfigError(f"{field}: got {getattr(self, field)}, expected in (0, 1]")
         if self.epochs < 1 or (self.top is not None and self.top < 1):
             raise ConfigError(f"epochs {self.epochs}, top {self.top}: expected at least 1")
-        self.recipe(1)  # which checks the rest
+        self.recipe(1)  # checks the other settings
 
     def recipe(self, views: int) -> GeneratorRecipe:
-        """Return how to tune on so many views.
+        """Return the recipe for fine-tuning on a number of views.
 
         Raises:
             ConfigError: A value is out of range.
@@ -83,7 +89,7 @@ class GradientProbeConfig:
         return GeneratorRecipe(
             name="gradient-probe",
             learning_rate=self.learning_rate,
-            weight_decay=0.0,  # it changes weights too, and would be taken for learning
+            weight_decay=0.0,  # decay changes weights too and would inflate the scores
             batch_size=self.batch_size,
             accumulate=self.accumulate,
             draws=DrawConfig(regions=True),
@@ -99,7 +105,7 @@ class GradientProbeConfig:
         )
 
     def epoch_steps(self, views: int) -> int:
-        """Return the steps of one epoch."""
+        """Return the number of steps per epoch."""
         return -(-views // self.batch_size)
 
 
@@ -113,30 +119,31 @@ def gradient_probe(
     *,
     on_step: StepCallback | None = None,
 ) -> LayerReport:
-    """Tune the whole UNet and score each layer by how far its weight has moved.
+    """Fine-tune the whole UNet and score each layer by the relative change of its weight.
 
-    The score is S = |W - W'| / |W'| with Frobenius norms, W' before and W after the last epoch; a
-    layer's history holds S at the end of each. Layers with |W'| below 1e-8 have no score. W' waits
-    on the CPU and is compared weight by weight, so that the accelerator holds what training needs
-    and one more weight at a time. Afterwards the base is as it was, bit by bit, and on the CPU the
-    same arguments give the same bytes.
+    The score is S = |W - W'| / |W'| with Frobenius norms, W' before and W after the last epoch. The
+    history of a layer holds S at the end of each epoch. Layers with |W'| below 1e-8 have no score.
+
+    W' is kept on the CPU and compared weight by weight, so the accelerator holds one additional
+    weight at a time. The UNet's weights are restored exactly afterwards. On the CPU, equal
+    arguments give equal bytes.
 
     Args:
-        base: Where its UNet is (CPU or GPU) is where training happens; of float32.
-        data: Few labelled images, with regions for rectified attention; their seed decides the
-            batches.
-        config: How to tune and when to stop.
+        base: The generator; its UNet is trained in place, on its device. Must be float32.
+        data: A few labelled images, with regions for rectified attention. Their seed determines
+            the batches.
+        config: Settings of the fine-tuning and the stop rule.
         on_step: Called after each step with (steps done, loss).
 
     Raises:
-        ConfigError: The UNet is not of float32, or ``top`` exceeds its projections.
-        AdapterMismatchError: The UNet has no attention projection.
+        ConfigError: The UNet is not float32, or ``top`` exceeds its number of projections.
+        AdapterMismatchError: The UNet has no attention projections.
         StageError: The loss is not finite.
     """
     if base.dtype != torch.float32:
-        # Steps as small as the rate are lost in the rounding of half precision.
+        # Updates as small as the learning rate vanish in the rounding of half precision.
         raise ConfigError(
-            f"gradient probe: the UNet is of {base.dtype}, expected torch.float32 (precision=bf16 "
+            f"gradient probe: the UNet is {base.dtype}, expected torch.float32 (precision=bf16 "
             f"trains float32 weights under autocast)"
         )
     ranking = _LayerRanking(base, config, data)
@@ -148,14 +155,14 @@ def gradient_probe(
 
 @torch.no_grad()
 def relative_changes(module: nn.Module, before: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return |p - p'| / |p'| of each parameter p that was not zero (methods b.3).
+    """Return |p - p'| / |p'| of each parameter p, MatchMask's layer score.
 
     Args:
-        module: Holds the parameters p, any shapes.
-        before: Holds each p' by the parameter's name, on any device.
+        module: The module with parameters p, of any shapes.
+        before: The values p' by parameter name, of the same shapes, on any device.
 
     Returns:
-        By the parameter's name; those with |p'| below 1e-8 are left out.
+        Relative change by parameter name, without parameters whose |p'| is below 1e-8.
     """
     changes: dict[str, float] = {}
     for name, parameter in module.named_parameters():
@@ -167,14 +174,14 @@ def relative_changes(module: nn.Module, before: Mapping[str, Tensor]) -> dict[st
 
 
 class _LayerRanking:
-    """The layers' scores in the course of the epochs."""
+    """Scores of the layers by epoch."""
 
     def __init__(
         self, base: DiffusionBase, config: GradientProbeConfig, data: DenoisingData
     ) -> None:
         self._base, self._config, self._data = base, config, data
         self._unet: nn.Module = base.unet
-        self._projections = {found.name: found for found in attention_projections(self._unet)}
+        self._projections = {layer.name: layer for layer in attention_projections(self._unet)}
         if config.top is not None and config.top > len(self._projections):
             raise ConfigError(
                 f"gradient probe: top {config.top}, expected at most {len(self._projections)}, "
@@ -183,25 +190,26 @@ class _LayerRanking:
         self._epoch_steps = config.epoch_steps(len(data))
         self._epochs: list[dict[str, float]] = []
         self._overlaps: list[float] = []
-        self._previous_top: frozenset[str] = frozenset()
+        self._previous_leading: frozenset[str] = frozenset()
 
     def update(self, done: int, before: Mapping[str, Tensor]) -> bool:
-        """Score the layers if an epoch is over; return whether their ranking has settled."""
+        """Score the layers at the end of an epoch; return whether their ranking is stable."""
         if done % self._epoch_steps:
             return False
         self._epochs.append(relative_changes(self._unet, before))
         report = self.report()
         top = self._config.top
         share = self._config.share if top is None else None
-        head = frozenset(select_from_report(report, top=top, share=share))
+        leading = frozenset(select_from_report(report, top=top, share=share))
         if len(self._epochs) > 1:
-            self._overlaps.append(len(head & self._previous_top) / len(head | self._previous_top))
+            previous = self._previous_leading
+            self._overlaps.append(len(leading & previous) / len(leading | previous))
             logger.info("epoch %d: overlap %.3f", len(self._epochs), self._overlaps[-1])
-        self._previous_top = head
+        self._previous_leading = leading
         return bool(self._overlaps) and self._overlaps[-1] >= self._config.stop_overlap
 
     def report(self) -> LayerReport:
-        """Return what is known after the last epoch."""
+        """Return the scores after the last epoch."""
         scored = [name for name in self._weight_sizes() if f"{name}.weight" in self._epochs[-1]]
         settings: dict[str, Any] = configuration.to_dict(self._config)
         return LayerReport(
@@ -219,7 +227,7 @@ class _LayerRanking:
         )
 
     def _weight_sizes(self) -> dict[str, int]:
-        """Return the values of each layer's weight."""
+        """Return the number of elements of each layer's weight."""
         return {
             name.removesuffix(".weight"): parameter.numel()
             for name, parameter in self._unet.named_parameters()

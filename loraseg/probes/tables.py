@@ -1,4 +1,4 @@
-"""Layer reports as tables: what leads, which parts of the model lead, how far two reports agree."""
+"""Layer reports as text: leading layers, groups of layers, agreement of two reports."""
 
 import math
 import re
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 _BLOCK = re.compile(r"(?:down_blocks|up_blocks)\.\d+|mid_block")
-# What a layer is by a part of its name; the first that fits counts.
+# Kind of a layer by its name; the first match counts.
 _KINDS = (
     (re.compile(r"(^|\.)time_emb"), "time"),
     (re.compile(r"(^|\.)add_embedding\."), "size and pooled text"),
@@ -42,14 +42,14 @@ _TOP_K = (5, 10, 20, 40, 80, 160)
 
 @dataclass(frozen=True, slots=True)
 class LayerGroup:
-    """Layers that have something in common.
+    """Layers with a common property, such as their block.
 
     Attributes:
-        name: What they have in common.
+        name: Value of the property.
         layers: Number of layers.
-        mean: Of their scores.
-        largest: Of their scores.
-        leading: How many of them are among the report's first k.
+        mean: Mean score.
+        largest: Largest score.
+        leading: Number of layers among the first k of the report.
     """
 
     name: str
@@ -61,13 +61,13 @@ class LayerGroup:
 
 @dataclass(frozen=True, slots=True)
 class ReportAgreement:
-    """How far two reports agree about the layers that both score.
+    """Agreement of two reports on the layers that both score.
 
     Attributes:
-        layers: Number of these.
+        layers: Number of layers that both score.
         left_out: Number of layers that only one of them scores.
-        overlaps: (k, Jaccard overlap of the first k of each).
-        spearman: Rank correlation in [-1, 1]; nan if a report scores all of them alike.
+        overlaps: (k, Jaccard overlap of the first k layers of each).
+        spearman: Rank correlation in [-1, 1]; nan if all scores of a report are equal.
     """
 
     layers: int
@@ -77,26 +77,26 @@ class ReportAgreement:
 
 
 def block_of(layer: LayerScore) -> str:
-    """Return the UNet's block, or the first name of a layer that is in none."""
-    found = _BLOCK.match(layer.name)
-    return found[0] if found else layer.name.partition(".")[0]
+    """Return the UNet block of a layer, or the first part of its name if it is in no block."""
+    match = _BLOCK.match(layer.name)
+    return match[0] if match else layer.name.partition(".")[0]
 
 
 def kind_of(layer: LayerScore) -> str:
-    """Return what the layer does: ``cross q``, ``self out``, ``time``, ``conv``, ``norm``, ..."""
+    """Return the kind of a layer: ``cross q``, ``self out``, ``time``, ``conv``, ``norm``, ..."""
     if layer.part is not None:
         return f"{'cross' if layer.cross else 'self'} {layer.part}"
     return next((kind for pattern, kind in _KINDS if pattern.search(layer.name)), "other")
 
 
 def resolution_of(layers: Iterable[LayerScore]) -> Callable[[LayerScore], str]:
-    """Return a function that says at which resolution a layer works: ``1/4``, or ``-`` if unknown.
+    """Return a function that gives the resolution of a layer: ``1/4``, or ``-`` if unknown.
 
-    That of a layer which is no projection is known if its block holds one. (The convolution at a
-    block's end, which halves or doubles the sides, counts to the block.)
+    A layer that is not a projection has the resolution of the projections in its block. The down-
+    or upsampling convolution at the end of a block counts to the block.
 
     Args:
-        layers: All of the model's.
+        layers: All layers of the model.
     """
     factors = {block_of(layer): layer.factor for layer in layers if layer.factor is not None}
 
@@ -110,12 +110,12 @@ def resolution_of(layers: Iterable[LayerScore]) -> Callable[[LayerScore], str]:
 def group_layers(
     report: LayerReport, name_of: Callable[[LayerScore], str], k: int
 ) -> list[LayerGroup]:
-    """Sort the layers into groups, the highest mean score first, ties by name.
+    """Return the layers in groups, by descending mean score, ties by name.
 
     Args:
         report: The layers.
-        name_of: A layer's group.
-        k: How many layers count as leading.
+        name_of: Returns the group of a layer.
+        k: Number of layers that count as leading.
 
     Raises:
         ConfigError: k is not in [1, number of layers].
@@ -124,7 +124,7 @@ def group_layers(
     members: dict[str, list[LayerScore]] = {}
     for layer in report.scores:
         members.setdefault(name_of(layer), []).append(layer)
-    found = [
+    groups = [
         LayerGroup(
             name=name,
             layers=len(layers),
@@ -134,7 +134,7 @@ def group_layers(
         )
         for name, layers in members.items()
     ]
-    return sorted(found, key=lambda group: (-group.mean, group.name))
+    return sorted(groups, key=lambda group: (-group.mean, group.name))
 
 
 def compare_reports(
@@ -143,9 +143,9 @@ def compare_reports(
     """Compare two reports on the layers that both score.
 
     Args:
-        first: One report.
-        second: The other; of any method.
-        cuts: Sizes k of the heads that are compared; none for several that fit.
+        first: A report.
+        second: Another report, of any method.
+        cuts: Numbers k of leading layers that are compared; a default selection if empty.
 
     Raises:
         ConfigError: They have no layer in common, or a k is not in [1, number of those].
@@ -155,21 +155,21 @@ def compare_reports(
     if not common:
         raise ConfigError(
             f"layer reports on {first.base_name!r} and {second.base_name!r} have no layer in "
-            f"common; expected reports on one kind of model"
+            f"common; expected reports on the same kind of model"
         )
-    one, two = (
+    first, second = (
         replace(report, scores=tuple(s for s in report.scores if s.name in common))
         for report in (first, second)
     )
-    chosen = tuple(cuts) or tuple(k for k in _TOP_K if k < len(common)) or (1,)
-    scores = {layer.name: layer.score for layer in two.scores}
+    cuts = tuple(cuts) or tuple(k for k in _TOP_K if k < len(common)) or (1,)
+    scores = {layer.name: layer.score for layer in second.scores}
     return ReportAgreement(
         layers=len(common),
         left_out=len(names[0] ^ names[1]),
-        overlaps=tuple((k, one.overlap(two, k)) for k in chosen),
+        overlaps=tuple((k, first.overlap(second, k)) for k in cuts),
         spearman=spearman(
-            np.array([layer.score for layer in one.scores]),
-            np.array([scores[layer.name] for layer in one.scores]),
+            np.array([layer.score for layer in first.scores]),
+            np.array([scores[layer.name] for layer in first.scores]),
         ),
     )
 
@@ -186,10 +186,12 @@ def spearman(first: Float[ndarray, " n"], second: Float[ndarray, " n"]) -> float
 
 
 def format_report(report: LayerReport, k: int = 10) -> str:
-    """Return what a report says, as text: its first k layers, then its groups.
+    """Return a report as text: its first k layers, then its groups.
+
+    A k above the number of layers shows all of them.
 
     Raises:
-        ConfigError: k is not positive; a k beyond the number of layers shows all.
+        ConfigError: k is not positive.
     """
     k = min(k, len(report.scores))
     leading = report.top(k)
@@ -197,13 +199,13 @@ def format_report(report: LayerReport, k: int = 10) -> str:
     samples = ", ".join(f"{count} {name}" for name, count in sorted(report.samples.items()))
     rows = [
         (
-            str(place),
+            str(rank),
             f"{layer.score:.3e}",
             kind_of(layer),
             resolution(layer),
             layer.name,
         )
-        for place, layer in enumerate(report.scores[:k], start=1)
+        for rank, layer in enumerate(report.scores[:k], start=1)
     ]
     parts = [
         f"{report.method} probe of {report.base_name} ({report.base_digest[:12]}): "
@@ -216,27 +218,27 @@ def format_report(report: LayerReport, k: int = 10) -> str:
 
 
 def format_comparison(first: LayerReport, second: LayerReport, cuts: Sequence[int] = ()) -> str:
-    """Return how far two reports agree, as text.
+    """Return the agreement of two reports as text.
 
     Raises:
-        ConfigError: As in :func:`agreement`.
+        ConfigError: As in :func:`compare_reports`.
     """
-    found = compare_reports(first, second, cuts)
-    only = f", {found.left_out} more in only one of them" if found.left_out else ""
+    agreement = compare_reports(first, second, cuts)
+    only = f", {agreement.left_out} more in only one of them" if agreement.left_out else ""
     lines = [
         f"{report.method} probe of {report.base_name} ({report.base_digest[:12]})\n"
         for report in (first, second)
     ]
-    rank = "undefined" if math.isnan(found.spearman) else f"{found.spearman:.3f}"
-    rows = [(str(k), f"{overlap:.3f}") for k, overlap in found.overlaps]
+    rank = "undefined" if math.isnan(agreement.spearman) else f"{agreement.spearman:.3f}"
+    rows = [(str(k), f"{overlap:.3f}") for k, overlap in agreement.overlaps]
     return (
         "".join(lines)
-        + f"{found.layers} layers in both{only}; Spearman correlation {rank}\n\n"
+        + f"{agreement.layers} layers in both{only}; Spearman correlation {rank}\n\n"
         + format_table(("top", "Jaccard overlap"), rows)
     )
 
 
-def _group_table(title: str, found: Sequence[LayerGroup], k: int) -> str:
+def _group_table(title: str, groups: Sequence[LayerGroup], k: int) -> str:
     rows = [
         (
             group.name,
@@ -245,6 +247,6 @@ def _group_table(title: str, found: Sequence[LayerGroup], k: int) -> str:
             f"{group.largest:.3e}",
             str(group.leading),
         )
-        for group in found
+        for group in groups
     ]
     return format_table((title, "layers", "mean", "largest", f"in top {k}"), rows)

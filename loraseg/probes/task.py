@@ -1,8 +1,8 @@
-"""A probe as a unit of work: its settings, and what a worker does."""
+"""Settings of a probe, and the function that runs it on a worker."""
 
 import dataclasses
 import logging
-from typing import Literal
+from collections.abc import Callable, Mapping
 
 from loraseg.adapters.targets.layer_report import LayerReport
 from loraseg.adapters.targets.layer_report_io import find_layer_report
@@ -22,35 +22,37 @@ from loraseg.train.generator_adapters.report import encoders_on_device
 from loraseg.train.generator_adapters.samples import CropConditions, DenoisingData, DrawConfig
 from loraseg.train.segmenter_adapters.samples import fixed_threads
 
-__all__ = ["ProbeResult", "ProbeTask", "run_probe"]
+__all__ = ["METHODS", "ProbeResult", "ProbeTask", "run_probe"]
 
 logger = logging.getLogger(__name__)
 
-# Part of every task digest: raise it when the same task would give other scores than before.
+# Part of every task digest: to be incremented when the same task gives other scores than before.
 _FORMAT = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ProbeTask:
-    """What to probe, with what, and where the report goes.
+    """Model, data and settings of a probe, and the output file.
 
     Attributes:
-        method: "gradient": how far full tuning moves each layer.
+        method: Key of :data:`METHODS`. "gradient" measures how much full fine-tuning changes each
+            layer.
         base: The generator, see :func:`loraseg.backbones.diffusion.load_diffusion`.
-        data: Dataset folder, a path or URI.
-        split: Split to probe with.
-        images: So many images of it, chosen by seed; None for all.
+        data: Dataset, a path or URI.
+        split: Split of the dataset.
+        images: Number of images, chosen by ``seed``; None for all.
         size: (height, width) of the images; None for the generator's own.
-        flip: Probability of a horizontal flip.
-        conditioning: Prompts from class names.
-        gradient: How to tune.
-        seed: Decides the choice of images, the batches and the noise.
-        output: Path or URI of the report's file.
-        cache: Store URI for latents and encoded prompts; None for ``_cache`` beside the report.
-        skip_bad: Leave out unusable images rather than fail.
+        flip: Probability of a horizontal flip, in [0, 1].
+        conditioning: How prompts are built from class names.
+        gradient: Settings of the gradient probe.
+        seed: Seed of the choice of images, the batches and the noise.
+        output: Path or URI of the report, a JSON file.
+        cache: Store URI for latents and encoded prompts; None for ``_cache`` in the folder of the
+            report.
+        skip_bad: Leave out unusable images instead of raising an error.
     """
 
-    method: Literal["gradient"] = "gradient"
+    method: str = "gradient"
     base: str = "miniature"
     data: str
     split: str = "train"
@@ -65,24 +67,23 @@ class ProbeTask:
     skip_bad: bool = False
 
     def __post_init__(self) -> None:
-        """Check what can be checked without the data.
+        """Check the settings that do not depend on the data.
 
         Raises:
-            ConfigError: The number of images, the probability or the output is not possible.
+            ConfigError: ``method`` is unknown, ``images`` or ``flip`` is out of range, or
+                ``output`` is not a file.
         """
+        if self.method not in METHODS:
+            raise ConfigError(f"method: got {self.method!r}, expected one of {', '.join(METHODS)}")
         if self.images is not None and self.images < 1:
             raise ConfigError(f"images: got {self.images}, expected at least 1, or null for all")
         DrawConfig(flip=self.flip)
         split_uri(self.output)
 
     def resolved(self) -> "ProbeTask":
-        """Return a task of this very class, with addresses that hold in any process.
-
-        Workers of a cluster can import it, whereas a job's own class lives in ``__main__``.
-        """
-        names = [item.name for item in dataclasses.fields(ProbeTask)]
+        """Return the task with absolute paths and URIs, which do not depend on the process."""
         return dataclasses.replace(
-            ProbeTask(**{name: getattr(self, name) for name in names}),
+            self,
             base=absolute_spec(self.base),
             data=absolute_uri(self.data),
             output=absolute_uri(self.output),
@@ -91,29 +92,29 @@ class ProbeTask:
 
     @property
     def cache_uri(self) -> str:
-        """Where latents and encoded prompts are kept."""
+        """Store URI of latents and encoded prompts."""
         return self.cache or f"{split_uri(self.output)[0]}/_cache"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """The report's bytes, and whether they had been there before."""
+    """The bytes of a report, and whether an earlier run had already written them."""
 
     report: bytes
     skipped: bool
 
 
 def run_probe(task: ProbeTask) -> ProbeResult:
-    """Probe and write the report, or find that this has been done.
+    """Run a probe and write its report, unless the output already holds this report.
 
-    A report of another probe at the same place is replaced, any other file is not.
+    The report of another probe is replaced; any other file at the output is an error.
 
     Raises:
         ConfigError: A setting does not fit the model.
-        DatasetError: The data cannot be used.
-        IntegrityError: The weights are damaged, or there is a file which is no report.
+        DatasetError: The data are not usable.
+        IntegrityError: The weights are damaged, or the output is a file but not a report.
         StageError: The loss is not finite.
-        StoreError: A store cannot be reached.
+        StoreError: A store cannot be read or written.
     """
     dataset = open_dataset(task.data, skip_bad=task.skip_bad)
     samples = dataset.samples(task.split)
@@ -122,7 +123,36 @@ def run_probe(task: ProbeTask) -> ProbeResult:
     base = load_diffusion(task.base)
     size = _image_size(task, base)
     data_digest = digest_samples(dataset, samples)
-    digest = task_digest(
+    digest = _probe_digest(task, base, size, data_digest)
+    existing = find_layer_report(task.output)
+    if existing is not None and existing.settings.get("task_digest") == digest:
+        logger.info("%s: already holds the report of this probe", task.output)
+        return ProbeResult(existing.to_bytes(), skipped=True)
+    if existing is not None:
+        logger.warning("%s: replacing the report of another probe", task.output)
+    views = CroppedImages(dataset, samples, ViewConfig(size=size), seed=task.seed, keys=("probe",))
+    report = METHODS[task.method](task, base, views, dataset.label_space)
+    content = dataclasses.replace(
+        report,
+        samples={**report.samples, "images": len(samples)},
+        settings={
+            **report.settings,
+            "task_digest": digest,
+            "data_digest": data_digest,
+            "size": list(size),
+            "flip": task.flip,
+        },
+    ).to_bytes()
+    store, key = open_parent_store(task.output)
+    store.put(key, content)
+    return ProbeResult(content, skipped=False)
+
+
+def _probe_digest(
+    task: ProbeTask, base: DiffusionBase, size: tuple[int, int], data_digest: str
+) -> str:
+    """Return the digest of everything that determines the scores."""
+    return task_digest(
         _FORMAT,
         {
             "method": task.method,
@@ -135,28 +165,6 @@ def run_probe(task: ProbeTask) -> ProbeResult:
             "seed": task.seed,
         },
     )
-    known = find_layer_report(task.output)
-    if known is not None and known.settings.get("task_digest") == digest:
-        logger.info("%s: holds this probe already", task.output)
-        return ProbeResult(known.to_bytes(), skipped=True)
-    if known is not None:
-        logger.warning("%s: the report of another probe is replaced", task.output)
-    views = CroppedImages(dataset, samples, ViewConfig(size=size), seed=task.seed, keys=("probe",))
-    report = _run_gradient_probe(task, base, views, dataset.label_space)
-    found = dataclasses.replace(
-        report,
-        samples={**report.samples, "images": len(samples)},
-        settings={
-            **report.settings,
-            "task_digest": digest,
-            "data_digest": data_digest,
-            "size": list(size),
-            "flip": task.flip,
-        },
-    ).to_bytes()
-    store, key = open_parent_store(task.output)
-    store.put(key, found)
-    return ProbeResult(found, skipped=False)
 
 
 def _run_gradient_probe(
@@ -171,9 +179,16 @@ def _run_gradient_probe(
     return gradient_probe(base, data, task.gradient)
 
 
+ProbeFunction = Callable[[ProbeTask, DiffusionBase, CroppedImages, LabelSpace], LayerReport]
+
+METHODS: Mapping[str, ProbeFunction] = {"gradient": _run_gradient_probe}
+
+
 def _image_size(task: ProbeTask, base: DiffusionBase) -> tuple[int, int]:
     size = task.size or (base.image_size, base.image_size)
-    step = size_multiple(base)
-    if any(side < step or side % step for side in size):
-        raise ConfigError(f"size: got {size}, expected multiples of {step} for base {base.name!r}")
+    multiple = size_multiple(base)
+    if any(side < multiple or side % multiple for side in size):
+        raise ConfigError(
+            f"size: got {size}, expected multiples of {multiple} for base {base.name!r}"
+        )
     return size

@@ -1,9 +1,9 @@
-"""What Ray Data adds to the data factory: pairs a second against a plain loop, and memory.
+"""Overhead of Ray Data in synthesis: pairs per second against the local executor, and memory.
 
-The stage that draws is a stand-in of a fixed cost (it waits, then returns noise): what is measured
-is the pipeline, from the hand-over of the work to the last outcome, actors' start included.
-Planning, voting without a filter and writing shards are the real ones. The loop does the same
-stages one after another in this process; Ray has one generator and, beside it, one voter.
+The generator is a stand-in of a fixed cost (it waits, then returns noise). The time runs from the
+start of the executor, actors included, to its last result. Planning, the pass without a filter and
+writing shards are real. The local executor runs the stages one after another; Ray has one worker
+per stage.
 """
 
 import io
@@ -19,12 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from actors.actor_pools import ActorPoolConfig
+from actors.executor import ActorPoolConfig, RayExecutor
 from actors.resources import connect
-from actors.synthesize import RaySynthesisExecutor
+from loraseg.batch.core.executor import LocalExecutor
 from loraseg.batch.synthesize.config import SynthesisConfig
-from loraseg.batch.synthesize.filter_stage import FilterStage
-from loraseg.batch.synthesize.run import LocalSynthesisExecutor, synthesize
+from loraseg.batch.synthesize.run import synthesize
 from loraseg.batch.synthesize.state import ResolvedSynthesisModels
 from loraseg.data.masks import encode_mask
 from loraseg.data.shards.reader import ShardDataset
@@ -32,61 +31,45 @@ from loraseg.data.shards.schema import rows_digest
 from loraseg.synth.sampling import SamplingConfig
 from loraseg.synth.vote import FilterConfig
 from tests.bench.fixed_stages import FixedCost
+from tests.executors import StageReplacer
 
 SIBLINGS = 5
 MASKS, SECONDS = 400, 0.4
 FEW, MANY = 2_000, 20_000
-FACTS = ResolvedSynthesisModels(base="0" * 64, adapters=(), generator="0" * 64)
+MODELS = ResolvedSynthesisModels(base="0" * 64, adapters=(), generator="0" * 64)
 
 
-class LoopExecutor(LocalSynthesisExecutor):
-    """The stages one after another, the first of a fixed cost."""
+class TimedExecutor(StageReplacer):
+    """Runs the stages with a generator of a fixed cost and measures the time.
 
-    def __init__(self, seconds):
-        super().__init__()
-        self._cost = FixedCost(seconds)
+    Attributes:
+        seconds: Time of all calls of ``run``.
+    """
 
-    def look(self, config, label_space):
-        return FACTS
+    def __init__(self, executor, seconds):
+        super().__init__(executor, generate=FixedCost(seconds))
+        self.call = lambda function, *arguments: MODELS
+        self.seconds = 0.0
 
-    def make(self, pinned, work):
-        draw, vote = self._cost(pinned), FilterStage(pinned)
-        for part in work:
-            yield vote(draw(part))
-
-
-class RayDataExecutor(RaySynthesisExecutor):
-    """The same on Ray Data."""
-
-    def __init__(self, seconds):
-        one = ActorPoolConfig(max_parallel=1, cpus=0.5)
-        super().__init__(one, one, make_generate_stage=FixedCost(seconds))
-
-    def look(self, config, label_space):
-        return FACTS
-
-
-class TimedExecutor:
-    """A crew whose work is timed."""
-
-    def __init__(self, crew):
-        self._crew, self.seconds = crew, 0.0
-        self.threads, self.device = crew.threads, crew.device
-        self.look = crew.look
-
-    def make(self, pinned, work):
+    def run(self, stages, state, units):
         started = time.perf_counter()
-        yield from self._crew.make(pinned, work)
+        yield from super().run(stages, state, units)
         self.seconds += time.perf_counter() - started
 
 
+def ray_executor():
+    """Return an executor with one worker per stage."""
+    pool = ActorPoolConfig(max_parallel=1, cpus=0.5)
+    return RayExecutor(pool, pool)
+
+
 def run() -> dict[str, object]:
-    """Compare them."""
+    """Compare both executors."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         connect(cpus=2)
-        loop, loop_rows = pairs_per_second(LoopExecutor(SECONDS), folder / "loop", MASKS)
-        stream, stream_rows = pairs_per_second(RayDataExecutor(SECONDS), folder / "stream", MASKS)
+        loop, loop_rows = pairs_per_second(LocalExecutor(), folder / "loop")
+        stream, stream_rows = pairs_per_second(ray_executor(), folder / "stream")
         few = peak_memory(folder / "few", FEW)
         many = peak_memory(folder / "many", MANY)
         ray.shutdown()
@@ -102,7 +85,7 @@ def run() -> dict[str, object]:
             "stand_in_s_a_mask": SECONDS,
             "pairs_a_second": {"loop": round(loop, 3), "ray": round(stream, 3)},
             "peak_mb": {str(FEW): round(few / 1e6), str(MANY): round(many / 1e6)},
-            "peak_of": "driver and all Ray processes, proportional set size; the drawing stage is "
+            "peak_of": "driver and all Ray processes, proportional set size; the generator is "
             "a stand-in without cost",
         },
     }
@@ -128,26 +111,26 @@ def make_config(folder, count, side=64):
     )
 
 
-def pairs_per_second(crew, folder, count):
-    """Return pairs a second, and a digest of all rows."""
-    timed = TimedExecutor(crew)
-    config = make_config(folder, count)
+def pairs_per_second(executor, folder):
+    """Return pairs per second, and a digest of all rows."""
+    timed = TimedExecutor(executor, SECONDS)
+    config = make_config(folder, MASKS)
     summary = synthesize(config, timed)
     rows = ShardDataset.open(config.output).rows()
     return summary.manifest.pairs / timed.seconds, rows_digest(rows)
 
 
 def peak_memory(folder, count):
-    """Return the most memory in bytes that a run takes, in the driver and in Ray."""
+    """Return the peak memory of a run in bytes, driver and Ray together."""
     watch = MemorySampler()
     with watch:
         config = replace(make_config(folder, count, side=16), masks_per_shard=16)
-        synthesize(config, TimedExecutor(RayDataExecutor(0.0)))
+        synthesize(config, TimedExecutor(ray_executor(), 0.0))
     return watch.peak
 
 
 class MemorySampler:
-    """Samples the memory of this process and of all that it started."""
+    """Samples the memory of this process and its descendants."""
 
     def __init__(self, every_s=0.5):
         self._every_s, self._stop = every_s, threading.Event()

@@ -1,4 +1,4 @@
-"""Whom an accident kills, and what it remembers in a folder; Ray's workers import this by name."""
+"""Which process a fault kills, and the log of kills in a folder; Ray's workers import this."""
 
 import os
 import time
@@ -7,41 +7,41 @@ import psutil
 
 
 def find_target(target, driver_file, driver_module):
-    """Return the process to kill: this worker, its node's raylet, or the driver.
+    """Return the process to kill: this worker, the raylet of its node, or the driver.
 
-    None if it is gone; its number may be another's by now.
+    None if it has exited; another process may have its id.
     """
     if target == "worker":
         return psutil.Process()
-    number = os.getppid() if target == "node" else int(driver_file.read_text())
-    # A worker is a child of its node's raylet, without which the node is lost to the cluster.
-    words = "raylet" if target == "node" else driver_module
+    process_id = os.getppid() if target == "node" else int(driver_file.read_text())
+    # A worker is a child of the raylet of its node; without it the cluster loses the node.
+    expected = "raylet" if target == "node" else driver_module
     try:
-        process = psutil.Process(number)
-        return process if words in " ".join(process.cmdline()) else None
+        process = psutil.Process(process_id)
+        return process if expected in " ".join(process.cmdline()) else None
     except psutil.NoSuchProcess:
         return None
 
 
 def log_and_kill(process, target, when, folder):
-    """Write a line into the folder's log, then kill the process if there is one."""
-    deed = f"killed the {target} ({process.pid})" if process else "came too late"
+    """Append a line to the folder's log, then kill the process unless it has exited."""
+    action = f"killed the {target} ({process.pid})" if process else "came too late"
     with (folder / "log").open("a") as log:
-        log.write(f"{time.strftime('%H:%M:%S')} {deed} {when}\n")
+        log.write(f"{time.strftime('%H:%M:%S')} {action} {when}\n")
     if process:
         process.kill()
 
 
 def read_kill_log(folder):
-    """Return a line for every strike that has happened."""
+    """Return one line per kill."""
     log = folder / "log"
     return log.read_text().splitlines() if log.exists() else []
 
 
 def claim_once(folder, number):
-    """Return whether strike ``number`` has not happened, and note that it does now."""
+    """Return True for the first call with this number by any process, False afterwards."""
     try:
-        (folder / f"strike{number}").touch(exist_ok=False)
+        (folder / f"kill{number}").touch(exist_ok=False)
     except FileExistsError:
         return False
     return True

@@ -61,12 +61,12 @@ def test_plain_values_round_trip_and_digest_ignores_key_order():
         (["name=[x"], "not YAML"),
     ],
 )
-def test_mistakes_are_named(overrides, message):
+def test_errors_name_the_key(overrides, message):
     with pytest.raises(ConfigError, match=message):
         config.load(Outer, None, overrides)
 
 
-def test_a_config_file_that_is_not_a_mapping_is_named(tmp_path):
+def test_errors_name_the_config_file(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("- a\n- b\n")
     with pytest.raises(ConfigError, match=r"c\.yaml: expected a mapping at the top, got list"):

@@ -1,4 +1,4 @@
-"""Rules of the house that no linter checks."""
+"""Rules for the source tree that no linter checks."""
 
 import subprocess
 from pathlib import Path
@@ -24,8 +24,8 @@ def test_jobs_are_thin():
 
 
 def test_ignore_lines_are_anchored():
-    # Ray leaves out of an uploaded working_dir what .gitignore names; an unanchored "data/" once
-    # removed loraseg/data from every worker.
+    # Ray does not upload files that .gitignore names; an unanchored "data/" once removed
+    # loraseg/data from every worker.
     lines = (ROOT / ".gitignore").read_text().splitlines()
     folders = [line for line in lines if line.rstrip().endswith("/") and line[0] != "#"]
     assert [line for line in folders if not line.startswith("/") and line != "__pycache__/"] == []

@@ -1,4 +1,4 @@
-"""A CAT-Seg and an encoder of a few thousand random weights, adapters and datasets for them."""
+"""A small random CAT-Seg, a small random CLIP, and adapters and datasets for them."""
 
 import copy
 import json
@@ -28,7 +28,7 @@ WORDS = ("a", "photo", "of", "in", "the", "scene", *CLASSES)
 
 
 def tiny_base(clip_attention_lora="active"):
-    """A random model whose predictions differ from place to place and from adapter to adapter."""
+    """Return a random model whose predictions differ between pixels and between adapters."""
     tokenizer = WordTokenizer(WORDS, context_length=12, buckets=4)
     config = tiny_config(tokenizer.vocab_size, clip_attention_lora=clip_attention_lora)
     model = CATSeg(config)
@@ -50,7 +50,7 @@ def tiny_base(clip_attention_lora="active"):
 
 
 def write_models(folder):
-    """Write the tiny base and a tiny CLIP as files that ``load_base`` and ``load_clip`` read."""
+    """Write a tiny base and a tiny CLIP to files; return the paths."""
     base = tiny_base()
     names = {"vocabulary": json.dumps(WORDS), "prompt": base.prompt}
     statistics = {"mean": json.dumps([120 / 255] * 3), "std": json.dumps([60 / 255] * 3)}
@@ -70,7 +70,7 @@ def write_models(folder):
 
 
 class ColorEncoder:
-    """Embeds an image by its mean colour: simple enough to check by eye."""
+    """Embeds an image by its mean colour."""
 
     encoder_id = "mean-color"
 
@@ -95,7 +95,7 @@ def random_adapter(base, name, seed, **options):
 
 
 def merged_base(base, parts):
-    """The base with ``sum_i w_i scale_i B_i A_i`` added into its weights, dense."""
+    """Return the base with ``sum_i w_i scale_i B_i A_i`` added to its weights."""
     model = copy.deepcopy(base.model)
     with torch.no_grad():
         for adapter, weight in parts:
@@ -104,7 +104,7 @@ def merged_base(base, parts):
     return replace(base, model=model, digest="cd" * 32)
 
 
-# Name -> mean colour. Two twins and a lonely one.
+# Name -> mean RGB colour: two bright, two dark.
 DOMAINS = {
     "day": (190, 190, 200),
     "fog": (180, 185, 190),
@@ -146,7 +146,7 @@ def publish(uri, base, encoder, names=tuple(DOMAINS), **card):
 
 
 def write_domain(folder, name, count=3, split="val"):
-    """Write a dataset folder with random masks, some pixels ignored."""
+    """Write a dataset folder with random masks; the first two rows are ignored."""
     masks = seeding.numpy_generator(1, "tiny", name).integers(0, 3, size=(count, 20, SIDE))
     masks[:, :2] = 255
     for number, image in enumerate(domain_images(name, count)):

@@ -1,4 +1,4 @@
-"""Stock diffusers pipelines, small and with random weights, and the public UNets without memory."""
+"""Small random diffusers pipelines, and the public UNets on the meta device."""
 
 import contextlib
 import logging
@@ -20,7 +20,7 @@ from transformers import (
 )
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-# One token each; any other word falls into several, "sidewalk" for one.
+# One token each; other words, such as "sidewalk", have several tokens.
 WHOLE_WORDS = (
     *("road", "sky", "car", "tree", "building", "person", "grass", "water", "bus", "train"),
     *("wall", "fence", "light", "bird", "cat", "dog", "snow", "night", "rain", "fog", "heavy"),
@@ -35,7 +35,7 @@ SCHEDULE = {
     "num_train_timesteps": 1000,
     "steps_offset": 1,
 }
-# What loraseg reads of a saved pipeline.
+# The files of a saved pipeline that loraseg reads.
 PIPELINE_FILES = {
     "sd": {
         "model_index.json",
@@ -135,7 +135,7 @@ def full_unet(name):
 
 
 def tiny_tokenizer(*, pad=END, length=TEXT_LENGTH):
-    """Return CLIP's byte-pair tokenizer with a small vocabulary that spells any text."""
+    """Return CLIP's byte-pair tokenizer with a small vocabulary that can encode any text."""
     vocabulary, merges = _vocabulary()
     return CLIPTokenizer(
         vocab={token: index for index, token in enumerate(vocabulary)},
@@ -206,7 +206,7 @@ def _text_config(tokenizer, width):
 
 
 def _quiet(pipeline_class, **parts):
-    # diffusers asks for a safety checker, which a random model has no use for.
+    # diffusers warns about the missing safety checker.
     logger = logging.getLogger("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion")
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,1 +1,1 @@
-"""What every batch job shares: run state, work units and content digests."""
+"""What the batch jobs share: run state, work units, executors, and rules for their outputs."""

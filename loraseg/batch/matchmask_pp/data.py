@@ -6,7 +6,7 @@ import json
 from loraseg.batch.core.content_digest import content_digest
 from loraseg.batch.matchmask_pp.pipeline import PipelineConfig, PipelineDataDigests
 from loraseg.batch.matchmask_pp.pseudo_masks import list_images
-from loraseg.batch.synthesize.mask_sources import open_mask_source
+from loraseg.batch.synthesize.mask_sources import MaskSource
 from loraseg.data import digest_samples, open_dataset
 from loraseg.storage import open_store
 from loraseg.train.closed_set.data_spec import select_samples
@@ -24,7 +24,7 @@ def data_digests(config: PipelineConfig) -> PipelineDataDigests:
     """
     dataset = open_dataset(config.real)
     used = (select_samples(dataset, "train", config.images), dataset.samples("val"))
-    masks = open_mask_source(config.real).list_masks()[: config.images]
+    masks = MaskSource(config.real).list_conditions()[: config.images]
     return PipelineDataDigests(
         labelled=_sha256([digest_samples(dataset, samples) for samples in used]),
         masks=content_digest(open_store(config.real), [mask.file for mask in masks]),

@@ -1,8 +1,9 @@
 """Segment all images below a store URI: masks, explanations as Parquet, a manifest.
 
-Why files of a fixed number of images: a file that is there says that its images are done, and
-because whole files leave the sorted listing at once, what is left after a kill is cut at the same
-places again. Whatever is killed when, the bytes in the end are those of a run without accidents.
+The images are processed in units of a fixed number of images, and each unit ends with one
+explanation file: its presence says that its images are done. A file removes whole units from the
+sorted listing, so a run that follows a kill cuts the rest at the same places, and the final bytes
+equal those of a run without faults.
 """
 
 __all__ = ["SegmentImagesConfig", "SegmentImagesSummary", "segment_images"]

@@ -1,13 +1,13 @@
-"""The manifest: written when all images of a listing are done, so it says that they are."""
+"""The manifest of a segmentation output: its presence says that all listed images are done."""
 
 import contextlib
 import json
 from collections import Counter
 from collections.abc import Mapping
 
+from loraseg.batch.core.output import publish
 from loraseg.batch.segment_images.completed import FileSummary
-from loraseg.batch.segment_images.state import SegmentationRunState
-from loraseg.errors import StageError
+from loraseg.batch.segment_images.state import STATE_FORMAT, SegmentationRunState
 from loraseg.storage import ObjectNotFoundError, ObjectStore
 
 __all__ = ["MANIFEST", "count_statuses", "encode_manifest", "write_manifest"]
@@ -16,10 +16,10 @@ MANIFEST = "manifest.json"
 
 
 def count_statuses(files: Mapping[str, FileSummary]) -> dict[str, int]:
-    """Return how many images ended how."""
+    """Return the number of images by status."""
     total: Counter[str] = Counter()
-    for facts in files.values():
-        total.update(facts.statuses)
+    for summary in files.values():
+        total.update(summary.statuses)
     return dict(sorted(total.items()))
 
 
@@ -30,31 +30,35 @@ def encode_manifest(state: SegmentationRunState, files: Mapping[str, FileSummary
     """
     statuses = count_statuses(files)
     content = {
-        **state.to_json(),
+        **STATE_FORMAT.to_json(state),
         "images": sum(statuses.values()),
         "statuses": statuses,
         "explanations": [
-            {"file": name, "images": sum(facts.statuses.values()), "sha256": facts.sha256}
-            for name, facts in sorted(files.items())
+            {"file": name, "images": sum(summary.statuses.values()), "sha256": summary.sha256}
+            for name, summary in sorted(files.items())
         ],
     }
     return (json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-def write_manifest(output: ObjectStore, data: bytes) -> bool:
-    """Write the manifest unless it is there already; return whether it was written.
+def write_manifest(output: ObjectStore, data: bytes) -> None:
+    """Write the manifest, unless it is there already.
 
     Raises:
-        StageError: Another run wrote another one at the same time.
+        StageError: Another run wrote another manifest at the same time.
+        StoreError: The store cannot be read or written.
     """
+    current, etag = None, None
     with contextlib.suppress(ObjectNotFoundError):
-        known, etag = output.get_with_etag(MANIFEST)
-        if known == data:
-            return False
-        if output.put_if_match(MANIFEST, data, etag):
-            return True
-    if not output.put_if_absent(MANIFEST, data) and output.get(MANIFEST) != data:
-        raise StageError(
+        current, etag = output.get_with_etag(MANIFEST)
+    if current == data:
+        return
+    publish(
+        output,
+        MANIFEST,
+        data,
+        etag,
+        conflict=(
             f"{output.uri}: another run finished at the same time with other images; run again"
-        )
-    return True
+        ),
+    )

@@ -1,23 +1,30 @@
-"""What is left to do: images of the listing that no explanation file names."""
+"""Planning: the images of the listing that no explanation file names, cut into work units."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from loraseg.batch.core.content_digest import read_etag
 from loraseg.batch.segment_images.completed import EXPLANATIONS_PREFIX, CompletedIndex, etag_digest
 from loraseg.batch.segment_images.mask_names import MaskNamer, key_id, plain_name, text_digest
-from loraseg.storage import ObjectInfo, ObjectNotFoundError, ObjectStore
-from loraseg.storage.store import key_error
+from loraseg.storage import ObjectInfo, ObjectStore
 
 __all__ = ["MAX_IMAGE_BYTES", "ImageItem", "ImageWorkUnit", "plan_units", "stale_files"]
 
-# An object is read whole; no PNG or JPEG of as many pixels as are decoded is larger.
+# An object is read whole; a PNG or JPEG within the pixel limit is never larger.
 MAX_IMAGE_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class ImageItem:
-    """One image to segment, and where its mask goes; ``etag`` as it was listed, "" if unknown."""
+    """An image to segment.
+
+    Attributes:
+        key: Key of the image.
+        size_bytes: Size of the object as listed.
+        etag: Etag as listed, "" if unknown.
+        mask: Key of its mask in the output.
+    """
 
     key: str
     size_bytes: int
@@ -27,18 +34,27 @@ class ImageItem:
 
 @dataclass(frozen=True, slots=True)
 class ImageWorkUnit:
-    """A unit of work: the images of one explanation file."""
+    """The images of one explanation file.
 
-    file: str
+    Attributes:
+        id: Key of the explanation file, derived from the keys of the images.
+        items: The images in the order of the listing.
+    """
+
+    id: str
     items: tuple[ImageItem, ...]
+
+    def __str__(self) -> str:
+        """Return the first and the last key."""
+        return f"images {self.items[0].key!r} to {self.items[-1].key!r}"
 
 
 def stale_files(images: ObjectStore, completed: CompletedIndex) -> set[str]:
     """Return the explanation files with an image that was replaced since, or that failed.
 
-    A folder keeps no etags: there, every image that is done is read once more.
+    The listing of a folder has no etags: there, every completed image is read.
     """
-    files = {name for name, facts in completed.files.items() if facts.statuses.get("failed")}
+    files = {name for name, summary in completed.files.items() if summary.statuses.get("failed")}
     for listed in images.list_objects() if len(completed.ids) else ():
         entry = completed.find_image(text_digest(listed.key))
         if entry is None or entry[1] in files:
@@ -52,27 +68,32 @@ def stale_files(images: ObjectStore, completed: CompletedIndex) -> set[str]:
 def plan_units(
     listing: Iterable[ObjectInfo], completed: CompletedIndex, images_per_unit: int
 ) -> Iterator[ImageWorkUnit]:
-    """Cut the images that are not done into units of ``images_per_unit``, in listing order.
+    """Cut the images that are not completed into units, in listing order.
 
-    Needs memory for one part. Markers of empty folders are no images.
+    Needs memory for one unit. Keys that end with "/" mark folders and are skipped.
+
+    Args:
+        listing: Objects below the URI of the images, in code point order.
+        completed: Images of earlier runs.
+        images_per_unit: Size of a unit; the last one may be smaller.
     """
-    names = MaskNamer()
-    waiting: list[ImageItem] = []
+    namer = MaskNamer()
+    pending: list[ImageItem] = []
     for listed in listing:
         if listed.key.endswith("/"):
             continue
         done = text_digest(listed.key) in completed
         plain = plain_name(listed.key)
         taken = not done and plain is not None and completed.has_mask(plain)
-        mask = names.assign(listed.key, taken=taken)
+        mask = namer.assign(listed.key, taken=taken)
         if done:
             continue
-        waiting.append(ImageItem(listed.key, listed.size_bytes, listed.etag or "", mask))
-        if len(waiting) == images_per_unit:
-            yield _make_unit(waiting)
-            waiting = []
-    if waiting:
-        yield _make_unit(waiting)
+        pending.append(ImageItem(listed.key, listed.size_bytes, listed.etag or "", mask))
+        if len(pending) == images_per_unit:
+            yield _make_unit(pending)
+            pending = []
+    if pending:
+        yield _make_unit(pending)
 
 
 def _make_unit(items: Sequence[ImageItem]) -> ImageWorkUnit:
@@ -84,10 +105,6 @@ def _make_unit(items: Sequence[ImageItem]) -> ImageWorkUnit:
 
 
 def _read_etag(images: ObjectStore, listed: ObjectInfo) -> str | None:
-    """Return the etag by reading the object, None if it has gone; results of it stay."""
-    if listed.size_bytes > MAX_IMAGE_BYTES or key_error(listed.key):
-        return ""
-    try:
-        return images.get_with_etag(listed.key)[1]
-    except ObjectNotFoundError:
-        return None
+    """Return the etag, "" for an image too large to read, None for a deleted one."""
+    # An image that has become too large differs from the one that was segmented.
+    return "" if listed.size_bytes > MAX_IMAGE_BYTES else read_etag(images, listed.key)

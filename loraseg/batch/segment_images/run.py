@@ -1,16 +1,14 @@
-"""Segment all images below a store URI; begin, go on, or find that nothing is left to do."""
+"""Segment the images that no earlier run into the same output has segmented."""
 
 import logging
-import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
-from typing import Protocol, runtime_checkable
 
+from loraseg.batch.core.executor import Executor, Stage
+from loraseg.batch.core.run import Progress, run_units
 from loraseg.batch.segment_images.completed import (
     CompletedIndex,
-    FileSummary,
     invalidate,
     read_completed,
 )
@@ -22,77 +20,25 @@ from loraseg.batch.segment_images.manifest import (
     write_manifest,
 )
 from loraseg.batch.segment_images.plan import ImageWorkUnit, plan_units, stale_files
-from loraseg.batch.segment_images.stage import ImageUnitResult, SegmentImagesStage, resolve_models
-from loraseg.batch.segment_images.state import (
-    ResolvedSegmentationModels,
-    SegmentationRunState,
-    open_or_create,
-)
-from loraseg.errors import LorasegError
-from loraseg.storage import open_store
+from loraseg.batch.segment_images.stage import SegmentImagesStage, resolve_models
+from loraseg.batch.segment_images.state import open_run_state
+from loraseg.storage import ObjectStore, open_store
 
-__all__ = [
-    "LocalSegmentationExecutor",
-    "SegmentImagesSummary",
-    "SegmentationExecutor",
-    "segment_images",
-]
+__all__ = ["STAGES", "SegmentImagesSummary", "segment_images"]
 
 logger = logging.getLogger(__name__)
 
-# Parts that are planned and handed over at once: tens of MB in the driver, however many there are.
-_UNITS_PER_BATCH = 2000
-_LOG_INTERVAL_S = 10.0
-
-
-@runtime_checkable
-class SegmentationExecutor(Protocol):
-    """Whoever does the work: this process, or a cluster."""
-
-    threads: int
-    device: str
-
-    def resolve_models(self, config: SegmentImagesConfig) -> ResolvedSegmentationModels:
-        """Load what a config names, and say what it is."""
-        ...
-
-    def run(
-        self, state: SegmentationRunState, units: Sequence[ImageWorkUnit]
-    ) -> Generator[ImageUnitResult, None, None]:
-        """Do all parts, yielding each as it ends; closing stops what is under way."""
-        ...
-
-
-class LocalSegmentationExecutor:
-    """Does one part after another in this process."""
-
-    device = "cpu"
-
-    def __init__(self, threads: int = 1) -> None:
-        """Note the torch threads that the caller has set."""
-        self.threads = threads
-        self._stage: SegmentImagesStage | None = None
-
-    def resolve_models(self, config: SegmentImagesConfig) -> ResolvedSegmentationModels:
-        """Load what a config names, and say what it is."""
-        return resolve_models(config)
-
-    def run(
-        self, state: SegmentationRunState, units: Sequence[ImageWorkUnit]
-    ) -> Generator[ImageUnitResult, None, None]:
-        """Do all parts in order."""
-        self._stage = self._stage or SegmentImagesStage(state)
-        yield from map(self._stage, units)
+STAGES = (Stage("segment", SegmentImagesStage),)
 
 
 @dataclass(frozen=True, slots=True)
 class SegmentImagesSummary:
-    """How a run ended.
+    """Counts of a completed run.
 
     Attributes:
-        new_images: Images that this run did.
-        statuses: How many of all images, earlier runs' included, ended how.
-        generation: Of the library; None without one.
+        new_images: Images that this run segmented.
+        statuses: All images of the output by status, those of earlier runs included.
+        generation: Generation of the library; None without one.
     """
 
     new_images: int
@@ -100,85 +46,62 @@ class SegmentImagesSummary:
     generation: int | None
 
 
-def segment_images(
-    config: SegmentImagesConfig, executor: SegmentationExecutor
-) -> SegmentImagesSummary:
-    """Segment what no earlier run into the same output has, then write the manifest.
+def segment_images(config: SegmentImagesConfig, executor: Executor) -> SegmentImagesSummary:
+    """Segment the images that no earlier run has segmented, then write the manifest.
 
-    May be killed at any time and started again; images are read, masks and explanations written
-    as they come, so memory does not grow with their number but for 40 bytes an image.
+    Safe to kill at any point and to run again. Images are read and masks written unit by unit, so
+    memory grows by 40 bytes per image only.
 
     Args:
-        config: What to do.
-        executor: Does it.
+        config: Images, models and output.
+        executor: Runs the work units.
 
     Raises:
-        ConfigError: The output was begun with other settings, or a setting is wrong.
-        StageError: A worker was lost for good.
-        LorasegError: As raised by stores, library and models; what is done stays done.
+        ConfigError: The output was created with other settings, or a setting is wrong.
+        StageError: Workers were lost too often, or another run finished at the same time.
+        LorasegError: As raised by stores, library and models; completed units stay committed.
     """
     config = config.resolved()
-    pinned = open_or_create(config, executor.threads, executor.device, executor.resolve_models)
-    if pinned.models.vacancy and config.mode != "base":
-        logger.warning("all images get the bare base: %s", pinned.models.vacancy)
+    state = open_run_state(config, executor, resolve_models)
+    if state.models.vacancy and config.mode != "base":
+        logger.warning("all images are segmented by the base alone: %s", state.models.vacancy)
     images, output = open_store(config.images), open_store(config.output)
-    ledger = read_completed(output)
-    stale = stale_files(images, ledger)
-    if stale:
-        output.delete(MANIFEST)
-        logger.info("%d files hold replaced or failed images: done anew", len(stale))
-        for file in sorted(stale):
-            invalidate(output, file)
-        ledger = read_completed(output)
-    files, new = dict(ledger.files), 0
-    todo = plan_units(images.list_objects(), ledger, config.images_per_file)
-    progress = _Progress(ledger)
-    for wave in _batches(todo):
-        if not new:
-            output.delete(MANIFEST)  # it says that all is done
-        with closing(executor.run(pinned, wave)) as outcomes:
-            for file, facts in _completed_files(outcomes):
-                files[file] = facts
-                new += sum(facts.statuses.values())
-                progress.update(new, facts)
-    write_manifest(output, encode_manifest(pinned, files))
-    return SegmentImagesSummary(new, count_statuses(files), pinned.config.generation)
+    completed = _invalidate_stale(images, output, read_completed(output))
+    if len(completed.ids):
+        logger.info("%d images were segmented by earlier runs", len(completed.ids))
+    units = plan_units(images.list_objects(), completed, config.images_per_file)
+    files, new = dict(completed.files), 0
+    progress, without_mask = Progress(), 0
+    with closing(run_units(executor, STAGES, state, _delete_manifest(output, units))) as results:
+        for file, summary in results:
+            files[file] = summary
+            images_in_file = sum(summary.statuses.values())
+            new += images_in_file
+            without_mask += images_in_file - summary.statuses.get("ok", 0)
+            progress.update(images_in_file, f"{without_mask} without a mask")
+    write_manifest(output, encode_manifest(state, files))
+    return SegmentImagesSummary(new, count_statuses(files), state.config.generation)
 
 
-def _batches(units: Iterator[ImageWorkUnit]) -> Iterator[list[ImageWorkUnit]]:
-    while wave := list(islice(units, _UNITS_PER_BATCH)):
-        yield wave
+def _invalidate_stale(
+    images: ObjectStore, output: ObjectStore, completed: CompletedIndex
+) -> CompletedIndex:
+    """Invalidate the explanation files of replaced or failed images; return what is left."""
+    stale = stale_files(images, completed)
+    if not stale:
+        return completed
+    output.delete(MANIFEST)
+    logger.info("%d files hold replaced or failed images and are made again", len(stale))
+    for file in sorted(stale):
+        invalidate(output, file)
+    return read_completed(output)
 
 
-def _completed_files(results: Iterable[ImageUnitResult]) -> Iterator[tuple[str, FileSummary]]:
-    for outcome in results:
-        if isinstance(outcome.result, LorasegError):
-            raise outcome.result
-        yield outcome.unit.file, outcome.result
-
-
-class _Progress:
-    """Logs how far it is, now and then."""
-
-    def __init__(
-        self, completed: CompletedIndex, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._completed_before, self._clock = len(completed.ids), clock
-        self._started_at = self._logged_at = clock()
-        self._without_mask = 0
-        if self._completed_before:
-            logger.info("%d images were done before", self._completed_before)
-
-    def update(self, new: int, facts: FileSummary) -> None:
-        self._without_mask += sum(facts.statuses.values()) - facts.statuses.get("ok", 0)
-        now = self._clock()
-        if now - self._logged_at < _LOG_INTERVAL_S:
-            return
-        self._logged_at = now
-        rate = new / (now - self._started_at)
-        logger.info(
-            "%d images done, %d of them without a mask, %.1f a second",
-            new,
-            self._without_mask,
-            rate,
-        )
+def _delete_manifest(
+    output: ObjectStore, units: Iterator[ImageWorkUnit]
+) -> Iterator[ImageWorkUnit]:
+    """Yield the units; before the first one, delete the manifest, which says that all is done."""
+    for index, unit in enumerate(units):
+        if index == 0:
+            output.delete(MANIFEST)
+        yield unit

@@ -1,8 +1,8 @@
-"""One part of the work: read images, segment them, write masks, then the explanations."""
+"""The stage of the job: read the images of a unit, segment them, write masks and explanations."""
 
 import hashlib
 from collections import Counter, deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,24 +33,23 @@ from loraseg.inference.segmenter import Segmenter
 from loraseg.segment.render import palette_png
 from loraseg.storage import ObjectNotFoundError, open_store
 from loraseg.storage.store import key_error
-from loraseg.tensor_types import ndarray
+from loraseg.tensor_types import UInt8, ndarray
 
-__all__ = ["ImageUnitResult", "SegmentImagesStage", "resolve_models"]
+__all__ = ["SegmentImagesStage", "resolve_models"]
 
-# Objects read ahead and masks on their way out, so that a distant store holds up nothing.
+# Objects that are read ahead and masks that are being written, to hide the latency of the store.
 _IN_FLIGHT = 4
 
-
-@dataclass(frozen=True, slots=True)
-class ImageUnitResult:
-    """What became of a part; after an error nothing of it is committed."""
-
-    unit: ImageWorkUnit
-    result: FileSummary | LorasegError
+Row = dict[str, Any]
+Content = tuple[bytes, str]  # bytes and etag
 
 
 def resolve_models(config: SegmentImagesConfig) -> ResolvedSegmentationModels:
-    """Load what a config names, and say what it is."""
+    """Load the models of a config and return what their names resolve to.
+
+    Raises:
+        LorasegError: As raised by library, store and models.
+    """
     models = load_models(config, config.library, config.generation)
     pool, base = models.pool, models.base
     return ResolvedSegmentationModels(
@@ -61,153 +60,155 @@ def resolve_models(config: SegmentImagesConfig) -> ResolvedSegmentationModels:
     )
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _DecodedImage:
-    """An image whose turn in the model has come."""
+    """An image that the model segments next, and its row."""
 
     item: ImageItem
-    row: dict[str, Any]
+    row: Row
 
 
 class SegmentImagesStage:
-    """Does parts of one job. Loads the models for the first; one thread at a time.
+    """Segments units of one job. Loads the models for the first; one thread at a time.
 
-    Images go through the model one by one: which images a batch holds would change the last bits,
-    and after a kill other images are left.
+    Images go through the model one by one: the last bits of a result depend on the batch, and
+    after a kill the remaining images form other batches.
     """
 
     def __init__(self, state: SegmentationRunState) -> None:
-        """Take the job; nothing is loaded yet, so that a failure to is an outcome."""
+        """Open the stores; models are loaded with the first unit."""
         self._state = state
         self._images = open_store(state.config.images)
         self._output = open_store(state.config.output)
-        self._label_space = state.config.label_space()
+        self._label_space = state.label_space
 
-    def __call__(self, part: ImageWorkUnit) -> ImageUnitResult:
-        """Write the part's masks and, when all are there, its explanations."""
-        try:
-            return ImageUnitResult(part, self._write_explanations(part, self._segment_rows(part)))
-        except LorasegError as error:
-            return ImageUnitResult(part, error)
+    def __call__(self, unit: ImageWorkUnit) -> FileSummary:
+        """Write the masks of a unit and then its explanation file.
+
+        Raises:
+            ConfigError: Base or encoder are not those that the output was created with.
+            IntegrityError: Another run has written other explanations for the same images.
+            LorasegError: As raised by stores, library and models.
+        """
+        return self._write_explanations(unit, self._segment_rows(unit))
 
     @cached_property
     def _segmenter(self) -> Segmenter:
-        config = self._state.config
-        then, now = self._state.models, load_models(config, config.library, config.generation)
-        if (then.base, then.encoder) != (now.base.digest, now.encoder.encoder_id):
+        config, recorded = self._state.config, self._state.models
+        loaded = load_models(config, config.library, config.generation)
+        if (recorded.base, recorded.encoder) != (loaded.base.digest, loaded.encoder.encoder_id):
             raise ConfigError(
-                f"{config.output} was begun with base {then.base} and encoder {then.encoder}; "
-                f"{config.base} and {config.encoder} are now {now.base.digest} and "
-                f"{now.encoder.encoder_id}"
+                f"{config.output} was created with base {recorded.base} and encoder "
+                f"{recorded.encoder}; {config.base} and {config.encoder} are now "
+                f"{loaded.base.digest} and {loaded.encoder.encoder_id}"
             )
-        return now.segmenter(config.settings(), sliding=config.sliding)
+        return loaded.segmenter(config.settings(), sliding=config.sliding)
 
-    def _segment_rows(self, unit: ImageWorkUnit) -> list[dict[str, Any]]:
+    def _segment_rows(self, unit: ImageWorkUnit) -> list[Row]:
         rows = [self._initial_row(item) for item in unit.items]
-        turns: deque[_DecodedImage] = deque()
-        writes: deque[tuple[dict[str, Any], Future[str]]] = deque()
+        decoded: deque[_DecodedImage] = deque()
+        writes: deque[tuple[Row, Future[str]]] = deque()
         with ThreadPoolExecutor(_IN_FLIGHT, thread_name_prefix="store") as pool:
-            batches = self._decoded_images(unit.items, rows, turns, pool)
+            batches = self._decoded_images(unit.items, rows, decoded, pool)
             results = self._segmenter.segment_stream(
                 batches, self._label_space.names, tiling=self._state.config.tiling
             )
-            for outcome in results:
-                opened = turns.popleft()
-                if isinstance(outcome, LorasegError):
-                    if _is_transient(outcome):
-                        raise outcome
-                    opened.row.update(error_columns("failed", outcome))
+            for result in results:
+                image = decoded.popleft()
+                if isinstance(result, LorasegError):
+                    if _is_store_failure(result):
+                        raise result
+                    image.row.update(error_columns("failed", result))
                     continue
-                opened.row.update(result_columns(outcome[0], self._label_space.names))
-                opened.row["mask"] = opened.item.mask
-                writes.append((opened.row, pool.submit(self._write, opened.item, outcome[0])))
+                image.row.update(result_columns(result[0], self._label_space.names))
+                image.row["mask"] = image.item.mask
+                writes.append((image.row, pool.submit(self._write, image.item, result[0])))
                 if len(writes) > _IN_FLIGHT:
                     _record_mask_digest(*writes.popleft())
             for row, write in writes:
                 _record_mask_digest(row, write)
         return rows
 
-    def _initial_row(self, item: ImageItem) -> dict[str, Any]:
-        pinned = self._state
+    def _initial_row(self, item: ImageItem) -> Row:
         return {
             "key": to_printable(item.key),
             "id": key_id(item.key),
             "etag": item.etag,
             "classes": list(self._label_space.names),
-            "base": pinned.models.base,
-            "generation": pinned.config.generation,
+            "base": self._state.models.base,
+            "generation": self._state.config.generation,
         }
 
     def _decoded_images(
         self,
         items: Sequence[ImageItem],
-        rows: Sequence[dict[str, Any]],
+        rows: Sequence[Row],
         decoded: deque[_DecodedImage],
         pool: ThreadPoolExecutor,
-    ) -> Generator[list[ndarray], None, None]:
-        """Yield the images that can be decoded; the rows of all others tell why not."""
-        for item, row, read in _read_ahead(self._read, items, rows, pool):
-            data, trouble = read.result()
-            row.update(trouble)
-            if data is None:
+    ) -> Generator[list[UInt8[ndarray, "_ _ 3"]], None, None]:
+        """Yield the images that can be decoded; record in the rows of the others why not."""
+        for item, row, reading in _read_ahead(self._read, items, rows, pool):
+            content, columns = reading.result()
+            row.update(columns)
+            if content is None:
                 continue
-            bytes_, row["etag"] = data
-            row["image_sha256"] = hashlib.sha256(bytes_).hexdigest()
+            data, row["etag"] = content
+            row["image_sha256"] = hashlib.sha256(data).hexdigest()
             try:
-                image = decode_image(bytes_)
+                image = decode_image(data)
             except DatasetError as error:
                 row.update(error_columns("bad_image", error))
                 continue
             decoded.append(_DecodedImage(item, row))
             yield [image]
 
-    def _read(self, item: ImageItem) -> tuple[tuple[bytes, str] | None, dict[str, Any]]:
+    def _read(self, item: ImageItem) -> tuple[Content | None, Row]:
+        """Return an image's bytes and etag, or None and the columns that say why not."""
         if key_error(item.key):
-            return None, error_columns("bad_key", "no store takes a key like this")
+            return None, error_columns("bad_key", "no store accepts this key")
         if item.size_bytes > MAX_IMAGE_BYTES:
             return None, error_columns("too_large", f"{item.size_bytes} bytes")
         try:
             return self._images.get_with_etag(item.key), {}
         except ObjectNotFoundError:
-            return None, error_columns("gone", "the object went after it was listed")
+            return None, error_columns("gone", "the object was deleted after it was listed")
 
     def _write(self, item: ImageItem, result: SegmentResult) -> str:
         data = palette_png(result.label_map, self._label_space)
         self._output.put(item.mask, data)
         return hashlib.sha256(data).hexdigest()
 
-    def _write_explanations(
-        self, unit: ImageWorkUnit, rows: Sequence[dict[str, Any]]
-    ) -> FileSummary:
+    def _write_explanations(self, unit: ImageWorkUnit, rows: Sequence[Row]) -> FileSummary:
         data = encode_rows(rows)
-        if not self._output.put_if_absent(unit.file, data):
-            # A run beside this one, or this part's first attempt before its worker was lost.
-            kept = self._output.get(unit.file)
-            if kept != data:
-                raise IntegrityError(
-                    f"{self._output.uri}/{unit.file} holds other explanations than this run's; "
-                    "images or adapters changed while two runs were under way: run again"
-                )
+        # The file exists if another run, or a worker that was lost, processed the same unit.
+        if not self._output.put_if_absent(unit.id, data) and self._output.get(unit.id) != data:
+            raise IntegrityError(
+                f"{self._output.uri}/{unit.id} holds other explanations than those of this run; "
+                "images or adapters changed during two simultaneous runs: run again"
+            )
         statuses = dict(sorted(Counter(row["status"] for row in rows).items()))
         return FileSummary(hashlib.sha256(data).hexdigest(), statuses)
 
 
 def _read_ahead(
-    read: Any, items: Sequence[ImageItem], rows: Sequence[dict[str, Any]], pool: ThreadPoolExecutor
-) -> Iterator[tuple[ImageItem, dict[str, Any], Future[Any]]]:
-    """Read some objects ahead, in order."""
-    waiting: deque[tuple[ImageItem, dict[str, Any], Future[Any]]] = deque()
+    read: Callable[[ImageItem], tuple[Content | None, Row]],
+    items: Sequence[ImageItem],
+    rows: Sequence[Row],
+    pool: ThreadPoolExecutor,
+) -> Iterator[tuple[ImageItem, Row, Future[tuple[Content | None, Row]]]]:
+    """Yield items and rows in order, reading a few objects ahead."""
+    pending: deque[tuple[ImageItem, Row, Future[tuple[Content | None, Row]]]] = deque()
     for item, row in zip(items, rows, strict=True):
-        waiting.append((item, row, pool.submit(read, item)))
-        if len(waiting) == _IN_FLIGHT:
-            yield waiting.popleft()
-    yield from waiting
+        pending.append((item, row, pool.submit(read, item)))
+        if len(pending) == _IN_FLIGHT:
+            yield pending.popleft()
+    yield from pending
 
 
-def _is_transient(error: LorasegError) -> bool:
-    """Tell a store out of reach, which ends the run, from what is wrong with one adapter."""
+def _is_store_failure(error: LorasegError) -> bool:
+    """Return whether the store failed, which ends the run, rather than one adapter or image."""
     return isinstance(error, StoreError) and not isinstance(error, ObjectNotFoundError)
 
 
-def _record_mask_digest(row: dict[str, Any], write: Future[str]) -> None:
+def _record_mask_digest(row: Row, write: Future[str]) -> None:
     row["mask_sha256"] = write.result()

@@ -1,4 +1,4 @@
-"""The table of explanations: one row an image."""
+"""The Parquet table of explanations: one row per image."""
 
 import io
 import re
@@ -24,8 +24,9 @@ __all__ = [
     "to_printable",
 ]
 
-# ok; bytes that are no image; objects too large to read; keys that no store call takes; objects
-# that went between listing and reading; and failures of our own, which the next run tries again.
+# "bad_image": the bytes are not an image. "too_large": not read. "bad_key": no store accepts the
+# key. "gone": deleted between listing and reading. "failed": not the image's fault; the next run
+# repeats it.
 Status = Literal["ok", "bad_image", "too_large", "bad_key", "gone", "failed"]
 
 _ADAPTER = pa.struct(
@@ -66,7 +67,7 @@ _MAX_ERROR_CHARS = 500
 
 @dataclass(frozen=True, slots=True)
 class CompletedRow:
-    """What a later run needs to know of a row."""
+    """The columns of a row that later runs use."""
 
     id: str
     etag: str
@@ -75,25 +76,27 @@ class CompletedRow:
 
 
 def result_columns(result: SegmentResult, classes: Sequence[str]) -> dict[str, Any]:
-    """Return the columns that tell of a result; ``shares`` are fractions of the pixels."""
-    labels, why = result.label_map, result.explanation
+    """Return the columns of a segmented image; ``shares`` are fractions of its pixels."""
+    labels, explanation = result.label_map, result.explanation
     counts = np.bincount(labels.reshape(-1), minlength=len(classes))
     return {
         "status": "ok",
         "width": labels.shape[1],
         "height": labels.shape[0],
         "shares": [float(count / labels.size) for count in counts],
-        "mode": why.mode,
-        "adapters": [{**asdict(used), "version": str(used.version)} for used in why.adapters],
-        "mix": why.mix,
-        "fallback": why.fallback,
+        "mode": explanation.mode,
+        "adapters": [
+            {**asdict(used), "version": str(used.version)} for used in explanation.adapters
+        ],
+        "mix": explanation.mix,
+        "fallback": explanation.fallback,
     }
 
 
 def error_columns(status: Status, error: object) -> dict[str, Any]:
     """Return the columns of an image without a mask.
 
-    Decoders name objects by their address; equal inputs must give equal rows.
+    Memory addresses are removed from the message: equal inputs must give equal rows.
     """
     return {
         "status": status,
@@ -102,12 +105,12 @@ def error_columns(status: Status, error: object) -> dict[str, Any]:
 
 
 def to_printable(text: str) -> str:
-    """Return text that UTF-8 can hold; file names need not be valid Unicode."""
+    """Return text with lone surrogates escaped, which keys may have and UTF-8 may not."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def encode_rows(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Return the rows as Parquet, the same bytes for the same rows."""
+    """Return the rows as Parquet; equal rows give equal bytes."""
     buffer = io.BytesIO()
     table = pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA)
     pq.write_table(table, buffer, compression="zstd")
@@ -115,10 +118,14 @@ def encode_rows(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def read_completed_rows(data: bytes, where: str) -> list[CompletedRow]:
-    """Read back what a later run needs.
+    """Read the columns that later runs use.
+
+    Args:
+        data: A Parquet file from :func:`encode_rows`.
+        where: Its URI, for error messages.
 
     Raises:
-        IntegrityError: It is not such a table.
+        IntegrityError: The file is not such a table.
     """
     names = ["id", "etag", "status", "mask"]
     try:

@@ -1,11 +1,11 @@
-"""What is made of which masks, and how."""
+"""The config of synthesis."""
 
 from dataclasses import dataclass, field, replace
 
 from loraseg.backbones.weights import absolute_spec
-from loraseg.config import project
+from loraseg.batch.core.output import check_disjoint
 from loraseg.errors import ConfigError
-from loraseg.storage import absolute_uri, open_store
+from loraseg.storage import absolute_uri
 from loraseg.synth.conditioning import ConditioningConfig
 from loraseg.synth.sampling import SamplingConfig
 from loraseg.synth.vote import FilterConfig
@@ -15,28 +15,28 @@ __all__ = ["SynthesisConfig"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SynthesisConfig:
-    """What is made of which masks, and how.
+    """Masks, models, sampling and filter.
 
     Attributes:
         masks: Store URI of a dataset folder, of a folder of PNG masks, or of Parquet files with a
-            column ``mask`` (PNG bytes) and, if there is one, ``name``.
+            column ``mask`` (PNG bytes) and an optional column ``name``.
         output: Store URI of the synthetic dataset; it belongs to one set of settings.
-        split: Of a dataset folder.
+        split: Split of a dataset folder.
         classes: Class names; their order gives the ids. Empty for those of ``classes.json``.
-        limit: Only so many masks: of a dataset folder those of its first training samples, then
-            masks without image by name; of other sources the first by name.
+        limit: Number of masks: in a dataset folder those of the first training samples, then masks
+            without an image by name; in other sources the first by name. None for all.
         base: As for :func:`loraseg.backbones.diffusion.load_diffusion`.
         adapters: As for :func:`loraseg.inference.generator_adapters.load_generator_adapter`.
-        weights: Of the adapters; empty for 1 each.
-        segmenter: File of a segmenter that says what it sees in the images; None only without
-            filter. Best one that was trained on the same few labelled images (methods b.5).
-        real: Dataset folder with real labelled images, for the filter ``freemask`` alone.
-        real_images: So many of its split ``train``, the first by name; None for all.
-        sampling: How images are sampled; ``images`` is K.
+        weights: Weight of each adapter; empty for 1 each.
+        segmenter: File of the closed-set segmenter whose predictions filter the labels; None only
+            without filter. In MatchMask it is trained on the same few labelled images.
+        real: Dataset folder with real labelled images, for the filter ``freemask`` only.
+        real_images: Number of images of its split ``train``, the first by name; None for all.
+        sampling: How images are sampled; ``images`` is K, the images per mask.
         conditioning: How masks become prompts and regions.
-        filter: What becomes of pixels whose label is doubtful.
-        masks_per_shard: Masks of one shard, and so of one unit of work.
-        append: Let an output that is complete grow: more masks, or more images of each.
+        filter: How pixels with a doubtful label are found and treated.
+        masks_per_shard: Masks of one shard, which is one work unit.
+        append: Whether a complete output may grow: more masks, or more images of each.
     """
 
     masks: str
@@ -57,7 +57,11 @@ class SynthesisConfig:
     append: bool = False
 
     def __post_init__(self) -> None:
-        """Check what the types cannot say."""
+        """Check ranges and combinations.
+
+        Raises:
+            ConfigError: A number is out of range, or two settings exclude each other.
+        """
         if self.masks_per_shard < 1 or (self.limit is not None and self.limit < 1):
             raise ConfigError(
                 f"masks_per_shard and limit: got {self.masks_per_shard} and {self.limit}, "
@@ -86,16 +90,15 @@ class SynthesisConfig:
             )
 
     def resolved(self) -> "SynthesisConfig":
-        """Return a config of this very class that holds in any process.
+        """Return the config with absolute URIs and a weight for each adapter.
 
         Raises:
             ConfigError: A URI is malformed, or masks and output lie within each other.
         """
-        plain = project(self, SynthesisConfig)
         masks, output = absolute_uri(self.masks), absolute_uri(self.output)
-        _check_disjoint(masks, output)
+        check_disjoint("masks", masks, output)
         return replace(
-            plain,
+            self,
             masks=masks,
             output=output,
             base=absolute_spec(self.base),
@@ -107,12 +110,5 @@ class SynthesisConfig:
 
 
 def _absolute_adapter(spec: str) -> str:
-    place, mark, name = spec.rpartition("#")
-    return f"{absolute_uri(place)}#{name}" if mark else absolute_uri(spec)
-
-
-def _check_disjoint(masks: str, output: str) -> None:
-    """A shard among the masks would be taken for masks by the next run."""
-    places = [f"{open_store(place).uri.rstrip('/')}/" for place in (masks, output)]
-    if places[0].startswith(places[1]) or places[1].startswith(places[0]):
-        raise ConfigError(f"masks and output must not lie within each other: {masks}, {output}")
+    library, mark, name = spec.rpartition("#")
+    return f"{absolute_uri(library)}#{name}" if mark else absolute_uri(spec)

@@ -1,4 +1,4 @@
-"""The models that a config names, loaded and held against what the output was begun with."""
+"""Load the models of a config and compare them with those that the output was created with."""
 
 import math
 from collections.abc import Iterator
@@ -25,13 +25,13 @@ from loraseg.synth.conditioning import Conditioner
 from loraseg.synth.freemask import class_mean_loss
 from loraseg.synth.generator import Generator
 from loraseg.synth.sampling import DTYPES
-from loraseg.tensor_types import ndarray
+from loraseg.tensor_types import Float, UInt8, ndarray
 
 __all__ = ["load_generator", "load_pseudo_labeller", "resolve_models"]
 
 
 def resolve_models(config: SynthesisConfig, label_space: LabelSpace) -> ResolvedSynthesisModels:
-    """Load what a config names, and say what it is.
+    """Load the models of a config and return what their names resolve to.
 
     Raises:
         LorasegError: As raised by library, store and models.
@@ -49,17 +49,17 @@ def resolve_models(config: SynthesisConfig, label_space: LabelSpace) -> Resolved
 
 
 def load_generator(state: SynthesisRunState) -> Generator:
-    """Load the generator that an output was begun with.
+    """Load the generator that an output was created with.
 
     Raises:
-        ConfigError: It has become another.
+        ConfigError: The models have changed since.
         LorasegError: As raised by library, store and models.
     """
     specs = [adapter.spec for adapter in state.models.adapters]
     generator, _ = _load_generator_and_adapters(state.config, state.label_space, specs)
     if generator.digest != state.models.generator:
         raise ConfigError(
-            f"{state.config.output} was begun with generator {state.models.generator[:12]}; "
+            f"{state.config.output} was created with generator {state.models.generator[:12]}; "
             f"{state.config.base} with its adapters and settings is now {generator.digest[:12]}"
         )
     return generator
@@ -70,8 +70,13 @@ def load_pseudo_labeller(
 ) -> ClosedSetSegmenter | None:
     """Load the segmenter of a config; None if there is none.
 
+    Args:
+        config: Names the file.
+        label_space: Classes of the masks.
+        digest: sha256 that the file must have; None to accept any.
+
     Raises:
-        ConfigError: It is another than it was, or knows other classes.
+        ConfigError: The file has another digest, or the segmenter other classes.
         LorasegError: As raised by store and model.
     """
     if config.segmenter is None:
@@ -79,7 +84,7 @@ def load_pseudo_labeller(
     segmenter = load_closed_set_segmenter(config.segmenter, device=str(best_device()))
     if digest is not None and segmenter.digest != digest:
         raise ConfigError(
-            f"segmenter {config.segmenter}: {config.output} was begun with {digest[:12]}, "
+            f"segmenter {config.segmenter}: {config.output} was created with {digest[:12]}, "
             f"the file is now {segmenter.digest[:12]}"
         )
     if segmenter.label_space.names != label_space.names:
@@ -92,7 +97,7 @@ def load_pseudo_labeller(
 
 
 def _pin_version(spec: str) -> str:
-    """Name the version of an adapter in a library: the newest may be another tomorrow."""
+    """Add its version to the spec of an adapter in a library: the newest one may change."""
     uri, mark, name = spec.rpartition("#")
     if not mark or "@" in name or Path(spec).is_dir():
         return spec
@@ -110,37 +115,37 @@ def _load_generator_and_adapters(
         for spec, weight in zip(specs, config.weights, strict=True)
     ]
     conditioner = Conditioner(base.tokenizers, label_space, config.conditioning)
-    adapters = [one.adapter for one in loaded]
+    adapters = [generator_adapter.adapter for generator_adapter in loaded]
     generator = Generator(base, conditioner, adapters=adapters, config=config.sampling)
-    packed: list[PackedAdapter] = [one.adapter for one in adapters]
-    facts = [
+    packed: list[PackedAdapter] = [adapter.adapter for adapter in adapters]
+    resolved = [
         ResolvedAdapter(spec=spec, name=adapter.name, digest=adapter.digest)
         for spec, adapter in zip(specs, packed, strict=True)
     ]
-    return generator, facts
+    return generator, resolved
 
 
 def _class_loss(
     config: SynthesisConfig, segmenter: ClosedSetSegmenter
 ) -> tuple[float | None, ...] | None:
-    """Return FreeMask's mean loss of each class on real images, if the filter needs it."""
+    """Return the mean loss of each class on real images (FreeMask); None if not needed."""
     if config.real is None:
         return None
     dataset = open_dataset(config.real)
     if dataset.label_space.names != segmenter.label_space.names:
         raise ConfigError(f"real: {config.real} has other classes than the segmenter")
     means = class_mean_loss(
-        _losses(dataset, segmenter, config.real_images), len(segmenter.label_space)
+        _iter_losses(dataset, segmenter, config.real_images), len(segmenter.label_space)
     )
     return tuple(None if math.isnan(mean) else float(mean) for mean in means)
 
 
-def _losses(
+def _iter_losses(
     dataset: Dataset, segmenter: ClosedSetSegmenter, limit: int | None
-) -> Iterator[tuple[ndarray, ndarray]]:
-    """Yield mask and loss of each labelled image."""
+) -> Iterator[tuple[UInt8[ndarray, "h w"], Float[ndarray, "h w"]]]:
+    """Yield the mask and the per-pixel loss of each labelled image."""
     for sample in dataset.samples("train")[:limit]:
         image, mask = load_pair(dataset, sample)
-        judged = predict_pseudo_labels(segmenter, image[None], mask, outputs=("loss",))
-        if judged.loss is not None:
-            yield mask, judged.loss[0]
+        predicted = predict_pseudo_labels(segmenter, image[None], mask, outputs=("loss",))
+        if predicted.loss is not None:
+            yield mask, predicted.loss[0]

@@ -1,4 +1,4 @@
-"""Which masks are one unit of work: the same whatever the order, the workers and the accidents."""
+"""Planning: conditions are scanned and cut into units that do not depend on their order."""
 
 import hashlib
 import io
@@ -12,19 +12,16 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from loraseg.batch.synthesize.mask_sources import MaskRef, MaskSource, is_parquet
+from loraseg.batch.synthesize.conditions import ConditionRef, ConditionSource, ScannedCondition
 from loraseg.errors import DatasetError, IntegrityError
-from loraseg.synth.lineage import mask_digest
-from loraseg.synth.sizes import resize_mask
 
 __all__ = [
-    "MaskWorkUnit",
     "PlanHistory",
-    "ScannedMask",
+    "SynthesisWorkUnit",
     "decode_plan",
     "encode_plan",
     "plan_units",
-    "scan_masks",
+    "scan_conditions",
 ]
 
 T = TypeVar("T")
@@ -44,178 +41,167 @@ _PLAN_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True, slots=True)
-class ScannedMask:
-    """A mask of the source after a first look.
+class SynthesisWorkUnit:
+    """The conditions of one shard, and which images to generate from each.
 
     Attributes:
-        ref: Where it is.
-        mask_id: Digest of its ids; None if it cannot be read.
-        reason: Why no image is made of it: what is wrong, or whose copy it is; else None.
+        conditions: The conditions.
+        first_image: Number of the first image of each, from 0.
+        last_image: Number of the last one.
+        earlier_shards: Shards with images 0 to ``first_image`` - 1 of the same conditions, which
+            vote as well.
     """
 
-    ref: MaskRef
-    mask_id: str | None
-    reason: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class MaskWorkUnit:
-    """A unit of work.
-
-    Attributes:
-        masks: Its masks.
-        first_image: The first image k of each.
-        last_image: The last one.
-        earlier_shards: Shards with images 0 to ``first_image`` - 1 of the same masks, which vote
-            as well.
-    """
-
-    masks: tuple[ScannedMask, ...]
+    conditions: tuple[ScannedCondition, ...]
     first_image: int
     last_image: int
     earlier_shards: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
-        """32 hex digits that stand for what the part is made of."""
-        rows = [[one.mask_id, one.reason, *_ref_columns(one.ref)] for one in self.masks]
+        """The first 32 hex digits of a sha256 over all fields."""
+        rows = [
+            [scanned.condition_id, scanned.reason, *_ref_columns(scanned.ref)]
+            for scanned in self.conditions
+        ]
         text = json.dumps(
             [rows, self.first_image, self.last_image, self.earlier_shards], separators=(",", ":")
         )
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
+    def __str__(self) -> str:
+        """Return the first and the last name."""
+        return f"conditions {self.conditions[0].ref.name!r} to {self.conditions[-1].ref.name!r}"
+
+    @property
+    def image_count(self) -> int:
+        """Number of images to generate."""
+        usable = sum(scanned.reason is None for scanned in self.conditions)
+        return usable * (self.last_image - self.first_image + 1)
+
 
 @dataclass(slots=True)
 class PlanHistory:
-    """What earlier runs have made.
+    """What earlier runs have generated, as their plans record it.
 
     Attributes:
-        last_image: By mask id, the last image there is.
-        shards: By mask id, the shards that hold its images, oldest first.
-        first_owner: By mask id, the mask that its images were made of.
-        rejected: Masks of which no image was to be made. Both as a plan holds them.
+        last_image: Number of the last image by condition id.
+        shards: Shards with images of a condition by its id, oldest first.
+        first_owner: By condition id, the reference that its images were generated from.
+        rejected: References without images.
     """
 
     last_image: dict[str, int] = field(default_factory=dict[str, int])
     shards: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
-    first_owner: dict[str, MaskRef] = field(default_factory=dict[str, MaskRef])
-    rejected: set[MaskRef] = field(default_factory=set[MaskRef])
+    first_owner: dict[str, ConditionRef] = field(default_factory=dict[str, ConditionRef])
+    rejected: set[ConditionRef] = field(default_factory=set[ConditionRef])
 
     def add(self, shard: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Take note of the rows of one part of a plan."""
+        """Add the plan rows of one unit."""
         for row in rows:
-            mask = MaskRef(row["name"], row["file"], row["row"])
+            ref = ConditionRef(row["name"], row["file"], row["row"])
             if row["last"] < 0:
-                self.rejected.add(mask)
+                self.rejected.add(ref)
                 continue
-            mask_id = row["mask_id"]
-            self.first_owner.setdefault(mask_id, mask)
-            self.last_image[mask_id] = max(row["last"], self.last_image.get(mask_id, -1))
-            self.shards[mask_id] = (*self.shards.get(mask_id, ()), shard)
+            condition_id = row["mask_id"]
+            self.first_owner.setdefault(condition_id, ref)
+            self.last_image[condition_id] = max(row["last"], self.last_image.get(condition_id, -1))
+            self.shards[condition_id] = (*self.shards.get(condition_id, ()), shard)
 
 
-def scan_masks(
-    source: MaskSource,
-    masks: Sequence[MaskRef],
-    history: PlanHistory,
-    *,
-    classes: int,
-    size: tuple[int, int] | None,
-) -> list[ScannedMask]:
-    """Read all masks once and find out what each is; of equal ones only one counts.
+def scan_conditions(
+    source: ConditionSource, refs: Sequence[ConditionRef], history: PlanHistory
+) -> list[ScannedCondition]:
+    """Read every condition once and reject the invalid ones and all but one of equal content.
 
-    That is the one of which earlier runs made images, and else the first.
+    Of equal ones that is kept which earlier runs used, else the first.
 
     Args:
-        source: Of the masks.
-        masks: In the order of the source.
-        history: What earlier runs have made.
-        classes: Ids that may occur.
-        size: Of the images; masks are compared as large as that. None for their own size.
+        source: Source of the conditions.
+        refs: In the order of the source.
+        history: What earlier runs have generated.
 
     Raises:
         StoreError: The store cannot be read.
     """
 
-    def look(mask: MaskRef) -> ScannedMask:
+    def scan(ref: ConditionRef) -> ScannedCondition:
         try:
-            ids = source.read(mask, classes=classes)
-            return ScannedMask(mask, mask_digest(resize_mask(ids, size) if size else ids))
+            return ScannedCondition(ref, source.condition_id(ref))
         except DatasetError as error:
-            return ScannedMask(mask, None, str(error))
+            return ScannedCondition(ref, None, str(error))
 
-    found: dict[MaskRef, ScannedMask] = {}
-    with ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="survey") as pool:
-        for some in _group_by_file(masks):
-            found.update(zip(some, pool.map(look, some), strict=True))
-    return _drop_duplicates([found[mask] for mask in masks], history)
-
-
-def _group_by_file(masks: Sequence[MaskRef]) -> Iterator[Sequence[MaskRef]]:
-    """Yield masks in pieces, so that no more than these wait for a reader at a time.
-
-    Whatever the names, a file of many masks is done with before the next one is fetched.
-    """
-    ordered = sorted(masks, key=lambda mask: (mask.file, mask.row))
-    for _, same in groupby(ordered, key=lambda mask: is_parquet(mask.file) and mask.file):
-        yield from _chunks(list(same), 1024)
+    scanned: dict[ConditionRef, ScannedCondition] = {}
+    with ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="scan") as pool:
+        for batch in source.read_batches(refs):
+            scanned.update(zip(batch, pool.map(scan, batch), strict=True))
+    return _reject_duplicates([scanned[ref] for ref in refs], history)
 
 
-def _drop_duplicates(scanned: Sequence[ScannedMask], history: PlanHistory) -> list[ScannedMask]:
-    """Refuse all but one of the masks with equal ids."""
-    counts: dict[str, MaskRef] = {}
-    for one in scanned:
-        if one.mask_id is None:
+def _reject_duplicates(
+    scanned: Sequence[ScannedCondition], history: PlanHistory
+) -> list[ScannedCondition]:
+    kept: dict[str, ConditionRef] = {}
+    for condition in scanned:
+        if condition.condition_id is None:
             continue
-        if history.first_owner.get(one.mask_id) == _plan_ref(one.ref):
-            counts[one.mask_id] = one.ref
+        if history.first_owner.get(condition.condition_id) == _plan_ref(condition.ref):
+            kept[condition.condition_id] = condition.ref
         else:
-            counts.setdefault(one.mask_id, one.ref)
+            kept.setdefault(condition.condition_id, condition.ref)
 
-    def told(one: ScannedMask) -> ScannedMask:
-        if one.mask_id is None or (twin := counts[one.mask_id]) == one.ref:
-            return one
-        place = f" ({twin.file}, row {twin.row})" if twin.name == one.ref.name else ""
-        return ScannedMask(one.ref, one.mask_id, f"the same ids as {twin.name!r}{place}")
+    def reject(condition: ScannedCondition) -> ScannedCondition:
+        ref, condition_id = condition.ref, condition.condition_id
+        if condition_id is None or (twin := kept[condition_id]) == ref:
+            return condition
+        position = f" ({twin.file}, row {twin.row})" if twin.name == ref.name else ""
+        return ScannedCondition(ref, condition_id, f"the same ids as {twin.name!r}{position}")
 
-    return [told(one) for one in scanned]
+    return [reject(condition) for condition in scanned]
 
 
 def plan_units(
-    scanned: Sequence[ScannedMask], images: int, size: int, history: PlanHistory
-) -> Iterator[MaskWorkUnit]:
-    """Cut what is missing into parts.
+    scanned: Sequence[ScannedCondition], images: int, size: int, history: PlanHistory
+) -> Iterator[SynthesisWorkUnit]:
+    """Cut what is missing into units.
 
     Args:
-        scanned: From :func:`survey`.
-        images: K.
-        size: Masks of a part.
-        history: What earlier runs have made.
+        scanned: From :func:`scan_conditions`.
+        images: Images per condition, K in the papers.
+        size: Conditions per unit.
+        history: What earlier runs have generated.
     """
-    fresh = [one for one in scanned if _is_new(one, history)]
-    fresh.sort(key=lambda one: (one.reason is not None, one.mask_id or "", one.ref))
-    for some in _chunks(fresh, size):
-        yield MaskWorkUnit(tuple(some), 0, images - 1)
-    short = [
-        one
-        for one in scanned
-        if one.reason is None
-        and one.mask_id
-        and 0 <= history.last_image.get(one.mask_id, images) + 1 < images
+    fresh = [condition for condition in scanned if _is_new(condition, history)]
+    fresh.sort(key=lambda one: (one.reason is not None, one.condition_id or "", one.ref))
+    for chunk in _chunks(fresh, size):
+        yield SynthesisWorkUnit(tuple(chunk), 0, images - 1)
+    incomplete = [
+        condition
+        for condition in scanned
+        if condition.reason is None
+        and condition.condition_id
+        and 0 <= history.last_image.get(condition.condition_id, images) + 1 < images
     ]
-    short.sort(key=lambda one: _earlier_images(one, history))
-    # Masks that went through the same shards have them in common again.
-    for (older, last), some in groupby(short, key=lambda one: _earlier_images(one, history)[:2]):
-        for chunk in _chunks(list(some), size):
-            yield MaskWorkUnit(tuple(chunk), last + 1, images - 1, older)
+    incomplete.sort(key=lambda condition: _earlier_images(condition, history))
+    # A unit holds conditions with the same earlier shards, so that it reads these only.
+    for (shards, last), group in groupby(
+        incomplete, key=lambda condition: _earlier_images(condition, history)[:2]
+    ):
+        for chunk in _chunks(list(group), size):
+            yield SynthesisWorkUnit(tuple(chunk), last + 1, images - 1, shards)
 
 
-def encode_plan(units: Iterable[MaskWorkUnit]) -> bytes:
-    """Return a Parquet file that says which mask is in which part; equal parts, equal bytes."""
+def encode_plan(units: Iterable[SynthesisWorkUnit]) -> bytes:
+    """Return a Parquet file of the conditions of each unit; equal units give equal bytes."""
     rows = sorted(
-        (part.id, one.mask_id or "", *_ref_columns(_plan_ref(one.ref)), _last_image(one, part))
-        for part in units
-        for one in part.masks
+        (
+            unit.id,
+            condition.condition_id or "",
+            *_ref_columns(_plan_ref(condition.ref)),
+            -1 if condition.reason else unit.last_image,
+        )
+        for unit in units
+        for condition in unit.conditions
     )
     plain = [dict(zip(_PLAN_SCHEMA.names, row, strict=True)) for row in rows]
     table = pa.Table.from_pylist(plain, _PLAN_SCHEMA)
@@ -225,10 +211,15 @@ def encode_plan(units: Iterable[MaskWorkUnit]) -> bytes:
 
 
 def decode_plan(data: bytes, where: str, history: PlanHistory) -> None:
-    """Add what a plan says to what is known to be done.
+    """Add the content of a plan to a history.
+
+    Args:
+        data: From :func:`encode_plan`.
+        where: URI of the plan, for error messages.
+        history: Is extended.
 
     Raises:
-        IntegrityError: It is no plan.
+        IntegrityError: The data is not a plan.
     """
     try:
         file = pq.ParquetFile(io.BytesIO(data))
@@ -240,8 +231,8 @@ def decode_plan(data: bytes, where: str, history: PlanHistory) -> None:
             raise IntegrityError(
                 f"{where}: columns {table.schema.names}, expected {_PLAN_SCHEMA.names}"
             )
-        for part, rows in groupby(table.to_pylist(), key=lambda row: row["part"]):
-            history.add(f"shards/{part}.parquet", rows)
+        for unit_id, rows in groupby(table.to_pylist(), key=lambda row: row["part"]):
+            history.add(f"shards/{unit_id}.parquet", rows)
     except (pa.ArrowException, OSError, ValueError, TypeError) as error:
         if isinstance(error, IntegrityError):
             raise
@@ -253,30 +244,28 @@ def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
         yield items[start : start + size]
 
 
-def _is_new(scanned: ScannedMask, history: PlanHistory) -> bool:
-    if scanned.reason is not None or scanned.mask_id is None:
+def _is_new(scanned: ScannedCondition, history: PlanHistory) -> bool:
+    if scanned.reason is not None or scanned.condition_id is None:
         return _plan_ref(scanned.ref) not in history.rejected
-    return scanned.mask_id not in history.last_image
+    return scanned.condition_id not in history.last_image
 
 
-def _earlier_images(scanned: ScannedMask, history: PlanHistory) -> tuple[tuple[str, ...], int, str]:
-    known = scanned.mask_id or ""
-    return history.shards[known], history.last_image[known], known
+def _earlier_images(
+    scanned: ScannedCondition, history: PlanHistory
+) -> tuple[tuple[str, ...], int, str]:
+    condition_id = scanned.condition_id or ""
+    return history.shards[condition_id], history.last_image[condition_id], condition_id
 
 
-def _ref_columns(ref: MaskRef) -> tuple[str, str, int]:
+def _ref_columns(ref: ConditionRef) -> tuple[str, str, int]:
     return ref.name, ref.file, ref.row
 
 
-def _last_image(scanned: ScannedMask, unit: MaskWorkUnit) -> int:
-    return -1 if scanned.reason else unit.last_image
-
-
-def _plan_ref(ref: MaskRef) -> MaskRef:
-    """Return a mask as Parquet can hold it: keys of a store may have lone surrogates."""
-    return MaskRef(_escape_utf8(ref.name), _escape_utf8(ref.file), ref.row)
+def _plan_ref(ref: ConditionRef) -> ConditionRef:
+    """Return a reference as Parquet can hold it: keys of a store may have lone surrogates."""
+    return ConditionRef(_escape_utf8(ref.name), _escape_utf8(ref.file), ref.row)
 
 
 def _escape_utf8(text: str) -> str:
-    # Different texts stay different, as backslashes are doubled.
+    # Different texts stay different, since backslashes are doubled.
     return text.replace("\\", "\\\\").encode("utf-8", "backslashreplace").decode()

@@ -1,10 +1,9 @@
-"""Make one pair's image again, from what the dataset says of it."""
+"""Regenerate the image of a pair from its lineage."""
 
 import json
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
 from loraseg.batch.synthesize.models import load_generator
 from loraseg.batch.synthesize.state import SynthesisRunState, read_run_state
@@ -15,19 +14,20 @@ from loraseg.data.untrusted_images import decode_image
 from loraseg.errors import MALFORMED_INPUT_ERRORS, DatasetError, IntegrityError
 from loraseg.synth.generator import Generator
 from loraseg.tensor_types import UInt8, ndarray
+from loraseg.train.segmenter_adapters.samples import fixed_threads
 
 __all__ = ["ReplayedImage", "Replayer"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReplayedImage:
-    """A pair and its image, made again.
+    """A pair and its regenerated image.
 
     Attributes:
-        row: As in the dataset.
-        image: Made again.
-        differing_pixels: Pixels in which it differs from the stored one; 0 on the processor, with
-            the libraries and with the number of threads that it was made with.
+        row: Row of the dataset.
+        image: RGB image.
+        differing_pixels: Number of pixels that differ from the stored image; 0 on the same
+            processor with the same libraries and number of threads.
     """
 
     row: PairRow
@@ -36,66 +36,65 @@ class ReplayedImage:
 
 
 class Replayer:
-    """Makes images of a dataset again. Loads the generator once; one thread at a time."""
+    """Regenerates images of a dataset. Loads the generator once; one thread at a time."""
 
     def __init__(self, dataset: ShardDataset) -> None:
-        """Read what the dataset was begun with.
+        """Read the run state of the dataset.
 
         Raises:
-            DatasetError: The dataset does not say it.
+            DatasetError: There is none.
             IntegrityError: ``dataset.json`` is damaged.
+            StoreError: The store cannot be read.
         """
-        found = read_run_state(dataset.store)
-        if found is None:
+        state = read_run_state(dataset.store)
+        if state is None:
             raise DatasetError(f"{dataset.store.uri}: no dataset.json, so nothing can be replayed")
-        self._dataset, self._state = dataset, found
+        self._dataset, self._state = dataset, state
         self._generator: Generator | None = None
 
     @property
     def run_state(self) -> SynthesisRunState:
-        """What the dataset was begun with."""
+        """Run state of the dataset."""
         return self._state
 
     def __call__(self, pair_id: str) -> ReplayedImage:
-        """Make the image of a pair again.
+        """Regenerate the image of a pair.
 
-        Its siblings are made with it, as they were then: sums of another batch differ in their
+        The other images of its batch are generated as well: sums in another batch differ in their
         last bits.
 
         Args:
-            pair_id: Or the beginning of it.
+            pair_id: The id, or the first digits of it.
 
         Raises:
-            DatasetError: There is no such pair, or several.
+            DatasetError: No pair has this id, or several do.
             ConfigError: A model has changed since.
-            IntegrityError: The pair is damaged.
+            IntegrityError: The row is damaged.
+            LorasegError: As raised by library, store and models.
         """
         row = self._dataset.find_pair(pair_id)
         first, last = _batch_range(row)
         if row.mask is None or row.image is None or row.k is None:
-            raise IntegrityError(f"pair {row.pair_id}: no mask, no image or no number")
+            raise IntegrityError(f"pair {row.pair_id}: no mask, no image or no image number")
         where = f"pair {row.pair_id}"
         mask = decode_mask(row.mask, where=where, classes=len(self._state.classes))
-        threads = torch.get_num_threads()
-        torch.set_num_threads(self._state.threads)
-        try:
+        with fixed_threads(self._state.threads):
             generator = self._load_generator(last + 1)
-            made = list(generator.generate([(row.mask_name, mask)], first=first))
-        finally:
-            torch.set_num_threads(threads)
-        one = made[row.k - first]
-        if one.lineage.pair_id != row.pair_id:
+            images = list(generator.generate([(row.mask_name, mask)], first=first))
+        replayed = images[row.k - first]
+        if replayed.lineage.pair_id != row.pair_id:
             raise IntegrityError(
-                f"{where}: mask and generator make pair {one.lineage.pair_id}; the row is damaged"
+                f"{where}: mask and generator make pair {replayed.lineage.pair_id}; the row is "
+                "damaged"
             )
         stored = decode_image(row.image)
-        differs = one.image.shape != stored.shape or (one.image != stored).any(-1)
-        return ReplayedImage(row, one.image, int(np.sum(differs)))
+        differs = replayed.image.shape != stored.shape or (replayed.image != stored).any(-1)
+        return ReplayedImage(row, replayed.image, int(np.sum(differs)))
 
     def _load_generator(self, images: int) -> Generator:
         if self._generator is None:
             self._generator = load_generator(self._state)
-        # A run that made more images of each mask knew another K.
+        # A run that appended images had another number of images per mask.
         self._generator.config = replace(self._generator.config, images=images)
         return self._generator
 
@@ -106,5 +105,7 @@ def _batch_range(row: PairRow) -> tuple[int, int]:
         if not 0 <= first <= (row.k or 0) <= last < 10_000:
             raise ValueError(f"images {first} to {last}")
     except MALFORMED_INPUT_ERRORS as error:
-        raise IntegrityError(f"pair {row.pair_id}: its lineage names no batch: {error}") from error
+        raise IntegrityError(
+            f"pair {row.pair_id}: its lineage has no valid batch: {error}"
+        ) from error
     return int(first), int(last)

@@ -1,4 +1,4 @@
-"""Sums over the rows of a part, kept beside its shard: a report need not read the shards again."""
+"""Sums over the rows of a shard, stored beside it so that a report need not read the shards."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +17,9 @@ class ShardStatistics:
 
     Attributes:
         pairs: Rows with an image.
-        kept_sum: Sum of their kept shares.
-        share_sums: By class, the sum of kept shares over the pairs whose mask has it.
-        pair_counts: By class, how many pairs that are.
+        kept_sum: Sum of the shares of their labels that the filter kept.
+        share_sums: By class, the sum of these shares over the pairs whose mask has the class.
+        pair_counts: By class, the number of these pairs.
         rejected: (mask, status, reason) of rows that are not ``ok``, at most 200.
     """
 
@@ -31,47 +31,52 @@ class ShardStatistics:
 
     @classmethod
     def from_rows(cls, rows: Iterable[PairRow], classes: int) -> "ShardStatistics":
-        """Sum up rows."""
-        found = cls(share_sums=[0.0] * classes, pair_counts=[0] * classes)
+        """Sum rows.
+
+        Args:
+            rows: Of a shard.
+            classes: Number of classes.
+        """
+        sums = cls(share_sums=[0.0] * classes, pair_counts=[0] * classes)
         for row in rows:
             if row.status != "ok":
                 name = row.mask_name if row.k is None else f"{row.mask_name}, image {row.k}"
-                found.rejected.append((name, row.status, row.reason or ""))
+                sums.rejected.append((name, row.status, row.reason or ""))
             if row.kept is None:
                 continue
-            found.pairs += 1
-            found.kept_sum += row.kept
+            sums.pairs += 1
+            sums.kept_sum += row.kept
             for index, share in enumerate(row.kept_by_class):
                 if share is not None:
-                    found.share_sums[index] += share
-                    found.pair_counts[index] += 1
-        del found.rejected[_MAX_REJECTED:]
-        return found
+                    sums.share_sums[index] += share
+                    sums.pair_counts[index] += 1
+        del sums.rejected[_MAX_REJECTED:]
+        return sums
 
     @classmethod
-    def merge(cls, parts: Iterable["ShardStatistics"], classes: int) -> "ShardStatistics":
-        """Add up the tallies of parts, in their order."""
-        found = cls(share_sums=[0.0] * classes, pair_counts=[0] * classes)
-        for part in parts:
-            found.pairs += part.pairs
-            found.kept_sum += part.kept_sum
-            found.share_sums = [
-                a + b for a, b in zip(found.share_sums, part.share_sums, strict=True)
+    def merge(cls, shards: Iterable["ShardStatistics"], classes: int) -> "ShardStatistics":
+        """Add the statistics of several shards in their order."""
+        sums = cls(share_sums=[0.0] * classes, pair_counts=[0] * classes)
+        for shard in shards:
+            sums.pairs += shard.pairs
+            sums.kept_sum += shard.kept_sum
+            sums.share_sums = [
+                a + b for a, b in zip(sums.share_sums, shard.share_sums, strict=True)
             ]
-            found.pair_counts = [
-                a + b for a, b in zip(found.pair_counts, part.pair_counts, strict=True)
+            sums.pair_counts = [
+                a + b for a, b in zip(sums.pair_counts, shard.pair_counts, strict=True)
             ]
-            found.rejected += part.rejected[: _MAX_REJECTED - len(found.rejected)]
-        return found
+            sums.rejected += shard.rejected[: _MAX_REJECTED - len(sums.rejected)]
+        return sums
 
     @property
     def mean_kept(self) -> float:
-        """Mean share of the labels that were kept, over pairs; 0 without pairs."""
+        """Mean over pairs of the share of labels that were kept; 0 without pairs."""
         return self.kept_sum / self.pairs if self.pairs else 0.0
 
     @property
     def kept_by_class(self) -> list[float | None]:
-        """The same by class; None for a class that no mask has."""
+        """The same mean by class; None for a class that no mask has."""
         return [
             share / count if count else None
             for share, count in zip(self.share_sums, self.pair_counts, strict=True)
@@ -84,7 +89,7 @@ class ShardStatistics:
             "kept": self.kept_sum,
             "shares": self.share_sums,
             "counts": self.pair_counts,
-            "refused": [list(one) for one in self.rejected],
+            "refused": [list(row) for row in self.rejected],
         }
 
     @classmethod
@@ -92,13 +97,20 @@ class ShardStatistics:
         """Read what :meth:`to_json` returned.
 
         Raises:
-            ValueError: It is something else.
-            KeyError: The same.
-            TypeError: The same.
+            ValueError: A value is invalid.
+            KeyError: A key is missing.
+            TypeError: A value has another type.
         """
-        shares: Sequence[float] = [float(one) for one in values["shares"]]
-        counts: Sequence[int] = [int(one) for one in values["counts"]]
+        shares: Sequence[float] = [float(share) for share in values["shares"]]
+        counts: Sequence[int] = [int(count) for count in values["counts"]]
         if len(shares) != classes or len(counts) != classes:
             raise ValueError(f"{len(shares)} shares for {classes} classes")
-        refused = [(str(name), str(status), str(why)) for name, status, why in values["refused"]]
-        return cls(int(values["pairs"]), float(values["kept"]), list(shares), list(counts), refused)
+        return cls(
+            pairs=int(values["pairs"]),
+            kept_sum=float(values["kept"]),
+            share_sums=list(shares),
+            pair_counts=list(counts),
+            rejected=[
+                (str(n), str(status), str(reason)) for n, status, reason in values["refused"]
+            ],
+        )

@@ -1,41 +1,35 @@
-"""What a synthetic dataset was begun with: every later run must want the same."""
+"""The run state of a synthetic dataset."""
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from loraseg import config as configuration
-from loraseg.batch.segment_images.state import check_same_settings, create_once, warn_code_changed
+from loraseg.batch.core.executor import Executor
+from loraseg.batch.core.state import RunState, RunStateFormat, open_or_create
 from loraseg.batch.synthesize.config import SynthesisConfig
 from loraseg.data.labels import LabelSpace
-from loraseg.errors import MALFORMED_INPUT_ERRORS, IntegrityError
 from loraseg.revision import code_revision
-from loraseg.storage import ObjectNotFoundError, ObjectStore, open_store
+from loraseg.storage import ObjectStore, open_store
 
 __all__ = [
-    "DATASET_KEY",
+    "STATE_FORMAT",
+    "ResolveModels",
     "ResolvedAdapter",
     "ResolvedSynthesisModels",
     "SynthesisRunState",
-    "open_or_create",
+    "open_run_state",
     "read_run_state",
 ]
-
-DATASET_KEY = "dataset.json"
-_FORMAT = 1
-_MAX_THREADS = 1024
-# What may change from run to run: which masks, how many images of each, how they are cut.
-_MUTABLE_FIELDS = ("masks", "output", "split", "classes", "limit", "masks_per_shard", "append")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResolvedAdapter:
-    """An adapter as it was found.
+    """An adapter as the first run loaded it.
 
     Attributes:
         spec: Where it is, with the version if it is in a library.
-        name: As in its card.
+        name: Name in its card.
         digest: sha256 of its files.
     """
 
@@ -46,15 +40,15 @@ class ResolvedAdapter:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResolvedSynthesisModels:
-    """What the named models turn out to be.
+    """What the model names of a config resolved to.
 
     Attributes:
-        base: sha256 of the text-to-image model.
-        adapters: In their order.
-        generator: Digest of all that decides what a mask and a seed become.
-        segmenter: sha256 of the segmenter's file.
-        class_loss: The segmenter's mean loss on real images of each class (FreeMask); None for a
-            class that they do not show.
+        base: sha256 of the diffusion model.
+        adapters: The adapters in the order of the config.
+        generator: Digest of all that determines an image besides mask and seed.
+        segmenter: sha256 of the segmenter's file; None without one.
+        class_loss: The segmenter's mean loss on real images by class, for FreeMask; None for a
+            class that they do not show, and None altogether for other filters.
     """
 
     base: str
@@ -64,176 +58,83 @@ class ResolvedSynthesisModels:
     class_loss: tuple[float | None, ...] | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SynthesisRunState:
-    """What all runs into one output have in common.
-
-    Attributes:
-        config: Resolved.
-        classes: Class names by id.
-        threads: Torch threads; sums split over another number differ in their last bits.
-        device: ``cpu`` or ``gpu``, for the same reason.
-        models: What the config's names stood for at the first run.
-        code: Revision of the code that began.
-    """
-
-    config: SynthesisConfig
-    classes: tuple[str, ...]
-    threads: int
-    device: str
-    models: ResolvedSynthesisModels
-    code: str
-
-    @property
-    def label_space(self) -> LabelSpace:
-        """The classes."""
-        return LabelSpace(self.classes)
-
-    def to_bytes(self) -> bytes:
-        """Return ``dataset.json``, without what may change from run to run."""
-        content = {
-            "format": _FORMAT,
-            "classes": list(self.classes),
-            "settings": _settings(self.config),
-            "threads": self.threads,
-            "device": self.device,
-            "facts": asdict(self.models),
-            "code": self.code,
-        }
-        return (json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
-
-
+SynthesisRunState = RunState[SynthesisConfig, ResolvedSynthesisModels]
 ResolveModels = Callable[[SynthesisConfig, LabelSpace], ResolvedSynthesisModels]
 
+# Not recorded, since later runs may change them: which masks, how many, and the size of a unit.
+_UNSTORED = ("masks", "output", "split", "classes", "limit", "masks_per_shard", "append")
+# Recorded, but later runs may generate more images of each mask.
+_MUTABLE = ("sampling.images",)
 
-def open_or_create(
+STATE_FORMAT = RunStateFormat(
+    key="dataset.json",
+    config=SynthesisConfig,
+    models=ResolvedSynthesisModels,
+    settings_key="settings",
+    has_classes=True,
+    unstored=_UNSTORED,
+)
+
+
+def open_run_state(
     config: SynthesisConfig,
     label_space: LabelSpace,
-    threads: int,
-    device: str,
+    executor: Executor,
     resolve_models: ResolveModels,
 ) -> SynthesisRunState:
-    """Return what the output was begun with, or begin it.
+    """Return the run state of an output; create it in the first run.
 
     Args:
-        config: Resolved.
-        label_space: Of the masks.
-        threads: As in :class:`Pinned`.
-        device: As in :class:`Pinned`.
-        resolve_models: Loads what a config names, to see what it is; only called to begin.
+        config: Resolved config.
+        label_space: Classes of the pairs.
+        executor: Runs ``resolve_models`` where the models are.
+        resolve_models: Loads the models of a config; called in the first run only.
 
     Raises:
-        ConfigError: The output was begun with other settings.
-        IntegrityError: Its state is damaged.
+        ConfigError: The output was created with other settings.
+        IntegrityError: Its run state is damaged.
         LorasegError: As raised by library, store and models.
     """
-    output = open_store(config.output)
-
-    def start() -> SynthesisRunState:
-        return SynthesisRunState(
-            config=config,
-            classes=label_space.names,
-            threads=threads,
-            device=device,
-            models=resolve_models(config, label_space),
-            code=code_revision(),
-        )
-
-    known, begun = create_once(
-        output,
-        DATASET_KEY,
-        lambda: read_run_state(output, config),
-        start,
-        SynthesisRunState.to_bytes,
+    requested = RunState(
+        config=config,
+        classes=label_space.names,
+        threads=executor.threads,
+        device=executor.device,
+        models=None,
+        code=code_revision(),
     )
-    if not begun:
-        _check_same_run(known, config, label_space, threads, device)
-        warn_code_changed(config.output, known.code)
-    return known
+    return open_or_create(
+        STATE_FORMAT,
+        open_store(config.output),
+        requested,
+        lambda: (config, executor.call(resolve_models, config, label_space)),
+        lambda settings: _complete(settings, config),
+        mutable=_MUTABLE,
+    )
 
 
-def read_run_state(
-    output: ObjectStore, config: SynthesisConfig | None = None
-) -> SynthesisRunState | None:
-    """Read ``dataset.json``; None if there is none.
+def read_run_state(output: ObjectStore) -> SynthesisRunState | None:
+    """Read the run state of a synthetic dataset; None if there is none.
 
-    Args:
-        output: The synthetic dataset.
-        config: For what ``dataset.json`` leaves open; None to leave it at nothing.
+    Config fields that are not recorded have their default, and ``masks`` is the dataset itself.
 
     Raises:
         IntegrityError: It is damaged.
+        StoreError: The store cannot be read.
     """
-    try:
-        data = output.get(DATASET_KEY)
-    except ObjectNotFoundError:
-        return None
-    try:
-        values = json.loads(data)
-        if values["format"] != _FORMAT:
-            raise IntegrityError(
-                f"{output.uri}/{DATASET_KEY}: format {values['format']!r}, expected {_FORMAT}"
-            )
-        free: dict[str, Any] = {"masks": output.uri, "output": output.uri}
-        if config is not None:
-            free = {key: configuration.to_dict(config)[key] for key in _MUTABLE_FIELDS}
-            if config.segmenter and values["settings"]["segmenter"]:
-                # It may lie elsewhere by now: its digest is compared when it is loaded.
-                free["segmenter"] = config.segmenter
-        built = configuration.build(SynthesisConfig, {**values["settings"], **free})
-        if config is not None:
-            more = replace(built.sampling, images=config.sampling.images)
-            built = replace(built, sampling=more)
-        facts = configuration.build(ResolvedSynthesisModels, values["facts"])
-        names = LabelSpace(tuple(values["classes"])).names
-        threads = int(values["threads"])
-        if not 1 <= threads <= _MAX_THREADS:
-            raise ValueError(f"threads {threads}, expected 1 to {_MAX_THREADS}")
-        return SynthesisRunState(
-            config=built,
-            classes=names,
-            threads=threads,
-            device=str(values["device"]),
-            models=facts,
-            code=str(values["code"]),
-        )
-    except MALFORMED_INPUT_ERRORS as error:
-        if isinstance(error, IntegrityError):
-            raise
-        raise IntegrityError(f"{output.uri}/{DATASET_KEY}: damaged: {error}") from error
+
+    def complete(settings: dict[str, Any]) -> dict[str, Any]:
+        return {**settings, "masks": output.uri, "output": output.uri}
+
+    return STATE_FORMAT.read(output, complete)
 
 
-def _settings(config: SynthesisConfig) -> dict[str, Any]:
+def _complete(settings: dict[str, Any], config: SynthesisConfig) -> dict[str, Any]:
+    """Add the fields of this run that are not recorded or may change."""
     values = configuration.to_dict(config)
-    for name in _MUTABLE_FIELDS:
-        del values[name]
-    return values
-
-
-def _check_same_run(
-    recorded: SynthesisRunState,
-    config: SynthesisConfig,
-    label_space: LabelSpace,
-    threads: int,
-    device: str,
-) -> None:
-    then = _flatten(_settings(recorded.config))
-    then |= {
-        "classes": list(recorded.classes),
-        "threads": recorded.threads,
-        "device": recorded.device,
-    }
-    now = _flatten(_settings(config))
-    now |= {"classes": list(label_space.names), "threads": threads, "device": device}
-    del then["sampling.images"], now["sampling.images"]
-    check_same_settings(config.output, then, now)
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            out |= _flatten(value, f"{prefix}{key}.")
-        else:
-            out[f"{prefix}{key}"] = value
-    return out
+    complete = {**settings, **{name: values[name] for name in _UNSTORED}}
+    complete["sampling"] = {**settings["sampling"], "images": config.sampling.images}
+    if config.segmenter and settings["segmenter"]:
+        # The file may have been moved: its digest is compared when it is loaded.
+        complete["segmenter"] = config.segmenter
+    return complete

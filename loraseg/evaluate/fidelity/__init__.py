@@ -1,1 +1,1 @@
-"""How close synthetic images are to real ones: CMMD, FID, coverage and near duplicates."""
+"""Similarity of synthetic and real images: CMMD, FID, coverage and near duplicates."""

@@ -1,5 +1,10 @@
-"""Images as CLIP embeddings of their middle square and of the whole frame (methods a.5)."""
+"""CLIP embeddings of the centre square and of the whole frame of each image.
 
+CMMD (arXiv 2401.09603, google-research/cmmd ``embedding.py``) embeds the centre square, resized
+bicubically with antialiasing. Wide frames lose their sides, so the whole frame is embedded as well.
+"""
+
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -31,14 +36,15 @@ _COLUMNS = ("pair_id", "mask_id", "image", "prompt")
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class EmbeddedImages:
-    """Images as float64 embeddings of unit length, one row each.
+    """Float64 embeddings of unit length, one row per image.
 
     Attributes:
         names: Sample ids or pair ids.
-        cropped: Of the middle square of each image.
-        whole: Of the whole image, its sides squeezed to a square.
-        masks: Which mask each image was made from; empty for real ones.
-        prompts: Rows of images that have a prompt, and the unit embeddings of their prompts.
+        cropped: Embeddings of the centre square of each image.
+        whole: Embeddings of the whole image, resized to a square.
+        masks: Id of the mask from which each image was generated; empty for real images.
+        prompts: Indices (p,) of the images that have a prompt, and the unit embeddings (p, d) of
+            their prompts; None if no image has one.
     """
 
     names: tuple[str, ...]
@@ -51,26 +57,26 @@ class EmbeddedImages:
 def embed_images(
     encoder: ClipEncoder, images: Iterable[tuple[str, UInt8[ndarray, "h w 3"]]]
 ) -> EmbeddedImages:
-    """Embed named images, each in both views; square ones, whose views are the same, once.
+    """Embed named images in both views; square images, whose views are equal, are embedded once.
 
     Raises:
-        DatasetError: There is no image.
+        DatasetError: There are no images.
         StageError: An embedding is not finite.
     """
     names: list[str] = []
     crops: list[ndarray] = []
     wholes: list[ndarray] = []
     edge = encoder.preprocessing.size
-    for some in _batches(images, encoder.batch_size):
-        names += [name for name, _ in some]
-        crop = encoder.encode_images([centre_crop_square(image, edge) for _, image in some])
-        wide = [row for row, (_, image) in enumerate(some) if image.shape[0] != image.shape[1]]
-        all_of = crop.copy()
-        all_of[wide] = encoder.encode_images([resize_to_square(some[row][1], edge) for row in wide])
+    for batch in _batches(images, encoder.batch_size):
+        names += [name for name, _ in batch]
+        crop = encoder.encode_images([centre_crop_square(image, edge) for _, image in batch])
+        wide = [row for row, (_, image) in enumerate(batch) if image.shape[0] != image.shape[1]]
+        whole = crop.copy()
+        whole[wide] = encoder.encode_images([resize_to_square(batch[row][1], edge) for row in wide])
         crops.append(crop)
-        wholes.append(all_of)
+        wholes.append(whole)
     if not names:
-        raise DatasetError("embeddings: there is no image")
+        raise DatasetError("embeddings: there are no images")
     return EmbeddedImages(
         names=tuple(names),
         cropped=l2_normalise(np.concatenate(crops)),
@@ -79,11 +85,11 @@ def embed_images(
 
 
 def embed_pairs(encoder: ClipEncoder, dataset: ShardDataset) -> EmbeddedImages:
-    """Embed the images and the prompts of a synthetic dataset's rows with status ``ok``.
+    """Embed the images and prompts of the rows of a synthetic dataset with status ``ok``.
 
     Raises:
-        DatasetError: There is none, or an image cannot be decoded.
-        IntegrityError: A shard is not what the manifest says.
+        DatasetError: There are no such rows, or an image cannot be decoded.
+        IntegrityError: A shard does not match the manifest.
         StoreError: The store cannot be read.
         StageError: An embedding is not finite.
     """
@@ -93,22 +99,22 @@ def embed_pairs(encoder: ClipEncoder, dataset: ShardDataset) -> EmbeddedImages:
     def images() -> Iterator[tuple[str, ndarray]]:
         for row in dataset.rows(columns=_COLUMNS):
             if row.pair_id is None or row.image is None:
-                raise IntegrityError(f"mask {row.mask_name!r}: a pair without an id or an image")
+                raise IntegrityError(f"mask {row.mask_name!r}: pair without an id or an image")
             try:
                 image = decode_image(row.image)
             except DatasetError as error:
                 raise DatasetError(f"pair {row.pair_id}: {error}") from error
-            # A mask without an id has no known siblings.
+            # Without a mask id the images of the same mask are unknown.
             masks.append(row.mask_id or row.pair_id)
             prompts.append(row.prompt)
             yield row.pair_id, image
 
-    found = embed_images(encoder, images())
-    return replace(found, masks=tuple(masks), prompts=_embed_prompts(encoder, prompts))
+    embedded = embed_images(encoder, images())
+    return replace(embedded, masks=tuple(masks), prompts=_embed_prompts(encoder, prompts))
 
 
 def centre_crop_square(image: UInt8[ndarray, "h w 3"], edge: int) -> UInt8[ndarray, "s s 3"]:
-    """Cut the middle square out, then resize it (bicubic, antialiased), as CMMD does."""
+    """Return the centre square, resized bicubically with antialiasing."""
     height, width = image.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
@@ -116,38 +122,36 @@ def centre_crop_square(image: UInt8[ndarray, "h w 3"], edge: int) -> UInt8[ndarr
 
 
 def resize_to_square(image: UInt8[ndarray, "h w 3"], edge: int) -> UInt8[ndarray, "s s 3"]:
-    """Resize all of an image to a square (bicubic, antialiased), whatever its sides."""
+    """Return the whole image resized to a square, bicubically with antialiasing."""
     return np.asarray(Image.fromarray(image).resize((edge, edge), Image.Resampling.BICUBIC))
 
 
 def view_encoder_id(encoder: ClipEncoder, view: View) -> str:
-    """Name weights and preprocessing, in the manner of ``ClipEncoder.encoder_id``."""
+    """Return an identifier of weights and preprocessing, like ``ClipEncoder.encoder_id``."""
     return f"clip:sha256-{encoder.digest[:16]}:square{encoder.preprocessing.size}-bicubic-{view}"
 
 
 def _embed_prompts(
     encoder: ClipEncoder, prompts: list[str | None]
 ) -> tuple[ndarray, ndarray] | None:
-    """Return the rows that have a prompt and their prompts' embeddings, each text embedded once."""
+    """Return the indices of the images with a prompt and the embeddings of their prompts.
+
+    Equal prompts are embedded once.
+    """
     rows = np.array([row for row, prompt in enumerate(prompts) if prompt], dtype=np.int64)
     if not rows.size:
         return None
     texts, members = np.unique([prompts[row] for row in rows], return_inverse=True)
-    found = [
+    embeddings = [
         encoder.encode_texts([str(text) for text in texts[start : start + encoder.batch_size]])
         for start in range(0, len(texts), encoder.batch_size)
     ]
-    return rows, l2_normalise(np.concatenate(found))[members]
+    return rows, l2_normalise(np.concatenate(embeddings))[members]
 
 
 def _batches(
     images: Iterable[tuple[str, UInt8[ndarray, "h w 3"]]], size: int
 ) -> Iterator[list[tuple[str, ndarray]]]:
-    batch: list[tuple[str, ndarray]] = []
-    for image in images:
-        batch.append(image)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
+    remaining = iter(images)
+    while batch := list(itertools.islice(remaining, size)):
         yield batch

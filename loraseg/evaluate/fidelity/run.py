@@ -1,4 +1,4 @@
-"""Embed synthetic pairs and real images, and compute every figure of their fidelity."""
+"""The fidelity report: all figures of a synthetic dataset compared with real images."""
 
 import json
 import logging
@@ -39,14 +39,14 @@ _MAX_NEAR_DUPLICATES = 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FidelityMetric:
-    """One number and what it was measured on; compare it only where ``encoder`` is the same.
+    """A figure with its inputs; comparable only between equal encoders.
 
     Attributes:
-        value: None if there was nothing to measure, as with no two images of one mask.
-        encoder: Weights and preprocessing.
-        real: How many real images it is from.
-        synthetic: How many synthetic ones.
-        settings: Numbers of the definition.
+        value: The figure; None if it is undefined, for example without two images of one mask.
+        encoder: Identifier of weights and preprocessing.
+        real: Number of real images in the figure.
+        synthetic: Number of synthetic images in the figure.
+        settings: Constants of the definition.
     """
 
     value: float | None
@@ -58,7 +58,7 @@ class FidelityMetric:
 
 @dataclass(frozen=True, slots=True)
 class NearDuplicate:
-    """A synthetic image that may be a copy: its pair, the real image's id, their distance."""
+    """A synthetic image that may be a copy of a real one, and their distance."""
 
     pair_id: str
     real: str
@@ -70,16 +70,16 @@ class FidelityReport:
     """All figures; equal inputs give equal JSON on one kind of processor.
 
     Attributes:
-        encoder: What the user called the encoder.
+        encoder: The encoder as named by the user.
         real: Split and digest of the real images.
-        synthetic: Generation and settings' digest of the synthetic dataset.
+        synthetic: Generation and settings digest of the synthetic dataset.
         figures: By name: ``cmmd`` and ``cmmd_no_crop`` (x 1000, 0 is best); ``fid`` (0 is best);
             ``coverage_of_real``, Cov(R;S), and ``coverage_of_synthetic``, Cov(S;R) (1 is best);
             ``clip_score`` (100 cos of image and prompt); ``nearest_real``, the median distance of
-            a synthetic image to the nearest real one; ``copies``, the share of them below
-            ``copy_limit``; ``sibling_distance``, mean of 1 - cos between images of one mask, and
-            ``real_distance``, that between any two real images.
-        suspects: The synthetic images counted in ``copies``, nearest first, the first 20.
+            a synthetic image to the nearest real one; ``copies``, the share of synthetic images
+            whose distance is at most ``copy_limit``; ``sibling_distance``, mean of 1 - cos between
+            images of one mask, and ``real_distance``, the same between real images.
+        suspects: The synthetic images counted in ``copies``, nearest first, at most 20.
     """
 
     encoder: str
@@ -98,31 +98,33 @@ def measure_fidelity(
 ) -> FidelityReport:
     """Compare the kept pairs of a synthetic dataset with a split of real images.
 
-    Images are read one batch at a time; what stays in memory are two embeddings an image.
+    Images are read in batches; two embeddings per image stay in memory.
 
     Args:
-        dataset: Its rows with status ``ok`` count.
-        real: The real images; their masks are not read. For the alarm on copies to mean anything
-            they must be those that the generator was trained on.
-        split: Which of them.
-        encoder: As of :func:`~loraseg.backbones.clip.load_clip`.
+        dataset: The synthetic dataset; its rows with status ``ok`` are compared.
+        real: The real images; their masks are not read. ``copies`` is meaningful only for the
+            images on which the generator was trained.
+        split: Split of the real images.
+        encoder: Encoder as returned by :func:`~loraseg.backbones.clip.load_clip`.
 
     Raises:
         DatasetError: A side has fewer than six images, or an image cannot be read.
-        IntegrityError: A shard is not what the manifest says.
+        IntegrityError: A shard does not match the manifest.
         StoreError: The store cannot be read.
         StageError: An embedding is not finite.
     """
     start = time.monotonic()
     samples = real.samples(split)
     _check_counts(real=len(samples), synthetic=len(dataset))
-    theirs = embed_images(encoder, ((sample.id, real.load_image(sample)) for sample in samples))
-    ours = embed_pairs(encoder, dataset)
-    figures, suspects = compare_embeddings(theirs, ours, encoder)
+    real_images = embed_images(
+        encoder, ((sample.id, real.load_image(sample)) for sample in samples)
+    )
+    synthetic_images = embed_pairs(encoder, dataset)
+    figures, suspects = compare_embeddings(real_images, synthetic_images, encoder)
     logger.info(
         "%d real and %d synthetic images compared in %.1f s",
-        len(theirs.names),
-        len(ours.names),
+        len(real_images.names),
+        len(synthetic_images.names),
         time.monotonic() - start,
     )
     manifest = dataset.manifest
@@ -138,7 +140,7 @@ def measure_fidelity(
 def compare_embeddings(
     real: EmbeddedImages, synthetic: EmbeddedImages, encoder: ClipEncoder
 ) -> tuple[dict[str, FidelityMetric], tuple[NearDuplicate, ...]]:
-    """Compute all figures from embeddings; see :class:`Fidelity`.
+    """Compute all figures from embeddings; see :class:`FidelityReport`.
 
     Raises:
         DatasetError: A side has fewer than six images.
@@ -180,7 +182,7 @@ def _check_counts(*, real: int, synthetic: int) -> None:
 def _neighbour_metrics(
     real: ndarray, synthetic: ndarray, pair_ids: Sequence[str], sample_ids: Sequence[str]
 ) -> tuple[dict[str, tuple[float, dict[str, float]]], tuple[NearDuplicate, ...]]:
-    """Return what nearest neighbours tell, each figure with its settings."""
+    """Return the figures of nearest neighbours with their settings, and the near duplicates."""
     own_real = measures.knn_distances(real, NEIGHBOURS)
     own_synthetic = measures.knn_distances(synthetic, NEIGHBOURS)
     _, to_synthetic = measures.nearest_neighbours(real, synthetic)

@@ -1,4 +1,4 @@
-"""A probe on a real Ray: the report, done again, and a mistake of the worker's."""
+"""The probe job on Ray: the report, a repeated run, and an error in the worker."""
 
 import pytest
 
@@ -12,12 +12,12 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 
 def run_job(*overrides):
-    with pytest.raises(SystemExit) as leaving:
+    with pytest.raises(SystemExit) as exit_info:
         configuration.main(job.main, job.Config, list(overrides))
-    return leaving.value.code
+    return exit_info.value.code
 
 
-def test_job(tmp_path, capsys):
+def test_job_writes_the_report_once_and_reports_errors(tmp_path, capsys):
     output = tmp_path / "reports" / "fog.json"
     settings = [
         "method=gradient",

@@ -1,41 +1,45 @@
-"""A worker that kills itself in the middle of a part; Ray's workers import this by name."""
+"""A stage whose worker kills itself before a write; Ray's workers import this by name."""
 
 import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraseg.batch.segment_images import stage
-from loraseg.batch.segment_images.state import SegmentationRunState
+from loraseg.batch.segment_images.stage import SegmentImagesStage
+from tests.integration.process_kills import claim_once
 
 
 @dataclass(frozen=True)
 class KillBeforeWrite:
-    """Makes workers that kill themselves before a write, ``times`` in all and once each.
+    """Builds steps that kill their worker before it writes a mask.
 
-    Every worker counts its own writes of masks; ``folder`` remembers the deaths.
+    Attributes:
+        before_write: Which write of a worker, from 1.
+        times: Number of kills by all workers together.
+        folder: Counts the kills.
     """
 
     before_write: int
     times: int
     folder: Path
 
-    def __call__(self, pinned: SegmentationRunState):
-        return _KilledStage(pinned, self)
+    def __call__(self, state):
+        return _KilledStage(state, self)
+
+    def count(self):
+        return len(list(self.folder.glob("kill*")))
 
 
-class _KilledStage(stage.SegmentImagesStage):
-    def __init__(self, pinned, accident):
-        super().__init__(pinned)
-        self._accident, self._writes = accident, 0
+class _KilledStage(SegmentImagesStage):
+    def __init__(self, state, fault):
+        super().__init__(state)
+        self._fault, self._writes = fault, 0
 
     def _write(self, item, result):
         self._writes += 1
-        if self._writes == self._accident.before_write:
-            for number in range(self._accident.times):
-                try:
-                    (self._accident.folder / f"death{number}").touch(exist_ok=False)
-                except FileExistsError:
-                    continue
-                os.kill(os.getpid(), signal.SIGKILL)
+        fault = self._fault
+        if self._writes == fault.before_write and any(
+            claim_once(fault.folder, number) for number in range(fault.times)
+        ):
+            os.kill(os.getpid(), signal.SIGKILL)
         return super()._write(item, result)

@@ -1,6 +1,6 @@
-"""A driver that does what the synthesis job does, and lets its workers find and kill it.
+"""A driver that runs the synthesis job with a fault, and tells its workers its process id.
 
-Arguments: the config, and a file with the pickled accident.
+Arguments: the config, and a file with the pickled fault.
 """
 
 import os
@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 
 import jobs.synthesize as job
-from actors.synthesize import RaySynthesisExecutor
+from actors.executor import RayExecutor
 from loraseg import config as configuration
 from loraseg.batch.synthesize.run import synthesize
+from tests.executors import StageReplacer
 
 if __name__ == "__main__":
     config = configuration.load(job.Config, Path(sys.argv[1]))
-    accident = pickle.loads(Path(sys.argv[2]).read_bytes())
-    accident.driver_file.write_text(str(os.getpid()))
-    synthesize(
-        config, RaySynthesisExecutor(config.generators, config.voters, **{accident.stage: accident})
-    )
+    fault = pickle.loads(Path(sys.argv[2]).read_bytes())
+    fault.driver_file.write_text(str(os.getpid()))
+    executor = RayExecutor(config.generators, config.voters)
+    synthesize(config.synthesis, StageReplacer(executor, **{fault.stage: fault}))

@@ -1,18 +1,16 @@
-"""The data factory on a real Ray: same pairs as in one process, whatever is killed."""
-
-import dataclasses
+"""Synthesis on Ray: the same pairs as in one process, with and without killed workers."""
 
 import pytest
 import yaml
 
 import jobs.synthesize as job
-from actors.actor_pools import ActorPoolConfig
-from actors.synthesize import RaySynthesisExecutor
+from actors.executor import ActorPoolConfig, RayExecutor
 from loraseg import config as configuration
-from loraseg.batch.synthesize.run import LocalSynthesisExecutor, synthesize
+from loraseg.batch.core.executor import LocalExecutor
+from loraseg.batch.synthesize.run import synthesize
 from loraseg.data.shards.reader import ShardDataset
 from loraseg.errors import DatasetError, StageError
-from loraseg.train.segmenter_adapters.samples import fixed_threads
+from tests.executors import StageReplacer
 from tests.integration.synthesis.fault_injection import KillDuringStage
 from tests.tiny_synthesis import all_rows, digest, settings, write_inputs
 
@@ -21,29 +19,26 @@ pytestmark = [
     # Ray Data warns of its own defaults when it makes its context.
     pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.data\..*"),
 ]
-POOLS = {
-    "generators": ActorPoolConfig(min_parallel=2, max_parallel=2, cpus=0.5),
-    "voters": ActorPoolConfig(cpus=0.5),
-}
+GENERATORS = ActorPoolConfig(min_parallel=2, max_parallel=2, cpus=0.5)
+VOTERS = ActorPoolConfig(cpus=0.5)
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory):
-    return write_inputs(tmp_path_factory.mktemp("shop"), masks=7)
+def inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("inputs"), masks=7)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(shop):
-    with fixed_threads(1):
-        synthesize(settings(shop, shop / "undisturbed"), LocalSynthesisExecutor())
-    return digest(shop / "undisturbed")
+def expected(inputs):
+    """Digest of the rows of a local run without faults."""
+    synthesize(settings(inputs, inputs / "expected"), LocalExecutor())
+    return digest(inputs / "expected")
 
 
 def run_job(tmp_path, config, *overrides):
     file = tmp_path / "config.yaml"
-    own = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
-    values = configuration.to_dict(job.Config(**own, **POOLS))
-    file.write_text(yaml.safe_dump(values))
+    job_config = job.Config(synthesis=config, generators=GENERATORS, voters=VOTERS)
+    file.write_text(yaml.safe_dump(configuration.to_dict(job_config)))
     with pytest.raises(SystemExit) as leaving:
         configuration.main(job.main, job.Config, ["--config", str(file), *overrides])
     return leaving.value.code
@@ -52,13 +47,13 @@ def run_job(tmp_path, config, *overrides):
 @pytest.mark.parametrize(
     "store_uri", ["file", pytest.param("durable", marks=pytest.mark.durable)], indirect=True
 )
-def test_a_cluster_makes_what_one_process_would(
-    shop, undisturbed, store_uri, tmp_path, ray_cluster, capsys
+def test_ray_generates_the_same_pairs_as_one_process(
+    inputs, expected, store_uri, tmp_path, ray_cluster, capsys
 ):
-    config = settings(shop, f"{store_uri}/out")
+    config = settings(inputs, f"{store_uri}/out")
     assert run_job(tmp_path, config) == 0
     assert "7 masks, 21 ok; 21 new rows" in capsys.readouterr().out
-    assert digest(config.output) == undisturbed
+    assert digest(config.output) == expected
 
     assert run_job(tmp_path, config) == 0
     assert "21 ok; 0 new rows" in capsys.readouterr().out
@@ -70,27 +65,29 @@ def test_a_cluster_makes_what_one_process_would(
     assert len({row.pair_id for row in all_rows(config.output)}) == 28
 
 
-def test_killed_workers_cost_only_time(shop, undisturbed, tmp_path, ray_cluster):
-    accidents = {}
-    for stage in ("draw", "vote"):
+def test_killed_workers_do_not_change_the_pairs(inputs, expected, tmp_path, ray_cluster):
+    faults = {}
+    for stage in ("generate", "filter"):
         (tmp_path / stage).mkdir()
-        accidents[stage] = KillDuringStage(
+        faults[stage] = KillDuringStage(
             stage, "worker", calls=2, delay_s=0.01, folder=tmp_path / stage, times=2
         )
-    config = settings(shop, tmp_path / "out")
-    synthesize(config, RaySynthesisExecutor(**POOLS, **accidents))
-    assert all(accident.log_lines() for accident in accidents.values())
-    assert digest(config.output) == undisturbed
+    config = settings(inputs, tmp_path / "out")
+    synthesize(config, StageReplacer(RayExecutor(GENERATORS, VOTERS), **faults))
+    assert all(fault.log_lines() for fault in faults.values())
+    assert digest(config.output) == expected
 
 
 @pytest.mark.durable
-def test_workers_lost_too_often_end_the_run(shop, undisturbed, tmp_path, ray_cluster):
-    accident = KillDuringStage("draw", "worker", calls=1, delay_s=0.0, folder=tmp_path, times=1000)
-    pools = {**POOLS, "generators": ActorPoolConfig(max_parallel=1, retries=1)}
-    config = settings(shop, tmp_path / "out")
-    with pytest.raises(StageError, match="have lost 2 workers"):
-        synthesize(config, RaySynthesisExecutor(**pools, make_generate_stage=accident))
+def test_the_run_fails_when_a_unit_has_lost_too_many_workers(
+    inputs, expected, tmp_path, ray_cluster
+):
+    fault = KillDuringStage("generate", "worker", calls=1, delay_s=0.0, folder=tmp_path, times=1000)
+    executor = RayExecutor(ActorPoolConfig(max_parallel=1, retries=1), VOTERS)
+    config = settings(inputs, tmp_path / "out")
+    with pytest.raises(StageError, match=r"generate: .* have lost 2 workers"):
+        synthesize(config, StageReplacer(executor, generate=fault))
     with pytest.raises(DatasetError, match="no synthetic data is committed"):
         ShardDataset.open(config.output)
-    synthesize(config, RaySynthesisExecutor(**POOLS))
-    assert digest(config.output) == undisturbed
+    synthesize(config, RayExecutor(GENERATORS, VOTERS))
+    assert digest(config.output) == expected

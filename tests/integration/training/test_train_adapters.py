@@ -163,7 +163,7 @@ def test_the_plan_is_printed_without_a_cluster(make_manifest, capsys, monkeypatc
 
 
 def test_an_adapter_too_large_for_every_node_is_refused(ray_cluster):
-    with pytest.raises(ConfigError, match="no node has 64 CPU for one adapter"):
+    with pytest.raises(ConfigError, match="no node has 64 CPU for one unit of work"):
         check_capacity(ResourceConfig(cpus=64), may_grow=False)
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 import actors.matchmask_pp
-from actors.actor_pools import ActorPoolConfig
+from actors.executor import ActorPoolConfig
 from actors.matchmask_pp import RayStageRunner
 from actors.train_segmenter import WorkerGroupConfig
 from loraseg.batch.matchmask_pp.pipeline import PipelineConfig

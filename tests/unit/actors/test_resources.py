@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from actors.actor_pools import ActorPoolConfig
+from actors.executor import ActorPoolConfig
 from actors.resources import ResourceConfig, StorageCredentials
 from loraseg.errors import ConfigError
 

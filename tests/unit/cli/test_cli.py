@@ -41,8 +41,8 @@ def photos(tmp_path):
 def segment(models, library, photos, tmp_path):
     def run(*more, images=photos, uri=library, classes="road, car, sky"):
         options = ["--base", models[0], "--encoder", models[1], "--out", str(tmp_path / "out")]
-        named = ["--library", uri] if uri else []
-        return main(["segment", *images, "--classes", classes, *named, *options, *more])
+        library_option = ["--library", uri] if uri else []
+        return main(["segment", *images, "--classes", classes, *library_option, *options, *more])
 
     return run
 
@@ -55,12 +55,12 @@ def test_segment_writes_mask_overlay_and_explanation(segment, photos, tmp_path, 
             assert set(np.unique(np.asarray(mask))) <= {0, 1, 2}
         with Image.open(tmp_path / "out" / f"{name}_overlay.png") as overlay:
             assert overlay.mode == "RGB"
-        told = json.loads((tmp_path / "out" / f"{name}.json").read_text())
-        assert told["image"] == path
-        assert len({used["name"] for used in told["adapters"]} & set(DOMAINS)) == 2
-        assert sum(used["weight"] for used in told["adapters"]) == pytest.approx(1.0)
-        assert told["settings"] == {"k": 2, "temperature": 0.3, "mode": "fused"}
-        assert sum(told["shares"].values()) == pytest.approx(1.0)
+        record = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+        assert record["image"] == path
+        assert len({used["name"] for used in record["adapters"]} & set(DOMAINS)) == 2
+        assert sum(used["weight"] for used in record["adapters"]) == pytest.approx(1.0)
+        assert record["settings"] == {"k": 2, "temperature": 0.3, "mode": "fused"}
+        assert sum(record["shares"].values()) == pytest.approx(1.0)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert lines[0].startswith(f"{photos[0]} -> ")
@@ -75,20 +75,22 @@ def test_segment_without_a_library_needs_mode_base(segment, models, photos, tmp_
     assert (written == scores.numpy().argmax(axis=0)).all()
 
 
-def test_segment_falls_back_on_an_empty_library_and_says_so(segment, tmp_path, capsys):
+def test_segment_uses_the_base_alone_with_an_empty_library_and_reports_it(
+    segment, tmp_path, capsys
+):
     assert segment(uri=str(tmp_path / "nothing")) == 0
     assert "is empty" in capsys.readouterr().out
     assert "is empty" in json.loads((tmp_path / "out" / "day.json").read_text())["fallback"]
 
 
-def test_one_broken_image_does_not_cost_the_others(segment, photos, tmp_path, capsys):
+def test_a_broken_image_does_not_stop_the_others(segment, photos, tmp_path, capsys):
     broken = tmp_path / "broken.png"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"not an image")
     assert segment(images=[str(broken), *photos]) == 1
-    told = capsys.readouterr()
-    assert told.err.startswith(f"error: {broken}: ")
-    assert len(told.err.splitlines()) == 1
-    assert len(told.out.splitlines()) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"error: {broken}: ")
+    assert len(captured.err.splitlines()) == 1
+    assert len(captured.out.splitlines()) == 2
 
 
 @pytest.mark.parametrize(
@@ -100,15 +102,15 @@ def test_one_broken_image_does_not_cost_the_others(segment, photos, tmp_path, ca
         ({"uri": "ftp://x"}, "store URI of kind 'ftp'"),
     ],
 )
-def test_mistakes_are_one_line_and_status_2(segment, arguments, message, capsys):
+def test_usage_errors_are_one_line_with_status_2(segment, arguments, message, capsys):
     assert segment(**arguments) == 2
-    told = capsys.readouterr()
-    assert message in told.err
-    assert len(told.err.splitlines()) == 1
-    assert told.out == ""
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert len(captured.err.splitlines()) == 1
+    assert captured.out == ""
 
 
-def test_images_of_one_name_are_refused(segment, photos, tmp_path, capsys):
+def test_two_images_with_the_same_name_are_refused(segment, photos, tmp_path, capsys):
     (tmp_path / "other").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "other" / "day.png")
     assert segment(images=[*photos, str(tmp_path / "other" / "day.png")]) == 2
@@ -116,12 +118,12 @@ def test_images_of_one_name_are_refused(segment, photos, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("option", [("--top-k", "0"), ("--temperature", "-1")])
-def test_settings_out_of_range(segment, option, capsys):
+def test_settings_out_of_range_are_refused(segment, option, capsys):
     assert segment(*option) == 2
     assert "error: " in capsys.readouterr().err
 
 
-def test_unknown_options_leave_with_2(segment, capsys):
+def test_invalid_options_exit_with_2(segment, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["segment"])
     with pytest.raises(SystemExit, match="2"):
@@ -161,7 +163,7 @@ def test_library_show(library, capsys):
     assert main(["library", "show", library, "fog", "--version", "7"]) == 2
 
 
-def test_library_rollback(models, tmp_path, capsys):
+def test_library_rollback_and_retire(models, tmp_path, capsys):
     base, encoder = load_base(models[0]), load_clip(models[1])
     library = publish(tmp_path, base, encoder, names=("day",))
     files, card = library.load("day")
@@ -180,12 +182,12 @@ def test_library_rollback(models, tmp_path, capsys):
     assert "'day' is retired" in capsys.readouterr().err
 
 
-def test_library_verify_finds_damage(models, tmp_path, capsys):
+def test_library_verify_reports_damage(models, tmp_path, capsys):
     publish(tmp_path, load_base(models[0]), load_clip(models[1]), names=("day", "fog"))
     assert main(["library", "verify", str(tmp_path)]) == 0
     assert capsys.readouterr().out.rstrip().endswith("objects checked, ok")
     [blob, *_] = sorted((tmp_path / "blobs").rglob("sha256/*/*"))
-    blob.write_bytes(b"rust")
+    blob.write_bytes(b"damaged")
     assert main(["library", "verify", str(tmp_path)]) == 1
     assert "corrupt: blobs/sha256/" in capsys.readouterr().out
 
@@ -200,7 +202,7 @@ def test_miniature_write(tmp_path, capsys):
     assert main(["miniature", "write", str(tmp_path), "--val", "0"]) == 2
 
 
-def test_train_base_writes_a_base_that_loads(models, tmp_path, capsys):
+def test_train_base_writes_a_base_that_can_be_loaded(models, tmp_path, capsys):
     for split in ("train", "val"):
         write_domain(tmp_path / "data", "day", count=2, split=split)
     out = str(tmp_path / "further.safetensors")
@@ -214,21 +216,21 @@ def test_train_base_writes_a_base_that_loads(models, tmp_path, capsys):
     assert "did you mean 'recipe.loop.steps'" in capsys.readouterr().err
 
 
-def test_the_command_line_answers_without_loading_torch():
+def test_the_parser_is_built_without_loading_torch():
     code = "import sys, loraseg.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_doctor(tmp_path, capsys):
     assert main(["doctor", "--store", str(tmp_path)]) == 0
-    told = capsys.readouterr().out
-    assert "conditional writes work" in told
-    assert "torch" in told
+    output = capsys.readouterr().out
+    assert "conditional writes work" in output
+    assert "torch" in output
     assert main(["doctor", "--store", "ftp://x"]) == 1
     assert "BAD" in capsys.readouterr().out
 
 
-def test_doctor_measures_merging_and_keeps_it(tmp_path, capsys, monkeypatch):
+def test_doctor_measures_merging_and_stores_the_table(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("LORASEG_CACHE", str(tmp_path))
     monkeypatch.setattr("loraseg.doctor._COMMON_SHAPES", ((8, 4),))
     assert main(["doctor", "--measure-merging"]) == 0
@@ -237,12 +239,12 @@ def test_doctor_measures_merging_and_keeps_it(tmp_path, capsys, monkeypatch):
     assert (8, 4) in table.measured
 
 
-def test_spread_of_no_results(tmp_path, capsys):
+def test_spread_of_a_missing_file(tmp_path, capsys):
     assert main(["spread", str(tmp_path / "absent.json")]) == 2
     assert "absent.json: cannot be read" in capsys.readouterr().err
 
 
-def test_a_closed_pipe_is_no_traceback(library):
+def test_a_closed_pipe_prints_no_traceback(library):
     command = [sys.executable, "-c", "import sys; from loraseg.cli import main; sys.exit(main())"]
     process = subprocess.Popen(
         [*command, "library", "ls", library], stdout=subprocess.PIPE, stderr=subprocess.PIPE

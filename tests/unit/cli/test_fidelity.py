@@ -1,4 +1,4 @@
-"""``loraseg synth fidelity``: what it prints, and mistakes in one line."""
+"""``loraseg synth fidelity``: printed table, JSON and error messages."""
 
 import json
 
@@ -10,22 +10,22 @@ from tests.unit.tiny import write_models
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory):
+def arguments(tmp_path_factory):
     images = [picture(seed) for seed in range(7)]
     real = write_real(tmp_path_factory.mktemp("real"), images, split="few")
     rows = [pair(n, picture(50 + n) // 4, mask=n // 2, prompt=None) for n in range(6)]
     rows.append(pair(9, images[4], mask=9, prompt=None))
-    made = write_shards(tmp_path_factory.mktemp("made"), rows)
+    uri = write_shards(tmp_path_factory.mktemp("synthetic"), rows)
     encoder = write_models(tmp_path_factory.mktemp("models"))[1]
-    return made, "--real", str(real), "--split", "few", "--encoder", encoder
+    return uri, "--real", str(real), "--split", "few", "--encoder", encoder
 
 
-def run(*words):
-    return main(["synth", "fidelity", *words])
+def run(*arguments):
+    return main(["synth", "fidelity", *arguments])
 
 
-def test_table(places, capsys):
-    assert run(*places) == 0
+def test_table(arguments, capsys):
+    assert run(*arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["FIGURE", "VALUE", "REAL", "SYNTHETIC", "MEANING", "ENCODER"]
     cells = {line.split()[0]: line.split() for line in lines[1:11]}
@@ -37,16 +37,16 @@ def test_table(places, capsys):
     assert lines[11:] == ["possible copy: 0009 of real4 (distance 0.0000)"]
 
 
-def test_json(places, capsys):
-    assert run(*places, "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert set(told) == {"encoder", "real", "synthetic", "figures", "suspects"}
-    assert told["figures"]["cmmd"]["settings"] == {"sigma": 10.0, "scale": 1000.0}
-    assert all(figure["encoder"].startswith("clip:") for figure in told["figures"].values())
+def test_json(arguments, capsys):
+    assert run(*arguments, "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert set(record) == {"encoder", "real", "synthetic", "figures", "suspects"}
+    assert record["figures"]["cmmd"]["settings"] == {"sigma": 10.0, "scale": 1000.0}
+    assert all(figure["encoder"].startswith("clip:") for figure in record["figures"].values())
 
 
-def test_mistakes(places, tmp_path, capsys):
-    assert run(str(tmp_path), *places[1:]) == 1
+def test_usage_errors(arguments, tmp_path, capsys):
+    assert run(str(tmp_path), *arguments[1:]) == 1
     assert "no synthetic data is committed" in capsys.readouterr().err
-    assert run(*places[:3], *places[5:]) == 1
+    assert run(*arguments[:3], *arguments[5:]) == 1
     assert "no split 'train'" in capsys.readouterr().err

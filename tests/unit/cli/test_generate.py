@@ -1,4 +1,4 @@
-"""``loraseg generate``: files, sheet and lineage; mistakes in one line."""
+"""``loraseg generate``: files, contact sheet and lineage; error messages."""
 
 import json
 
@@ -28,9 +28,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("pipeline")
-    tiny_pipeline("sd").save_pretrained(made)
-    return made
+    path = tmp_path_factory.mktemp("pipeline")
+    tiny_pipeline("sd").save_pretrained(path)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +48,9 @@ def masks(tmp_path):
 @pytest.fixture
 def generate(folder, masks, tmp_path):
     def run(*more, images=masks, classes=CLASSES, out=tmp_path / "out"):
-        named = ["--classes", classes] if classes else []
+        class_option = ["--classes", classes] if classes else []
         options = ["--base", str(folder), "--steps", "2", "--k", "2", "--out", str(out)]
-        return main(["generate", *images, *named, *options, *more])
+        return main(["generate", *images, *class_option, *options, *more])
 
     return run
 
@@ -60,14 +60,14 @@ def card(digest, **more):
     return AdapterCard(**values)
 
 
-def write_adapter(place, digest, own=None, sidecar=None):
-    place.mkdir()
-    pairs = (own or random_adapter("x", base_digest=None)).pairs
+def write_adapter(folder, digest, adapter=None, sidecar=None):
+    folder.mkdir()
+    pairs = (adapter or random_adapter("x", base_digest=None)).pairs
     for name, data in to_peft_files(pairs, base_digest=digest).items():
-        (place / name).write_bytes(data)
+        (folder / name).write_bytes(data)
     if sidecar is not None:
-        (place / "card.json").write_bytes(sidecar.to_bytes())
-    return str(place)
+        (folder / "card.json").write_bytes(sidecar.to_bytes())
+    return str(folder)
 
 
 def test_images_labels_sheet_and_lineage(generate, masks, tmp_path, capsys, digest):
@@ -87,17 +87,17 @@ def test_images_labels_sheet_and_lineage(generate, masks, tmp_path, capsys, dige
         assert (label == source).all()
         with Image.open(out / f"{stem}_1.png") as image:
             assert (image.mode, image.size) == ("RGB", source.shape[::-1])
-        told = json.loads((out / f"{stem}_1.json").read_text())
-        assert told["mask_id"] == mask_digest(source)
-        assert (told["k"], told["sampling"]["seed"], told["sampling"]["steps"]) == (1, 3, 2)
-        assert told["prompt"].endswith(" in fog")
-        assert told["base"]["digest"] == digest
-        assert {"pair_id", "generator", "adapters", "heads", "code_revision"} <= told.keys()
+        record = json.loads((out / f"{stem}_1.json").read_text())
+        assert record["mask_id"] == mask_digest(source)
+        assert (record["k"], record["sampling"]["seed"], record["sampling"]["steps"]) == (1, 3, 2)
+        assert record["prompt"].endswith(" in fog")
+        assert record["base"]["digest"] == digest
+        assert {"pair_id", "generator", "adapters", "heads", "code_revision"} <= record.keys()
     with Image.open(out / "sheet.png") as sheet:
         assert sheet.size[0] > 3 * 96
-    told = capsys.readouterr()
-    assert [line.split(" -> ")[0] for line in told.out.splitlines()[:2]] == ["one", "two"]
-    assert told.err.splitlines()[-1].startswith("4/4 images, ")
+    captured = capsys.readouterr()
+    assert [line.split(" -> ")[0] for line in captured.out.splitlines()[:2]] == ["one", "two"]
+    assert captured.err.splitlines()[-1].startswith("4/4 images, ")
 
 
 def test_the_same_command_gives_the_same_bytes(generate, tmp_path, masks):
@@ -124,7 +124,7 @@ def test_adapters_of_folders_and_libraries(generate, tmp_path, digest):
         card(digest, label_space=SPACE.names),
     )
     published = f"{tmp_path / 'library'}#rain@1"
-    # The classes are those of the adapter that knows them.
+    # The card of the published adapter lists the classes.
     assert (
         generate(
             *("--adapter", plain, "--adapter", published, "--weight", "0.5", "--weight", "2"),
@@ -132,22 +132,22 @@ def test_adapters_of_folders_and_libraries(generate, tmp_path, digest):
         )
         == 0
     )
-    told = json.loads((tmp_path / "out" / "one_0.json").read_text())
-    assert [used["weight"] for used in told["adapters"]] == [0.5, 2.0]
-    assert told["adapters"][1]["digest"] == entry.digest
-    assert told["adapters"][1]["name"] == "rain"
+    record = json.loads((tmp_path / "out" / "one_0.json").read_text())
+    assert [used["weight"] for used in record["adapters"]] == [0.5, 2.0]
+    assert record["adapters"][1]["digest"] == entry.digest
+    assert record["adapters"][1]["name"] == "rain"
 
 
-def test_adapters_that_are_not_for_this_base_are_refused(generate, tmp_path, digest, capsys):
+def test_adapters_of_another_base_or_role_are_refused(generate, tmp_path, digest, capsys):
     other = write_adapter(tmp_path / "other", "cd" * 32)
     segmenter = write_adapter(tmp_path / "segmenter", None, sidecar=card(digest, role="segmenter"))
     carded = write_adapter(tmp_path / "carded", None, sidecar=card("cd" * 32))
-    for place, message in (
+    for folder, message in (
         (other, "trained on base cdcdcdcdcdcd, expected"),
         (carded, "trained on base cdcdcdcdcdcd, expected"),
         (segmenter, "its role is segmenter, expected generator"),
     ):
-        assert generate("--adapter", place) == 1
+        assert generate("--adapter", folder) == 1
         assert message in capsys.readouterr().err
 
 
@@ -168,15 +168,15 @@ def test_adapters_that_are_not_for_this_base_are_refused(generate, tmp_path, dig
         ([], {"images": ["absent.png"]}, "no such mask: absent.png"),
     ],
 )
-def test_mistakes_are_one_line_and_status_2(generate, options, arguments, message, capsys):
+def test_usage_errors_are_one_line_with_status_2(generate, options, arguments, message, capsys):
     assert generate(*options, **arguments) == 2
-    told = capsys.readouterr()
-    assert message in told.err
-    assert len(told.err.splitlines()) == 1
-    assert told.out == ""
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert len(captured.err.splitlines()) == 1
+    assert captured.out == ""
 
 
-def test_masks_that_cannot_be_used(generate, tmp_path, capsys):
+def test_unusable_masks_are_refused(generate, tmp_path, capsys):
     cases = {
         "unknown": (np.full((32, 32), 7, dtype=np.uint8), "ids [7] outside the class list"),
         "ignored": (np.full((32, 32), 255, dtype=np.uint8), "every pixel is ignored"),
@@ -204,7 +204,7 @@ def test_no_mask_is_overwritten(generate, masks, tmp_path, capsys):
     assert "2 masks are called 'one'" in capsys.readouterr().err
 
 
-def test_classes_of_a_file_and_another_size(generate, tmp_path):
+def test_classes_from_a_file_and_another_size(generate, tmp_path):
     write_classes(tmp_path / "classes.json", SPACE)
     assert generate("--size", "16x24", "--no-regions", classes=str(tmp_path / "classes.json")) == 0
     with Image.open(tmp_path / "out" / "two_0.png") as image:

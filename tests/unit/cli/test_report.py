@@ -1,4 +1,4 @@
-"""``loraseg report``: what it prints of files, and mistakes in one line."""
+"""``loraseg report``: printed tables and error messages."""
 
 import pytest
 
@@ -12,8 +12,8 @@ PROJECTION = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
 def files(tmp_path):
     one = report(layer(PROJECTION, 1.0, "mid_block", True, "v", 8), layer("conv_in", 3.0))
     two = report(layer(PROJECTION, 5.0, "mid_block", True, "v", 8), layer("conv_in", 4.0))
-    for name, made in (("one", one), ("two", two)):
-        (tmp_path / f"{name}.json").write_bytes(made.to_bytes())
+    for name, layer_report in (("one", one), ("two", two)):
+        (tmp_path / f"{name}.json").write_bytes(layer_report.to_bytes())
     return [str(tmp_path / f"{name}.json") for name in ("one", "two")]
 
 
@@ -35,7 +35,7 @@ def test_compare(files, capsys):
     assert [line.split() for line in lines[-2:]] == [["1", "0.000"], ["2", "1.000"]]
 
 
-def test_mistakes(files, tmp_path, capsys):
+def test_usage_errors(files, tmp_path, capsys):
     assert main(["report", "show", str(tmp_path / "none.json")]) == 2
     assert "no such layer report" in capsys.readouterr().err
     assert main(["report", "compare", *files, "--top", "7"]) == 2

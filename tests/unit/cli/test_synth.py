@@ -34,7 +34,7 @@ def run(capsys, *arguments):
     return status, out, err
 
 
-def test_the_formats_are_those_of_the_exporters():
+def test_formats_equal_the_keys_of_the_exporters():
     assert set(FORMATS) == set(EXPORTERS)
 
 
@@ -50,14 +50,14 @@ def test_ls_lists_shards(uri, capsys):
     assert lines[-1].endswith("rows: 12 ok, 2 dropped, 1 bad_mask, 1 duplicate")
 
 
-def test_ls_lists_rows_of_a_status(uri, capsys):
+def test_ls_lists_the_rows_with_a_status(uri, capsys):
     _, out, _ = run(capsys, "ls", uri, "--status", "ok")
     assert [line.split("\t")[0] for line in out.splitlines()] == list(map(pair_id, range(12)))
     _, out, _ = run(capsys, "ls", uri, "--status", "dropped", "--status", "bad_mask")
     assert [line.split("\t")[-1] for line in out.splitlines()] == ["kept 10 %", "why", "kept 10 %"]
 
 
-def test_reasons_do_not_steer_the_terminal(tmp_path, capsys):
+def test_control_characters_in_reasons_are_replaced(tmp_path, capsys):
     row = make_bad_mask("x")
     object.__setattr__(row, "reason", "a\x1b[2Jb\nc")
     commit_shards(tmp_path, [[row]])
@@ -65,19 +65,19 @@ def test_reasons_do_not_steer_the_terminal(tmp_path, capsys):
     assert out.endswith("\ta?[2Jb?c\n")
 
 
-def test_show_tells_all_and_writes_pictures(uri, capsys, tmp_path):
+def test_show_prints_the_row_and_writes_its_images(uri, capsys, tmp_path):
     status, out, _ = run(capsys, "show", uri, pair_id(3)[:12], "--out", str(tmp_path / "out"))
-    told = json.loads(out)
-    assert (status, told["pair_id"], told["lineage"]["pair_id"]) == (0, pair_id(3), pair_id(3))
-    assert told["heads"] == [{"name": "head 0", "digest": "01" * 32, "weight": 0.1}]
-    assert told["image"] == f"{len(make_pair(3).image)} bytes"
+    record = json.loads(out)
+    assert (status, record["pair_id"], record["lineage"]["pair_id"]) == (0, pair_id(3), pair_id(3))
+    assert record["heads"] == [{"name": "head 0", "digest": "01" * 32, "weight": 0.1}]
+    assert record["image"] == f"{len(make_pair(3).image)} bytes"
     names = sorted(path.name.partition("_")[2] for path in (tmp_path / "out").iterdir())
     assert names == ["image.png", "label.png", "mask.png"]
     written = next((tmp_path / "out").glob("*_image.png")).read_bytes()
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(written))), random_arrays(3)[0])
 
 
-def test_verify_says_whether_all_is_whole(uri, capsys):
+def test_verify_reports_damaged_and_uncommitted_files(uri, capsys):
     status, out, _ = run(capsys, "verify", uri)
     assert (status, "3 shards, 16 rows, ok" in out) == (0, True)
     (Path(uri) / "shards" / "0002.parquet").unlink()
@@ -97,7 +97,7 @@ def test_export_writes_every_format(uri, capsys, tmp_path, kind):
     assert any((tmp_path / "out").iterdir())
 
 
-def test_export_takes_the_name_of_the_split(uri, capsys, tmp_path):
+def test_export_uses_the_given_split_name(uri, capsys, tmp_path):
     run(capsys, "export", uri, "folder", str(tmp_path / "out"), "--split", "extra")
     assert open_dataset(tmp_path / "out").splits == ("extra",)
     status, _, err = run(capsys, "export", uri, "coco", str(tmp_path / "c"), "--split", "extra")
@@ -106,7 +106,7 @@ def test_export_takes_the_name_of_the_split(uri, capsys, tmp_path):
     assert (status, "split: got" in err) == (2, True)
 
 
-def test_complaints_are_one_line(uri, capsys, tmp_path):
+def test_error_messages_are_one_line(uri, capsys, tmp_path):
     for arguments in (
         ("ls", str(tmp_path / "nowhere")),
         ("show", uri, "zz"),

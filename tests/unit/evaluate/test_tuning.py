@@ -12,7 +12,7 @@ from loraseg.evaluate.tuning import (
 
 
 def naive_weights(distances, k, temperature):
-    """Methods B.4 word for word, one image."""
+    """SemLA's retrieval and weights for one image, as in the paper."""
     similarity = [1 / d for d in distances]
     kept = sorted(range(len(distances)), key=lambda i: -similarity[i])[:k]
     total = sum(np.exp(similarity[i] / temperature) for i in kept)
@@ -33,7 +33,7 @@ def test_weights_equal_the_formula_row_by_row(k, temperature):
     assert ((weights > 0).sum(axis=1) == min(k, 7)).all()
 
 
-def test_equal_distances_go_to_the_first_and_exact_hits_take_all():
+def test_ties_go_to_the_first_adapter_and_exact_hits_share_the_weight():
     settings = Hyperparameters(k=1, temperature=0.1)
     assert mixing_weight_matrix(np.array([[2.0, 1.0, 1.0]]), settings).tolist() == [[0, 1, 0]]
     hits = mixing_weight_matrix(np.array([[0.0, 1.0, 0.0]]), Hyperparameters(k=3, temperature=0.1))
@@ -50,7 +50,7 @@ def test_grid_lists_every_combination_once():
     ("values", "message"),
     [({"k": ()}, "grid.k"), ({"k": (0,)}, "grid.k"), ({"temperature": (0.0,)}, "grid.temperature")],
 )
-def test_grid_refuses_what_no_retrieval_can_use(values, message):
+def test_grid_is_checked(values, message):
     with pytest.raises(ConfigError, match=message):
         HyperparameterGrid(**values)
 
@@ -77,8 +77,8 @@ def test_no_family_is_in_two_folds(count, seed):
 
 
 def test_folds_do_not_depend_on_the_order_of_domains():
-    turned = dict(reversed(FAMILIES.items()))
-    assert folds_by_family(FAMILIES, seed=3) == folds_by_family(turned, seed=3)
+    reversed_families = dict(reversed(FAMILIES.items()))
+    assert folds_by_family(FAMILIES, seed=3) == folds_by_family(reversed_families, seed=3)
 
 
 def test_folds_need_enough_families():
@@ -88,7 +88,7 @@ def test_folds_need_enough_families():
         folds_by_family({"a": "x", "b": "x"})
 
 
-def test_by_default_every_family_is_a_fold_of_its_own():
+def test_by_default_every_family_is_one_fold():
     folds = folds_by_family(FAMILIES)
     pairs = {(FAMILIES[domain], fold) for domain, fold in folds.items()}
     assert len(pairs) == len(set(FAMILIES.values())) == len(set(folds.values()))
@@ -106,11 +106,11 @@ def test_choice_is_the_best_of_the_other_folds():
     }
     folds = {"a": 0, "b": 0, "c": 1, "d": 1}
     chosen = select_hyperparameters(scores, folds, SETTINGS)
-    # Every domain gets what suits the others, although it is the worst for itself.
+    # Every domain gets the best setting of the other fold, which is its own worst.
     assert [chosen[name].k for name in "abcd"] == [2, 2, 1, 1]
 
 
-def test_choice_never_sees_its_own_fold():
+def test_choice_does_not_depend_on_the_own_fold():
     rng = np.random.default_rng(0)
     folds = folds_by_family(FAMILIES, count=3, seed=1)
     scores = {name: rng.uniform(0.1, 0.9, size=3).tolist() for name in FAMILIES}
@@ -128,4 +128,4 @@ def test_choice_maximises_the_harmonic_mean():
     scores = {"a": [1.0, 0.45, 0.4], "b": [0.1, 0.45, 0.4], "c": [0.5, 0.5, 0.5]}
     chosen = select_hyperparameters(scores, {"a": 0, "b": 0, "c": 1}, SETTINGS)
     assert chosen["c"].k == 2
-    assert chosen["a"].k == 1  # all equal for c alone: the first of the grid
+    assert chosen["a"].k == 1  # c scores all settings equally: the first is chosen

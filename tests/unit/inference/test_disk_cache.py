@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from loraseg.adapters.adapter import Adapter, LoraPair
 from loraseg.adapters.packed import pack
 from loraseg.errors import IntegrityError, StoreError
 from loraseg.inference.disk_cache import AdapterDiskCache
-from loraseg.inference.file_lock import locked
 
 
 def make(number, size=64):
@@ -90,6 +90,7 @@ def test_a_folder_that_cannot_be_written_still_serves(tmp_path, monkeypatch):
 
 
 TIMEOUT_S = 60
+ROOT = Path(__file__).parents[3]
 DIGEST = f"{1:064x}"
 # Says when it has begun to make the adapter, and makes it when its standard input is closed.
 FETCH = """
@@ -108,6 +109,27 @@ print("fetched", packed.digest, flush=True)
 """
 
 
+# Creates an adapter 100 times, as if it were never kept.
+COUNT = """
+import sys
+from pathlib import Path
+from loraseg.inference.disk_cache import AdapterDiskCache
+from tests.unit.inference.test_disk_cache import make
+
+folder = Path(sys.argv[1])
+counter = folder / "counter"
+
+def increment():
+    counter.write_text(str(int(counter.read_text()) + 1))
+    return make(1)
+
+cache = AdapterDiskCache(folder)
+cache.get = lambda digest: None  # every call creates
+for _ in range(100):
+    cache.get_or_create(make(1).digest, increment)
+"""
+
+
 def refuse_to_make():
     raise AssertionError("it is there already")
 
@@ -120,7 +142,7 @@ def other_process(tmp_path):
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parents[3],
+        cwd=ROOT,
     ) as process:
         assert process.stdout.readline() == "making\n"
         yield process
@@ -128,7 +150,18 @@ def other_process(tmp_path):
 
 
 def files(folder):
-    return sorted(path.name for path in folder.iterdir())
+    """Return the names of all files but locks, which stay after use."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
+
+
+def test_one_process_at_a_time_creates_an_adapter(tmp_path):
+    """A counter without a lock of its own, incremented by every creation."""
+    (tmp_path / "counter").write_text("0")
+    processes = [
+        subprocess.Popen([sys.executable, "-c", COUNT, str(tmp_path)], cwd=ROOT) for _ in range(3)
+    ]
+    assert [process.wait(TIMEOUT_S) for process in processes] == [0] * 3
+    assert (tmp_path / "counter").read_text() == str(3 * 100)
 
 
 def test_what_is_fetched_is_made_once_and_then_mapped(tmp_path):
@@ -199,7 +232,7 @@ def test_a_process_that_is_stuck_delays_but_does_not_block(tmp_path, other_proce
     os.kill(other_process.pid, signal.SIGSTOP)
     folder = AdapterDiskCache(tmp_path, lock_timeout_s=0.1)
     assert folder.get_or_create(DIGEST, lambda: make(1)).digest == DIGEST
-    assert "making it beside others" in caplog.text
+    assert "creating it anyway" in caplog.text
     os.kill(other_process.pid, signal.SIGCONT)
     other_process.stdin.close()
     assert other_process.stdout.readline() == f"fetched {DIGEST}\n"
@@ -207,18 +240,31 @@ def test_a_process_that_is_stuck_delays_but_does_not_block(tmp_path, other_proce
     assert files(tmp_path) == [f"{DIGEST}.safetensors"]
 
 
-def test_locks_that_killed_processes_left_go_when_somebody_looks_around(tmp_path):
-    for number in range(3, 6):
-        (tmp_path / f".{number:064x}.lock").touch()
+def test_old_lock_files_are_removed_by_a_scan_and_recent_ones_are_kept(tmp_path):
+    old, new = (tmp_path / f".{number:064x}.lock" for number in (3, 4))
+    for path in (old, new):
+        path.touch()
+    os.utime(old, (0, 0))
     AdapterDiskCache(tmp_path).get_or_create(DIGEST, lambda: make(1))
-    assert files(tmp_path) == [f"{DIGEST}.safetensors"]
+    assert (old.exists(), new.exists()) == (False, True)
 
 
-def test_a_lock_in_use_stays_when_somebody_looks_around(tmp_path):
+def test_a_lock_in_use_survives_a_scan(tmp_path):
     lock = tmp_path / f".{2:064x}.lock"
-    with locked(lock, 0.0):
+    with FileLock(lock):
         AdapterDiskCache(tmp_path).get_or_create(DIGEST, lambda: make(1))
         assert lock.exists()
+
+
+def test_an_error_while_creating_frees_the_lock(tmp_path):
+    def fail():
+        raise ValueError("a bug")
+
+    cache = AdapterDiskCache(tmp_path, lock_timeout_s=0.0)
+    with pytest.raises(ValueError, match="a bug"):
+        cache.get_or_create(DIGEST, fail)
+    with FileLock(tmp_path / f".{DIGEST}.lock", timeout=0.0) as lock:
+        assert lock.is_locked
 
 
 def test_a_failure_is_told_and_the_next_one_tries_again(tmp_path):

@@ -12,7 +12,7 @@ from loraseg.train.generator_adapters.training import finetune_unet
 from tests.unit.train.tiny_generator import denoising_data, tiny_generator, tiny_recipe
 
 
-def config_of(**changes):
+def probe_config(**changes):
     return GradientProbeConfig(
         **{"epochs": 2, "learning_rate": 1e-3, "batch_size": 4, "stop_overlap": 1.0, **changes}
     )
@@ -25,8 +25,8 @@ def base():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Latents and prompts are encoded once."""
-    return tmp_path_factory.mktemp("world")
+    """Folder of the dataset and of the encoded latents and prompts, which the tests share."""
+    return tmp_path_factory.mktemp("data")
 
 
 @pytest.fixture
@@ -39,14 +39,14 @@ def weights(base):
 
 
 def change(after, before):
-    """|after - before| / |before| in float64, by plain sums."""
+    """|after - before| / |before| in float64, from sums of squares."""
     before, after = before.numpy().astype(np.float64), after.numpy().astype(np.float64)
     return np.sqrt(((after - before) ** 2).sum()) / np.sqrt((before**2).sum())
 
 
 def test_scores_are_the_relative_changes_of_full_tuning(base, data):
     before = weights(base)
-    config = config_of()
+    config = probe_config()
     report = gradient_probe(base, data, config)
     after = finetune_unet(base, data, config.recipe(len(data))).unet
     names = {name.removesuffix(".weight") for name in before if name.endswith(".weight")}
@@ -59,32 +59,34 @@ def test_scores_are_the_relative_changes_of_full_tuning(base, data):
         assert score.history[-1] == score.score
 
 
-def test_first_epoch_of_the_history_is_a_run_of_one_epoch(base, data):
-    two = gradient_probe(base, data, config_of(epochs=2))
-    one = gradient_probe(base, data, config_of(epochs=1))
+def test_first_epoch_of_the_history_equals_a_run_of_one_epoch(base, data):
+    two = gradient_probe(base, data, probe_config(epochs=2))
+    one = gradient_probe(base, data, probe_config(epochs=1))
     assert {s.name: s.history[0] for s in two.scores} == {s.name: s.score for s in one.scores}
 
 
-def test_base_is_as_it_was(base, data):
+def test_base_is_restored(base, data):
     before = weights(base)
-    gradient_probe(base, data, config_of(epochs=1))
+    gradient_probe(base, data, probe_config(epochs=1))
     after = base.unet.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert all(p.grad is None and not p.requires_grad for p in base.unet.parameters())
 
 
-def test_same_seed_gives_the_same_bytes(base, data, folder):
-    first = gradient_probe(base, data, config_of()).to_bytes()
-    assert gradient_probe(base, data, config_of()).to_bytes() == first
+def test_equal_seeds_give_equal_bytes(base, data, folder):
+    first = gradient_probe(base, data, probe_config()).to_bytes()
+    assert gradient_probe(base, data, probe_config()).to_bytes() == first
     other = denoising_data(folder, base, tiny_recipe(), seed=1)
-    assert gradient_probe(base, other, config_of()).to_bytes() != first
+    assert gradient_probe(base, other, probe_config()).to_bytes() != first
 
 
-def test_report_says_what_it_rests_on_and_can_be_read_back(base, data):
-    seen = []
-    report = gradient_probe(base, data, config_of(), on_step=lambda done, _: seen.append(done))
+def test_report_names_its_inputs_and_can_be_read_back(base, data):
+    done_steps = []
+    report = gradient_probe(
+        base, data, probe_config(), on_step=lambda done, _: done_steps.append(done)
+    )
     steps = 2 * -(-len(data) // 4)
-    assert seen == list(range(1, steps + 1))
+    assert done_steps == list(range(1, steps + 1))
     assert report.samples == {
         "views": len(data),
         "epochs": 2,
@@ -100,40 +102,40 @@ def test_report_says_what_it_rests_on_and_can_be_read_back(base, data):
     assert again.scores == report.scores
 
 
-def test_stops_when_the_head_of_the_ranking_has_settled(base, data):
-    # The overlap that counts is that of the projections, not of all layers.
-    report = gradient_probe(base, data, config_of(epochs=4, top=6, stop_overlap=1e-9))
+def test_stops_when_the_leading_projections_are_stable(base, data):
+    # The overlap is that of the projections, not of all layers.
+    report = gradient_probe(base, data, probe_config(epochs=4, top=6, stop_overlap=1e-9))
     assert report.samples["epochs"] == 2
-    heads = [
-        {s.name for s in sorted(of, key=lambda s: (-s.history[epoch], s.name))[:6]}
-        for of in [report.projections().scores]
+    projections = report.projections().scores
+    leading = [
+        {s.name for s in sorted(projections, key=lambda s: (-s.history[epoch], s.name))[:6]}
         for epoch in range(2)
     ]
-    expected = len(heads[0] & heads[1]) / len(heads[0] | heads[1])
+    expected = len(leading[0] & leading[1]) / len(leading[0] | leading[1])
     assert report.settings["overlaps"] == [expected]
 
 
-def test_goes_on_while_the_ranking_moves(base, data, monkeypatch):
-    # The head holds another projection after each epoch.
-    names = itertools.cycle(["to_q", "to_k"])
+def test_continues_while_the_leading_projections_change(base, data, monkeypatch):
+    # Another projection leads after each epoch.
+    leading_names = itertools.cycle(["to_q", "to_k"])
 
     def changes(unet, before):
-        leading = next(names)
+        leading = next(leading_names)
         return {
             name: 2.0 if f"attn1.{leading}" in name else 1.0 for name, _ in unet.named_parameters()
         }
 
     monkeypatch.setattr("loraseg.probes.gradient.relative_changes", changes)
-    report = gradient_probe(base, data, config_of(epochs=3, top=2, stop_overlap=0.9))
+    report = gradient_probe(base, data, probe_config(epochs=3, top=2, stop_overlap=0.9))
     assert report.samples["epochs"] == 3
     assert report.settings["overlaps"] == [0.0, 0.0]
 
 
-def test_leaves_zero_initialised_layers_out(base, data):
+def test_zero_initialised_layers_have_no_score(base, data):
     with torch.no_grad():
         base.unet.conv_out.weight.zero_()
         base.unet.time_embedding.linear_1.weight.mul_(1e-12)
-    report = gradient_probe(base, data, config_of(epochs=1))
+    report = gradient_probe(base, data, probe_config(epochs=1))
     names = {score.name for score in report.scores}
     assert not names & {"conv_out", "time_embedding.linear_1"}
     assert "conv_in" in names
@@ -148,23 +150,23 @@ def test_relative_changes_of_every_tensor():
     assert relative_changes(module, before) == {"weight": pytest.approx(0.2)}
 
 
-def test_one_copy_of_the_weights_waits_meanwhile(base, data):
+def test_training_keeps_one_copy_of_the_initial_weights(base, data):
     original = base.unet.conv_in.weight.detach().clone()
-    found = []
+    copies = []
 
     def count(done, loss):
-        found.append(
+        copies.append(
             sum(
-                type(one) is torch.Tensor
-                and one is not original
-                and one.shape == original.shape
-                and torch.equal(one, original)
-                for one in gc.get_objects()
+                type(item) is torch.Tensor
+                and item is not original
+                and item.shape == original.shape
+                and torch.equal(item, original)
+                for item in gc.get_objects()
             )
         )
 
-    gradient_probe(base, data, config_of(), on_step=count)
-    assert set(found) == {1}
+    gradient_probe(base, data, probe_config(), on_step=count)
+    assert set(copies) == {1}
 
 
 @pytest.mark.gpu
@@ -172,20 +174,20 @@ def test_accelerator_holds_no_second_copy(tmp_path):
     base = tiny_generator()
     data = denoising_data(tmp_path, base, tiny_recipe())
     base.to("cuda")
-    held = []
+    devices = []
 
     def changes(unet, before):
-        held.append({value.device.type for value in before.values()})
+        devices.append({value.device.type for value in before.values()})
         return relative_changes(unet, before)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("loraseg.probes.gradient.relative_changes", changes)
-        report = gradient_probe(base, data, config_of())
-    assert held == [{"cpu"}, {"cpu"}]
-    on_cpu = gradient_probe(base.to("cpu"), data, config_of())
-    there = {score.name: score.score for score in report.scores}
+        report = gradient_probe(base, data, probe_config())
+    assert devices == [{"cpu"}, {"cpu"}]
+    on_cpu = gradient_probe(base.to("cpu"), data, probe_config())
+    on_gpu = {score.name: score.score for score in report.scores}
     for score in on_cpu.scores:
-        assert there[score.name] == pytest.approx(score.score, rel=0.2)
+        assert on_gpu[score.name] == pytest.approx(score.score, rel=0.2)
 
 
 @pytest.mark.parametrize(
@@ -201,14 +203,14 @@ def test_accelerator_holds_no_second_copy(tmp_path):
 )
 def test_config_is_checked(changes, message):
     with pytest.raises(ConfigError, match=message):
-        config_of(**changes)
+        probe_config(**changes)
 
 
-def test_more_projections_than_there_are(base, data):
+def test_top_is_at_most_the_number_of_projections(base, data):
     with pytest.raises(ConfigError, match=r"top 1000, expected at most \d+"):
-        gradient_probe(base, data, config_of(top=1000))
+        gradient_probe(base, data, probe_config(top=1000))
 
 
 def test_half_precision_weights_are_refused(base, data):
-    with pytest.raises(ConfigError, match=r"bfloat16, expected torch\.float32"):
-        gradient_probe(base.to("cpu", torch.bfloat16), data, config_of())
+    with pytest.raises(ConfigError, match=r"UNet is torch\.bfloat16, expected torch\.float32"):
+        gradient_probe(base.to("cpu", torch.bfloat16), data, probe_config())

@@ -1,5 +1,3 @@
-"""The numbers of a report made by hand."""
-
 import math
 
 import numpy as np
@@ -41,7 +39,7 @@ def report(*scores, method="gradient", digest="ab" * 32):
 
 
 @pytest.fixture
-def made():
+def six_layers():
     return report(
         layer(f"{ATTENTION}.attn2.to_q", 0.8, "down_blocks.0", True, "q", 1),
         layer(f"{ATTENTION}.attn1.to_out.0", 0.2, "down_blocks.0", False, "out", 1),
@@ -54,33 +52,33 @@ def made():
     )
 
 
-def rows(found):
-    return [(g.name, g.layers, g.mean, g.largest, g.leading) for g in found]
+def rows(groups):
+    return [(g.name, g.layers, g.mean, g.largest, g.leading) for g in groups]
 
 
 def near(value):
     return pytest.approx(value, rel=1e-12)
 
 
-def test_groups_by_block(made):
-    assert rows(group_layers(made, block_of, 3)) == [
+def test_groups_by_block(six_layers):
+    assert rows(group_layers(six_layers, block_of, 3)) == [
         ("down_blocks.0", 3, near(1.6 / 3), 0.8, 2),
         ("conv_norm_out", 1, near(0.4), 0.4, 1),
         ("mid_block", 2, near(0.2), 0.3, 0),
     ]
 
 
-def test_groups_by_resolution(made):
-    # The time projection and the convolution work where their block's attention does.
-    assert rows(group_layers(made, resolution_of(made.scores), 1)) == [
+def test_groups_by_resolution(six_layers):
+    # The time projection and the convolution have the resolution of their block's attention.
+    assert rows(group_layers(six_layers, resolution_of(six_layers.scores), 1)) == [
         ("1/1", 3, near(1.6 / 3), 0.8, 1),
         ("-", 1, near(0.4), 0.4, 0),
         ("1/8", 2, near(0.2), 0.3, 0),
     ]
 
 
-def test_groups_by_kind(made):
-    assert rows(group_layers(made, kind_of, 6)) == [
+def test_groups_by_kind(six_layers):
+    assert rows(group_layers(six_layers, kind_of, 6)) == [
         ("cross q", 1, 0.8, 0.8, 1),
         ("time", 1, 0.6, 0.6, 1),
         ("norm", 1, 0.4, 0.4, 1),
@@ -93,7 +91,7 @@ def test_groups_by_kind(made):
 @pytest.mark.parametrize("name", ["sd1.4", "sd2.1", "sdxl"])
 def test_every_layer_of_the_public_unets_has_a_kind(name):
     unet = full_unet(name)
-    projections = {found.name: found for found in attention_projections(unet)}
+    projections = {layer.name: layer for layer in attention_projections(unet)}
     kinds = {}
     for key, _ in unet.named_parameters():
         module = key.rpartition(".")[0]
@@ -105,14 +103,14 @@ def test_every_layer_of_the_public_unets_has_a_kind(name):
         kinds.setdefault(kind_of(scored), set()).add(module)
     assert "other" not in kinds
     assert len(kinds["time"]) == 2 + sum("time_emb_proj" in n for n, _ in unet.named_modules())
-    attended = sum(len(found) for kind, found in kinds.items() if kind.startswith(("cr", "self")))
-    assert attended == len(projections)
+    attention = sum(len(names) for kind, names in kinds.items() if kind.startswith(("cr", "self")))
+    assert attention == len(projections)
     convolutions = {n for n, m in unet.named_modules() if type(m).__name__ == "Conv2d"}
     assert kinds["conv"] == {n for n in convolutions if "proj" not in n}
 
 
-def test_overview_shows_the_head_and_the_groups(made):
-    text = format_report(made, 2)
+def test_text_shows_the_leading_layers_and_the_groups(six_layers):
+    text = format_report(six_layers, 2)
     assert "gradient probe of tiny (abababababab): 6 layers; 2 epochs, 4 views" in text
     head = [line.split() for line in text.splitlines()[2:5]]
     assert head[0] == ["score", "kind", "resolution", "layer"]
@@ -120,12 +118,12 @@ def test_overview_shows_the_head_and_the_groups(made):
     assert head[2][-1] == "down_blocks.0.resnets.0.time_emb_proj"
     block = next(line for line in text.splitlines() if line.startswith("down_blocks.0 "))
     assert block.split() == ["down_blocks.0", "3", "5.333e-01", "8.000e-01", "2"]
-    assert "in top 6" in format_report(made, 100)
+    assert "in top 6" in format_report(six_layers, 100)
     with pytest.raises(ConfigError, match="k = 0"):
-        format_report(made, 0)
+        format_report(six_layers, 0)
 
 
-def test_agreement_of_heads_and_ranks():
+def test_agreement_of_leading_layers_and_ranks():
     first = report(
         *(layer(name, float(score)) for name, score in zip("abcdef", range(6, 0, -1), strict=True))
     )
@@ -135,20 +133,20 @@ def test_agreement_of_heads_and_ranks():
             for name, score in zip("abcdef", (6, 2, 5, 4, 3, 1), strict=True)
         )
     )
-    found = compare_reports(first, second, (1, 2, 3, 6))
-    assert found.overlaps == ((1, 1.0), (2, near(1 / 3)), (3, 0.5), (6, 1.0))
+    agreement = compare_reports(first, second, (1, 2, 3, 6))
+    assert agreement.overlaps == ((1, 1.0), (2, near(1 / 3)), (3, 0.5), (6, 1.0))
     # 1 - 6 sum d^2 / (n (n^2 - 1)): ranks of b, c, d, e differ by 3, 1, 1, 1.
-    assert found.spearman == near(1 - 6 * 12 / (6 * 35))
-    assert (found.layers, found.left_out) == (6, 0)
+    assert agreement.spearman == near(1 - 6 * 12 / (6 * 35))
+    assert (agreement.layers, agreement.left_out) == (6, 0)
 
 
-def test_agreement_is_about_the_layers_that_both_score():
+def test_agreement_covers_the_layers_that_both_score():
     first = report(layer("a", 3.0), layer("b", 9.0), layer("c", 1.0))
     second = report(layer("a", 3.0), layer("c", 1.0), layer("d", 7.0), method="other")
-    found = compare_reports(first, second, (1,))
-    assert (found.layers, found.left_out) == (2, 2)
-    assert found.overlaps == ((1, 1.0),)
-    assert found.spearman == near(1.0)
+    agreement = compare_reports(first, second, (1,))
+    assert (agreement.layers, agreement.left_out) == (2, 2)
+    assert agreement.overlaps == ((1, 1.0),)
+    assert agreement.spearman == near(1.0)
     assert "2 layers in both, 2 more in only one of them" in format_comparison(first, second)
     with pytest.raises(ConfigError, match="no layer in common"):
         compare_reports(first, report(layer("x", 1.0)))
@@ -156,7 +154,7 @@ def test_agreement_is_about_the_layers_that_both_score():
         compare_reports(first, second, (3,))
 
 
-def test_comparison_shows_both_and_their_agreement():
+def test_comparison_names_both_reports_and_their_agreement():
     first = report(*(layer(f"l{n}", float(n)) for n in range(12)))
     text = format_comparison(first, report(*first.scores, method="other", digest="cd" * 32))
     assert "gradient probe of tiny (abababababab)" in text

@@ -1,5 +1,3 @@
-"""A probe from files to a report that a recipe takes its layers from."""
-
 import dataclasses
 
 import pytest
@@ -17,10 +15,10 @@ from tests.unit.train.tiny_generator import tiny_recipe, write_pipeline
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("probe")
-    write_pipeline(made / "pipeline")
-    write_domain(made / "fog", "fog")
-    return made
+    folder = tmp_path_factory.mktemp("probe")
+    write_pipeline(folder / "pipeline")
+    write_domain(folder / "fog", "fog")
+    return folder
 
 
 @pytest.fixture
@@ -35,7 +33,7 @@ def task(folder, tmp_path):
     ).resolved()
 
 
-def test_report_lies_at_the_output_and_says_what_was_done(task, folder):
+def test_report_is_at_the_output_and_selects_layers_for_a_recipe(task, folder):
     result = run_probe(task)
     assert not result.skipped
     report = read_layer_report(task.output)
@@ -49,7 +47,7 @@ def test_report_lies_at_the_output_and_says_what_was_done(task, folder):
     assert generator_targets(base.unet, recipe) == report.projections().top(5)
 
 
-def test_done_once_it_is_skipped(task, monkeypatch):
+def test_a_finished_probe_is_skipped(task, monkeypatch):
     first = run_probe(task)
     monkeypatch.setattr("loraseg.probes.task.gradient_probe", None)
     again = run_probe(task)
@@ -66,7 +64,7 @@ def test_another_probe_replaces_the_report(task):
     assert read_layer_report(task.output).to_bytes() == other.report
 
 
-def test_a_file_of_another_kind_stays(task, tmp_path):
+def test_a_file_that_is_not_a_report_is_kept(task, tmp_path):
     (tmp_path / "reports").mkdir()
     (tmp_path / "reports" / "fog.json").write_text("mine")
     with pytest.raises(IntegrityError, match=r"fog\.json"):
@@ -74,7 +72,7 @@ def test_a_file_of_another_kind_stays(task, tmp_path):
     assert (tmp_path / "reports" / "fog.json").read_text() == "mine"
 
 
-def test_addresses_are_made_absolute(folder, monkeypatch):
+def test_resolved_paths_are_absolute(folder, monkeypatch):
     monkeypatch.chdir(folder)
     task = ProbeTask(base="pipeline", data="fog", output="fog.json").resolved()
     assert (task.base, task.data, task.output) == tuple(
@@ -88,13 +86,18 @@ def test_addresses_are_made_absolute(folder, monkeypatch):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"images": 0}, "images"), ({"flip": 2.0}, "flip"), ({"output": "s3://bucket"}, "a file")],
+    [
+        ({"method": "concepts"}, "'concepts', expected one of gradient"),
+        ({"images": 0}, "images"),
+        ({"flip": 2.0}, "flip"),
+        ({"output": "s3://bucket"}, "a file"),
+    ],
 )
 def test_config_is_checked(task, changes, message):
     with pytest.raises(ConfigError, match=message):
         dataclasses.replace(task, **changes)
 
 
-def test_sides_that_the_model_cannot_halve(task):
+def test_size_is_a_multiple_that_the_model_can_halve(task):
     with pytest.raises(ConfigError, match=r"size: got \(30, 32\), expected multiples of 4"):
         run_probe(dataclasses.replace(task, size=(30, 32)))

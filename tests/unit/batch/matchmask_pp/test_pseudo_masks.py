@@ -56,7 +56,7 @@ def test_masks_say_what_the_segmenter_is_sure_of(config, tmp_path):
     assert (note["masks"], note["segmenter"]) == (3, segmenter.digest)
     assert (tmp_path / "masks" / SUMMARY_KEY).is_file()
     source = MaskSource(config.output, (), "train")
-    assert len(source.list_masks()) == 3
+    assert len(source.list_conditions()) == 3
     assert source.label_space().names == CLASSES
 
 
@@ -84,7 +84,7 @@ def test_images_in_folders_keep_masks_of_their_own(config, tmp_path):
         assert _same(masks / f"{path}.png", masks / f"{source}.png.png")
     assert not _same(masks / "0.png.png", masks / "aachen" / "0.png.png")
     assert write_summary(config, {})["masks"] == 6
-    assert len(MaskSource(config.output, (), "train").list_masks()) == 6
+    assert len(MaskSource(config.output, (), "train").list_conditions()) == 6
 
 
 def _same(one, other):

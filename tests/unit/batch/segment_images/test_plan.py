@@ -28,7 +28,7 @@ def commit(output, part):
         {"key": item.key, "id": key_id(item.key), "etag": "e", "status": "ok", "mask": item.mask}
         for item in part.items
     ]
-    output.put(part.file, encode_rows(rows))
+    output.put(part.id, encode_rows(rows))
 
 
 def test_parts_are_cut_at_the_same_places_whatever_is_done(output):

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from loraseg.batch.core.executor import LocalExecutor
 from loraseg.batch.segment_images import segment_images
 from loraseg.batch.segment_images.mask_names import key_id
-from loraseg.batch.segment_images.run import LocalSegmentationExecutor
 from loraseg.cli.entry import main as loraseg
 from loraseg.data.masks import read_mask
 from loraseg.errors import ConfigError
@@ -21,6 +21,7 @@ from loraseg.library import Library
 from loraseg.library.records import blob_key, read_record
 from loraseg.storage import LocalStore, open_store
 from loraseg.train.segmenter_adapters.samples import fixed_threads
+from tests.executors import UnusedExecutor
 from tests.tiny_image_batch import (
     BAD,
     bad_images,
@@ -58,7 +59,7 @@ def rows(uri):
 
 
 def test_masks_and_explanations_are_those_of_the_command_line(config, tmp_path):
-    segment_images(config, LocalSegmentationExecutor())
+    segment_images(config, LocalExecutor())
     found = rows(config.output)
     for name in DOMAINS:
         command = ["segment", *sorted(map(str, (tmp_path / "images" / name).glob("*.png")))]
@@ -77,7 +78,7 @@ def test_masks_and_explanations_are_those_of_the_command_line(config, tmp_path):
 
 
 def test_every_object_has_a_row(config, tmp_path):
-    summary = segment_images(config, LocalSegmentationExecutor())
+    summary = segment_images(config, LocalExecutor())
     found = rows(config.output)
     assert summary.new_images == len(found) == 16
     assert summary.statuses == {"bad_image": 4, "ok": 12}
@@ -97,7 +98,7 @@ def test_every_object_has_a_row(config, tmp_path):
 
 
 def test_the_mask_is_an_indexed_png_with_the_class_colours(config, tmp_path):
-    segment_images(config, LocalSegmentationExecutor())
+    segment_images(config, LocalExecutor())
     image = Image.open(tmp_path / "out" / "masks" / "day" / "0 é.png")
     assert image.mode == "P"
     colours = np.array(image.getpalette()).reshape(-1, 3)[: len(CLASSES)]
@@ -105,11 +106,11 @@ def test_the_mask_is_an_indexed_png_with_the_class_colours(config, tmp_path):
 
 
 def test_a_second_run_does_nothing(config, monkeypatch):
-    segment_images(config, LocalSegmentationExecutor())
+    segment_images(config, LocalExecutor())
     before = read_all(config.output)
     for write in ("put", "put_if_absent", "put_if_match", "delete"):
         monkeypatch.setattr(LocalStore, write, _forbidden)
-    summary = segment_images(config, _UnusedExecutor())
+    summary = segment_images(config, UnusedExecutor())
     assert summary.new_images == 0
     assert read_all(config.output) == before
 
@@ -118,23 +119,13 @@ def _forbidden(*_):
     raise AssertionError("nothing is to be written")
 
 
-class _UnusedExecutor:
-    threads, device = 1, "cpu"
-
-    def resolve_models(self, config):
-        raise AssertionError("nothing is to be loaded")
-
-    def run(self, pinned, work):
-        raise AssertionError("nothing is to be done")
-
-
 class _SimulatedKill(BaseException):
     pass
 
 
 @pytest.mark.parametrize("fatal", [0, 6, 15])
 def test_killed_before_any_write_it_ends_in_the_same_bytes(config, tmp_path, monkeypatch, fatal):
-    segment_images(config, LocalSegmentationExecutor())
+    segment_images(config, LocalExecutor())
     undisturbed = read_all(config.output)
     writes = 0
 
@@ -154,19 +145,19 @@ def test_killed_before_any_write_it_ends_in_the_same_bytes(config, tmp_path, mon
             patch.setattr(LocalStore, name, dying(getattr(LocalStore, name)))
         if fatal < 18:  # the state, 12 masks, 4 files and the manifest
             with pytest.raises(_SimulatedKill):
-                segment_images(again, LocalSegmentationExecutor())
+                segment_images(again, LocalExecutor())
             assert not (tmp_path / "again" / "manifest.json").exists()
         else:
-            segment_images(again, LocalSegmentationExecutor())
-    segment_images(again, LocalSegmentationExecutor())
+            segment_images(again, LocalExecutor())
+    segment_images(again, LocalExecutor())
     assert read_all(again.output) == undisturbed
 
 
 def test_new_images_are_added(config, tmp_path):
-    segment_images(config, LocalSegmentationExecutor())
+    segment_images(config, LocalExecutor())
     before = read_all(config.output)
     put_all(config.images, {"day/0 é.jpg": png(domain_images("fog", 1)[0], "JPEG")})
-    assert segment_images(config, LocalSegmentationExecutor()).new_images == 1
+    assert segment_images(config, LocalExecutor()).new_images == 1
     after = read_all(config.output)
     manifest = before.pop("manifest.json")
     assert before.items() <= after.items()
@@ -179,17 +170,13 @@ def test_new_images_are_added(config, tmp_path):
 
 
 def test_a_replaced_image_is_done_anew(config, tmp_path):
-    segment_images(config, LocalSegmentationExecutor())
+    segment_images(config, LocalExecutor())
     replaced = {"day/1 é.png": png(domain_images("night", 2)[1][:, :16])}
     store = put_all(config.images, replaced)
-    assert (
-        1
-        <= segment_images(config, LocalSegmentationExecutor()).new_images
-        <= config.images_per_file
-    )
+    assert 1 <= segment_images(config, LocalExecutor()).new_images <= config.images_per_file
     assert rows(config.output)["day/1 é.png"]["width"] == 16
     fresh = replace(config, output=str(tmp_path / "fresh"))
-    segment_images(fresh, LocalSegmentationExecutor())
+    segment_images(fresh, LocalExecutor())
     assert masks(fresh) == masks(config)
     assert rows(fresh.output) == rows(config.output)
     assert store.exists("day/1 é.png")
@@ -197,7 +184,7 @@ def test_a_replaced_image_is_done_anew(config, tmp_path):
 
 @pytest.mark.parametrize("fatal", [0, 2, 5])
 def test_killed_while_it_takes_back_what_was_replaced(config, tmp_path, monkeypatch, fatal):
-    segment_images(config, LocalSegmentationExecutor())
+    segment_images(config, LocalExecutor())
     put_all(config.images, {"day/1 é.png": png(domain_images("night", 2)[1][:, :16])})
     deletes = 0
 
@@ -210,10 +197,10 @@ def test_killed_while_it_takes_back_what_was_replaced(config, tmp_path, monkeypa
 
     with monkeypatch.context() as patch, contextlib.suppress(_SimulatedKill):
         patch.setattr(LocalStore, "delete", delete)
-        segment_images(config, LocalSegmentationExecutor())
-    segment_images(config, LocalSegmentationExecutor())
+        segment_images(config, LocalExecutor())
+    segment_images(config, LocalExecutor())
     fresh = replace(config, output=str(tmp_path / "fresh"))
-    segment_images(fresh, LocalSegmentationExecutor())
+    segment_images(fresh, LocalExecutor())
     assert masks(fresh) == masks(config)
     assert rows(fresh.output) == rows(config.output)
 
@@ -223,15 +210,15 @@ def masks(config):
 
 
 def test_results_outlive_their_images(config, tmp_path):
-    segment_images(config, LocalSegmentationExecutor())
+    segment_images(config, LocalExecutor())
     before = read_all(config.output)
     shutil.rmtree(tmp_path / "images" / "day")
-    assert segment_images(config, LocalSegmentationExecutor()).new_images == 0
+    assert segment_images(config, LocalExecutor()).new_images == 0
     assert read_all(config.output) == before
 
 
 def test_other_settings_are_refused(config):
-    segment_images(config, LocalSegmentationExecutor())
+    segment_images(config, LocalExecutor())
     for change, message in (
         ({"classes": ("road", "car")}, r'classes was \["road", "car", "sky"\] and is'),
         ({"k": 1}, "k was 2 and is 1"),
@@ -241,41 +228,41 @@ def test_other_settings_are_refused(config):
         ({"images_per_file": 5}, "images_per_file was 4 and is 5"),
     ):
         with pytest.raises(ConfigError, match=message):
-            segment_images(replace(config, **change), LocalSegmentationExecutor())
+            segment_images(replace(config, **change), LocalExecutor())
 
 
 def test_other_threads_are_refused(config):
-    segment_images(config, LocalSegmentationExecutor())
+    segment_images(config, LocalExecutor())
     with pytest.raises(ConfigError, match="threads was 1 and is 2"):
-        segment_images(config, LocalSegmentationExecutor(2))
+        segment_images(config, LocalExecutor(2))
 
 
 def test_another_base_under_the_same_name_is_refused(config, tmp_path):
-    segment_images(config, LocalSegmentationExecutor())
+    segment_images(config, LocalExecutor())
     put_all(config.images, good_images(["day"], 4))
     data = bytearray((tmp_path / "base.safetensors").read_bytes())
     data[-1] ^= 1
     (tmp_path / "base.safetensors").write_bytes(data)
-    with pytest.raises(ConfigError, match="was begun with base"):
-        segment_images(config, LocalSegmentationExecutor())
+    with pytest.raises(ConfigError, match="was created with base"):
+        segment_images(config, LocalExecutor())
 
 
 def test_the_generation_of_the_first_run_is_kept(config):
-    segment_images(config, LocalSegmentationExecutor())
+    segment_images(config, LocalExecutor())
     put_all(config.images, good_images(["day"], 4))
     library = Library(open_store(config.library))
     files, card = library.load("night")
     library.publish("day", files, replace(card, name="day"))
     assert library.generation() == 5
-    assert segment_images(config, LocalSegmentationExecutor()).generation == 4
+    assert segment_images(config, LocalExecutor()).generation == 4
     assert rows(config.output)["day/3 é.png"]["generation"] == 4
     with pytest.raises(ConfigError, match="generation was 4 and is 5"):
-        segment_images(replace(config, generation=5), LocalSegmentationExecutor())
+        segment_images(replace(config, generation=5), LocalExecutor())
 
 
 def test_what_a_damaged_adapter_costs_is_tried_again(config, tmp_path, monkeypatch):
     whole = replace(config, output=str(tmp_path / "whole"))
-    segment_images(whole, LocalSegmentationExecutor())
+    segment_images(whole, LocalExecutor())
     monkeypatch.setenv("LORASEG_CACHE", str(tmp_path / "another cache"))
     store = open_store(config.library)
     used = [part["name"] for row in rows(whole.output).values() for part in row["adapters"] or ()]
@@ -285,13 +272,13 @@ def test_what_a_damaged_adapter_costs_is_tried_again(config, tmp_path, monkeypat
     blob = tmp_path / "library" / blob_key(weights)
     kept = blob.read_bytes()
     blob.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
-    first = segment_images(config, LocalSegmentationExecutor())
+    first = segment_images(config, LocalExecutor())
     assert first.statuses["failed"] > 0
     assert first.statuses["ok"] > 0
     failed = [row for row in rows(config.output).values() if row["status"] == "failed"]
     assert "is damaged" in failed[0]["error"]
     blob.write_bytes(kept)
-    assert segment_images(config, LocalSegmentationExecutor()).statuses == {
+    assert segment_images(config, LocalExecutor()).statuses == {
         "bad_image": 4,
         "ok": 12,
     }

@@ -3,10 +3,11 @@ import pytest
 import torch
 from PIL import Image
 
+from loraseg.batch.core.executor import LocalExecutor
 from loraseg.batch.pseudo_labels import predict_pseudo_labels
 from loraseg.batch.synthesize.config import SynthesisConfig
 from loraseg.batch.synthesize.models import resolve_models
-from loraseg.batch.synthesize.run import LocalSynthesisExecutor, synthesize
+from loraseg.batch.synthesize.run import synthesize
 from loraseg.data import LabelSpace
 from loraseg.data.masks import decode_mask
 from loraseg.data.untrusted_images import decode_image
@@ -49,7 +50,7 @@ def test_a_segmenter_of_other_classes_is_refused(tmp_path):
     write_inputs(tmp_path, masks=1)
     config = settings(tmp_path, tmp_path / "out", classes=("a", "b", "c", "d"))
     with pytest.raises(ConfigError, match="its classes are road, sky, car, sidewalk"):
-        synthesize(config, LocalSynthesisExecutor())
+        synthesize(config, LocalExecutor())
 
 
 def test_judging_gives_confidence_and_the_loss_of_the_mask(tmp_path):
@@ -75,7 +76,7 @@ def test_other_filters_mark_what_they_should(method, tmp_path):
     real = {"real": str(tmp_path / "masks"), "real_images": 1} if method == "freemask" else {}
     rule = FilterConfig(method=method, min_kept=0.0, threshold=0.3)
     config = settings(tmp_path, tmp_path / "out", filter=rule, **real)
-    synthesize(config, LocalSynthesisExecutor(torch.get_num_threads()))
+    synthesize(config, LocalExecutor(torch.get_num_threads()))
     segmenter = load_closed_set_segmenter(config.segmenter)
     means = resolve_models(config, LabelSpace(CLASSES)).class_loss
     for row in all_rows(tmp_path / "out"):

@@ -8,7 +8,7 @@ import pytest
 
 from loraseg.batch.synthesize import parquet_masks
 from loraseg.batch.synthesize.mask_sources import MaskSource
-from loraseg.batch.synthesize.plan import PlanHistory, scan_masks
+from loraseg.batch.synthesize.plan import PlanHistory, scan_conditions
 from loraseg.data import LabelSpace, open_dataset, write_classes
 from loraseg.data.masks import encode_mask
 from loraseg.errors import DatasetError, StoreError
@@ -40,7 +40,7 @@ def test_masks_come_in_the_order_of_the_training_samples(layout, tmp_path):
         (tmp_path / "masks" / below / f"{stem}.png").write_bytes(b"nor this")
     (tmp_path / "train.txt").write_text("\n".join([*STEMS, "img 2", "b", "B"]))
     source = MaskSource(str(tmp_path), CLASSES, "train")
-    names = [one.name for one in source.list_masks()]
+    names = [one.name for one in source.list_conditions()]
     assert names == [*expected, "B.png", "b.png", "img 2.png"]
 
 
@@ -58,10 +58,10 @@ def test_a_file_whose_name_no_store_takes_is_a_bad_mask(name, reason, tmp_path):
     with open(os.path.join(os.fsencode(folder), name), "wb") as file:  # noqa: PTH118, PTH123
         file.write(encode_mask(mask(1)))
     source = MaskSource(str(tmp_path), (), "train")
-    found = scan_masks(source, source.list_masks(), PlanHistory(), classes=4, size=None)
+    found = scan_conditions(source, source.list_conditions(), PlanHistory())
     [bad] = [one for one in found if one.reason]
     assert reason in bad.reason
-    assert bad.mask_id is None
+    assert bad.condition_id is None
     assert len(found) == 2
 
 
@@ -69,7 +69,7 @@ def test_a_parquet_file_whose_name_no_store_takes_is_one_bad_mask(tmp_path):
     write_table(tmp_path / "a\\b.parquet", [0, 1])
     write_table(tmp_path / "c.parquet", [2])
     source = MaskSource(str(tmp_path), CLASSES, "train")
-    found = scan_masks(source, source.list_masks(), PlanHistory(), classes=4, size=None)
+    found = scan_conditions(source, source.list_conditions(), PlanHistory())
     assert [(one.ref.file, one.reason is None) for one in found] == [
         ("a\\b.parquet", False),
         ("c.parquet", True),
@@ -84,7 +84,7 @@ def test_a_store_that_is_down_ends_the_survey(tmp_path, monkeypatch):
 
     monkeypatch.setattr(LocalStore, "get", down)
     with pytest.raises(StoreError, match=r"cannot read 'masks/train/000\.png'"):
-        scan_masks(source, source.list_masks(), PlanHistory(), classes=4, size=None)
+        scan_conditions(source, source.list_conditions(), PlanHistory())
 
 
 def write_table(path, numbers, *, names=None, **layout):
@@ -113,7 +113,9 @@ def fetched(monkeypatch):
 def test_a_row_without_text_is_called_by_file_and_number(names, tmp_path):
     write_table(tmp_path / "m.parquet", [0, 1, 2], names=names)
     source = MaskSource(str(tmp_path), CLASSES, "train")
-    assert [one.name for one in source.list_masks()] == [f"m.parquet#{row}" for row in range(3)]
+    assert [one.name for one in source.list_conditions()] == [
+        f"m.parquet#{row}" for row in range(3)
+    ]
 
 
 @pytest.mark.parametrize("room", [None, 1])
@@ -124,22 +126,20 @@ def test_a_survey_fetches_each_file_once_whatever_the_names(room, tmp_path, fetc
         names = [f"{row:02d}-{file}" for row in range(9 + file)]
         numbers = [20 * file + row for row in range(9 + file)]
         write_table(tmp_path / f"{file}.parquet", numbers, names=names, row_group_size=4)
-    masks = MaskSource(str(tmp_path), CLASSES, "train").list_masks()
+    masks = MaskSource(str(tmp_path), CLASSES, "train").list_conditions()
     assert [one.file for one in masks[:4]] == [f"{file}.parquet" for file in range(4)]
     fetched.clear()
-    found = scan_masks(
-        MaskSource(str(tmp_path), CLASSES, "train"), masks, PlanHistory(), classes=4, size=None
-    )
+    found = scan_conditions(MaskSource(str(tmp_path), CLASSES, "train"), masks, PlanHistory())
     assert fetched == [f"{file}.parquet" for file in range(4)]
     assert [one.ref for one in found] == masks
     for one in found:
         number = 20 * int(one.ref.file[0]) + one.ref.row
-        assert one.mask_id == mask_digest(mask(number))
+        assert one.condition_id == mask_digest(mask(number))
     # A part's masks are in the order of their digests.
     fetched.clear()
     source = MaskSource(str(tmp_path), CLASSES, "train")
-    for one in sorted(found, key=lambda one: one.mask_id):
-        assert mask_digest(source.read(one.mask, classes=4)) == one.mask_id
+    for one in sorted(found, key=lambda one: one.condition_id):
+        assert mask_digest(source.read(one.ref)) == one.condition_id
     assert room or len(fetched) == 4
 
 
@@ -147,8 +147,8 @@ def test_what_is_remembered_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet_masks, "_MASK_CACHE_BYTES", 1000)
     write_table(tmp_path / "m.parquet", range(40), row_group_size=4)
     source = MaskSource(str(tmp_path), CLASSES, "train")
-    for one in source.list_masks():
-        assert np.array_equal(source.read(one, classes=4), mask(one.row))
+    for one in source.list_conditions():
+        assert np.array_equal(source.read(one), mask(one.row))
     remembered = source._parquet_reader._masks
     groups = [masks for masks, _ in remembered._values.values()]
     held = sum(len(cell) + 64 for masks in groups for cell in masks)
@@ -174,8 +174,8 @@ def test_pictures_beside_the_masks_do_not_count(tmp_path, monkeypatch):
     }
     pq.write_table(pa.table(table), tmp_path / "m.parquet")
     source = MaskSource(str(tmp_path), CLASSES, "train")
-    for number, one in enumerate(source.list_masks()):
-        assert np.array_equal(source.read(one, classes=4), mask(number))
+    for number, one in enumerate(source.list_conditions()):
+        assert np.array_equal(source.read(one), mask(number))
 
 
 BOMBS = {
@@ -201,7 +201,7 @@ def test_a_bomb_is_refused_before_memory_is_gone(kind, column, tmp_path, monkeyp
     pa.set_memory_pool(pool)
     try:
         with pytest.raises(DatasetError, match=rf"row group 0: column '{column}' unfolds"):
-            source.read(source.list_masks()[0], classes=4)
+            source.read(source.list_conditions()[0])
     finally:
         pa.set_memory_pool(usual)
     assert pool.max_memory() < 2 * 2**20
@@ -213,7 +213,7 @@ def test_only_the_row_group_that_is_too_large_is_refused(tmp_path, monkeypatch, 
     layout = {"dictionary_pagesize_limit": 10**7, "row_group_size": 2}
     pq.write_table(pa.table({"mask": cells}), tmp_path / "m.parquet", **layout)
     source = MaskSource(str(tmp_path), CLASSES, "train")
-    found = scan_masks(source, source.list_masks(), PlanHistory(), classes=4, size=None)
+    found = scan_conditions(source, source.list_conditions(), PlanHistory())
     assert [one.reason is None for one in found] == [True, True, False, False]
     assert "smaller row groups" in found[3].reason
     assert fetched == ["m.parquet"]
@@ -228,7 +228,7 @@ def test_what_is_no_mask_says_so(tmp_path):
     pq.write_table(pa.table({"mask": [None, b"x"]}), tmp_path / "a.parquet")
     pq.write_table(pa.table({"mask": [[b"x"]]}), tmp_path / "b.parquet")
     source = MaskSource(str(tmp_path), CLASSES, "train")
-    masks = source.list_masks()
+    masks = source.list_conditions()
     for one, reason in zip(masks, ["holds no mask", "PNG", "no column 'mask'"], strict=True):
         with pytest.raises(DatasetError, match=reason):
-            source.read(one, classes=4)
+            source.read(one)

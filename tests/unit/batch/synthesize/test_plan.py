@@ -5,14 +5,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from loraseg.batch.synthesize.mask_sources import MaskRef, MaskSource
+from loraseg.batch.synthesize.conditions import ConditionRef, ScannedCondition
+from loraseg.batch.synthesize.mask_sources import MaskSource
 from loraseg.batch.synthesize.plan import (
     PlanHistory,
-    ScannedMask,
     decode_plan,
     encode_plan,
     plan_units,
-    scan_masks,
+    scan_conditions,
 )
 from loraseg.data.masks import encode_mask
 from loraseg.errors import ConfigError, DatasetError, IntegrityError
@@ -22,7 +22,7 @@ from tests.tiny_synthesis import CLASSES, mask, write_masks
 
 def scanned_masks(count, *, start=0):
     return [
-        ScannedMask(MaskRef(f"{n}.png", f"masks/{n}.png"), f"{n * 7919 % 1000:064x}")
+        ScannedCondition(ConditionRef(f"{n}.png", f"masks/{n}.png"), f"{n * 7919 % 1000:064x}")
         for n in range(start, start + count)
     ]
 
@@ -40,7 +40,7 @@ def test_parts_do_not_depend_on_the_order_of_the_masks():
     assert [part.id for part in plan_units(shuffled, 3, 4, PlanHistory())] == [
         part.id for part in first
     ]
-    assert [len(part.masks) for part in first] == [4, 4, 3]
+    assert [len(part.conditions) for part in first] == [4, 4, 3]
     assert len({part.id for part in first}) == 3
 
 
@@ -51,8 +51,8 @@ def test_what_a_plan_says_is_not_planned_again():
     more = list(plan_units(scanned_masks(12), 5, 4, done))
     fresh = [part for part in more if part.first_image == 0]
     longer = [part for part in more if part.first_image]
-    assert [len(part.masks) for part in fresh] == [2]
-    assert sorted(len(part.masks) for part in longer) == [2, 4, 4]
+    assert [len(part.conditions) for part in fresh] == [2]
+    assert sorted(len(part.conditions) for part in longer) == [2, 4, 4]
     assert {(part.first_image, part.last_image) for part in longer} == {(3, 4)}
     # Each reads one older shard.
     assert {part.earlier_shards for part in longer} == {
@@ -65,7 +65,7 @@ def test_what_a_plan_says_is_not_planned_again():
 
 
 def test_a_mask_that_cannot_be_read_is_told_once():
-    bad = ScannedMask(MaskRef("bad.png", "bad.png"), None, "broken")
+    bad = ScannedCondition(ConditionRef("bad.png", "bad.png"), None, "broken")
     first = list(plan_units([*scanned_masks(1), bad], 3, 4, PlanHistory()))
     assert list(plan_units([*scanned_masks(1), bad], 3, 4, history_with(first))) == []
 
@@ -86,7 +86,7 @@ def test_a_survey_finds_twins_and_broken_masks(tmp_path):
     (inside / "twin.png").write_bytes(encode_mask(mask(1)))
     (inside / "bad.png").write_bytes(b"")
     source = MaskSource(str(folder), (), "train")
-    found = scan_masks(source, source.list_masks(), PlanHistory(), classes=4, size=None)
+    found = scan_conditions(source, source.list_conditions(), PlanHistory())
     assert [one.ref.name for one in found] == [
         "000.png",
         "001.png",
@@ -95,10 +95,11 @@ def test_a_survey_finds_twins_and_broken_masks(tmp_path):
         "twin.png",
     ]
     assert [one.reason is None for one in found] == [True, True, True, False, False]
-    assert found[4].mask_id == found[1].mask_id
+    assert found[4].condition_id == found[1].condition_id
     # At another size they are other masks.
-    small = scan_masks(source, source.list_masks(), PlanHistory(), classes=4, size=(16, 16))
-    assert small[0].mask_id != found[0].mask_id
+    source = MaskSource(str(folder), size=(16, 16))
+    small = scan_conditions(source, source.list_conditions(), PlanHistory())
+    assert small[0].condition_id != found[0].condition_id
 
 
 def test_masks_lie_in_folders_lists_or_parquet(tmp_path):
@@ -122,26 +123,26 @@ def test_masks_lie_in_folders_lists_or_parquet(tmp_path):
     }
     for kind, names in expected.items():
         source = MaskSource(str(tmp_path / kind), **space)
-        found = source.list_masks()
+        found = source.list_conditions()
         assert [one.name for one in found] == names
         for number, one in enumerate(found):
-            assert np.array_equal(source.read(one, classes=4), mask(number)), kind
+            assert np.array_equal(source.read(one), mask(number)), kind
 
 
 def test_a_source_without_masks_or_classes_says_so(tmp_path):
     with pytest.raises(DatasetError, match=r"no masks; expected masks/train/\*\.png"):
-        MaskSource(str(tmp_path), CLASSES, "train").list_masks()
+        MaskSource(str(tmp_path), CLASSES, "train").list_conditions()
     with pytest.raises(ConfigError, match=r"no classes\.json"):
         MaskSource(str(tmp_path), (), "train").label_space()
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and nothing else")
     with pytest.raises(DatasetError, match=r"a\.parquet: not a Parquet file"):
-        MaskSource(str(tmp_path), CLASSES, "train").list_masks()
+        MaskSource(str(tmp_path), CLASSES, "train").list_conditions()
     write_masks(tmp_path, 1)
     source = MaskSource(str(tmp_path), CLASSES, "train")
-    [one] = source.list_masks()
+    [one] = source.list_conditions()
     (tmp_path / one.file).unlink()
-    with pytest.raises(DatasetError, match="has gone"):
-        source.read(one, classes=4)
+    with pytest.raises(DatasetError, match="no longer in"):
+        source.read(one)
 
 
 def test_each_mask_comes_from_its_own_file(tmp_path):
@@ -149,8 +150,8 @@ def test_each_mask_comes_from_its_own_file(tmp_path):
         table = pa.table({"mask": [encode_mask(mask(number))], "name": [f"{number:02d}"]})
         pq.write_table(table, tmp_path / f"{number:02d}.parquet")
     source = MaskSource(str(tmp_path), CLASSES, "train")
-    found = scan_masks(source, source.list_masks(), PlanHistory(), classes=4, size=None)
-    assert [one.mask_id for one in found] == [mask_digest(mask(n)) for n in range(24)]
+    found = scan_conditions(source, source.list_conditions(), PlanHistory())
+    assert [one.condition_id for one in found] == [mask_digest(mask(n)) for n in range(24)]
 
 
 def test_masks_of_one_name_are_told_apart(tmp_path):
@@ -161,7 +162,7 @@ def test_masks_of_one_name_are_told_apart(tmp_path):
     }
     pq.write_table(pa.table(table), tmp_path / "m.parquet")
     source = MaskSource(str(tmp_path), CLASSES, "train")
-    found = scan_masks(source, source.list_masks(), PlanHistory(), classes=4, size=None)
+    found = scan_conditions(source, source.list_conditions(), PlanHistory())
     by_row = sorted(found, key=lambda one: one.ref.row)
     assert [one.ref.name for one in by_row] == [
         "x",
@@ -186,7 +187,8 @@ def test_masks_of_one_name_are_told_apart(tmp_path):
 
 def test_a_name_that_is_no_text_is_told_once():
     bad = [
-        ScannedMask(MaskRef(name, name), None, "broken") for name in ("a\udcff.png", "a\\udcff.png")
+        ScannedCondition(ConditionRef(name, name), None, "broken")
+        for name in ("a\udcff.png", "a\\udcff.png")
     ]
     first = list(plan_units(bad, 3, 4, PlanHistory()))
     assert list(plan_units(bad, 3, 4, history_with(first))) == []
@@ -196,24 +198,23 @@ def test_a_name_that_is_no_text_is_told_once():
 def test_a_copy_that_sorts_before_a_finished_mask_is_the_duplicate(tmp_path):
     inside = write_masks(tmp_path, 2) / "masks" / "train"
     source = MaskSource(str(tmp_path), (), "train")
-    how = {"classes": 4, "size": None}
     first = list(
         plan_units(
-            scan_masks(source, source.list_masks(), PlanHistory(), **how), 3, 4, PlanHistory()
+            scan_conditions(source, source.list_conditions(), PlanHistory()), 3, 4, PlanHistory()
         )
     )
     (inside / "00.png").write_bytes(encode_mask(mask(0)))
     done = history_with(first)
-    found = scan_masks(source, source.list_masks(), done, **how)
+    found = scan_conditions(source, source.list_conditions(), done)
     [added] = plan_units(found, 3, 4, done)
-    assert [(one.ref.name, one.reason) for one in added.masks] == [
+    assert [(one.ref.name, one.reason) for one in added.conditions] == [
         ("00.png", "the same ids as '000.png'")
     ]
     again = history_with(first, [added])
     assert list(plan_units(found, 3, 4, again)) == []
     # Where the finished one has gone, the copy stands for it.
     (inside / "000.png").unlink()
-    found = scan_masks(source, source.list_masks(), again, **how)
+    found = scan_conditions(source, source.list_conditions(), again)
     assert [one.reason for one in found] == [None, None]
     assert list(plan_units(found, 3, 4, again)) == []
-    assert [len(part.masks) for part in plan_units(found, 4, 4, again)] == [2]
+    assert [len(part.conditions) for part in plan_units(found, 4, 4, again)] == [2]

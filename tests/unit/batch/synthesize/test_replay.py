@@ -4,8 +4,9 @@ import math
 import pytest
 import torch
 
+from loraseg.batch.core.executor import LocalExecutor
 from loraseg.batch.synthesize.replay import Replayer
-from loraseg.batch.synthesize.run import LocalSynthesisExecutor, synthesize
+from loraseg.batch.synthesize.run import synthesize
 from loraseg.batch.synthesize.state import read_run_state
 from loraseg.data.shards.reader import ShardDataset
 from loraseg.errors import ConfigError, DatasetError, IntegrityError
@@ -19,8 +20,8 @@ def made(tmp_path_factory):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     shop = write_inputs(tmp_path_factory.mktemp("shop"), masks=2)
-    synthesize(settings(shop, shop / "out"), LocalSynthesisExecutor())
-    synthesize(settings(shop, shop / "out", images=5, append=True), LocalSynthesisExecutor())
+    synthesize(settings(shop, shop / "out"), LocalExecutor())
+    synthesize(settings(shop, shop / "out", images=5, append=True), LocalExecutor())
     torch.set_num_threads(threads)
     return shop
 
@@ -39,14 +40,12 @@ def test_every_image_comes_back_bit_by_bit(made):
 
 def test_a_base_that_changed_is_refused(made, tmp_path):
     write_inputs(tmp_path, masks=1)
-    synthesize(
-        settings(tmp_path, tmp_path / "out"), LocalSynthesisExecutor(torch.get_num_threads())
-    )
+    synthesize(settings(tmp_path, tmp_path / "out"), LocalExecutor(torch.get_num_threads()))
     write_pipeline(tmp_path / "pipeline")
     config = tmp_path / "pipeline" / "scheduler" / "scheduler_config.json"
     config.write_text(config.read_text().replace("0.012", "0.013"))
     pair_id = all_rows(tmp_path / "out")[0].pair_id
-    with pytest.raises(ConfigError, match="begun with generator"):
+    with pytest.raises(ConfigError, match="created with generator"):
         Replayer(ShardDataset.open(str(tmp_path / "out")))(pair_id)
 
 

@@ -4,8 +4,9 @@ import math
 import pytest
 import torch
 
+from loraseg.batch.core.executor import LocalExecutor
 from loraseg.batch.synthesize.report import collect_statistics
-from loraseg.batch.synthesize.run import LocalSynthesisExecutor, synthesize
+from loraseg.batch.synthesize.run import synthesize
 from loraseg.batch.synthesize.shard_statistics import ShardStatistics
 from loraseg.data.shards.reader import ShardDataset
 from tests.tiny_synthesis import all_rows, settings, write_inputs
@@ -15,7 +16,7 @@ from tests.tiny_synthesis import all_rows, settings, write_inputs
 def made(tmp_path_factory):
     shop = write_inputs(tmp_path_factory.mktemp("shop"), masks=4)
     (shop / "masks" / "masks" / "train" / "bad.png").write_bytes(b"no picture")
-    synthesize(settings(shop, shop / "out"), LocalSynthesisExecutor(torch.get_num_threads()))
+    synthesize(settings(shop, shop / "out"), LocalExecutor(torch.get_num_threads()))
     return shop / "out"
 
 

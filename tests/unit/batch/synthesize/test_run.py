@@ -8,8 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from loraseg.batch.core.executor import LocalExecutor
 from loraseg.batch.synthesize import generate_stage
-from loraseg.batch.synthesize.run import LocalSynthesisExecutor, synthesize
+from loraseg.batch.synthesize.run import synthesize
 from loraseg.data import LabelSpace, write_classes
 from loraseg.data.masks import decode_mask, encode_mask, write_mask
 from loraseg.data.shards.manifest import MANIFEST_KEY
@@ -48,20 +49,20 @@ def shop(tmp_path_factory):
 @pytest.fixture(scope="module")
 def undisturbed(shop):
     """A run without accidents, which tests must leave as it is."""
-    synthesize(settings(shop, shop / "undisturbed"), LocalSynthesisExecutor())
+    synthesize(settings(shop, shop / "undisturbed"), LocalExecutor())
     return shop / "undisturbed"
 
 
-class KilledExecutor(LocalSynthesisExecutor):
+class KilledExecutor(LocalExecutor):
     """Ends after some parts like a driver that is killed, and does them in any order."""
 
     def __init__(self, parts, seed=0):
         super().__init__()
         self._left, self._random = parts, random.Random(seed)
 
-    def run(self, pinned, work):
-        work = self._random.sample(work, len(work))
-        for outcome in super().run(pinned, work):
+    def run(self, stages, state, units):
+        units = self._random.sample(units, len(units))
+        for outcome in super().run(stages, state, units):
             if self._left == 0:
                 raise KeyboardInterrupt
             self._left -= 1
@@ -103,7 +104,7 @@ def test_labels_are_the_masks_where_the_siblings_agree(undisturbed):
 
 def test_again_does_nothing(undisturbed, shop):
     files = _bytes(undisturbed)
-    summary = synthesize(settings(shop, undisturbed), LocalSynthesisExecutor())
+    summary = synthesize(settings(shop, undisturbed), LocalExecutor())
     assert summary.new_rows == 0
     assert _bytes(undisturbed) == files
 
@@ -115,12 +116,12 @@ def test_a_run_that_died_is_finished_by_the_next(parts, shop, undisturbed, tmp_p
         synthesize(config, KilledExecutor(parts, seed=parts))
     with pytest.raises(DatasetError, match="no synthetic data is committed"):
         ShardDataset.open(config.output)
-    synthesize(config, LocalSynthesisExecutor())
+    synthesize(config, LocalExecutor())
     assert _bytes(tmp_path / "out") == _bytes(undisturbed)
 
 
 def test_how_parts_are_cut_changes_no_pair(shop, undisturbed, tmp_path):
-    synthesize(settings(shop, tmp_path / "out", masks_per_shard=5), LocalSynthesisExecutor())
+    synthesize(settings(shop, tmp_path / "out", masks_per_shard=5), LocalExecutor())
     assert digest(tmp_path / "out") == digest(undisturbed)
 
 
@@ -134,10 +135,10 @@ def test_a_part_that_is_done_is_not_done_again(shop, tmp_path):
     assert len(done) == 2
     left = []
 
-    class Counting(LocalSynthesisExecutor):
-        def make(self, pinned, work):
-            left.extend(work)
-            return super().run(pinned, work)
+    class Counting(LocalExecutor):
+        def run(self, stages, state, units):
+            left.extend(units)
+            return super().run(stages, state, units)
 
     synthesize(config, Counting())
     assert len(left) == 1
@@ -152,13 +153,13 @@ def test_more_masks_and_more_images_are_appended(shop, undisturbed, tmp_path):
     write_masks(more, 2, start=5)
     config = settings(shop, out, masks=str(more), images=4)
     with pytest.raises(ConfigError, match="2 masks are new and 5 have fewer than 4 images"):
-        synthesize(config, LocalSynthesisExecutor())
+        synthesize(config, LocalExecutor())
     before = {row.pair_id: row for row in all_rows(out)}
     config = dataclasses.replace(config, append=True)
     with pytest.raises(KeyboardInterrupt):
         synthesize(config, KilledExecutor(1))
     assert len(all_rows(out)) == 15  # readers see the generation before
-    summary = synthesize(config, LocalSynthesisExecutor())
+    summary = synthesize(config, LocalExecutor())
     assert (summary.new_rows, summary.manifest.generation) == (5 + 2 * 4, 2)
     rows = all_rows(out)
     assert len({row.pair_id for row in rows}) == len(rows) == 28
@@ -167,10 +168,10 @@ def test_more_masks_and_more_images_are_appended(shop, undisturbed, tmp_path):
             assert (row.image, row.label) == (before[row.pair_id].image, before[row.pair_id].label)
         else:
             assert row.siblings == 4
-    assert synthesize(config, LocalSynthesisExecutor()).new_rows == 0
+    assert synthesize(config, LocalExecutor()).new_rows == 0
     # In one go the images are the same, and so are the labels of those that voted among all four.
     whole = tmp_path / "whole"
-    synthesize(settings(shop, whole, masks=str(more), images=4), LocalSynthesisExecutor())
+    synthesize(settings(shop, whole, masks=str(more), images=4), LocalExecutor())
     told = {row.pair_id: row for row in all_rows(whole)}
     assert told.keys() == {row.pair_id for row in rows}
     for row in rows:
@@ -186,9 +187,7 @@ def test_what_cannot_be_used_becomes_a_row(shop, tmp_path):
     write_mask(inside / "wide.png", np.full((30, 32), 1, np.uint8))
     write_mask(inside / "nothing.png", np.full((32, 32), 255, np.uint8))
     write_mask(inside / "unknown.png", np.full((32, 32), 7, np.uint8))
-    summary = synthesize(
-        settings(shop, tmp_path / "out", masks=str(masks)), LocalSynthesisExecutor()
-    )
+    summary = synthesize(settings(shop, tmp_path / "out", masks=str(masks)), LocalExecutor())
     counts = summary.manifest.statuses
     assert counts == {"ok": 6, "dropped": 0, "bad_mask": 4, "duplicate": 1}
     reasons = {row.mask_name: row.reason for row in all_rows(tmp_path / "out") if row.reason}
@@ -211,9 +210,7 @@ def test_more_images_do_not_tell_a_refusal_again(shop, tmp_path):
     config = settings(shop, tmp_path / "out", masks=str(masks), append=True, masks_per_shard=1)
     for images in (3, 4, 6):
         sampling = dataclasses.replace(config.sampling, images=images)
-        found = synthesize(
-            dataclasses.replace(config, sampling=sampling), LocalSynthesisExecutor()
-        ).manifest
+        found = synthesize(dataclasses.replace(config, sampling=sampling), LocalExecutor()).manifest
         assert found.statuses == {"ok": images, "dropped": 0, "bad_mask": 5, "duplicate": 0}
 
 
@@ -224,20 +221,20 @@ def test_a_mask_that_changes_meanwhile_costs_only_a_run(accident, shop, undistur
     file = masks / "masks" / "train" / "001.png"
     kept = file.read_bytes()
 
-    class Careless(LocalSynthesisExecutor):
-        def make(self, pinned, work):
+    class Careless(LocalExecutor):
+        def run(self, stages, state, units):
             if accident == "gone":
                 file.unlink()
             else:
                 other = file.with_name("002.png").read_bytes()
                 file.write_bytes(other if accident == "changed" else other[:40])
-            return super().run(pinned, work)
+            return super().run(stages, state, units)
 
     config = settings(shop, tmp_path / "out", masks=str(masks))
-    with pytest.raises(StageError, match=r"001\.png.* changed while images were made"):
+    with pytest.raises(StageError, match=r"001\.png.* changed during the run"):
         synthesize(config, Careless())
     file.write_bytes(kept)
-    synthesize(config, LocalSynthesisExecutor())
+    synthesize(config, LocalExecutor())
     assert digest(tmp_path / "out") == digest(undisturbed)
 
 
@@ -245,7 +242,7 @@ def test_a_mask_too_large_for_any_machine_becomes_a_row(shop, tmp_path, monkeypa
     masks = write_masks(tmp_path / "masks", 1)
     write_mask(masks / "masks" / "train" / "large.png", np.full((64, 32), 1, np.uint8))
     monkeypatch.setattr(generate_stage, "_MAX_PIXELS", 32 * 32)
-    synthesize(settings(shop, tmp_path / "out", masks=str(masks)), LocalSynthesisExecutor())
+    synthesize(settings(shop, tmp_path / "out", masks=str(masks)), LocalExecutor())
     reasons = {row.mask_name: row.reason for row in all_rows(tmp_path / "out")}
     assert reasons["large.png"].startswith("64x32 pixels, expected at most 1024 in all")
     assert reasons["000.png"] is None
@@ -258,7 +255,7 @@ def test_a_lack_of_memory_says_what_to_do(error, shop, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Generator, "generate", fail)
     with pytest.raises(StageError, match=r"mask .*32x32; set a smaller sampling\.batch"):
-        synthesize(settings(shop, tmp_path / "out"), LocalSynthesisExecutor())
+        synthesize(settings(shop, tmp_path / "out"), LocalExecutor())
 
 
 def test_votes_are_not_mixed_with_what_is_not_committed(shop, undisturbed, tmp_path):
@@ -270,10 +267,10 @@ def test_votes_are_not_mixed_with_what_is_not_committed(shop, undisturbed, tmp_p
     shard.write_bytes(encode_shard(rows, ShardDataset.open(str(out)).manifest.classes))
     config = settings(shop, out, images=4, append=True)
     with pytest.raises(IntegrityError, match=shard.name):
-        synthesize(config, LocalSynthesisExecutor())
+        synthesize(config, LocalExecutor())
     assert ShardDataset.open(str(out)).manifest.generation == 1
     shard.write_bytes(good)
-    assert synthesize(config, LocalSynthesisExecutor()).new_rows == 5
+    assert synthesize(config, LocalExecutor()).new_rows == 5
 
 
 def test_masks_of_one_name_are_all_made_or_told_once(shop, tmp_path):
@@ -284,23 +281,23 @@ def test_masks_of_one_name_are_all_made_or_told_once(shop, tmp_path):
     names = ["x", "x", "x", "x", None]
     pq.write_table(pa.table({"mask": cells, "name": names}), masks / "m.parquet")
     config = settings(shop, tmp_path / "out", masks=str(masks), masks_per_shard=1)
-    counts = synthesize(config, LocalSynthesisExecutor()).manifest.statuses
+    counts = synthesize(config, LocalExecutor()).manifest.statuses
     assert counts == {"ok": 6, "dropped": 0, "bad_mask": 2, "duplicate": 1}
-    assert synthesize(config, LocalSynthesisExecutor()).new_rows == 0
+    assert synthesize(config, LocalExecutor()).new_rows == 0
     more = settings(shop, tmp_path / "out", masks=str(masks), images=4, append=True)
-    assert synthesize(more, LocalSynthesisExecutor()).new_rows == 2
+    assert synthesize(more, LocalExecutor()).new_rows == 2
     told = [(row.mask_name, row.status) for row in all_rows(tmp_path / "out") if row.reason]
     assert sorted(told) == [("x", "bad_mask"), ("x", "bad_mask"), ("x", "duplicate")]
 
 
 def test_other_settings_are_refused(shop, undisturbed):
     with pytest.raises(ConfigError, match=r"sampling\.steps was 2 and is 3"):
-        synthesize(settings(shop, undisturbed, steps=3), LocalSynthesisExecutor())
+        synthesize(settings(shop, undisturbed, steps=3), LocalExecutor())
     plain = settings(shop, undisturbed, segmenter=None, filter=FilterConfig(method="none"))
     with pytest.raises(ConfigError, match=r"segmenter was .* and is null"):
-        synthesize(plain, LocalSynthesisExecutor())
+        synthesize(plain, LocalExecutor())
     with pytest.raises(ConfigError, match="threads was 1 and is 2"):
-        synthesize(settings(shop, undisturbed), LocalSynthesisExecutor(threads=2))
+        synthesize(settings(shop, undisturbed), LocalExecutor(threads=2))
 
 
 def test_another_segmenter_in_the_same_place_is_noticed(shop, tmp_path):
@@ -311,8 +308,8 @@ def test_another_segmenter_in_the_same_place_is_noticed(shop, tmp_path):
     write_segmenter(segmenter, seed=1)
     for shard in (tmp_path / "out" / "parts").glob("*.json"):
         shard.unlink()
-    with pytest.raises(ConfigError, match=r"begun with [0-9a-f]{12}, the file is now"):
-        synthesize(config, LocalSynthesisExecutor())
+    with pytest.raises(ConfigError, match=r"created with [0-9a-f]{12}, the file is now"):
+        synthesize(config, LocalExecutor())
 
 
 def test_a_segmenter_may_be_moved(shop, undisturbed, tmp_path):
@@ -321,17 +318,17 @@ def test_a_segmenter_may_be_moved(shop, undisturbed, tmp_path):
     config = settings(shop, tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
         synthesize(config, KilledExecutor(1))
-    synthesize(dataclasses.replace(config, segmenter=str(moved)), LocalSynthesisExecutor())
+    synthesize(dataclasses.replace(config, segmenter=str(moved)), LocalExecutor())
     assert digest(tmp_path / "out") == digest(undisturbed)
 
 
 def test_two_runs_that_end_together_agree(shop, undisturbed, tmp_path):
     config = settings(shop, tmp_path / "out")
 
-    class Overtaken(LocalSynthesisExecutor):
-        def make(self, pinned, work):
-            yield from super().run(pinned, work)
-            synthesize(config, LocalSynthesisExecutor())
+    class Overtaken(LocalExecutor):
+        def run(self, stages, state, units):
+            yield from super().run(stages, state, units)
+            synthesize(config, LocalExecutor())
 
     synthesize(config, Overtaken())
     assert _bytes(tmp_path / "out") == _bytes(undisturbed)
@@ -340,9 +337,9 @@ def test_two_runs_that_end_together_agree(shop, undisturbed, tmp_path):
 def test_a_commit_of_another_run_in_between_stops_this_one(shop, tmp_path):
     config = settings(shop, tmp_path / "out")
 
-    class Overtaken(LocalSynthesisExecutor):
-        def make(self, pinned, work):
-            yield from super().run(pinned, work)
+    class Overtaken(LocalExecutor):
+        def run(self, stages, state, units):
+            yield from super().run(stages, state, units)
             open_store(config.output).put(MANIFEST_KEY, b"{}")
 
     with pytest.raises(StageError, match="another run committed"):
@@ -351,7 +348,7 @@ def test_a_commit_of_another_run_in_between_stops_this_one(shop, tmp_path):
 
 def test_dropped_images_are_told_and_not_read(shop, tmp_path):
     config = settings(shop, tmp_path / "out", filter=FilterConfig(min_kept=1.0))
-    counts = synthesize(config, LocalSynthesisExecutor()).manifest.statuses
+    counts = synthesize(config, LocalExecutor()).manifest.statuses
     assert counts["dropped"] + counts["ok"] == 15
     assert counts["dropped"] > 0
     dataset = ShardDataset.open(config.output)
@@ -361,7 +358,7 @@ def test_dropped_images_are_told_and_not_read(shop, tmp_path):
 
 def test_without_filter_labels_are_the_masks(shop, tmp_path):
     config = settings(shop, tmp_path / "out", segmenter=None, filter=FilterConfig(method="none"))
-    synthesize(config, LocalSynthesisExecutor())
+    synthesize(config, LocalExecutor())
     for row in all_rows(tmp_path / "out"):
         assert row.label == row.mask
         assert (row.kept, row.predicted) == (1.0, None)

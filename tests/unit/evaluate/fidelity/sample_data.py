@@ -1,4 +1,4 @@
-"""Real images in a folder, synthetic pairs in shards, and a tiny CLIP that tells them apart."""
+"""Real images in a folder and synthetic pairs in shards."""
 
 import io
 import json
@@ -19,7 +19,7 @@ BLANK = {field.name: None for field in fields(PairRow)} | dict.fromkeys(
 
 
 def picture(seed, size=(20, 24)):
-    """A coloured gradient with some noise: far from other seeds'."""
+    """A coloured gradient with noise, different for every seed."""
     rng = np.random.default_rng(seed)
     corners = Image.fromarray(rng.integers(0, 256, (2, 2, 3), dtype=np.uint8))
     smooth = np.asarray(corners.resize(size[::-1], Image.Resampling.BILINEAR)).astype(int)

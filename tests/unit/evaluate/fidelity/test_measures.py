@@ -1,4 +1,4 @@
-"""Figures of fidelity against dense float64 formulas, scipy and cases counted by hand."""
+"""Fidelity measures against dense float64 formulas, scipy and hand-computed cases."""
 
 import itertools
 import math
@@ -20,23 +20,23 @@ def points(count, seed=0, *, dimensions=6, shift=0.0):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    # So that sets of some rows have full blocks, a rest, and blocks off the diagonal.
+    # Sets of a few rows then have full blocks, a partial block and off-diagonal blocks.
     monkeypatch.setattr(measures, "_BLOCK", 4)
 
 
 def test_unit_rows():
     rows = np.array([[3.0, 4.0], [0.0, -2.0]], np.float32)
-    got = measures.l2_normalise(rows)
-    assert got.dtype == np.float64
-    np.testing.assert_allclose(got, [[0.6, 0.8], [0.0, -1.0]], rtol=0, atol=1e-15)
+    normalised = measures.l2_normalise(rows)
+    assert normalised.dtype == np.float64
+    np.testing.assert_allclose(normalised, [[0.6, 0.8], [0.0, -1.0]], rtol=0, atol=1e-15)
     for bad in (0.0, np.nan, np.inf):
         with pytest.raises(StageError, match="embedding 1: length"):
             measures.l2_normalise(np.array([[1.0, 0.0], [bad, 0.0]]))
 
 
 def test_cmmd_by_hand():
-    # Two points at squared distance 2 against one of them: within (2 + 2k) / 4 and 1, across
-    # (1 + k) / 2, so the whole is (1 - k) / 2.
+    # Two points at squared distance 2, and one of them alone. With k = exp(-2 / (2 sigma^2)) the
+    # means are (2 + 2k) / 4 and 1 within the sets and (1 + k) / 2 across: (1 - k) / 2 in all.
     first, second = np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[1.0, 0.0]])
     expected = 1000 * (1 - math.exp(-2 / 200)) / 2
     assert measures.cmmd(first, second) == pytest.approx(expected, rel=1e-12)
@@ -62,7 +62,7 @@ def test_cmmd_is_the_dense_formula(n, m, sigma):
 def test_cmmd_of_a_set_with_itself_is_zero():
     rows = points(11)
     assert 0 <= measures.cmmd(rows, rows) < 1e-10
-    # Neither order nor repetition is another law.
+    # Order and repetition do not change the distribution.
     assert 0 <= measures.cmmd(rows, np.concatenate([rows[::-1], rows])) < 1e-10
 
 
@@ -88,8 +88,8 @@ def test_frechet_distance_with_fewer_images_than_dimensions():
     assert 0 <= measures.frechet_distance(first, first) < 1e-12
 
 
-def test_frechet_distance_of_spread_and_shift():
-    # Scaling by s and shifting by t along one axis: (s - 1)^2 tr C + t^2, by hand.
+def test_frechet_distance_of_scaled_and_shifted_rows():
+    # Scaling by s and shifting by t along one axis give (s - 1)^2 tr C + t^2.
     rows = np.random.default_rng(5).normal(size=(50, 3))
     moved = 3 * rows
     moved[:, 0] += rows[:, 0].mean() * -2 + 0.25
@@ -99,33 +99,33 @@ def test_frechet_distance_of_spread_and_shift():
 
 
 @pytest.mark.parametrize("count", [6, 40])
-def test_own_distances_leave_the_row_itself_out(count):
+def test_knn_distances_exclude_the_row_itself(count):
     rows = points(count, 6)
-    every = cdist(rows, rows)
-    np.fill_diagonal(every, np.inf)
-    expected = np.sort(every, axis=1)[:, :5]
+    dense = cdist(rows, rows)
+    np.fill_diagonal(dense, np.inf)
+    expected = np.sort(dense, axis=1)[:, :5]
     np.testing.assert_allclose(measures.knn_distances(rows, 5), expected, rtol=0, atol=1e-12)
 
 
-def test_own_distances_of_equal_rows():
-    # With nine equal rows a row need not be among its own two nearest.
+def test_knn_distances_of_equal_rows():
+    # With nine equal rows, a row may be absent from its own two nearest.
     rows = np.concatenate([np.tile(points(1, 7), (9, 1)), points(2, 8)])
     got = measures.knn_distances(rows, 1)
     assert (got[:9] == 0).all()
     assert got[9:, 0] == pytest.approx(np.sort(cdist(rows, rows)[9:], axis=1)[:, 1], abs=1e-12)
 
 
-def test_own_distances_need_others():
+def test_knn_distances_need_more_than_k_rows():
     with pytest.raises(DatasetError, match="5 nearest others: got 5 rows, expected over 5"):
         measures.knn_distances(points(5), 5)
 
 
 def test_nearest_rows():
     queries, rows = points(9, 9), points(30, 10)
-    found, distances = measures.nearest_neighbours(queries, rows)
-    every = cdist(queries, rows)
-    assert found.tolist() == every.argmin(axis=1).tolist()
-    np.testing.assert_allclose(distances, every.min(axis=1), rtol=0, atol=1e-12)
+    indices, distances = measures.nearest_neighbours(queries, rows)
+    dense = cdist(queries, rows)
+    assert indices.tolist() == dense.argmin(axis=1).tolist()
+    np.testing.assert_allclose(distances, dense.min(axis=1), rtol=0, atol=1e-12)
 
 
 def brute_force_coverage(first, second, k):
@@ -137,38 +137,38 @@ def brute_force_coverage(first, second, k):
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
-def test_coverage_is_that_of_a_loop(k):
+def test_coverage_equals_a_loop_over_points(k):
     first, second = points(25, 11), points(12, 12, shift=0.4)
-    for one, other in ((first, second), (second, first)):
-        radii = measures.knn_distances(one, k)[:, k - 1]
-        got = measures.coverage(radii, measures.nearest_neighbours(one, other)[1])
-        assert got == brute_force_coverage(one, other, k)
+    for a, b in ((first, second), (second, first)):
+        radii = measures.knn_distances(a, k)[:, k - 1]
+        got = measures.coverage(radii, measures.nearest_neighbours(a, b)[1])
+        assert got == brute_force_coverage(a, b, k)
 
 
 def test_coverage_of_constructed_sets():
-    # Ten points around each of two far places; the second set knows the first place only.
+    # Two distant clusters of ten points; ``near_first`` has points in the first cluster only.
     rng = np.random.default_rng(13)
-    here, there = (rng.normal(place, 0.01, (10, 3)) for place in (0.0, 5.0))
-    both, part = np.concatenate([here, there]), here[:7] + 1e-4
+    first, second = (rng.normal(centre, 0.01, (10, 3)) for centre in (0.0, 5.0))
+    both, near_first = np.concatenate([first, second]), first[:7] + 1e-4
 
-    def cover(one, other):
+    def coverage(a, b):
         return measures.coverage(
-            measures.knn_distances(one, 5)[:, 4], measures.nearest_neighbours(one, other)[1]
+            measures.knn_distances(a, 5)[:, 4], measures.nearest_neighbours(a, b)[1]
         )
 
-    assert cover(both, part) == 0.5
-    assert cover(part, both) == 1.0
-    assert cover(both, both) == 1.0
-    assert cover(there, here) == 0.0
+    assert coverage(both, near_first) == 0.5
+    assert coverage(near_first, both) == 1.0
+    assert coverage(both, both) == 1.0
+    assert coverage(second, first) == 0.0
 
 
-def test_copies_are_at_most_as_far_as_the_nearest_of_a_hundred_real_images():
+def test_near_duplicate_threshold_is_the_first_percentile():
     nearest = np.arange(1, 202, dtype=np.float64)[::-1].copy()
     assert measures.near_duplicate_threshold(nearest) == 3.0
     assert measures.near_duplicate_threshold(np.array([0.5, 0.5])) == 0.5
 
 
-def test_any_two_distance_is_the_mean_over_pairs():
+def test_mean_pairwise_distance_is_the_mean_over_pairs():
     rows = points(7, 14)
     pairs = [1 - float(a @ b) for a, b in itertools.combinations(rows, 2)]
     assert measures.mean_pairwise_distance(rows) == pytest.approx(np.mean(pairs), abs=1e-14)
@@ -177,8 +177,9 @@ def test_any_two_distance_is_the_mean_over_pairs():
         measures.mean_pairwise_distance(rows[:1])
 
 
-def test_sibling_distance_weighs_masks_alike():
-    # Mask a: three orthogonal images, distance 1. Mask b: a pair at 60 degrees, 1/2. c: alone.
+def test_within_mask_distance_weights_masks_equally():
+    # Mask a: three orthogonal images, distance 1. Mask b: two images at 60 degrees, distance 1/2.
+    # Mask c: one image.
     angle = math.sqrt(3) / 2
     rows = np.array([[1.0, 0, 0], [0, 1, 0], [0, 1, 0], [0, 0, 1], [0, 0.5, angle], [1, 0, 0]])
     got = measures.within_mask_distance(rows, ["a", "b", "a", "a", "b", "c"])

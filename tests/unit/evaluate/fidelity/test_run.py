@@ -1,4 +1,4 @@
-"""Embedding images and pairs, and all figures of a dataset against formulas written out here."""
+"""All figures of a dataset against dense formulas."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ REAL = [picture(seed) for seed in range(12)]
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
     encoder = load_clip(write_models(tmp_path_factory.mktemp("models"))[1])
-    encoder.batch_size = 5  # so that there are full batches and a rest
+    encoder.batch_size = 5  # gives full batches and a partial one
     return encoder
 
 
@@ -40,17 +40,19 @@ def real(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows():
-    """Three masks of three, two copies of real images, and pairs that do not count."""
-    made = [pair(n, picture(100 + n), mask=n // 3, prompt=("road", "sky")[n % 2]) for n in range(9)]
-    made[8] = pair(8, picture(108, (24, 24)), mask=2, prompt=None, height=24)
+    """Three masks of three images, two copies of real images, and a dropped pair."""
+    pairs = [
+        pair(n, picture(100 + n), mask=n // 3, prompt=("road", "sky")[n % 2]) for n in range(9)
+    ]
+    pairs[8] = pair(8, picture(108, (24, 24)), mask=2, prompt=None, height=24)
     copies = [pair(20, REAL[7], mask=7), pair(21, REAL[2], mask=8)]
     dropped = pair(30, b"no image", mask=0, status="dropped", reason="kept 0.1")
-    return made, [*copies, dropped]
+    return pairs, [*copies, dropped]
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory, rows):
-    return ShardDataset.open(write_shards(tmp_path_factory.mktemp("made"), *rows))
+    return ShardDataset.open(write_shards(tmp_path_factory.mktemp("synthetic"), *rows))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,7 @@ def result(dataset, real, encoder):
 
 
 def dense(encoder, images, frame):
-    """Embeddings, one image at a time."""
+    """Unit embeddings, computed one image at a time."""
     size = encoder.preprocessing.size
     rows = np.stack([encoder.encode_images([frame(image, size)])[0] for image in images])
     return rows / np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
@@ -78,12 +80,12 @@ def embedded(encoder, synthetic_images):
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 73), (73, 40), (33, 33), (5, 9)])
-def test_frames_are_bicubic_with_smoothing(height, width):
+def test_resizing_is_bicubic_with_antialiasing(height, width):
     image = picture(1, (height, width))
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     middle = image[top : top + side, left : left + side]
-    for got, source in (
+    for resized, source in (
         (centre_crop_square(image, 16), middle),
         (resize_to_square(image, 16), image),
     ):
@@ -91,18 +93,18 @@ def test_frames_are_bicubic_with_smoothing(height, width):
         expected = torch.nn.functional.interpolate(
             pixels, (16, 16), mode="bicubic", antialias=True, align_corners=False
         )
-        difference = got - expected[0].permute(1, 2, 0).clamp(0, 255).numpy()
-        assert got.dtype == np.uint8
-        assert np.abs(difference).max() < 2.01  # the image library rounds between the two passes
+        difference = resized - expected[0].permute(1, 2, 0).clamp(0, 255).numpy()
+        assert resized.dtype == np.uint8
+        assert np.abs(difference).max() < 2.01  # Pillow rounds between the two passes
         assert np.abs(difference).mean() < 0.5
 
 
-def test_both_views_of_every_image(encoder):
+def test_every_image_is_embedded_in_both_views(encoder):
     images = [picture(0), picture(1, (16, 16)), picture(2, (30, 9)), *REAL[:4]]
     got = embed_images(encoder, ((str(n), image) for n, image in enumerate(images)))
     assert got.names == ("0", "1", "2", "3", "4", "5", "6")
-    for found, frame in ((got.cropped, centre_crop_square), (got.whole, resize_to_square)):
-        np.testing.assert_allclose(found, dense(encoder, images, frame), rtol=0, atol=1e-6)
+    for embeddings, frame in ((got.cropped, centre_crop_square), (got.whole, resize_to_square)):
+        np.testing.assert_allclose(embeddings, dense(encoder, images, frame), rtol=0, atol=1e-6)
     assert np.array_equal(got.cropped[1], got.whole[1])
     assert np.abs(got.cropped[2] - got.whole[2]).max() > 1e-3
 
@@ -119,7 +121,7 @@ def test_cmmd_with_and_without_the_crop(result, encoder, synthetic_images):
     assert result.figures["cmmd"].value != result.figures["cmmd_no_crop"].value
 
 
-def test_coverage_both_ways(result, embedded):
+def test_coverage_in_both_directions(result, embedded):
     for name, (first, second) in (
         ("coverage_of_real", embedded),
         ("coverage_of_synthetic", embedded[::-1]),
@@ -130,7 +132,7 @@ def test_coverage_both_ways(result, embedded):
         assert result.figures[name].settings == {"k": 5.0}
 
 
-def test_planted_copies_raise_the_alarm(result, embedded):
+def test_planted_copies_are_found(result, embedded):
     assert {(s.pair_id, s.real) for s in result.suspects} == {("0014", "real7"), ("0015", "real2")}
     assert all(isinstance(s, NearDuplicate) and s.distance < 1e-6 for s in result.suspects)
     assert result.figures["copies"].value == pytest.approx(2 / 11, abs=1e-12)
@@ -141,7 +143,7 @@ def test_planted_copies_raise_the_alarm(result, embedded):
     assert result.figures["nearest_real"].value == pytest.approx(np.median(nearest), abs=1e-6)
 
 
-def test_clip_score_is_of_the_images_that_have_a_prompt(result, encoder, dataset, embedded):
+def test_clip_score_covers_the_images_with_a_prompt(result, encoder, dataset, embedded):
     cosines = []
     for row, image in zip(dataset.rows(), embedded[1], strict=True):
         if row.prompt is not None:
@@ -152,7 +154,7 @@ def test_clip_score_is_of_the_images_that_have_a_prompt(result, encoder, dataset
     assert (figure.real, figure.synthetic) == (0, 10)
 
 
-def test_diversity_among_siblings(result, dataset, embedded):
+def test_diversity_of_the_images_of_one_mask(result, dataset, embedded):
     masks = [row.mask_id for row in dataset.rows()]
     means = []
     for mask in sorted(set(masks)):
@@ -170,8 +172,8 @@ def test_every_figure_names_its_encoder_and_counts(result, encoder, real):
     digest = encoder.digest[:16]
     assert view_encoder_id(encoder, "crop") == f"clip:sha256-{digest}:square16-bicubic-crop"
     for name, figure in result.figures.items():
-        how = "whole" if name == "cmmd_no_crop" else "crop"
-        assert figure.encoder == f"clip:sha256-{digest}:square16-bicubic-{how}"
+        view = "whole" if name == "cmmd_no_crop" else "crop"
+        assert figure.encoder == f"clip:sha256-{digest}:square16-bicubic-{view}"
         assert figure.real in (0, 12)
         assert figure.synthetic in (0, 9, 10, 11)
         assert figure.real + figure.synthetic > 0
@@ -179,13 +181,13 @@ def test_every_figure_names_its_encoder_and_counts(result, encoder, real):
     assert result.synthetic == {"generation": 1, "dataset_sha256": "ab" * 32}
 
 
-def test_json_holds_everything_and_repeats(result, dataset, real, encoder):
+def test_json_is_complete_and_repeatable(result, dataset, real, encoder):
     text = result.to_json()
     assert measure_fidelity(dataset, real, "train", encoder).to_json() == text
-    told = json.loads(text)
-    assert told["figures"]["fid"]["value"] == result.figures["fid"].value > 0
-    assert told["figures"]["copies"]["synthetic"] == 11
-    assert len(told["suspects"]) == 2
+    content = json.loads(text)
+    assert content["figures"]["fid"]["value"] == result.figures["fid"].value > 0
+    assert content["figures"]["copies"]["synthetic"] == 11
+    assert len(content["suspects"]) == 2
 
 
 def test_real_images_as_synthetic_ones(tmp_path, real, encoder):
@@ -196,7 +198,7 @@ def test_real_images_as_synthetic_ones(tmp_path, real, encoder):
         assert figures[name].value == pytest.approx(0, abs=1e-6)
     for name in ("coverage_of_real", "coverage_of_synthetic", "copies"):
         assert figures[name].value == 1.0
-    # No prompts and no siblings: nothing to measure, and the counts say so.
+    # Without prompts and without two images of one mask the figures are undefined.
     for name in ("clip_score", "sibling_distance"):
         assert (figures[name].value, figures[name].real, figures[name].synthetic) == (None, 0, 0)
 
@@ -214,5 +216,5 @@ def test_a_broken_image_is_named(tmp_path, real, encoder):
     dataset = ShardDataset.open(write_shards(tmp_path, rows))
     with pytest.raises(DatasetError, match="pair 0003: the image is neither a PNG nor a JPEG"):
         measure_fidelity(dataset, real, "train", encoder)
-    with pytest.raises(DatasetError, match="there is no image"):
+    with pytest.raises(DatasetError, match="there are no images"):
         embed_images(encoder, [])
