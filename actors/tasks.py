@@ -97,7 +97,7 @@ def call_on_ray(
 
 
 def ordered_map(
-    resources: ResourceConfig, title: Callable[[Any], str]
+    resources: ResourceConfig, title: str
 ) -> Callable[[Callable[[ItemT], ResultT], Sequence[ItemT]], Iterator[ResultT]]:
     """Return a ``map`` that calls the function in one Ray task per item.
 
@@ -107,11 +107,11 @@ def ordered_map(
     Args:
         resources: What each task takes, how many run at once, and how many lost workers are
             replaced.
-        title: Returns an item's title for Ray's dashboard and error messages.
+        title: For Ray's dashboard and error messages, followed by the index of the item.
     """
 
     def run(function: Callable[[ItemT], ResultT], items: Sequence[ItemT]) -> Iterator[ResultT]:
-        calls = [(title(item), (item,)) for item in items]
+        calls = [(f"{title} {index}", (item,)) for index, item in enumerate(items)]
         results: dict[int, ResultT] = {}
         for index, reference in run_ray_tasks(function, calls, resources):
             results[index] = get_result(reference, calls[index][0])

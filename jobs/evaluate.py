@@ -13,7 +13,7 @@ from actors.tasks import ordered_map
 from loraseg import config as configuration
 from loraseg.evaluate.output import write_results
 from loraseg.evaluate.results import results_table
-from loraseg.evaluate.run import EvaluationConfig, EvaluationTask, evaluate
+from loraseg.evaluate.run import EvaluationConfig, evaluate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,13 +38,9 @@ def main(config: Config) -> None:
         results = evaluate(evaluation)
     else:
         connect_with_capacity(config.resources)
-        results = evaluate(evaluation, ordered_map(config.resources, _title))
+        results = evaluate(evaluation, ordered_map(config.resources, "evaluate domain"))
     report = write_results(results, evaluation.output)
     sys.stdout.write(f"{results_table(results)}\nreport: {report}\n")
-
-
-def _title(task: EvaluationTask) -> str:
-    return f"evaluate {task.domain.name}"
 
 
 if __name__ == "__main__":

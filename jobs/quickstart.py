@@ -14,7 +14,7 @@ from actors.train_adapters import train_adapters
 from loraseg import config as configuration
 from loraseg.evaluate.output import write_results
 from loraseg.evaluate.results import results_table
-from loraseg.evaluate.run import EvaluationConfig, EvaluationDomain, EvaluationTask, evaluate
+from loraseg.evaluate.run import EvaluationConfig, EvaluationDomain, evaluate
 from loraseg.miniature.world.dataset import write_world
 from loraseg.miniature.world.domains import DOMAINS, unseen_domains
 from loraseg.train import manifest
@@ -64,7 +64,7 @@ def main(config: Config) -> int:
     evaluation = EvaluationConfig(
         library=library, output=str(report), domains=scored, candidates=chosen
     )
-    results = evaluate(evaluation, ordered_map(placement, _title))
+    results = evaluate(evaluation, ordered_map(placement, "evaluate domain"))
     page = write_results(results, evaluation.output)
     image = next((world / chosen[0] / "images" / "val").glob("*.png"))
     sys.stdout.write(
@@ -73,10 +73,6 @@ def main(config: Config) -> int:
         f"--library {library} --out {output / 'segmented'}\n"
     )
     return 0
-
-
-def _title(task: EvaluationTask) -> str:
-    return f"evaluate {task.domain.name}"
 
 
 if __name__ == "__main__":

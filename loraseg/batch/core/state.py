@@ -11,6 +11,7 @@ from loraseg.data.labels import LabelSpace
 from loraseg.errors import MALFORMED_INPUT_ERRORS, ConfigError, IntegrityError
 from loraseg.revision import code_revision
 from loraseg.storage import ObjectNotFoundError, ObjectStore
+from loraseg.storage.json_io import parse_json_object, readable_json
 
 __all__ = [
     "RunState",
@@ -30,6 +31,7 @@ JsonObject = dict[str, Any]
 
 _FORMAT = 1
 _MAX_THREADS = 1024
+_MAX_STATE_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,8 +94,7 @@ class RunStateFormat(Generic[ConfigT, ModelsT]):
 
     def encode(self, state: RunState[ConfigT, ModelsT]) -> bytes:
         """Return the object's bytes."""
-        values = self.to_json(state)
-        return (json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+        return readable_json(self.to_json(state))
 
     def settings(self, config: ConfigT) -> JsonObject:
         """Return the stored part of a config as plain JSON values."""
@@ -119,7 +120,9 @@ class RunStateFormat(Generic[ConfigT, ModelsT]):
             return None
         where = f"{output.uri}/{self.key}"
         try:
-            values = json.loads(data)
+            values = parse_json_object(
+                data, where, max_bytes=_MAX_STATE_BYTES, error=IntegrityError
+            )
             if values["format"] != _FORMAT:
                 raise IntegrityError(f"{where}: format {values['format']!r}, expected {_FORMAT}")
             settings = values[self.settings_key]

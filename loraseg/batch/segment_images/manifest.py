@@ -1,7 +1,6 @@
 """The manifest of a segmentation output: its presence says that all listed images are done."""
 
 import contextlib
-import json
 from collections import Counter
 from collections.abc import Mapping
 
@@ -9,6 +8,7 @@ from loraseg.batch.core.output import publish
 from loraseg.batch.segment_images.completed import FileSummary
 from loraseg.batch.segment_images.state import STATE_FORMAT, SegmentationRunState
 from loraseg.storage import ObjectNotFoundError, ObjectStore
+from loraseg.storage.json_io import readable_json
 
 __all__ = ["MANIFEST", "count_statuses", "encode_manifest", "write_manifest"]
 
@@ -38,7 +38,7 @@ def encode_manifest(state: SegmentationRunState, files: Mapping[str, FileSummary
             for name, summary in sorted(files.items())
         ],
     }
-    return (json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    return readable_json(content)
 
 
 def write_manifest(output: ObjectStore, data: bytes) -> None:

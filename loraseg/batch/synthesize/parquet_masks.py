@@ -1,63 +1,66 @@
-"""Masks in Parquet files that anybody made: what unfolds is counted before memory is gone.
+"""Masks in Parquet files of users, read in bounded memory.
 
-A dictionary or a prefix that is written once lets a small file stand for gigabytes, and no footer
-tells. So the headers of the pages are added up, then cells are decoded one by one and counted.
+A dictionary or a prefix that is stored once lets a small file expand to gigabytes, and no footer
+says so. Therefore the sizes in the page headers are added up, and then the cells are decoded one by
+one and counted.
 """
 
 import bisect
 import contextlib
 import itertools
 import threading
-from collections import OrderedDict
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from loraseg.data.thrift import CompactReader
 from loraseg.errors import DatasetError
+from loraseg.lru_cache import LruCache
 from loraseg.storage import ObjectStore
 
 __all__ = ["ParquetMaskReader"]
 
-V = TypeVar("V")
 Masks = list[bytes | None]
 
-# Of one column in one row group, as pages and as cells.
+# Limit of one column in one row group, for its pages and for its cells.
 _MAX_BYTES = 256 * 2**20
 _MAX_ROWS = 2**20
-# What Python needs beside a cell's bytes.
+# Memory of a Python object besides the bytes of a cell.
 _CELL_OVERHEAD_BYTES = 64
 _FILE_CACHE_BYTES = 256 * 2**20
-# Two row groups or more: threads that read rows in their order are in two at the same time.
+# Two row groups or more: threads that read rows in order read two of them at the same time.
 _MASK_CACHE_BYTES = 2 * _MAX_BYTES
-_MASK_COLUMNS = ("mask", "mask.bytes")  # Hugging Face keeps images in structs
+_MASK_COLUMNS = ("mask", "mask.bytes")  # Hugging Face stores images as structs
 
 
 class ParquetMaskReader:
     """Reads the columns ``name`` and ``mask`` of a store's Parquet files; threads may share it.
 
-    Files and the masks of row groups that were asked for last are remembered, up to 256 MiB of
-    files (or one) and 512 MiB of masks.
+    Caches up to 256 MiB of files (at least one) and 512 MiB of masks.
     """
 
     def __init__(self, store: ObjectStore) -> None:
-        """Note the store; nothing is read yet."""
+        """Create empty caches; nothing is read."""
         self._store = store
-        # Held while a file is fetched and decoded, so that no two threads do it for one file.
+        # Held while a file is read and decoded, so that two threads do not do so for one file.
         self._lock = threading.Lock()
-        self._files: _LruCache[_ParquetFile] = _LruCache(_FILE_CACHE_BYTES)
-        self._masks: _LruCache[Masks | DatasetError] = _LruCache(_MASK_CACHE_BYTES)
-        # Of every file that was opened, so that a mask that is remembered needs no file.
+        self._files: LruCache[str, _ParquetFile] = LruCache(
+            _FILE_CACHE_BYTES, lambda file: len(file.data)
+        )
+        self._masks: LruCache[tuple[str, int], Masks | DatasetError] = LruCache(
+            _MASK_CACHE_BYTES, _masks_size
+        )
+        # Kept for all files, so that a cached mask is found without its file.
         self._row_group_ends: dict[str, tuple[int, ...]] = {}
 
     def names(self, key: str) -> list[str]:
-        """Return the name of each row; one without text is called by its file and number.
+        """Return the name of each row; without a text it is the key and the row's number.
 
         Raises:
-            DatasetError: It is no Parquet file, or a row group is too large.
+            DatasetError: The object is not a Parquet file, or a row group is too large.
             StoreError: The store cannot be read.
         """
         with self._lock:
@@ -72,53 +75,31 @@ class ParquetMaskReader:
         return [name if isinstance(name, str) else f"{key}#{row}" for row, name in enumerate(names)]
 
     def mask(self, key: str, row: int) -> bytes | None:
-        """Return the PNG file in a row; None where there is none.
+        """Return the PNG file in a row; None if the row has none.
 
         Raises:
-            DatasetError: It is no Parquet file, has no such column, or its row group is too large.
+            DatasetError: The object is not a Parquet file or has no such column, or the row group
+                is too large.
             IndexError: There is no such row.
             StoreError: The store cannot be read.
         """
         with self._lock:
             ends = self._row_group_ends.get(key) or self._file(key).row_group_ends
             group = bisect.bisect_right(ends, row)
-            place = f"{key}#{group}"
-            masks = self._masks.get(place)
-            if masks is None:
-                masks = _read_masks(self._file(key), group)
-                self._masks.put(place, masks, _masks_size(masks))
+            masks = self._masks.get_or_create(
+                (key, group), lambda: _read_masks(self._file(key), group)
+            )
         if isinstance(masks, DatasetError):
             raise DatasetError(str(masks)) from masks
         return masks[row - (ends[group - 1] if group else 0)]
 
     def _file(self, key: str) -> "_ParquetFile":
-        file = self._files.get(key)
-        if file is None:
-            data = self._store.get(key)
-            file = _open(data, f"{self._store.uri}/{key}")
-            self._files.put(key, file, len(data))
+        def read() -> _ParquetFile:
+            file = _open(self._store.get(key), f"{self._store.uri}/{key}")
             self._row_group_ends[key] = file.row_group_ends
-        return file
+            return file
 
-
-class _LruCache(Generic[V]):
-    """Values by key; what was not asked for longest goes, but never the last one."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes, self._size_bytes = max_bytes, 0
-        self._values: OrderedDict[str, tuple[V, int]] = OrderedDict()
-
-    def get(self, key: str) -> V | None:
-        if key not in self._values:
-            return None
-        self._values.move_to_end(key)
-        return self._values[key][0]
-
-    def put(self, key: str, value: V, size_bytes: int) -> None:
-        self._values[key] = value, size_bytes
-        self._size_bytes += size_bytes
-        while self._size_bytes > self._max_bytes and len(self._values) > 1:
-            self._size_bytes -= self._values.popitem(last=False)[1][1]
+        return self._files.get_or_create(key, read)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,8 +109,8 @@ class _ParquetFile:
     Attributes:
         data: Its bytes.
         parquet: Reads them.
-        row_group_ends: Of each row group, the number of the row behind its last.
-        where: What errors call it.
+        row_group_ends: For each row group, the number of rows up to its end.
+        where: URI for error messages.
     """
 
     data: bytes
@@ -142,13 +123,17 @@ class _ParquetFile:
         return self.row_group_ends[-1] if self.row_group_ends else 0
 
     def column(self, *paths: str) -> str | None:
-        """Return the first of the paths that is a column with one value a row."""
+        """Return the first of the paths that is a column with one value per row."""
         columns = [self.parquet.schema.column(i) for i in range(len(self.parquet.schema))]
         single = {column.path for column in columns if not column.max_repetition_level}
         return next((path for path in paths if path in single), None)
 
     def check_size(self, group: int, path: str) -> None:
-        """Refuse a column whose pages unfold into too much."""
+        """Check the size of a column's decompressed pages.
+
+        Raises:
+            DatasetError: They are too large.
+        """
         with _map_errors(self.where):
             meta = self.parquet.metadata.row_group(group)
             for chunk in (meta.column(i) for i in range(meta.num_columns)):
@@ -158,31 +143,35 @@ class _ParquetFile:
                 ):
                     raise self._too_large(group, path)
 
-    def cells(self, group: int, path: str) -> list[Any]:
-        """Return a column's cells in a row group: bytes, text, or None for anything else."""
+    def cells(self, group: int, path: str) -> list[bytes | str | None]:
+        """Return a column's cells in a row group; a value of another type is None.
+
+        Raises:
+            DatasetError: They are too large, or the file is damaged.
+        """
         self.check_size(group, path)
-        found: list[Any] = []
+        cells: list[bytes | str | None] = []
         size_bytes = 0
         with _map_errors(self.where):
-            # A row at a time: a batch is unfolded before anybody can count it.
+            # Batches of one row: pyarrow expands a whole batch before it can be counted.
             batches = self.parquet.iter_batches(
                 1, row_groups=[group], columns=[path], use_threads=False
             )
             for batch in batches:
-                found.append(_cell_value(batch.column(0)[0]))
-                size_bytes += _cell_size(found[-1])
+                cells.append(_cell_value(batch.column(0)[0]))
+                size_bytes += _cell_size(cells[-1])
                 if size_bytes > _MAX_BYTES:
                     raise self._too_large(group, path)
         rows = self.parquet.metadata.row_group(group).num_rows
-        if len(found) != rows:
+        if len(cells) != rows:
             raise DatasetError(
-                f"{self.where}: row group {group}: got {len(found)} rows, expected {rows}"
+                f"{self.where}: row group {group}: got {len(cells)} rows, expected {rows}"
             )
-        return found
+        return cells
 
     def _too_large(self, group: int, path: str) -> DatasetError:
         return DatasetError(
-            f"{self.where}: row group {group}: column {path!r} unfolds into more than 256 MiB; "
+            f"{self.where}: row group {group}: column {path!r} expands to more than 256 MiB; "
             "write the file in smaller row groups"
         )
 
@@ -194,14 +183,14 @@ def _open(data: bytes, where: str) -> _ParquetFile:
         ends = tuple(itertools.accumulate(group.num_rows for group in groups))
         if ends and ends[-1] > _MAX_ROWS:
             raise DatasetError(f"{where}: {ends[-1]} rows, at most {_MAX_ROWS}; split the file")
-        # pyarrow 26 ends the whole process where a row group has too few columns.
+        # pyarrow 26 aborts the process if a row group has too few columns.
         if any(group.num_columns != file.metadata.num_columns for group in groups):
             raise DatasetError(f"{where}: a row group lacks columns")
         return _ParquetFile(data, file, ends, where)
 
 
 def _read_masks(file: _ParquetFile, group: int) -> Masks | DatasetError:
-    """Return the masks of a row group, or why it is refused: each of its rows will ask again."""
+    """Return the masks of a row group, or the error that applies to each of its rows."""
     if group >= len(file.row_group_ends):
         raise IndexError(f"{file.where}: it has {file.rows} rows")
     path = file.column(*_MASK_COLUMNS)
@@ -210,11 +199,11 @@ def _read_masks(file: _ParquetFile, group: int) -> Masks | DatasetError:
     try:
         return [cell if isinstance(cell, bytes) else None for cell in file.cells(group, path)]
     except DatasetError as error:
-        return DatasetError(str(error))  # the one that was raised keeps all cells alive
+        return DatasetError(str(error))  # the traceback of the first error references all cells
 
 
 def _decompressed_size(data: bytes, chunk: Any) -> int:
-    """Return what the pages of a column unfold to by their own headers, in bytes."""
+    """Return the decompressed bytes of a column's pages according to their headers."""
     start = chunk.data_page_offset
     if chunk.has_dictionary_page and 0 < chunk.dictionary_page_offset < start:
         start = chunk.dictionary_page_offset

@@ -54,14 +54,15 @@ def test_the_job_writes_what_a_plain_loop_would(config, ray_cluster, capsys):
 
 
 def test_a_lost_worker_is_made_up_for(ray_cluster, tmp_path):
-    spread = ordered_map(ResourceConfig(max_parallel=1), str)
+    spread = ordered_map(ResourceConfig(max_parallel=1), "test")
     assert list(spread(_die_once, [_FakeWork(tmp_path, n) for n in range(3)])) == [0, 1, 2]
     assert (tmp_path / "1.died").exists()
 
 
 def test_an_error_of_the_work_comes_out_as_it_was(ray_cluster, tmp_path):
     with pytest.raises(DatasetError, match="no masks here"):
-        list(ordered_map(ResourceConfig(), str)(_fail, [_FakeWork(tmp_path, n) for n in range(2)]))
+        ray_map = ordered_map(ResourceConfig(), "test")
+        list(ray_map(_fail, [_FakeWork(tmp_path, n) for n in range(2)]))
 
 
 class _FakeWork:
