@@ -60,8 +60,8 @@ def test_a_lost_worker_is_made_up_for(ray_cluster, tmp_path):
 
 
 def test_an_error_of_the_work_comes_out_as_it_was(ray_cluster, tmp_path):
+    ray_map = ordered_map(ResourceConfig(), "test")
     with pytest.raises(DatasetError, match="no masks here"):
-        ray_map = ordered_map(ResourceConfig(), "test")
         list(ray_map(_fail, [_FakeWork(tmp_path, n) for n in range(2)]))
 
 
