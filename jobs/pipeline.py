@@ -1,11 +1,11 @@
-"""MatchMask++: train, make pairs, segment unlabelled images, make pairs of these masks, train.
+"""MatchMask++: train, generate pairs, predict masks of unlabelled images, generate pairs, train.
 
 ray job submit --working-dir . -- python -m jobs.pipeline method=matchmask_pp images=16 \
     real=s3://bucket/city unlabelled=s3://bucket/photos adapters="[s3://bucket/generators#city]" \
     output=s3://bucket/city-pp
 
-A stage that is done is skipped; started again after any accident, the job goes on. What depends on
-data that has changed is done anew. Between two stages, ``output`` may be moved.
+Safe to kill at any point and to run again: finished stages are skipped, stages whose input data
+have changed are repeated. ``output`` may be moved between two runs.
 """
 
 import sys
@@ -22,9 +22,18 @@ from loraseg.storage import absolute_uri, open_store
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Config(PipelineConfig):
-    """What is worked on, and what each job takes on Ray."""
+class Config:
+    """The pipeline, and the resources of its stages on Ray.
 
+    Attributes:
+        pipeline: Its fields are keys of this config.
+        method: The only method so far.
+        workers: Workers of the training stages.
+        generators: Pool of the workers that generate images.
+        voters: Pool of the workers that filter labels.
+    """
+
+    pipeline: PipelineConfig = field(metadata=configuration.INLINED)
     method: Literal["matchmask_pp"] = "matchmask_pp"
     workers: WorkerGroupConfig = field(default_factory=WorkerGroupConfig)
     generators: ActorPoolConfig = field(default_factory=ActorPoolConfig)
@@ -32,20 +41,19 @@ class Config(PipelineConfig):
 
 
 def main(config: Config) -> int:
-    """Run the stages that are not done; print all."""
-    plain = configuration.project(config, PipelineConfig)
-    plain = replace(
-        plain,
-        real=absolute_uri(plain.real),
-        unlabelled=absolute_uri(plain.unlabelled),
-        output=absolute_uri(plain.output),
+    """Run the unfinished stages and print the results of all."""
+    pipeline = replace(
+        config.pipeline,
+        real=absolute_uri(config.pipeline.real),
+        unlabelled=absolute_uri(config.pipeline.unlabelled),
+        output=absolute_uri(config.pipeline.output),
     )
-    tools = RayStageRunner(plain, config.workers, config.generators, config.voters)
-    settings = configuration.to_dict(plain)
-    for name in ("output", "rounds"):  # it may be moved, and go on
+    runner = RayStageRunner(pipeline, config.workers, config.generators, config.voters)
+    settings = configuration.to_dict(pipeline)
+    for name in ("output", "rounds"):  # the output may be moved, and rounds may be added
         del settings[name]
-    ledger = StageLog(open_store(plain.output))
-    for name, result in matchmask_pp(plain, settings, data_digests(plain), tools, ledger):
+    log = StageLog(open_store(pipeline.output))
+    for name, result in matchmask_pp(pipeline, settings, data_digests(pipeline), runner, log):
         sys.stdout.write(f"{name}: {_format_result(result)}\n")
     return 0
 

@@ -18,15 +18,21 @@ from loraseg.probes.task import ProbeTask, run_probe
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Config(ProbeTask):
-    """What is probed, and what it takes on Ray."""
+class Config:
+    """The probe, and its resources on Ray.
 
+    Attributes:
+        probe: Its fields are keys of this config.
+        resources: Resources of the worker.
+    """
+
+    probe: ProbeTask = field(metadata=configuration.INLINED)
     resources: ResourceConfig = field(default_factory=ResourceConfig)
 
 
 def main(config: Config) -> None:
-    """Probe, or find that it has been done; print what the report says."""
-    task = config.resolved()
+    """Run the probe unless its report exists, and print the report."""
+    task = config.probe.resolved()
     connect_with_capacity(config.resources)
     title = f"{task.method} probe of {task.base}"
     result = call_on_ray(run_probe, task, title=title, resources=config.resources)

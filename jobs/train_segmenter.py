@@ -1,9 +1,9 @@
-"""Train a segmenter on real and synthetic pairs, and beside it one on the real ones alone.
+"""Train a segmenter on real and synthetic pairs and, as a control, one on the real pairs only.
 
 ray job submit --working-dir . -- python -m jobs.train_segmenter --config segmenter.yaml images=16
 
-Writes segmenter.safetensors, control.safetensors, results.json and report.html to the output. Run
-again after a kill, it goes on from the last checkpoint; run again when done, it does nothing.
+Writes segmenter.safetensors, control.safetensors, results.json and report.html to the output. A run
+after a kill continues from the last checkpoint; a run after the end does nothing.
 """
 
 import sys
@@ -16,27 +16,28 @@ from loraseg.train.closed_set.job import SegmenterTrainingConfig, train_segmente
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Config(SegmenterTrainingConfig):
-    """What a segmenter is trained on, and how to run it.
+class Config:
+    """The training, and where it runs.
 
     Attributes:
-        workers: How many train together on Ray Train, and what each takes.
+        training: Its fields are keys of this config.
+        workers: Number and resources of the Ray Train workers.
         local: Train in this process, without Ray.
     """
 
+    training: SegmenterTrainingConfig = field(metadata=configuration.INLINED)
     workers: WorkerGroupConfig = field(default_factory=WorkerGroupConfig)
     local: bool = False
 
 
 def main(config: Config) -> None:
-    """Train what is not trained yet, and print the scores."""
-    plain = configuration.project(config, SegmenterTrainingConfig)
+    """Train both segmenters unless they are finished, and print the scores."""
     if config.local:
-        results = train_segmenters(plain)
+        results = train_segmenters(config.training)
     else:
         started_here = connect()
         check_capacity(config.workers.resources, may_grow=not started_here)
-        results = train_segmenters(plain, ray_train_runner(config.workers))
+        results = train_segmenters(config.training, ray_train_runner(config.workers))
     for name, arm in results["arms"].items():
         score = "not scored" if arm["miou"] is None else f"mIoU {100 * arm['miou']:.1f} %"
         sys.stdout.write(f"{name}: {score} after {arm['step']} steps, {arm['file']}\n")

@@ -22,12 +22,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from loraseg.errors import ConfigError, LorasegError
 
-__all__ = ["INLINED", "build", "digest", "load", "main", "project", "to_dict"]
+__all__ = ["INLINED", "build", "digest", "load", "main", "to_dict"]
 
 ConfigT = TypeVar("ConfigT")
 
-# Metadata of a dataclass field whose own fields are keys of the (top-level) config: a job combines
-# the config of the function that it calls with settings of its own, under one flat list of keys.
+# Metadata of a dataclass field whose own fields become keys of the top-level config. A job uses it
+# to combine the config of the function that it calls with its own settings, in a flat list of keys.
 INLINED: Mapping[str, Any] = {"inlined": True}
 
 
@@ -75,15 +75,6 @@ def to_dict(config: Any) -> dict[str, Any]:
     for name in _inlined_fields(type(config)):
         values |= values.pop(name)
     return values
-
-
-def project(config: Any, cls: type[ConfigT]) -> ConfigT:
-    """Return the part of a config that belongs to ``cls``, a class that the config's own extends.
-
-    A job adds to what it works on where it runs; what is kept must not depend on that.
-    """
-    names = [field.name for field in dataclasses.fields(typing.cast(Any, cls))]
-    return cls(**{name: getattr(config, name) for name in names})
 
 
 def digest(config: Any) -> str:

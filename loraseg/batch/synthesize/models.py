@@ -4,9 +4,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from loraseg.adapters.packed import PackedAdapter
 from loraseg.backbones.device import best_device
-from loraseg.backbones.diffusion import load_diffusion
 from loraseg.batch.pseudo_labels import predict_pseudo_labels
 from loraseg.batch.synthesize.config import SynthesisConfig
 from loraseg.batch.synthesize.state import (
@@ -17,14 +15,12 @@ from loraseg.batch.synthesize.state import (
 from loraseg.data import Dataset, load_pair, open_dataset
 from loraseg.data.labels import LabelSpace
 from loraseg.errors import ConfigError
-from loraseg.inference.generator_adapters import load_generator_adapter
+from loraseg.inference import generation
 from loraseg.library.catalog import Library
 from loraseg.segment.closed_set.checkpoint import ClosedSetSegmenter, load_closed_set_segmenter
 from loraseg.storage import open_store
-from loraseg.synth.conditioning import Conditioner
 from loraseg.synth.freemask import class_mean_loss
 from loraseg.synth.generator import Generator
-from loraseg.synth.sampling import DTYPES
 from loraseg.tensor_types import Float, UInt8, ndarray
 
 __all__ = ["load_generator", "load_pseudo_labeller", "resolve_models"]
@@ -107,22 +103,15 @@ def _pin_version(spec: str) -> str:
 def _load_generator_and_adapters(
     config: SynthesisConfig, label_space: LabelSpace, specs: list[str]
 ) -> tuple[Generator, list[ResolvedAdapter]]:
-    base = load_diffusion(
-        config.base, device=best_device(), dtype=DTYPES[config.sampling.precision]
+    loaded = generation.load_generator(
+        config.base, specs, weights=config.weights, sampling=config.sampling
     )
-    loaded = [
-        load_generator_adapter(spec, base, weight=weight)
-        for spec, weight in zip(specs, config.weights, strict=True)
-    ]
-    conditioner = Conditioner(base.tokenizers, label_space, config.conditioning)
-    adapters = [generator_adapter.adapter for generator_adapter in loaded]
-    generator = Generator(base, conditioner, adapters=adapters, config=config.sampling)
-    packed: list[PackedAdapter] = [adapter.adapter for adapter in adapters]
+    packed = [adapter.adapter.adapter for adapter in loaded.adapters]
     resolved = [
         ResolvedAdapter(spec=spec, name=adapter.name, digest=adapter.digest)
         for spec, adapter in zip(specs, packed, strict=True)
     ]
-    return generator, resolved
+    return loaded.for_classes(label_space, config.conditioning), resolved
 
 
 def _class_loss(

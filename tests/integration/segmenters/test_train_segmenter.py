@@ -27,9 +27,9 @@ def world(tmp_path_factory):
     return write_datasets(tmp_path_factory.mktemp("world"))
 
 
-def _config(world, output, cls=SegmenterTrainingConfig, **changes):
-    plain = {"real": str(world / "real"), "overrides": TINY_RECIPE, "output": output}
-    return cls(**{**plain, **changes})
+def _config(world, output, **changes):
+    values = {"real": str(world / "real"), "overrides": TINY_RECIPE, "output": output}
+    return SegmenterTrainingConfig(**{**values, **changes})
 
 
 def test_two_workers_survive_the_loss_of_one(ray_cluster, world, tmp_path, s3_env):
@@ -76,7 +76,7 @@ def _segmenter_arm(config, run):
 
 def test_job_trains_once(ray_cluster, world, tmp_path, capsys):
     del ray_cluster
-    config = _config(world, str(tmp_path), job.Config)
+    config = job.Config(training=_config(world, str(tmp_path)))
     job.main(config)
     assert "segmenter: mIoU" in capsys.readouterr().out
     first = (tmp_path / "results.json").read_bytes()
