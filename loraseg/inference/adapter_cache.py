@@ -1,7 +1,7 @@
-"""The adapters that an adaptive segmenter chooses from.
+"""The adapters that a segmenter selects from, and a cache of their weights.
 
-The library is not imported here. What is needed of it comes in through these few protocols, so
-that a store, a cache shared by a cluster or a list in a test can stand behind them.
+The library package is not imported here: a retriever over a store, or a list in a test, satisfies
+the protocols below.
 """
 
 import threading
@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 from loraseg.adapters.packed import PackedAdapter
 from loraseg.errors import LorasegError
 from loraseg.inference.adapter_ref import AdapterEntry, AdapterFailure, AdapterUnavailableError
-from loraseg.tensor_types import ndarray
+from loraseg.tensor_types import Float, ndarray
 
 __all__ = [
     "AdapterCache",
@@ -34,12 +34,12 @@ class RetrievedAdapter(Protocol):
 
     @property
     def entry(self) -> AdapterEntry:
-        """Which adapter."""
+        """The adapter."""
         ...
 
     @property
     def distance(self) -> float:
-        """Euclidean, from the image's embedding to the adapter's centroid."""
+        """Euclidean distance of the image's embedding to the adapter's centroid."""
         ...
 
     @property
@@ -50,28 +50,31 @@ class RetrievedAdapter(Protocol):
 
 @runtime_checkable
 class AdapterRetriever(Protocol):
-    """Finds the adapters nearest to image embeddings, nearest first, weights summing to one."""
+    """Finds the adapters nearest to image embeddings."""
 
     def retrieve_batch(
         self, embeddings: Any, k: int, temperature: float, exclude: Collection[str] = ()
     ) -> Sequence[Sequence[RetrievedAdapter]]:
-        """Return at most k neighbours an embedding, none of the names in ``exclude``."""
+        """Return at most ``k`` adapters for each embedding (n, d), none named in ``exclude``.
+
+        The nearest is first, and the weights sum to 1.
+        """
         ...
 
-    def distances(self, embeddings: Any) -> ndarray:
-        """Return the distance of every embedding to every entry, (n, entries)."""
+    def distances(self, embeddings: Any) -> Float[ndarray, "n entries"]:
+        """Return the Euclidean distance of every embedding (n, d) to every entry."""
         ...
 
 
 @dataclass(frozen=True)
 class AdapterPool:
-    """All adapters that fit one base.
+    """All adapters that fit one base and encoder.
 
     Attributes:
         entries: In catalog order.
-        load: Gives the weights of an entry; usually an :class:`AdapterCache`.
-        retriever: Over ``entries``; None when there are none.
-        empty_reason: Why ``entries`` is empty, for the explanation.
+        load: Returns the weights of an entry; usually an :class:`AdapterCache`.
+        retriever: Searches ``entries``; None if there are none.
+        empty_reason: Reason given in explanations if ``entries`` is empty.
     """
 
     entries: Sequence[AdapterEntry]
@@ -92,16 +95,16 @@ class AdapterPool:
 
 @dataclass(frozen=True, slots=True)
 class CacheStats:
-    """What a cache holds now, and what it did since it was made.
+    """Content of a cache, and its counters since it was created.
 
     Attributes:
         resident: Adapters in memory.
-        size_bytes: Of those.
-        hits: Adapters asked for that were there, or on their way by another thread.
-        misses: Loads that were begun.
-        evictions: Adapters that had to make room.
-        failures: Loads that ended in an error.
-        load_seconds: All loads together, failed ones too; parallel ones count each.
+        size_bytes: Size of the adapters in memory.
+        hits: Requests for an adapter that was in memory or being loaded by another thread.
+        misses: Loads that were started.
+        evictions: Adapters that were dropped for others.
+        failures: Loads that raised an error.
+        load_seconds: Sum over all loads, including failed and parallel ones.
     """
 
     resident: int
@@ -115,7 +118,7 @@ class CacheStats:
 
 @dataclass(eq=False, slots=True)
 class _Slot:
-    """One adapter of the cache, there or on its way."""
+    """One adapter of the cache, loaded or being loaded."""
 
     digest: str
     pins: int = 0
@@ -125,10 +128,10 @@ class _Slot:
 
 
 class AdapterCache:
-    """Keeps the most recently used adapters within a budget of bytes. For any number of threads.
+    """Keeps the most recently used adapters within a limit in bytes. Thread-safe.
 
-    Keyed by content, so a name that moves to another version never yields the old weights. Threads
-    that want one adapter at once load it once; loads of different adapters run side by side.
+    The key is the digest, so that a name with a new version never gives the old weights. Threads
+    that need the same adapter at once load it once; different adapters are loaded in parallel.
     """
 
     def __init__(
@@ -137,17 +140,17 @@ class AdapterCache:
         self._load = load
         self._limit_bytes = limit_bytes
         self._lock = threading.Lock()
-        # By digest, the longest unused first. All below is touched under the lock only.
+        # By digest, least recently used first. The lock protects this and all counters.
         self._slots: OrderedDict[str, _Slot] = OrderedDict()
         self._resident = self._size_bytes = 0
         self._hits = self._misses = self._evictions = self._failures = 0
         self._load_seconds = 0.0
 
     def __call__(self, entry: AdapterEntry) -> PackedAdapter:
-        """Return the entry's adapter, loading it when it is not at hand.
+        """Return the entry's adapter, loading it if it is not in memory.
 
         Raises:
-            LorasegError: As the load does; nothing is kept of it, the next call tries again.
+            LorasegError: As raised by the load; the next call tries again.
         """
         slot, adapter = self._pin(entry)
         self._release([slot])
@@ -155,12 +158,12 @@ class AdapterCache:
 
     @contextmanager
     def hold(self, entries: Sequence[AdapterEntry]) -> Generator[list[PackedAdapter]]:
-        """Give the adapters of entries and keep them in memory until the block ends.
+        """Load the adapters of entries and keep them in memory until the block ends.
 
-        They count towards the budget. While adapters in use exceed it, the cache does too.
+        They count towards the limit. The cache exceeds its limit while the held adapters do.
 
         Raises:
-            AdapterUnavailableError: Some cannot be loaded; all were tried.
+            AdapterUnavailableError: Some cannot be loaded; it lists all of them.
         """
         slots: list[_Slot] = []
 
@@ -175,7 +178,7 @@ class AdapterCache:
             self._release(slots)
 
     def stats(self) -> CacheStats:
-        """Return all figures, taken at one moment."""
+        """Return all figures, consistent with each other."""
         with self._lock:
             return CacheStats(
                 resident=self._resident,
@@ -189,23 +192,23 @@ class AdapterCache:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the adapters in memory."""
+        """Size of the adapters in memory."""
         return self.stats().size_bytes
 
     def __len__(self) -> int:
         return self.stats().resident
 
     def __contains__(self, digest: str) -> bool:
-        """Tell whether an adapter is in memory, or on its way there."""
+        """Return whether an adapter is in memory or being loaded."""
         with self._lock:
             return digest in self._slots
 
     def _pin(self, entry: AdapterEntry) -> tuple[_Slot, PackedAdapter]:
-        """Return the entry's adapter and its slot, which stays until it is released."""
+        """Return the entry's adapter and its slot, which stays until :meth:`_release`."""
         while True:
             with self._lock:
                 slot = self._slots.get(entry.digest)
-                is_mine = slot is None
+                is_loader = slot is None
                 if slot is None:
                     slot = self._slots[entry.digest] = _Slot(entry.digest)
                     self._misses += 1
@@ -213,14 +216,14 @@ class AdapterCache:
                     self._slots.move_to_end(entry.digest)
                     self._hits += 1
                 slot.pins += 1
-            if is_mine:
+            if is_loader:
                 return slot, self._fill(slot, entry)
             slot.done.wait()
             if slot.adapter is not None:
                 return slot, slot.adapter
             if isinstance(slot.error, Exception):
                 raise slot.error
-            # The loading thread was interrupted, which says nothing about the adapter.
+            # The loading thread was interrupted (BaseException); this thread loads in its place.
 
     def _fill(self, slot: _Slot, entry: AdapterEntry) -> PackedAdapter:
         start = time.perf_counter()
@@ -252,7 +255,7 @@ class AdapterCache:
             self._evict()
 
     def _evict(self) -> None:
-        """Let the longest unused go. The newest stays, even if it is beyond the limit by itself."""
+        """Drop the least recently used. The newest stays, even if it exceeds the limit alone."""
         if self._size_bytes <= self._limit_bytes:
             return
         for slot in list(self._slots.values())[:-1]:
@@ -272,7 +275,7 @@ def load_each(
     """Load all entries.
 
     Raises:
-        AdapterUnavailableError: Some loads failed; all were tried.
+        AdapterUnavailableError: Some loads failed; it lists all of them.
     """
     adapters: list[PackedAdapter] = []
     failures: list[AdapterFailure] = []

@@ -1,4 +1,4 @@
-"""Where a machine's adapters come from: its own disk if they are there, else their library."""
+"""Load adapters from the disk of this machine, or else from their library."""
 
 import time
 from collections.abc import Mapping
@@ -21,14 +21,14 @@ __all__ = ["AdapterLoader"]
 
 
 class AdapterLoader:
-    """Reads verified adapters for one base. Safe for any number of threads and processes.
+    """Reads verified adapters for one base. Safe for threads and processes.
 
-    An adapter is fetched once for all processes of a machine; every byte is checked against the
-    digests of the catalog before it is laid out and kept.
+    An adapter is fetched once for all processes of a machine. All its bytes are checked against the
+    digests of the catalog before it is packed and cached.
     """
 
-    # A store that could not be reached is left alone for so long: whoever waits for adapters that
-    # are not on this machine is told at once, instead of all of them waiting for the store.
+    # After a store could not be reached, requests for adapters that are not on this machine fail at
+    # once for this time, instead of each waiting for the store.
     CIRCUIT_OPEN_S: ClassVar[float] = 2.0
 
     def __init__(
@@ -37,12 +37,12 @@ class AdapterLoader:
         base: SegmentationBase,
         disk_cache: AdapterDiskCache | None = None,
     ) -> None:
-        """Read from ``libraries``, by the names that references use.
+        """Read from libraries.
 
         Args:
-            libraries: Where adapters are fetched.
-            base: Its device and type are those of what is read; its layers must be there.
-            disk_cache: Where they are kept; by default ``packed`` in the user's cache.
+            libraries: Libraries by the name that references (:class:`AdapterRef`) use.
+            base: Adapters must fit its layers, and get its device and dtype.
+            disk_cache: By default the folder ``packed`` in the user's cache.
         """
         self._libraries = dict(libraries)
         self._base = base
@@ -59,7 +59,7 @@ class AdapterLoader:
 
         Raises:
             IntegrityError: A stored object is missing or differs from its digest.
-            AdapterMismatchError: It was trained on another base, or is no adapter for this one.
+            AdapterMismatchError: It was trained on another base, or does not fit its layers.
             StoreError: The store cannot be reached.
         """
         if ref.base_digest != self._base.digest:
@@ -73,14 +73,17 @@ class AdapterLoader:
                 f"adapter {ref.name!r}: got the bytes of {packed.digest}, expected {ref.digest}"
             )
         check_fits(packed, self._linears)
-        # The same files may be published under several names, and know no base.
+        # The same files may be published under several names, and need not name a base.
         named = replace(packed, name=ref.name, base_digest=ref.base_digest)
-        # On a GPU, what is hot stays there. In the type of the file it stays a mapping of it.
+        # On a GPU, cached adapters stay there. On a CPU they stay memory-mapped if the dtype of the
+        # file is that of the base.
         return named.to(self._base.device, self._base.dtype)
 
     def _fetch(self, ref: AdapterRef) -> PackedAdapter:
         if time.monotonic() < self._circuit_open_until[ref.library]:
-            raise StoreError(f"library {ref.library!r}: its store could not be reached just now")
+            raise StoreError(
+                f"library {ref.library!r}: its store could not be reached a moment ago"
+            )
         try:
             files, _ = self._libraries[ref.library].load_entry(ref)
         except StoreError:
@@ -88,5 +91,5 @@ class AdapterLoader:
             raise
         try:
             return pack(load_adapter(files, name=ref.name))
-        except IntegrityError as error:  # whole, but never was an adapter
+        except IntegrityError as error:  # undamaged files that are not an adapter
             raise AdapterMismatchError(f"adapter {ref.name!r}: {error}") from error

@@ -1,4 +1,8 @@
-"""Which adapters an image gets: what was asked for and what was found (methods B.4)."""
+"""Select the adapters of images.
+
+SemLA (arXiv 2503.21780) weights the K adapters nearest to an image by the distances of its
+embedding; see :func:`loraseg.fuse.mixing_weights`.
+"""
 
 import difflib
 from collections.abc import Collection, Mapping, Sequence
@@ -24,7 +28,7 @@ __all__ = [
     "select_adapters",
 ]
 
-# Of a long list of unknown names, as many are told.
+# Unknown names that an error message lists.
 _MAX_NAMES_SHOWN = 5
 
 AdapterMode = Literal["fused", "uniform", "base"]
@@ -37,8 +41,8 @@ class AdaptiveSettings:
     """How adapters are chosen for an image.
 
     Attributes:
-        k: Number of nearest adapters that are fused, K of methods B.4.
-        temperature: tau of methods B.4; it belongs to the encoder's scale of distances.
+        k: Number of nearest adapters that are fused (Top-K of SemLA).
+        temperature: SemLA's tau; a good value depends on the encoder's scale of distances.
         mode: ``fused`` retrieves per image, ``uniform`` mixes all adapters with equal weights,
             ``base`` uses none.
     """
@@ -56,7 +60,7 @@ class AdaptiveSettings:
             )
 
 
-# The same sharpness of 1/(d tau) needs another tau where distances have another scale.
+# tau depends on the scale of the encoder's distances d: the weights are a softmax of 1/(d tau).
 PRESETS: Mapping[str, AdaptiveSettings] = {
     "semla": AdaptiveSettings(k=5, temperature=0.05),
     "miniature": AdaptiveSettings(k=2, temperature=0.04),
@@ -91,12 +95,12 @@ def default_adaptive_settings(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterQuery:
-    """What is asked for one image.
+    """How to select the adapters of one image.
 
     Attributes:
         settings: K, temperature and mode.
-        only: Names of adapters to use, all of them whatever their distance and K; they are
-            weighted by distance (``fused``) or alike (``uniform``). Empty for no such demand.
+        only: Names of adapters to use, regardless of distance and K; weighted by distance
+            (``fused``) or equally (``uniform``). Empty for all adapters.
         exclude: Names that must not be used.
     """
 
@@ -107,7 +111,13 @@ class AdapterQuery:
 
 @dataclass(frozen=True, slots=True)
 class SelectedAdapter:
-    """One chosen adapter, its mixing weight and, if it was measured, its distance."""
+    """One selected adapter.
+
+    Attributes:
+        entry: The adapter.
+        weight: Mixing weight in [0, 1].
+        distance: Euclidean distance to the image's embedding; None if it was not computed.
+    """
 
     entry: AdapterEntry
     weight: float
@@ -141,84 +151,87 @@ class AdapterSelection:
 def select_adapters(
     pool: AdapterPool, embeddings: Float[ndarray, "n d"] | None, queries: Sequence[AdapterQuery]
 ) -> list[AdapterSelection]:
-    """Choose the adapters of n images.
+    """Select the adapters of n images.
 
-    Wishes that agree in K, temperature and names are answered by one search.
+    Queries that agree in K, temperature and names share one search.
 
     Args:
-        pool: What there is to choose from.
-        embeddings: Of the images, as the centroids' encoder gives them; None if no wish is of mode
+        pool: The adapters to select from.
+        embeddings: Of the images, by the encoder of the centroids; None if no query has mode
             ``fused``, or the pool is empty.
-        queries: One for each image. With mode ``base`` the names of a wish are not looked at.
+        queries: One for each image. Mode ``base`` ignores the names of a query.
 
     Returns:
-        One for each wish; parts of ``uniform`` are in the order of the pool.
+        One for each query; adapters of mode ``uniform`` are in the order of the pool.
 
     Raises:
-        AdapterNotFoundError: ``only`` of a wish has names that the pool does not have.
+        AdapterNotFoundError: ``only`` of a query has names that the pool does not have.
         AdapterMismatchError: The embeddings have other dimensions than the centroids.
-        StageError: There is not one embedding an image, or one is not finite.
+        StageError: The number of embeddings is not n, or an embedding is not finite.
     """
-    chosen: dict[int, tuple[SelectedAdapter, ...]] = {}
-    measured: list[int] = []
-    for index, wish in enumerate(queries):
-        if wish.settings.mode == "base":
+    selected: dict[int, tuple[SelectedAdapter, ...]] = {}
+    fused: list[int] = []
+    for index, query in enumerate(queries):
+        if query.settings.mode == "base":
             continue
-        _check_names(pool, wish)
-        if wish.settings.mode == "uniform":
-            chosen[index] = _select_uniform(pool, wish)
+        _check_names(pool, query)
+        if query.settings.mode == "uniform":
+            selected[index] = _select_uniform(pool, query)
         else:
-            measured.append(index)
-    if measured and pool.retriever is not None:
+            fused.append(index)
+    if fused and pool.retriever is not None:
         if embeddings is None or len(embeddings) != len(queries):
             got = "none" if embeddings is None else len(embeddings)
             raise StageError(
                 f"embeddings: got {got}, expected one for each of {len(queries)} images"
             )
-        chosen |= _select_nearest(
-            pool, pool.retriever, embeddings, {i: queries[i] for i in measured}
+        selected |= _select_nearest(
+            pool, pool.retriever, embeddings, {index: queries[index] for index in fused}
         )
-    return [_to_selection(pool, wish, chosen.get(index, ())) for index, wish in enumerate(queries)]
+    return [
+        _to_selection(pool, query, selected.get(index, ())) for index, query in enumerate(queries)
+    ]
 
 
 def _select_nearest(
     pool: AdapterPool,
     retriever: AdapterRetriever,
-    embeddings: ndarray,
+    embeddings: Float[ndarray, "n d"],
     queries: Mapping[int, AdapterQuery],
 ) -> dict[int, tuple[SelectedAdapter, ...]]:
-    """Answer wishes by their row of the embeddings, equal ones together."""
+    """Select for queries by row of the embeddings, equal queries in one search."""
     searches: dict[tuple[int, float, frozenset[str]], list[int]] = {}
-    for row, wish in queries.items():
-        k, exclude = wish.settings.k, wish.exclude
-        if wish.only:
-            left = wish.only - wish.exclude
-            k, exclude = max(1, len(left)), pool.names - left
-        searches.setdefault((k, wish.settings.temperature, exclude), []).append(row)
-    chosen: dict[int, tuple[SelectedAdapter, ...]] = {}
+    for row, query in queries.items():
+        k, exclude = query.settings.k, query.exclude
+        if query.only:
+            names = query.only - query.exclude
+            k, exclude = max(1, len(names)), pool.names - names
+        searches.setdefault((k, query.settings.temperature, exclude), []).append(row)
+    selected: dict[int, tuple[SelectedAdapter, ...]] = {}
     for (k, temperature, exclude), rows in searches.items():
-        found = retriever.retrieve_batch(embeddings[rows], k, temperature, exclude=exclude)
-        for row, near in zip(rows, found, strict=True):
-            chosen[row] = tuple(
+        retrieved = retriever.retrieve_batch(embeddings[rows], k, temperature, exclude=exclude)
+        for row, nearest in zip(rows, retrieved, strict=True):
+            selected[row] = tuple(
                 SelectedAdapter(pool.by_name[n.entry.name], float(n.weight), float(n.distance))
-                for n in near
+                for n in nearest
             )
-    return chosen
+    return selected
 
 
 def adapter_not_found_error(
     names: Collection[str], available: Collection[str]
 ) -> AdapterNotFoundError:
-    """Return the error that says that ``names`` are not ``available`` the adapters there are.
+    """Return the error for ``names`` that are not among the ``available`` adapters.
 
-    Only names of ``available`` are proposed, so it must not hold any that the asker may not see.
+    It suggests a similar name of ``available``, which therefore must not contain names that the
+    client may not see.
     """
     unknown = sorted(names)
     close = difflib.get_close_matches(unknown[0], sorted(available), n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    told = ", ".join(repr(name) for name in unknown[:_MAX_NAMES_SHOWN])
+    shown = ", ".join(repr(name) for name in unknown[:_MAX_NAMES_SHOWN])
     more = f" and {len(unknown) - _MAX_NAMES_SHOWN} more" if len(unknown) > _MAX_NAMES_SHOWN else ""
-    return AdapterNotFoundError(f"no adapter {told}{more} among {len(available)}{hint}")
+    return AdapterNotFoundError(f"no adapter {shown}{more} among {len(available)}{hint}")
 
 
 def _check_names(pool: AdapterPool, query: AdapterQuery) -> None:
@@ -227,12 +240,12 @@ def _check_names(pool: AdapterPool, query: AdapterQuery) -> None:
 
 
 def _select_uniform(pool: AdapterPool, query: AdapterQuery) -> tuple[SelectedAdapter, ...]:
-    rest = [
+    entries = [
         entry
         for entry in pool.entries
         if entry.name not in query.exclude and (not query.only or entry.name in query.only)
     ]
-    return tuple(SelectedAdapter(entry, 1.0 / len(rest), None) for entry in rest)
+    return tuple(SelectedAdapter(entry, 1.0 / len(entries), None) for entry in entries)
 
 
 def _to_selection(

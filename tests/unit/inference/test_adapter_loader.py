@@ -119,7 +119,7 @@ def test_a_store_that_could_not_be_reached_is_left_alone_for_a_moment(
     with pytest.raises(StoreError, match="refused"):
         source(make_ref(library, "fog"))
     store.is_on = True
-    with pytest.raises(StoreError, match="'main': its store could not be reached just now"):
+    with pytest.raises(StoreError, match="'main': its store could not be reached a moment ago"):
         source(make_ref(library, "fog"))
     monkeypatch.setattr(AdapterLoader, "CIRCUIT_OPEN_S", 0.0)
     _, source = make_loader(folder, base)
