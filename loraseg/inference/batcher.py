@@ -17,24 +17,24 @@ __all__ = ["MicroBatcher"]
 
 logger = logging.getLogger(__name__)
 
-# Many, because one that waits for a slow store must not keep back those that need nothing of it.
+# More than the model needs, so that requests that wait for a slow store do not block the others.
 _PREPARE_THREADS = 32
 _MAX_CONCURRENT_TILED = 2
-# Of all images of one batch; a single one may have more.
+# Limit for all images of one batch; a single image may exceed it.
 _MAX_BATCH_SCORE_BYTES = 512 * 2**20
 
 
 @dataclass(eq=False, slots=True)
 class _PendingRequest:
-    """A task on its way.
+    """A request between :meth:`MicroBatcher.submit` and its result.
 
     Attributes:
-        request: What it is.
-        future: Where the answer goes. Whoever cancels it gives up the work.
-        prepared: Once its adapters are loaded.
-        ready_since: When it joined the queue before the model, as ``time.monotonic()``.
-        tiles: The running work, for a tiled image.
-        is_resolved: Whether it has its answer.
+        request: The request.
+        future: Receives the result; cancelling it cancels the work.
+        prepared: The request with its adapters; None until they are loaded.
+        ready_since: ``time.monotonic()`` of its entry into the queue before the model.
+        tiles: The running generator of a tiled image.
+        is_resolved: Whether the result, an error or the cancellation is final.
     """
 
     request: SegmentRequest
@@ -45,7 +45,7 @@ class _PendingRequest:
     is_resolved: bool = False
 
     def resolve(self, result: SegmentResult | BaseException) -> None:
-        """Give the answer, unless nobody waits for it any more, and let go of the adapters."""
+        """Set the future unless it is cancelled, and release the adapters."""
         if self.is_resolved:
             return
         self.is_resolved = True
@@ -60,19 +60,20 @@ class _PendingRequest:
                 self.future.set_result(result)
 
     def is_expired(self) -> bool:
-        """Tell whether nobody waits any more; a task past its deadline is told so."""
+        """Return whether no result is needed; a request past its deadline gets an error."""
         if self.is_resolved:
             return True
         if self.future.cancelled() or time.time() >= self.request.deadline:
-            self.resolve(ServiceError("deadline", "the time for the request is over"))
+            self.resolve(ServiceError("deadline", "the deadline of the request has passed"))
         return self.is_resolved
 
 
 class MicroBatcher:
-    """Segments tasks in the order in which they are ready, those of one group together.
+    """Segments requests in the order in which their adapters are loaded, in batches.
 
-    Tiled images are worked on between batches, so that none holds up the others. Tasks that are
-    cancelled or past their deadline are dropped.
+    A batch consists of requests with the same ``batch_key``. Tiled images are segmented tile by
+    tile between batches, so that they do not delay other images. Requests that are cancelled or
+    past their deadline are dropped.
     """
 
     def __init__(
@@ -83,13 +84,14 @@ class MicroBatcher:
         max_wait_s: float,
         max_in_flight: int,
     ) -> None:
-        """Start its threads.
+        """Start the threads.
 
         Args:
-            stage: Used by no other lane.
-            max_batch_size: Most images that go through the model together.
-            max_wait_s: How long the first of a batch waits for company while the model is idle.
-            max_in_flight: Most tasks at once; beyond it they are refused.
+            stage: Must not be used by another batcher.
+            max_batch_size: Maximum number of images in one pass through the model.
+            max_wait_s: How long the first request of a batch waits for more while the model is
+                idle.
+            max_in_flight: Maximum number of unfinished requests; further ones are refused.
         """
         self._stage = stage
         self._max_batch_size, self._max_wait_s, self._max_in_flight = (
@@ -108,15 +110,15 @@ class MicroBatcher:
         self._thread.start()
 
     def submit(self, request: SegmentRequest) -> "Future[SegmentResult]":
-        """Take a task; cancelling the future gives up the work as soon as possible.
+        """Queue a request; cancelling the future stops the work as soon as possible.
 
-        The future raises what :meth:`SegmentationStage.prepare` raises, ServiceError ``deadline``,
-        or what went wrong in the model.
+        The future raises what :meth:`SegmentationStage.prepare` raises, ServiceError ``deadline``
+        or ``draining``, or an error of the model.
 
         Raises:
-            ServiceError: ``overloaded``, or ``draining`` once it is closed.
+            ServiceError: ``overloaded``, or ``draining`` after :meth:`close`.
         """
-        ticket = _PendingRequest(request, Future())
+        pending = _PendingRequest(request, Future())
         with self._condition:
             if self._is_closed:
                 raise draining_error()
@@ -125,27 +127,27 @@ class MicroBatcher:
             if not self._in_flight:
                 self._last_progress = time.monotonic()
             self._in_flight += 1
-        ticket.future.add_done_callback(self._decrement_in_flight)
-        self._prepare_pool.submit(self._prepare, ticket)
-        return ticket.future
+        pending.future.add_done_callback(self._decrement_in_flight)
+        self._prepare_pool.submit(self._prepare, pending)
+        return pending.future
 
     @property
     def in_flight(self) -> int:
-        """How many tasks were taken and are not answered yet."""
+        """Number of unfinished requests."""
         return self._in_flight
 
     @property
     def stalled_s(self) -> float:
-        """Seconds since the model last finished anything, 0 while there is nothing to do.
+        """Seconds since the model last finished a batch or tile, 0 without unfinished requests.
 
-        Infinite if its thread has died.
+        Infinite if the thread of the model has died.
         """
         if not self._thread.is_alive() and not self._is_closed:
             return float("inf")
         return time.monotonic() - self._last_progress if self._in_flight else 0.0
 
     def close(self) -> None:
-        """Refuse what waits and what comes; what is in the model is finished."""
+        """Refuse waiting and new requests; the batch in the model is finished."""
         with self._condition:
             self._is_closed = True
             self._condition.notify_all()
@@ -162,7 +164,7 @@ class MicroBatcher:
             return
         try:
             pending.prepared = self._stage.prepare(pending.request)
-        except Exception as error:  # noqa: BLE001  it belongs to whoever waits
+        except Exception as error:  # noqa: BLE001  raised by the future
             pending.resolve(error)
             return
         pending.ready_since = time.monotonic()
@@ -182,11 +184,11 @@ class MicroBatcher:
                 self._run_batch(batch)
             self._run_tiled_step()
             self._last_progress = time.monotonic()
-        for ticket in (*self._ready, *self._tiled):
-            ticket.resolve(draining_error())
+        for pending in (*self._ready, *self._tiled):
+            pending.resolve(draining_error())
 
     def _next_batch(self) -> list[_PendingRequest] | None:
-        """Return what goes through the model next, [] for only a tiled image, None at the end."""
+        """Return the next batch, [] if there are only tiled images, None after closing."""
         with self._condition:
             while not self._is_closed:
                 self._ready = deque(t for t in self._ready if not t.is_expired())
@@ -197,62 +199,62 @@ class MicroBatcher:
                     self._condition.wait(1.0)
                     continue
                 batch = self._compatible_batch()
-                rest_s = self._ready[0].ready_since + self._max_wait_s - time.monotonic()
-                if len(batch) == self._max_batch_size or rest_s <= 0 or self._tiled:
-                    for ticket in batch:
-                        self._ready.remove(ticket)
+                left_s = self._ready[0].ready_since + self._max_wait_s - time.monotonic()
+                if len(batch) == self._max_batch_size or left_s <= 0 or self._tiled:
+                    for pending in batch:
+                        self._ready.remove(pending)
                     return batch
-                self._condition.wait(rest_s)
+                self._condition.wait(left_s)
         return None
 
     def _compatible_batch(self) -> list[_PendingRequest]:
-        """Return the oldest task and those that can go with it."""
+        """Return the oldest request and those that can be in the same batch."""
         batch: list[_PendingRequest] = []
         room = _MAX_BATCH_SCORE_BYTES
-        for ticket in self._ready:
-            prepared = ticket.prepared
+        for pending in self._ready:
+            prepared = pending.prepared
             if prepared is None or (batch and prepared.batch_key != _batch_key(batch[0])):
                 continue
-            room -= score_bytes(ticket.request)
+            room -= score_bytes(pending.request)
             if batch and (room < 0 or len(batch) == self._max_batch_size):
                 break
-            batch.append(ticket)
+            batch.append(pending)
         return batch
 
     def _run_batch(self, batch: list[_PendingRequest]) -> None:
-        prepared = [ticket.prepared for ticket in batch if ticket.prepared is not None]
+        prepared = [pending.prepared for pending in batch if pending.prepared is not None]
         try:
-            answers = self._stage.run(prepared)
+            results = self._stage.run(prepared)
         except Exception as error:
-            logger.exception("a batch of %d failed", len(batch))
-            answers = [error] * len(batch)
-        for ticket, answer in zip(batch, answers, strict=True):
-            ticket.resolve(answer)
+            logger.exception("a batch of %d images failed", len(batch))
+            results = [error] * len(batch)
+        for pending, result in zip(batch, results, strict=True):
+            pending.resolve(result)
 
     def _run_tiled_step(self) -> None:
-        """Work on one of the tiled images for a while."""
+        """Segment the next tiles of one tiled image."""
         with self._condition:
             if not self._tiled:
                 return
-            ticket = self._tiled[0]
-            # In turns, but not so many at once that their memory adds up.
+            pending = self._tiled[0]
+            # Round robin over a few images, since each keeps its maps in memory.
             if len(self._tiled) >= _MAX_CONCURRENT_TILED:
                 self._tiled.insert(_MAX_CONCURRENT_TILED - 1, self._tiled.popleft())
-        if ticket.is_expired() or ticket.prepared is None:
+        if pending.is_expired() or pending.prepared is None:
             return
         try:
-            if ticket.tiles is None:
-                ticket.tiles = self._stage.run_tiled(ticket.prepared)
-            next(ticket.tiles)
+            if pending.tiles is None:
+                pending.tiles = self._stage.run_tiled(pending.prepared)
+            next(pending.tiles)
             return
-        except StopIteration as end:
-            answer = end.value
+        except StopIteration as stop:
+            result = stop.value
         except LorasegError as error:
-            answer = error
+            result = error
         except Exception as error:
             logger.exception("a tiled image failed")
-            answer = error
-        ticket.resolve(answer)
+            result = error
+        pending.resolve(result)
 
 
 def _batch_key(pending: _PendingRequest) -> object:

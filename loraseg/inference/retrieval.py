@@ -1,4 +1,4 @@
-"""The first stage: embed images and choose their adapters, of any number of libraries."""
+"""The first stage: embed images and select their adapters, from any number of libraries."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ from loraseg.inference.selection import (
 from loraseg.inference.service_errors import no_such_library_error
 from loraseg.inference.snapshot import LibrarySnapshot
 from loraseg.inference.watcher import LibraryWatcher
-from loraseg.tensor_types import ndarray
+from loraseg.tensor_types import Float, ndarray
 
 __all__ = ["RetrievalStage"]
 
@@ -32,7 +32,7 @@ _MAX_ADAPTERS_PER_IMAGE = 256
 
 @dataclass(frozen=True, slots=True)
 class _ResolvedRequest:
-    """An ask against the shelf that it will be answered from."""
+    """A request with the snapshot of its library, and its query without hidden adapters."""
 
     request: SegmentRequest
     snapshot: LibrarySnapshot
@@ -45,7 +45,7 @@ class _ResolvedRequest:
 
 
 class RetrievalStage:
-    """Chooses adapters for batches of images. Safe for any number of threads."""
+    """Selects adapters for batches of images. Thread-safe."""
 
     def __init__(
         self,
@@ -54,11 +54,11 @@ class RetrievalStage:
         *,
         embed_together: bool = False,
     ) -> None:
-        """Use an encoder and the libraries by the names that asks use.
+        """Use an encoder and libraries.
 
         Args:
-            encoder: The one whose id the libraries were told.
-            libraries: Followed by their own threads.
+            encoder: The encoder that the libraries' filters name.
+            libraries: Watched libraries by the name that requests use.
             embed_together: Embed a batch in one pass. On a CPU that saves little, and the last
                 bits of an embedding, and so of the weights, then depend on the batch.
         """
@@ -68,7 +68,7 @@ class RetrievalStage:
 
     @property
     def libraries(self) -> Mapping[str, LibraryWatcher]:
-        """Those it chooses from."""
+        """The libraries by name."""
         return self._libraries
 
     def library(self, name: str) -> LibraryWatcher:
@@ -82,78 +82,78 @@ class RetrievalStage:
         return self._libraries[name]
 
     def retrieve(self, requests: Sequence[SegmentRequest]) -> list[AdapterSelection | LorasegError]:
-        """Answer each ask, with its own error if it has one; none disturbs the others.
+        """Return the selection of each request, or its own error; requests are independent.
 
         Errors:
             ServiceError: ``no_such_library``; ``not_ready``; ``adapters_unavailable``: adapters
-                that were asked for by name, or all there are, are out of service for now;
-                ``invalid``: more adapters than can be mixed.
-            AdapterNotFoundError: A name in ``only`` that is not there, or not visible.
+                named in the query, or all adapters, are out of service for now; ``invalid``: more
+                adapters than can be mixed.
+            AdapterNotFoundError: A name in ``only`` does not exist, or is not visible.
             DatasetError: An image is not uint8 RGB.
         """
-        answers: dict[int, AdapterSelection | LorasegError] = {}
-        plans: dict[int, _ResolvedRequest] = {}
-        for index, ask in enumerate(requests):
-            planned = _attempt(self._resolve, ask)
-            if isinstance(planned, LorasegError):
-                answers[index] = planned
+        results: dict[int, AdapterSelection | LorasegError] = {}
+        resolved: dict[int, _ResolvedRequest] = {}
+        for index, request in enumerate(requests):
+            outcome = _attempt(self._resolve, request)
+            if isinstance(outcome, LorasegError):
+                results[index] = outcome
             else:
-                plans[index] = planned
-        embeddings, errors, embed_ms = self._embed(plans)
-        answers |= errors
-        groups: dict[int, list[int]] = {}
-        for index, plan in plans.items():
+                resolved[index] = outcome
+        embeddings, errors, embed_ms = self._embed(resolved)
+        results |= errors
+        by_snapshot: dict[int, dict[int, _ResolvedRequest]] = {}
+        for index, item in resolved.items():
             if index not in errors:
-                groups.setdefault(id(plan.snapshot), []).append(index)
-        for members in groups.values():
-            some = {index: plans[index] for index in members}
-            answers |= _retrieve_from_snapshot(some, embeddings, embed_ms)
-        return [answers[index] for index in range(len(requests))]
+                by_snapshot.setdefault(id(item.snapshot), {})[index] = item
+        for group in by_snapshot.values():
+            results |= _retrieve_from_snapshot(group, embeddings, embed_ms)
+        return [results[index] for index in range(len(requests))]
 
     def close(self) -> None:
-        """Stop following the libraries."""
-        for live in self._libraries.values():
-            live.close()
+        """Stop watching the libraries."""
+        for library in self._libraries.values():
+            library.close()
 
     def _resolve(self, request: SegmentRequest) -> _ResolvedRequest:
-        live = self.library(request.library)
+        library = self.library(request.library)
         for failure in request.failed:
-            live.quarantine(failure)
-        # Read once: everything about this image is of one generation.
-        shelf = live.snapshot()
-        hidden = shelf.invisible(request.visible)
-        skipped = tuple(f for f in live.quarantined(shelf) if f.name not in hidden)
-        wish = request.query
-        if wish.settings.mode == "base":
-            return _ResolvedRequest(request, shelf, wish, skipped)
-        if wish.only:
-            _check_only(wish, shelf.pool.names - hidden, skipped)
-        exclude = hidden | wish.exclude if wish.exclude else hidden
+            library.quarantine(failure)
+        # Read once, so that everything about this image is of one generation.
+        snapshot = library.snapshot()
+        hidden = snapshot.invisible(request.visible)
+        skipped = tuple(f for f in library.quarantined(snapshot) if f.name not in hidden)
+        query = request.query
+        if query.settings.mode == "base":
+            return _ResolvedRequest(request, snapshot, query, skipped)
+        if query.only:
+            _check_only(query, snapshot.pool.names - hidden, skipped)
+        exclude = hidden | query.exclude if query.exclude else hidden
         if skipped:
             exclude = exclude.union(failure.name for failure in skipped)
-        _check_count(wish, shelf.pool.names, exclude)
-        return _ResolvedRequest(request, shelf, replace(wish, exclude=exclude), skipped)
+        _check_count(query, snapshot.pool.names, exclude)
+        return _ResolvedRequest(request, snapshot, replace(query, exclude=exclude), skipped)
 
     def _embed(
         self, resolved: Mapping[int, _ResolvedRequest]
     ) -> tuple[dict[int, ndarray], dict[int, LorasegError], float]:
+        """Return embeddings (d,) and errors by request, and the time in milliseconds."""
         started = time.perf_counter()
         images = {
-            index: plan.request.image for index, plan in resolved.items() if plan.needs_embedding
+            index: item.request.image for index, item in resolved.items() if item.needs_embedding
         }
-        found: dict[int, ndarray] = {}
+        embeddings: dict[int, ndarray] = {}
         errors: dict[int, LorasegError] = {}
         together = _attempt(self._encode, images) if self._embed_together else None
         if isinstance(together, dict):
-            found = together
+            embeddings = together
         else:
             for index, image in images.items():
-                one = _attempt(self._encode, {index: image})
-                if isinstance(one, LorasegError):
-                    errors[index] = one
+                alone = _attempt(self._encode, {index: image})
+                if isinstance(alone, LorasegError):
+                    errors[index] = alone
                 else:
-                    found |= one
-        return found, errors, _ms_since(started)
+                    embeddings |= alone
+        return embeddings, errors, _ms_since(started)
 
     def _encode(self, images: Mapping[int, ndarray]) -> dict[int, ndarray]:
         embeddings = self._encoder.encode_images(list(images.values()))
@@ -161,44 +161,50 @@ class RetrievalStage:
 
 
 def _retrieve_from_snapshot(
-    resolved: Mapping[int, _ResolvedRequest], embeddings: Mapping[int, ndarray], embed_ms: float
+    resolved: Mapping[int, _ResolvedRequest],
+    embeddings: Mapping[int, Float[ndarray, " d"]],
+    embed_ms: float,
 ) -> dict[int, AdapterSelection | LorasegError]:
-    """Answer plans that share one shelf."""
+    """Select for requests that share a snapshot; after an error, for each of them alone."""
     started = time.perf_counter()
-    choices = _attempt(_select_all, list(resolved.items()), embeddings)
-    if isinstance(choices, LorasegError):
+    selections = _attempt(_select_all, resolved, embeddings)
+    if isinstance(selections, LorasegError):
         if len(resolved) == 1:
-            return dict.fromkeys(resolved, choices)
-        alone = [
-            _retrieve_from_snapshot({index: plan}, embeddings, embed_ms)
-            for index, plan in resolved.items()
-        ]
-        return {index: answer for one in alone for index, answer in one.items()}
+            return dict.fromkeys(resolved, selections)
+        results: dict[int, AdapterSelection | LorasegError] = {}
+        for index, item in resolved.items():
+            results |= _retrieve_from_snapshot({index: item}, embeddings, embed_ms)
+        return results
     retrieve_ms = _ms_since(started)
-    answers: dict[int, AdapterSelection | LorasegError] = {}
-    for (index, plan), choice in zip(resolved.items(), choices, strict=True):
-        timing = {"embed": embed_ms if index in embeddings else 0.0, "retrieve": retrieve_ms}
-        answers[index] = _attempt(_to_result, plan, choice, timing)
-    return answers
+    return {
+        index: _attempt(
+            _complete,
+            selection,
+            item,
+            {"embed": embed_ms if index in embeddings else 0.0, "retrieve": retrieve_ms},
+        )
+        for (index, item), selection in zip(resolved.items(), selections, strict=True)
+    }
 
 
 def _select_all(
-    resolved: Sequence[tuple[int, _ResolvedRequest]], embeddings: Mapping[int, ndarray]
+    resolved: Mapping[int, _ResolvedRequest], embeddings: Mapping[int, Float[ndarray, " d"]]
 ) -> list[AdapterSelection]:
-    pool = resolved[0][1].snapshot.pool
+    pool = next(iter(resolved.values())).snapshot.pool
     rows: ndarray | None = None
     if embeddings:
-        # Those that need no embedding get one that is not looked at.
-        blank = np.zeros_like(next(iter(embeddings.values())))
-        rows = np.stack([embeddings.get(index, blank) for index, _ in resolved])
-    return select_adapters(pool, rows, [plan.query for _, plan in resolved])
+        # Requests that need no embedding get a row of zeros, which is not read.
+        zeros = np.zeros_like(next(iter(embeddings.values())))
+        rows = np.stack([embeddings.get(index, zeros) for index in resolved])
+    return select_adapters(pool, rows, [item.query for item in resolved.values()])
 
 
-def _to_result(
-    resolved: _ResolvedRequest, selection: AdapterSelection, timing_ms: Mapping[str, float]
+def _complete(
+    selection: AdapterSelection, resolved: _ResolvedRequest, timing_ms: Mapping[str, float]
 ) -> AdapterSelection:
+    """Add what the snapshot knows to a selection."""
     if selection.fallback is not None and resolved.skipped:
-        # Without what is out of service nothing is left.
+        # Nothing is left without the adapters that are out of service.
         if any(failure.kind == "unreachable" for failure in resolved.skipped):
             raise ServiceError(
                 "adapters_unavailable",
@@ -218,7 +224,7 @@ def _to_result(
 def _check_only(
     query: AdapterQuery, visible: frozenset[str], skipped: tuple[AdapterFailure, ...]
 ) -> None:
-    """Refuse names that are not there, not visible (said alike), or out of service."""
+    """Refuse names that do not exist or are hidden (same message), or are out of service."""
     if unknown := query.only - visible:
         raise adapter_not_found_error(unknown, visible)
     for failure in skipped:
@@ -233,15 +239,12 @@ def _check_only(
 
 
 def _check_count(query: AdapterQuery, names: frozenset[str], exclude: frozenset[str]) -> None:
-    """Refuse a mix of so many adapters that the service would choke on it."""
-    if (
-        query.settings.mode == "fused"
-        and not query.only
-        and query.settings.k <= _MAX_ADAPTERS_PER_IMAGE
-    ):
+    """Refuse a mix of too many adapters, which would take too much memory and time."""
+    is_top_k = query.settings.mode == "fused" and not query.only
+    if is_top_k and query.settings.k <= _MAX_ADAPTERS_PER_IMAGE:
         return
     count = len((query.only or names) - exclude)
-    if query.settings.mode == "fused" and not query.only:
+    if is_top_k:
         count = min(count, query.settings.k)
     if count > _MAX_ADAPTERS_PER_IMAGE:
         raise ServiceError(
@@ -251,11 +254,11 @@ def _check_count(query: AdapterQuery, names: frozenset[str], exclude: frozenset[
 
 
 def _attempt(
-    work: Callable[ParamsT, ResultT], *args: ParamsT.args, **options: ParamsT.kwargs
+    function: Callable[ParamsT, ResultT], *args: ParamsT.args, **options: ParamsT.kwargs
 ) -> ResultT | LorasegError:
-    """Return what ``work`` returns, or the error that it raises on purpose."""
+    """Return the function's result, or the LorasegError that it raises."""
     try:
-        return work(*args, **options)
+        return function(*args, **options)
     except LorasegError as error:
         return error
 

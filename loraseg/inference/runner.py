@@ -1,4 +1,4 @@
-"""The half of adaptive segmentation that needs the model: fuse -> segment (SemLA, sec. 3.3)."""
+"""Fuse the selected adapters of images and segment them; SemLA's concatenation-based fusion."""
 
 from collections.abc import Callable, Generator, Sequence
 from typing import Any

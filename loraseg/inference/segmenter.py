@@ -1,6 +1,6 @@
 """Segment with adapters chosen for each image: embed -> retrieve -> fuse -> segment.
 
-The method is SemLA's (SemLA, sec. 3).
+The method is SemLA's (arXiv 2503.21780; official code: ``domain_orchestrator``).
 """
 
 from collections.abc import Collection, Generator, Iterable, Sequence
@@ -54,7 +54,7 @@ class _PreparedImage:
 
 
 class Segmenter:
-    """Segments each image with the adapters nearest to it. One thread at a time."""
+    """Segments each image with the adapters nearest to it. Not thread-safe."""
 
     def __init__(
         self,
@@ -63,12 +63,20 @@ class Segmenter:
         pool: AdapterPool,
         settings: AdaptiveSettings,
     ) -> None:
+        """Use loaded models; :func:`~loraseg.inference.loading.load_segmenter` loads them.
+
+        Args:
+            predictor: Runs the base.
+            encoder: The encoder that the pool's centroids were made with.
+            pool: The adapters to select from.
+            settings: How adapters are selected.
+        """
         self._runner = SegmentRunner(predictor, pool.load)
         self._encoder = encoder
         self._pool = pool
         self._settings = settings
-        # On a GPU the embedder keeps off the stream that the segmenter fills, so that both run at
-        # once. Adapters are read on the segmenter's: their memory is handed on without waiting.
+        # On a GPU the encoder has its own stream, so that it runs in parallel with the segmenter.
+        # Adapters are loaded on the segmenter's stream, which needs no synchronisation.
         device = predictor.base.device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -86,23 +94,24 @@ class Segmenter:
 
         Args:
             images: uint8 RGB arrays (h, w, 3); sizes may differ.
-            classes: Distinct class names; their order gives the indices of the label maps.
+            classes: Distinct class names; their order gives the ids of the label maps.
             exclude: Names of adapters that must not be used, for instance in leave-one-out.
-            maps: Further maps to return, ``confidence`` and ``entropy``.
-            tiling: Whether an image goes through the model as overlapping tiles of its own
-                resolution, whatever the predictor's mode; ``auto`` decides by its size
-                (:func:`~loraseg.segment.open_vocabulary.tiled_inference.needs_tiles`).
-            keep_scores: Also return the sigmoid scores (classes, h, w) in [0, 1]. They do not
-                exist for an image in tiles.
+            maps: Further maps to compute: ``confidence``, ``entropy``.
+            tiling: Whether an image is segmented in overlapping tiles of its own resolution, in
+                either mode of the predictor; ``auto`` decides by its size
+                (:func:`~loraseg.segment.open_vocabulary.tiled_inference.needs_tiling`).
+            keep_scores: Also return the sigmoid scores (classes, h, w) in [0, 1]. Not possible
+                for a tiled image.
 
         Returns:
             One result per image. Label maps are uint8 up to 255 classes, else int32; ties go to
             the class named first.
 
         Raises:
-            AdapterMismatchError: A chosen adapter was trained on another base.
-            ConfigError: No class is named, one is blank, or one twice; a map is unknown;
-                or scores of an image in tiles are wanted.
+            AdapterMismatchError: A selected adapter was trained on another base.
+            ConfigError: The classes are empty, blank or repeated; a map is unknown; or
+                ``keep_scores`` is set for a tiled image.
+            DatasetError: An image is not uint8 RGB.
             LorasegError: An adapter cannot be loaded.
         """
         template = self._request(classes, exclude, maps, tiling, keep_scores=keep_scores)
@@ -118,17 +127,17 @@ class Segmenter:
         tiling: TilingMode = "auto",
         keep_scores: bool = False,
     ) -> Generator[list[SegmentResult] | LorasegError, None, None]:
-        """Segment batch after batch like :meth:`segment`, one batch ahead of itself.
+        """Segment batches like :meth:`segment`, preparing one batch ahead.
 
-        While a batch is in the model, the next one is taken from ``batches`` (which may decode
-        files), embedded, and its adapters are read, in a thread of its own.
+        While a batch is in the model, another thread takes the next one from ``batches`` (which may
+        decode files), embeds it and loads its adapters.
 
         Yields:
-            The results of each batch in order, or its error in their place: raising it would end
-            the stream for all later ones.
+            The results of each batch in order, or its error, since raising it would end the stream
+            for all later batches.
 
         Raises:
-            ConfigError: No class is named, one is blank, or one twice; a map is unknown.
+            ConfigError: The classes are empty, blank or repeated, or a map is unknown.
         """
         template = self._request(classes, exclude, maps, tiling, keep_scores=keep_scores)
         source = iter(batches)
@@ -178,7 +187,7 @@ class Segmenter:
         )
 
     def _prepare(self, images: Sequence[ndarray], template: SegmentRequest) -> list[_PreparedImage]:
-        """Embed images, retrieve and load adapters: all that does not need the segmenter."""
+        """Embed images, select and load their adapters."""
         needs_embedding = self._settings.mode == "fused" and self._pool.retriever is not None
         with torch.cuda.stream(self._stream):
             embeddings = (
@@ -198,7 +207,7 @@ class Segmenter:
         try:
             return self._runner.fuse(selection)
         except AdapterUnavailableError as error:
-            # The cause names files and URIs, which a user of this process may see.
+            # The cause names files and URIs, which a user of this process may know.
             raise error.__cause__ or error from None
 
     def _is_tiled(self, image: ndarray, tiling: TilingMode) -> bool:
