@@ -1,17 +1,12 @@
-"""Run the endpoint in the foreground: start Serve, wait until it is ready, drain at the end."""
+"""Run the endpoint on Ray Serve in the foreground, and drain it before the end."""
 
 import json
 import logging
 import os
-import signal
-import socket
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from types import FrameType
 from typing import Any
 
 import ray
@@ -21,98 +16,47 @@ from actors.resources import connect
 from actors.serve.app import build_app
 from actors.serve.logs import LOGGING
 from actors.serve.proxy_errors import CALLBACK
-from loraseg.errors import ConfigError, StageError
+from loraseg import config as configuration
+from loraseg.errors import StageError
 from loraseg.serving.config import ServiceConfig
+from loraseg.serving.listen import ListenAddress, ServeConfig, StopSignal
 
-__all__ = ["ListenAddress", "serve_until_signal"]
+__all__ = ["serve_until_signal"]
 
 logger = logging.getLogger(__name__)
 
 _APP_NAME = "loraseg"
-# Workers of a Ray that is started here do not give way to whatever else the machine does.
+# Ray lowers the priority of its workers by default.
 _RAY_WORKER_ENV = {"RAY_worker_niceness": "0"}
 _POLL_INTERVAL_S = 0.5
 
 
-@dataclass(frozen=True, slots=True)
-class ListenAddress:
-    """Where the proxies listen; port 0 stands for any free one."""
-
-    host: str
-    port: int
-
-    def with_free_port(self) -> "ListenAddress":
-        """Return it with a port that was free a moment ago.
-
-        Raises:
-            ConfigError: The port is taken, or the host is none of this machine.
-        """
-        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
-        with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((self.host, self.port))
-            except OSError as error:
-                raise ConfigError(f"{self.host} port {self.port}: {error.strerror}") from error
-            return ListenAddress(self.host, probe.getsockname()[1])
-
-    @property
-    def url(self) -> str:
-        """What a browser on this machine opens."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
-
-
-def serve_until_signal(
-    config: ServiceConfig, address: ListenAddress, on_ready: Callable[[str], None]
-) -> int:
-    """Serve until SIGINT or SIGTERM, then let running requests finish.
+def serve_until_signal(serve_config: ServeConfig, on_ready: Callable[[str], None]) -> None:
+    """Serve until SIGINT or SIGTERM, then finish running requests.
 
     Args:
-        config: What is served; fields of subclasses are not looked at.
-        address: Where.
-        on_ready: Called with the URL once models and catalogs are loaded.
-
-    Returns:
-        Exit status: 0.
+        serve_config: The endpoint and its address.
+        on_ready: Called with the URL when models and catalogs are loaded.
 
     Raises:
-        ConfigError: The port is taken, or a field is wrong.
+        ConfigError: The port is in use, or a field is wrong.
         StageError: The application does not start.
     """
-    config = ServiceConfig(**{f.name: getattr(config, f.name) for f in fields(ServiceConfig)})
-    address = address.with_free_port()
+    address = serve_config.address().with_free_port()
+    config = configuration.project(serve_config, ServiceConfig)
     for name, value in {**CALLBACK, **_RAY_WORKER_ENV}.items():
         os.environ.setdefault(name, value)
     is_ours = connect(cpus=_cpus(config))
-    told = _StopSignal()  # after Ray, which sets its own handlers
+    stop_signal = StopSignal()  # after Ray, which sets its own handlers
     try:
         _start(config, address)
-        if _wait_ready(address, told):
+        if _wait_ready(address, stop_signal):
             on_ready(address.url)
-            told.wait()
-        logger.info("letting running requests finish")
+            stop_signal.wait()
+        logger.info("finishing running requests")
         _drain(config.limits.request_timeout_s)
     finally:
         _shut_down(is_ours)
-    return 0
-
-
-class _StopSignal:
-    """Whether somebody asked to stop; a second time ends at once, as usual."""
-
-    def __init__(self) -> None:
-        self._event = threading.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        self._event.set()
-        signal.signal(number, signal.SIG_DFL)
-
-    def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait for it; return whether it was."""
-        return self._event.wait(timeout_s)
 
 
 def _start(config: ServiceConfig, address: ListenAddress) -> None:
@@ -123,16 +67,16 @@ def _start(config: ServiceConfig, address: ListenAddress) -> None:
         raise StageError(f"the service does not start: {error}") from error
 
 
-def _wait_ready(address: ListenAddress, stop_signal: _StopSignal) -> bool:
-    """Wait for models and catalogs; return False if told to stop meanwhile."""
-    said: list[str] = []
+def _wait_ready(address: ListenAddress, stop_signal: StopSignal) -> bool:
+    """Wait for models and catalogs; return False after a signal."""
+    logged: list[str] = []
     while not stop_signal.wait(_POLL_INTERVAL_S):
         waiting = _pending_components(address.url)
         if not waiting:
             return True
-        if waiting != said:
+        if waiting != logged:
             logger.info("waiting for %s", ", ".join(waiting))
-            said = waiting
+            logged = waiting
     return False
 
 
@@ -149,16 +93,16 @@ def _pending_components(url: str) -> list[str]:
 
 
 def _drain(timeout_s: float) -> None:
-    """Refuse new requests and wait for those in work."""
-    until = time.monotonic() + timeout_s
+    """Reject new requests and wait for the running ones."""
+    deadline = time.monotonic() + timeout_s
     gateway: Any = serve.get_deployment_handle("Gateway", _APP_NAME)
-    while time.monotonic() < until:
+    while time.monotonic() < deadline:
         try:
-            in_work = gateway.broadcast("drain").results(timeout_s=5)
-        except Exception as error:  # noqa: BLE001  replicas that are gone have nothing in work
-            logger.info("a gateway does not answer: %s", type(error).__name__)
+            in_flight = gateway.broadcast("drain").results(timeout_s=5)
+        except Exception as error:  # noqa: BLE001  a lost replica has no running requests
+            logger.info("a gateway does not respond: %s", type(error).__name__)
             return
-        if not sum(in_work):
+        if not sum(in_flight):
             return
         time.sleep(_POLL_INTERVAL_S)
 
@@ -170,7 +114,7 @@ def _shut_down(started_here: bool) -> None:
 
 
 def _cpus(config: ServiceConfig) -> int:
-    """Return how many CPUs a Ray of our own must offer; laptops have fewer, and share them."""
-    placements = (config.gateway, config.retrieval, config.segmenter)
-    needed = sum(each.cpus * each.max_replicas for each in placements)
+    """Return the CPUs of a Ray started here, at least those of all replicas."""
+    replicas = (config.gateway, config.retrieval, config.segmenter)
+    needed = sum(kind.cpus * kind.max_replicas for kind in replicas)
     return max(os.cpu_count() or 1, int(-(-needed // 1)))

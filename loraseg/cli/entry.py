@@ -7,7 +7,17 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from loraseg.cli import generate, library, miniature, report, segment, synth, tokens, train_base
+from loraseg.cli import (
+    generate,
+    library,
+    miniature,
+    report,
+    segment,
+    serve,
+    synth,
+    tokens,
+    train_base,
+)
 from loraseg.cli.console import print_error, print_line, print_table
 from loraseg.cli.inputs import endpoint_token
 from loraseg.errors import AdapterNotFoundError, ConfigError, LorasegError
@@ -56,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     synth.add(commands)
     train_base.add(commands)
     miniature.add(commands)
+    serve.add(commands)
     tokens.add(commands)
     _add_spread(commands)
     _add_doctor(commands)

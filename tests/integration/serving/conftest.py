@@ -1,4 +1,4 @@
-"""The endpoint of tiny models on a real Ray, up once for each module."""
+"""An endpoint with tiny models on a local Ray cluster, one per module."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ from loraseg.segment.open_vocabulary.base import load_base
 from loraseg.serving.config import Limits, ReplicaConfig, ServiceConfig
 from tests.unit.tiny import DOMAINS, domain_images, publish, write_models
 
-# Ray is started once for all tests; its proxies read this at their start.
+# The proxies read this when Ray is started, once for all tests.
 os.environ.update(CALLBACK)
 
 _START_TIMEOUT_S = 120
@@ -41,7 +41,7 @@ class Service:
         return httpx.AsyncClient(base_url=self.url, timeout=60)
 
     def replicas(self, deployment):
-        """The processes of a deployment's replicas."""
+        """Return the processes of a deployment's replicas."""
         title = f"ray::ServeReplica:{self.name}:{deployment}"
         return [
             process
@@ -64,13 +64,13 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def images():
-    """Two images of each domain; adapters differ from image to image."""
+    """Two images of each domain, which select different adapters."""
     return [image for name in DOMAINS for image in domain_images(name, 2)]
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory, models):
-    """A folder with a library of four adapters."""
+    """The folder of a library with four adapters."""
     folder = tmp_path_factory.mktemp("served") / "library"
     publish(folder, load_base(models[0]), load_clip(models[1]))
     return folder
@@ -78,7 +78,7 @@ def library(tmp_path_factory, models):
 
 @pytest.fixture(scope="session")
 def serve_port(ray_cluster):
-    """Start Serve's proxy on a free port of this machine."""
+    """Start Serve's proxy on a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -89,7 +89,7 @@ def serve_port(ray_cluster):
 
 @pytest.fixture(scope="module")
 def start(serve_port, models):
-    """Return a context manager: a service of some libraries, with options of its config."""
+    """Returns a context manager that runs a service of some libraries with a config."""
 
     @contextlib.contextmanager
     def started(libraries, **options):

@@ -1,4 +1,4 @@
-"""Requests to an endpoint, and the images that they bring."""
+"""Requests to an endpoint."""
 
 import asyncio
 import base64
@@ -25,7 +25,7 @@ def label_map(reply):
 
 
 def post_concurrently(service, images, path=SEGMENT):
-    """Send all images at once; return the responses."""
+    """Send all images concurrently; return the responses."""
 
     async def send():
         async with service.async_client() as client:
@@ -38,5 +38,5 @@ def post_concurrently(service, images, path=SEGMENT):
 def wait_until(condition, deadline_s=20.0):
     deadline = time.monotonic() + deadline_s
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.2)

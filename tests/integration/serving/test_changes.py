@@ -1,4 +1,4 @@
-"""Endpoints of their own, for what a shared one would not survive: changes, queues, the end."""
+"""Changed libraries, full queues and draining; each test has its own endpoint."""
 
 import asyncio
 from dataclasses import replace
@@ -22,7 +22,7 @@ from tests.unit.tiny import DOMAINS, publish
 pytestmark = pytest.mark.ray
 
 
-def test_what_is_published_and_rolled_back_is_served_within_seconds(
+def test_published_and_rolled_back_versions_are_served_within_seconds(
     start, tmp_path, models, images
 ):
     folder, base, encoder = tmp_path / "library", load_base(models[0]), load_clip(models[1])
@@ -48,7 +48,7 @@ def test_what_is_published_and_rolled_back_is_served_within_seconds(
                 assert (used["version"], used["digest"]) == (entry.version, entry.digest)
 
 
-def test_beyond_its_queue_the_service_says_when_to_come_back(start, library, images):
+def test_beyond_the_queue_limit_responses_have_retry_after(start, library, images):
     with start({"main": library}, batch=1, limits=Limits(queued=1)) as service:
         responses = post_concurrently(service, images * 4)
     assert {response.status_code for response in responses} == {200, 503}
@@ -58,7 +58,7 @@ def test_beyond_its_queue_the_service_says_when_to_come_back(start, library, ima
             assert int(response.headers["retry-after"]) >= 1
 
 
-def test_a_draining_gateway_finishes_what_it_has_and_takes_nothing_new(start, library, images):
+def test_a_draining_gateway_finishes_running_requests_and_rejects_new_ones(start, library, images):
     with start({"main": library}) as service:
         gateway = serve.get_deployment_handle("Gateway", service.name)
         image = np.tile(images[0], (20, 20, 1))
@@ -69,10 +69,10 @@ def test_a_draining_gateway_finishes_what_it_has_and_takes_nothing_new(start, li
                 running = asyncio.create_task(client.post(path, content=png(image), headers=PNG))
                 await asyncio.sleep(0.3)
                 await gateway.broadcast("drain").results_async()
-                refused = await client.get("/v1/adapters")
-                return await running, refused
+                rejected = await client.get("/v1/adapters")
+                return await running, rejected
 
-        running, refused = asyncio.run(drain())
+        running, rejected = asyncio.run(drain())
         assert running.status_code == 200
-        assert (refused.status_code, refused.json()["code"]) == (503, "draining")
+        assert (rejected.status_code, rejected.json()["code"]) == (503, "draining")
         assert gateway.broadcast("drain").results() == [0]

@@ -128,7 +128,7 @@ def test_one_broken_image_does_not_cost_the_others(online, photos, tmp_path, cap
     [
         ({"token": None}, 2, "token"),
         ({"url": "127.0.0.1:8000"}, 2, "endpoint URL: got"),
-        ({"url": "http://192.0.2.1"}, 2, "would travel unencrypted"),
+        ({"url": "http://192.0.2.1"}, 2, "would be sent unencrypted"),
         ({"url": "http://127.0.0.1:1"}, 1, "127.0.0.1:1"),
     ],
 )
