@@ -17,23 +17,25 @@ from loraseg.evaluate.run import EvaluationConfig, evaluate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Config(EvaluationConfig):
-    """What is evaluated, and how to run it.
+class Config:
+    """The evaluation, and where it runs.
 
     Attributes:
-        resources: What one domain takes on Ray, and how many are scored at once.
+        evaluation: Its fields are keys of this config.
+        resources: Resources of one domain on Ray, and the number of domains scored at once.
         local: Score one domain after another in this process, without Ray.
     """
 
+    evaluation: EvaluationConfig = field(metadata=configuration.INLINED)
     resources: ResourceConfig = field(default_factory=ResourceConfig)
     local: bool = False
 
 
 def main(config: Config) -> None:
     """Evaluate, write the results and print the table."""
-    evaluation = config.without_subclass_fields()
+    evaluation = config.evaluation
     if config.local:
-        # As many as a worker has: sums split over another number differ in their last bits.
+        # The thread count of a worker: with another one, sums differ in their last bits.
         torch.set_num_threads(config.resources.threads)
         results = evaluate(evaluation)
     else:

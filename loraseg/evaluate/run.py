@@ -4,7 +4,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from loraseg import config as configuration
@@ -108,14 +108,6 @@ class EvaluationConfig(SegmenterConfig):
             raise ConfigError(f"lonely: {', '.join(unknown)} not among the domains")
         if (self.k is None) != (self.temperature is None):
             raise ConfigError("k and temperature: give both, or none to choose them on the grid")
-
-    def without_subclass_fields(self) -> "EvaluationConfig":
-        """Return a config of this very class, without what a subclass added.
-
-        Workers of a cluster can import it, whereas a job's own class lives in ``__main__``.
-        """
-        names = [item.name for item in fields(EvaluationConfig)]
-        return EvaluationConfig(**{name: getattr(self, name) for name in names})
 
     def resolved(self) -> "EvaluationConfig":
         """Return the config with addresses that hold in any process, whatever its folder."""

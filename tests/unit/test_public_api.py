@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,15 @@ def test_type_checkers_see_the_same_names_from_the_same_modules():
         alias.name: statement.module for statement in block.body for alias in statement.names
     }
     assert imports == {name: loraseg._MODULES[name] for name in NAMES}
+
+
+def test_the_docstring_and_the_guide_name_every_package():
+    root = Path(loraseg.__file__).parent
+    packages = {path.parent.name for path in root.glob("*/__init__.py")}
+    guide = (root.parent / ".github/CONTRIBUTING.md").read_text(encoding="utf-8")
+    in_docstring = set(re.findall(r"\w+", loraseg.__doc__))
+    assert packages <= in_docstring
+    assert packages <= set(re.findall(r"^  (\w+)/", guide, re.MULTILINE))
 
 
 def test_import_loads_no_heavy_library():

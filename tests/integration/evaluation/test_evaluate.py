@@ -45,7 +45,7 @@ def test_the_job_writes_what_a_plain_loop_would(config, ray_cluster, capsys):
     table = capsys.readouterr().out
     for name in DOMAINS:
         assert name in table
-    out = Path(config.output)
+    out = Path(config.evaluation.output)
     assert (out / "report.html").stat().st_size > 10_000
     on_cluster = (out / "results.json").read_bytes()
     with fixed_threads(config.resources.threads):
