@@ -1,9 +1,10 @@
 """Local cache folders for data that can be computed or downloaded again."""
 
 import os
+import uuid
 from pathlib import Path
 
-__all__ = ["cache_dir", "publish_directory"]
+__all__ = ["cache_dir", "publish_directory", "publish_file"]
 
 
 def cache_dir(kind: str) -> Path:
@@ -23,3 +24,18 @@ def publish_directory(source: Path, target: Path) -> None:
     except OSError:
         if not target.is_dir():
             raise
+
+
+def publish_file(path: Path, data: bytes) -> None:
+    """Write a file atomically; parent folders are created.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Adapters: what they are, how they are stored and exchanged, and which layers they change."""
+"""Adapters: LoRA pairs, their files and exchange formats, and the layers they are applied to."""
 
 __all__ = [
     "Adapter",

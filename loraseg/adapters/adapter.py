@@ -1,4 +1,4 @@
-"""What an adapter is: low-rank corrections by module name."""
+"""Adapters: low-rank weight updates by module name."""
 
 import math
 from collections.abc import Mapping
@@ -13,16 +13,18 @@ __all__ = ["Adapter", "LoraPair"]
 
 @dataclass(frozen=True, eq=False)
 class LoraPair:
-    """The correction of one linear layer: ``delta W = scale * up @ down``.
+    """The LoRA update of one linear layer: ``delta W = scale * up @ down``.
+
+    LoRA (arXiv 2106.09685), section 4.1: ``h = W0 x + (alpha / r) B A x``.
 
     Attributes:
         down: A, (r, d_in), floating point.
-        up: B, (d_out, r), same type and device as ``down``.
+        up: B, (d_out, r), same dtype and device as ``down``.
         scale: alpha / r (alpha / sqrt(r) for rsLoRA), finite.
 
     Raises:
-        AdapterMismatchError: The matrices do not share a rank of at least 1, or are no floating
-            point matrices of one type, or the scale is not finite.
+        AdapterMismatchError: The matrices do not share a rank of at least 1, are not
+            floating-point matrices of one dtype, or the scale is not finite.
     """
 
     down: Tensor
@@ -38,7 +40,7 @@ class LoraPair:
             )
         if down.dtype != up.dtype or not down.is_floating_point():
             raise AdapterMismatchError(
-                f"down {down.dtype}, up {up.dtype}; expected one floating point type"
+                f"down {down.dtype}, up {up.dtype}; expected one floating-point dtype"
             )
         if not math.isfinite(self.scale):
             raise AdapterMismatchError(f"scale {self.scale}; expected a finite number")
@@ -49,27 +51,27 @@ class LoraPair:
         return self.down.shape[0]
 
     def delta(self) -> Float[Tensor, "d_out d_in"]:
-        """Return the dense correction; for checks, since it is as large as the layer."""
+        """Return the dense update, which is as large as the weight."""
         return self.scale * (self.up @ self.down)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Adapter:
-    """One trained adapter; immutable, told apart by its digest.
+    """One trained adapter; immutable, identified by its digest.
 
     Attributes:
-        name: What people call it.
-        pairs: Corrections by full dotted module name; at least one.
-        digest: sha256 (hex) of its files, as :func:`loraseg.adapters.peft_io.files_digest`.
-        base_name: What the base it was trained on is called, None if unknown.
-        base_digest: sha256 (hex) of the base weights it was trained on, None if unknown.
-        use_dora: The layer is re-normalised as well, which a sum of products cannot express.
-        use_rslora: Scaled by alpha / sqrt(r) instead of alpha / r.
-        bias: peft's bias mode; anything but "none" means that biases were trained too.
-        modules_to_save: Layers that were trained whole beside the low-rank pairs.
+        name: Display name.
+        pairs: LoRA pairs by full dotted module name; at least one.
+        digest: Sha256 (hex) of its files, see :func:`loraseg.adapters.peft_io.files_digest`.
+        base_name: Name of the base it was trained on; None if unknown.
+        base_digest: Sha256 (hex) of the base weights it was trained on; None if unknown.
+        use_dora: Whether the layers are also renormalised (DoRA), which pairs cannot express.
+        use_rslora: Whether the scale is alpha / sqrt(r) instead of alpha / r.
+        bias: peft's bias mode; any value but "none" means that biases were trained.
+        modules_to_save: Layers that were fully trained in addition to the pairs.
 
     Raises:
-        AdapterMismatchError: There is no pair at all.
+        AdapterMismatchError: There are no pairs.
     """
 
     name: str
@@ -88,15 +90,15 @@ class Adapter:
         object.__setattr__(self, "pairs", MappingProxyType(dict(self.pairs)))
 
     def unsupported_features(self) -> str | None:
-        """Name what this adapter has besides its pairs, None if they say everything."""
+        """Name a feature that the pairs do not express; None for plain LoRA."""
         if self.use_dora:
             return "DoRA magnitudes"
         if self.bias != "none":
             return f"trained biases (bias={self.bias!r})"
         if self.modules_to_save:
-            return f"whole trained modules ({', '.join(self.modules_to_save)})"
+            return f"fully trained modules ({', '.join(self.modules_to_save)})"
         return None
 
     def parameter_count(self) -> int:
-        """Count the values in all pairs."""
+        """Return the number of values in all pairs."""
         return sum(pair.down.numel() + pair.up.numel() for pair in self.pairs.values())

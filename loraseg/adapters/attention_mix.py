@@ -1,6 +1,8 @@
-"""``fusion.safetensors``: the layers that mix plain and rectified attention (methods b.2, d.4).
+"""The attention mix of a generator adapter: layers that mix plain and rectified attention.
 
-A file of its own: keys without "lora" in a LoRA file make stock loaders refuse it.
+They are stored in ``fusion.safetensors`` and not with the LoRA pairs, since the loaders of
+diffusers refuse files that have keys without "lora". What the layers compute is described in
+:class:`~loraseg.synth.region_attention.RegionControl`.
 """
 
 import hashlib
@@ -18,7 +20,6 @@ from loraseg.storage.safetensors_io import encode_safetensors
 from loraseg.tensor_types import Tensor
 
 __all__ = [
-    "ATTENTION_MIX_FILE",
     "MAX_ATTENTION_MIX_BYTES",
     "AttentionMix",
     "AttentionMixMode",
@@ -36,11 +37,12 @@ _MODES = ("token", "pooled")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionMix:
-    """The layers by ``<attention module>.alpha.weight`` (1, c) and ``.bias`` (1,), float32.
+    """The alpha layers of an adapter.
 
     Attributes:
-        tensors: Weights and biases, both for every layer.
-        mode: Whether a layer looks at each token or at the mean over them.
+        tensors: Float32, by name: ``<attention module>.alpha.weight`` (1, c) and ``.bias`` (1,).
+        mode: Whether a layer predicts one share per query token (``token``) or per sample, from
+            the mean of the tokens (``pooled``).
     """
 
     tensors: Mapping[str, Tensor]
@@ -48,15 +50,20 @@ class AttentionMix:
 
     @property
     def digest(self) -> str:
-        """The sha256 (hex) of the file that holds it."""
+        """Sha256 (hex) of the encoded file."""
         return hashlib.sha256(encode_attention_mix(self.tensors, self.mode)).hexdigest()
 
 
 def encode_attention_mix(tensors: Mapping[str, Tensor], mode: AttentionMixMode) -> bytes:
-    """Return the file; equal arguments give equal bytes.
+    """Return the bytes of the file; equal arguments give equal bytes.
+
+    Args:
+        tensors: Weights (1, c) and biases (1,), named as in :class:`AttentionMix`.
+        mode: See :class:`AttentionMix`.
 
     Raises:
-        AdapterMismatchError: A name or shape is not as in :class:`AttentionMix`, or there is none.
+        AdapterMismatchError: A name or shape is not as in :class:`AttentionMix`, or there are no
+            tensors.
     """
     try:
         _check_tensors(tensors)
@@ -68,11 +75,11 @@ def encode_attention_mix(tensors: Mapping[str, Tensor], mode: AttentionMixMode) 
 
 
 def decode_attention_mix(data: bytes) -> AttentionMix:
-    """Read the file as if a stranger had made it.
+    """Decode the untrusted bytes of a file.
 
     Raises:
-        IntegrityError: It is malformed, too large, or a tensor has a wrong name, type, shape or a
-            value that is not finite.
+        IntegrityError: The file is malformed or too large, or a tensor has a wrong name, dtype or
+            shape or a value that is not finite.
     """
     if len(data) > MAX_ATTENTION_MIX_BYTES:
         raise IntegrityError(
@@ -96,8 +103,7 @@ def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
     if not 1 <= len(tensors) <= 2 * _MAX_LAYERS:
         raise IntegrityError(
             f"{ATTENTION_MIX_FILE}: {len(tensors)} tensors, expected 2 for each of 1 to "
-            f"{_MAX_LAYERS} "
-            "layers"
+            f"{_MAX_LAYERS} layers"
         )
     for name, tensor in tensors.items():
         match = _KEY.fullmatch(name)
@@ -109,14 +115,15 @@ def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
         partner = name.removesuffix(match[1]) + ("bias" if match[1] == "weight" else "weight")
         if partner not in tensors:
             raise IntegrityError(
-                f"{ATTENTION_MIX_FILE}: {partner[:200]} is missing, its partner is there"
+                f"{ATTENTION_MIX_FILE}: {partner[:200]} is missing, but its partner exists"
             )
         fits = tensor.ndim == 2 if match[1] == "weight" else tensor.ndim == 1
         if not fits or tensor.shape[0] != 1 or not tensor.is_floating_point():
             raise IntegrityError(
                 f"{ATTENTION_MIX_FILE}: {name[:200]}: {tuple(tensor.shape)} of {tensor.dtype}; "
-                f"expected "
-                "weight (1, c) and bias (1,) of a floating point type"
+                f"expected weight (1, c) and bias (1,) of a floating-point dtype"
             )
         if not bool(torch.isfinite(tensor).all()):
-            raise IntegrityError(f"{ATTENTION_MIX_FILE}: {name[:200]} holds NaN or infinite values")
+            raise IntegrityError(
+                f"{ATTENTION_MIX_FILE}: {name[:200]} contains NaN or infinite values"
+            )

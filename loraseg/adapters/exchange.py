@@ -1,8 +1,8 @@
-"""Adapters of a diffusion UNet in the forms that other programs read (methods d.4).
+"""Adapters of a diffusion UNet in the formats of other programs.
 
-diffusers' ``pytorch_lora_weights.safetensors`` and the kohya form. Both are written so that a
-reader that ignores metadata and alphas is right too: the scale is folded into B, alpha equals the
-rank, and every layer is padded with zeros to one rank.
+The formats are diffusers' ``pytorch_lora_weights.safetensors`` and that of kohya's sd-scripts.
+Files are written so that readers which ignore metadata and alphas get the right scale: it is
+folded into B, alpha equals the rank, and all layers are padded with zeros to one rank.
 """
 
 import json
@@ -46,7 +46,7 @@ _UNET_TOP_LEVEL = (
     *("down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out"),
     *("time_embedding", "add_embedding", "class_embedding"),
 )
-# kohya writes "_" for every ".", so the names that hold a "_" themselves must be known.
+# kohya replaces every "." by "_", so the names that contain a "_" must be listed.
 _KOHYA_NAME_PART = re.compile(
     r"(?:down_blocks|up_blocks|mid_block|transformer_blocks|time_emb_proj|time_embedding"
     r"|add_embedding|class_embedding|conv_shortcut|conv_in|conv_out|proj_in|proj_out|linear_\d"
@@ -55,13 +55,13 @@ _KOHYA_NAME_PART = re.compile(
 
 
 def to_diffusers_files(pairs: Mapping[str, LoraPair]) -> dict[str, bytes]:
-    """Return the file that stock ``load_lora_weights`` reads; equal pairs give equal bytes.
+    """Return the file for diffusers' ``load_lora_weights``, by name; equal pairs give equal bytes.
 
     Args:
-        pairs: By module name of the UNet; scales and ranks may differ.
+        pairs: LoRA pairs by module name of the UNet; scales and ranks may differ.
 
     Raises:
-        AdapterMismatchError: There is no pair.
+        AdapterMismatchError: There are no pairs.
     """
     rank, padded = _pad_to_max_rank(pairs)
     tensors: dict[str, Tensor] = {}
@@ -82,11 +82,14 @@ def to_diffusers_files(pairs: Mapping[str, LoraPair]) -> dict[str, bytes]:
 
 
 def to_kohya_file(pairs: Mapping[str, LoraPair]) -> bytes:
-    """Return the form that ComfyUI and the web UIs read; equal pairs give equal bytes.
+    """Return a file in kohya's format, for ComfyUI and others; equal pairs give equal bytes.
+
+    Args:
+        pairs: LoRA pairs by module name of the UNet; scales and ranks may differ.
 
     Raises:
-        AdapterMismatchError: There is no pair, or a module's name would not come back from
-            kohya's way of writing it.
+        AdapterMismatchError: There are no pairs, or a module name cannot be recovered from its
+            kohya form.
     """
     rank, padded = _pad_to_max_rank(pairs)
     tensors: dict[str, Tensor] = {}
@@ -103,14 +106,14 @@ def to_kohya_file(pairs: Mapping[str, LoraPair]) -> bytes:
 
 
 def read_diffusers(data: bytes) -> dict[str, LoraPair]:
-    """Read a file of the diffusers form; pairs by module name of the UNet.
+    """Read a file in diffusers' format; return LoRA pairs by module name of the UNet.
 
     Without metadata the scale is 1, as in diffusers.
 
     Raises:
-        IntegrityError: The file is malformed, holds something besides LoRA pairs of a UNet's
-            linear layers, a pair is incomplete, a value not finite, or the metadata describe
-            another adapter.
+        IntegrityError: The file is malformed or contains anything but LoRA pairs of a UNet's
+            linear layers, a pair is incomplete, a value is not finite, or the metadata do not
+            match the tensors.
     """
     header = read_header(data, DIFFUSERS_FILE)
     sides: dict[str, tuple[str, str]] = {}
@@ -131,12 +134,12 @@ def read_diffusers(data: bytes) -> dict[str, LoraPair]:
 
 
 def read_kohya(data: bytes) -> dict[str, LoraPair]:
-    """Read a file of the kohya form with diffusers' block names; pairs by module name.
+    """Read a file in kohya's format with diffusers' block names; return pairs by module name.
 
-    The scale is alpha / rank, 1 where there is no alpha.
+    The scale is alpha / rank, or 1 without an alpha.
 
     Raises:
-        IntegrityError: The file is malformed, holds something besides LoRA pairs of a UNet's
+        IntegrityError: The file is malformed or contains anything but LoRA pairs of a UNet's
             linear layers, a pair is incomplete, or a value is not finite.
     """
     header = read_header(data, KOHYA_FILE)
@@ -159,7 +162,7 @@ def read_kohya(data: bytes) -> dict[str, LoraPair]:
 
 @dataclass(frozen=True, slots=True)
 class _LoraFile:
-    """A file's tensors, and which side of which module each is: "down", "up" or "alpha"."""
+    """The tensors of a file, with (module, "down" | "up" | "alpha") by tensor name."""
 
     where: str
     tensors: Mapping[str, Tensor]
@@ -169,21 +172,20 @@ class _LoraFile:
 def _collect_pairs(
     lora_file: _LoraFile, scale_of: Callable[[str, int, float | None], float]
 ) -> dict[str, LoraPair]:
-    found: dict[str, dict[str, Tensor]] = {}
+    by_module: dict[str, dict[str, Tensor]] = {}
     for key, (module, side) in lora_file.sides.items():
-        found.setdefault(module, {})[side] = require_finite(
+        by_module.setdefault(module, {})[side] = require_finite(
             lora_file.tensors[key], key, lora_file.where
         )
-    if not found:
-        raise IntegrityError(f"{lora_file.where}: holds no LoRA pair")
+    if not by_module:
+        raise IntegrityError(f"{lora_file.where}: contains no LoRA pair")
     pairs: dict[str, LoraPair] = {}
-    for module, sides in sorted(found.items()):
+    for module, sides in sorted(by_module.items()):
         missing = {"down", "up"} - set(sides)
         if missing:
             raise IntegrityError(
-                f"{lora_file.where}: module {module!r} has no {missing.pop()} matrix, its "
-                f"partner is "
-                f"there"
+                f"{lora_file.where}: module {module!r} has no {missing.pop()} matrix, but its "
+                f"partner exists"
             )
         alpha = _alpha_value(sides.get("alpha"), module, lora_file.where)
         try:
@@ -207,7 +209,7 @@ def _tensor_entries(header: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _config_from_metadata(header: Mapping[str, Any]) -> PeftLoraConfig | None:
-    """Return the UNet's part of peft's settings that diffusers keeps in the header, if any."""
+    """Return the UNet's peft config that diffusers stores in the header; None without one."""
     metadata = header.get("__metadata__")
     text = metadata.get(_METADATA_KEY) if isinstance(metadata, dict) else None
     if text is None:
@@ -218,18 +220,18 @@ def _config_from_metadata(header: Mapping[str, Any]) -> PeftLoraConfig | None:
     values = parse_json_object(
         text.encode(), where, max_bytes=MAX_HEADER_BYTES, error=IntegrityError
     )
-    own = {
+    unet_values = {
         key.removeprefix(_UNET_PREFIX): value
         for key, value in values.items()
         if key.startswith(_UNET_PREFIX)
     }
     try:
-        config = parse_config(json.dumps({**own, "peft_type": "LORA"}).encode())
+        config = parse_config(json.dumps({**unet_values, "peft_type": "LORA"}).encode())
     except IntegrityError as error:
         raise IntegrityError(f"{where}, read as {error}") from error
     if config.use_dora or config.bias != "none" or config.modules_to_save:
         raise IntegrityError(
-            f"{DIFFUSERS_FILE}: the adapter has parts beside its pairs (DoRA, biases or modules)"
+            f"{DIFFUSERS_FILE}: the adapter has more than LoRA pairs (DoRA, biases or modules)"
         )
     return config
 
@@ -237,29 +239,29 @@ def _config_from_metadata(header: Mapping[str, Any]) -> PeftLoraConfig | None:
 def _scale_from_config(config: PeftLoraConfig, module: str, rank: int) -> float:
     if config.rank_of(module) != rank:
         raise AdapterMismatchError(
-            f"down has rank {rank}, the metadata say {config.rank_of(module)}"
+            f"down has rank {rank}, expected {config.rank_of(module)} from the metadata"
         )
     return config.scale_of(module)
 
 
 def _pad_to_max_rank(pairs: Mapping[str, LoraPair]) -> tuple[int, dict[str, tuple[Tensor, Tensor]]]:
-    """Return the largest rank and float32 (A, scale * B) of that rank, sorted by module."""
+    """Return the largest rank r, and float32 (A (r, d_in), scale * B (d_out, r)) by module."""
     if not pairs:
         raise AdapterMismatchError("an adapter needs at least one LoRA pair, got none")
     rank = max(pair.rank for pair in pairs.values())
     padded: dict[str, tuple[Tensor, Tensor]] = {}
     for module, pair in sorted(pairs.items()):
         down, up = pair.down.detach().cpu(), pair.up.detach().cpu()
-        wide = torch.zeros(rank, down.shape[1])
-        tall = torch.zeros(up.shape[0], rank)
-        wide[: pair.rank] = down
-        tall[:, : pair.rank] = pair.scale * up.double()
-        padded[module] = (wide, tall)
+        padded_down = torch.zeros(rank, down.shape[1])
+        padded_up = torch.zeros(up.shape[0], rank)
+        padded_down[: pair.rank] = down
+        padded_up[:, : pair.rank] = pair.scale * up.double()
+        padded[module] = (padded_down, padded_up)
     return rank, padded
 
 
 def _module_from_kohya(name: str) -> str | None:
-    """Return the module name that kohya's form stands for, None if it is no UNet's."""
+    """Return the module name of a kohya name; None if it is not one of a UNet."""
     words: list[str] = []
     start = 0
     if name.endswith("_"):

@@ -1,15 +1,13 @@
-"""An adapter laid out for mixing: few large blocks instead of hundreds of small matrices.
+"""Adapters packed for mixing: a few large blocks instead of hundreds of small matrices.
 
-All layers of one weight shape form a block, scaling is folded into the up side, and layers whose
-correction is exactly zero are left out (those of published SemLA adapters' CLIP attention are,
-methods B.1). On disk it is a safetensors file that is mapped into memory, so that the processes of
-one machine share its pages and the system may take them back.
+All layers with one weight shape form a block, the scale is folded into the up side, and layers
+whose update is exactly zero are left out (in SemLA's published adapters those of CLIP's attention,
+which its code never calls). On disk a packed adapter is a safetensors file that is memory-mapped,
+so that the processes of a machine share its pages and the system can evict them.
 """
 
 import functools
 import json
-import os
-import tempfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from loraseg.adapters.adapter import Adapter, LoraPair
+from loraseg.cache_dir import publish_file
 from loraseg.errors import AdapterMismatchError, IntegrityError
 from loraseg.tensor_types import Tensor
 
@@ -34,13 +33,13 @@ _FORMAT = 1
 
 @dataclass(frozen=True, eq=False)
 class LayerBlock:
-    """The corrections of n layers of one weight shape: ``delta W_s = up[s].T @ down[s]``.
+    """The updates of n layers with one weight shape: ``delta W_s = up[s].T @ down[s]``.
 
     Attributes:
         layers: Module names, sorted.
         down: A, (n, r, d_in).
-        up: B transposed, scaling folded in, (n, r, d_out). Both sides have the rank first, so that
-            several adapters stack into one contiguous matrix.
+        up: B transposed, with the scale folded in, (n, r, d_out). The rank precedes the width on
+            both sides, so that several adapters stack into one contiguous matrix.
     """
 
     layers: tuple[str, ...]
@@ -49,19 +48,20 @@ class LayerBlock:
 
     @property
     def rank(self) -> int:
-        """The largest rank of its layers; the others are padded with zeros."""
+        """The largest rank of the layers; lower ranks are padded with zeros."""
         return self.down.shape[1]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PackedAdapter:
-    """One adapter as blocks by weight shape; immutable, told apart by its digest.
+    """One adapter as blocks by weight shape; immutable, identified by its digest.
 
     Attributes:
-        name: What people call it.
-        digest: sha256 (hex) of the adapter's files.
-        base_digest: sha256 (hex) of the base weights it was trained on, None if unknown.
-        blocks: By (d_out, d_in), in ascending order; empty if the adapter changes nothing.
+        name: Display name.
+        digest: Sha256 (hex) of the adapter's files.
+        base_digest: Sha256 (hex) of the base weights it was trained on; None if unknown.
+        blocks: Blocks by weight shape (d_out, d_in), ascending; empty if the adapter changes
+            nothing.
     """
 
     name: str
@@ -74,16 +74,16 @@ class PackedAdapter:
 
     @property
     def rank(self) -> int:
-        """The largest rank of any layer, 0 if the adapter changes nothing."""
+        """The largest rank of any layer; 0 if the adapter changes nothing."""
         return max((block.rank for block in self.blocks.values()), default=0)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all blocks."""
+        """Size of all blocks in bytes."""
         return sum(block.down.nbytes + block.up.nbytes for block in self.blocks.values())
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "PackedAdapter":
-        """Return it on a device and in a type; itself if it is so already."""
+        """Return the adapter on a device and in a dtype; tensors that match are shared."""
         blocks = {
             shape: LayerBlock(b.layers, b.down.to(device, dtype), b.up.to(device, dtype))
             for shape, b in self.blocks.items()
@@ -94,11 +94,11 @@ class PackedAdapter:
 
 
 def pack(adapter: Adapter) -> PackedAdapter:
-    """Lay an adapter out for mixing, in the type and on the device of its pairs.
+    """Pack an adapter for mixing, in the dtype and on the device of its pairs.
 
     Raises:
-        AdapterMismatchError: It is more than a sum of products or scaled otherwise (DoRA, rsLoRA,
-            trained biases or whole modules).
+        AdapterMismatchError: The adapter is not a plain sum of low-rank products (DoRA, rsLoRA,
+            trained biases or full modules).
     """
     reason = adapter.unsupported_features()
     if adapter.use_rslora:
@@ -108,10 +108,10 @@ def pack(adapter: Adapter) -> PackedAdapter:
             f"adapter {adapter.name!r}: cannot be fused, it has {reason}; expected plain LoRA"
         )
     members: dict[WeightShape, list[str]] = {}
-    for site in sorted(adapter.pairs):
-        pair = adapter.pairs[site]
+    for module in sorted(adapter.pairs):
+        pair = adapter.pairs[module]
         if pair.scale and pair.down.any() and pair.up.any():
-            members.setdefault((pair.up.shape[0], pair.down.shape[1]), []).append(site)
+            members.setdefault((pair.up.shape[0], pair.down.shape[1]), []).append(module)
     return PackedAdapter(
         name=adapter.name,
         digest=adapter.digest,
@@ -134,14 +134,14 @@ def _build_block(layers: list[str], pairs: list[LoraPair], shape: WeightShape) -
 
 
 def write_packed(path: Path, packed: PackedAdapter) -> None:
-    """Write a file that :func:`read_packed` reads, whole or not at all.
+    """Write a file for :func:`read_packed`, atomically.
 
     Raises:
         OSError: The folder cannot be written.
     """
     blocks = packed.blocks.values()
-    parts = [side.flatten() for block in blocks for side in (block.down, block.up)]
-    row = torch.cat(parts) if parts else torch.zeros(0)
+    sides = [side.flatten() for block in blocks for side in (block.down, block.up)]
+    row = torch.cat(sides) if sides else torch.zeros(0)
     layout = [[*shape, b.rank, list(b.layers)] for shape, b in packed.blocks.items()]
     header = {
         "format": str(_FORMAT),
@@ -151,23 +151,15 @@ def write_packed(path: Path, packed: PackedAdapter) -> None:
         "blocks": json.dumps(layout),
         "checksum": _checksum(row),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(safetensors.torch.save({"row": row}, header))
-        Path(partial).replace(path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+    publish_file(path, safetensors.torch.save({"row": row}, header))
 
 
 def read_packed(path: Path) -> PackedAdapter:
-    """Map a file of :func:`write_packed` into memory and check that its bytes are whole.
+    """Memory-map a file of :func:`write_packed` and verify its checksum.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        IntegrityError: It is damaged, of another format, or does not fit together.
+        FileNotFoundError: The file does not exist.
+        IntegrityError: The file is damaged, inconsistent or of another format.
     """
     try:
         with safe_open(str(path), "pt") as file:
@@ -189,34 +181,33 @@ def read_packed(path: Path) -> PackedAdapter:
         raise IntegrityError(f"{path}: not a packed adapter: {error}") from error
 
 
-# Adapters of one recipe share one layout, and reading it takes longer than all the rest.
+# Adapters of one recipe share a layout, and parsing it takes longer than all other steps.
 @functools.lru_cache(maxsize=64)
 def _parse_layout(layout: str) -> tuple[tuple[WeightShape, int, tuple[str, ...]], ...]:
-    """Return (shape, rank, sites) of every block, in order."""
+    """Return (shape, rank, layers) of every block, in order."""
     blocks: dict[WeightShape, tuple[WeightShape, int, tuple[str, ...]]] = {}
-    for d_out, d_in, rank, sites in json.loads(layout):
+    for d_out, d_in, rank, layers in json.loads(layout):
         shape = (int(d_out), int(d_in))
-        if shape in blocks or sites != sorted({str(site) for site in sites}) or rank < 1:
-            raise ValueError(f"block {shape}: twice, without rank, or its sites are not in order")
-        blocks[shape] = shape, int(rank), tuple(sites)
+        if shape in blocks or layers != sorted({str(layer) for layer in layers}) or rank < 1:
+            raise ValueError(f"block {shape}: duplicate, without rank, or with unsorted layers")
+        blocks[shape] = shape, int(rank), tuple(layers)
     return tuple(blocks.values())
 
 
 def _split_blocks(row: Tensor, layout: str) -> dict[WeightShape, LayerBlock]:
     """Return views of the row: each block's down side, then its up side."""
     if not row.is_floating_point():
-        raise ValueError(f"{row.dtype}, expected a floating point type")
+        raise ValueError(f"{row.dtype}, expected a floating-point dtype")
     blocks: dict[WeightShape, LayerBlock] = {}
     start = 0
-    for (d_out, d_in), rank, sites in _parse_layout(layout):
-        middle = start + len(sites) * rank * d_in
-        stop = middle + len(sites) * rank * d_out
+    for (d_out, d_in), rank, layers in _parse_layout(layout):
+        middle = start + len(layers) * rank * d_in
+        stop = middle + len(layers) * rank * d_out
         if stop > len(row):
             raise ValueError(f"{len(row)} values, expected at least {stop}")
-        down = row[start:middle].view(len(sites), rank, d_in)
-        blocks[d_out, d_in] = LayerBlock(
-            sites, down, row[middle:stop].view(len(sites), rank, d_out)
-        )
+        down = row[start:middle].view(len(layers), rank, d_in)
+        up = row[middle:stop].view(len(layers), rank, d_out)
+        blocks[d_out, d_in] = LayerBlock(layers, down, up)
         start = stop
     if start != len(row):
         raise ValueError(f"{len(row)} values, expected {start}")
@@ -224,5 +215,5 @@ def _split_blocks(row: Tensor, layout: str) -> dict[WeightShape, LayerBlock]:
 
 
 def _checksum(row: Tensor) -> str:
-    """Guard against broken disks. The weights' own digest was checked when they were fetched."""
+    """Return a checksum against damaged disks; digests are verified when weights are fetched."""
     return f"{zlib.crc32(memoryview(row.view(torch.uint8).numpy())):08x}"  # pyright: ignore[reportArgumentType]

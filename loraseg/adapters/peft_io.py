@@ -1,7 +1,8 @@
-"""Adapters as files in peft's own format; every file is read as if a stranger had made it.
+"""Adapter files in peft's format; all files are treated as untrusted.
 
-``adapter_config.json`` and ``adapter_model.safetensors`` with keys
-``base_model.model.<module>.lora_A.weight`` and ``.lora_B.weight`` (methods B.1). Never pickle.
+``adapter_config.json`` and ``adapter_model.safetensors`` with the keys
+``base_model.model.<module>.lora_A.weight`` (r, d_in) and ``.lora_B.weight`` (d_out, r), as written
+by ``peft.PeftModel.save_pretrained`` and published by SemLA. Pickles are never opened.
 """
 
 import hashlib
@@ -43,7 +44,7 @@ __all__ = [
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-# What a generator's adapter has beside its pairs, see loraseg.adapters.attention_mix.
+# The attention mix of a generator adapter, see loraseg.adapters.attention_mix.
 ATTENTION_MIX_FILE = "fusion.safetensors"
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"base_model\.model\.((?:[A-Za-z0-9_]+\.)+)lora_(A|B)\.weight")
@@ -56,34 +57,35 @@ def load_adapter(
     name: str | None = None,
     base_digest: str | None = None,
 ) -> Adapter:
-    """Read an adapter from a folder, or from file bytes as a library hands them out.
+    """Read an adapter from a folder or from the bytes of its files.
 
-    Matrices become float32 on the CPU, float64 stays. Files beside the two are not looked at.
+    Matrices become float32 on the CPU; float64 is kept. Other files are ignored.
 
     Args:
-        source: A folder, or file name -> bytes.
-        name: What to call it; default the folder's name, or "adapter".
-        base_digest: sha256 of the base it is meant for, None to take what the config says.
+        source: A folder, or file bytes by file name.
+        name: Name of the adapter; by default that of the folder, or "adapter".
+        base_digest: Sha256 of the expected base; None for the one in the config.
 
     Raises:
-        IntegrityError: A file is missing, is a pickle, is malformed or too large, a tensor has a
-            wrong name, type, shape or a value that is not finite, a pair is incomplete, or the
+        IntegrityError: A file is missing, a pickle, malformed or too large, a tensor has a wrong
+            name, dtype or shape or a value that is not finite, a pair is incomplete, or the
             config and ``base_digest`` name different bases.
     """
     files = source if isinstance(source, Mapping) else _read_folder(Path(source))
-    called = name or ("adapter" if isinstance(source, Mapping) else Path(source).name)
-    _require_files(files, called)
+    adapter_name = name or ("adapter" if isinstance(source, Mapping) else Path(source).name)
+    _require_files(files, adapter_name)
     try:
         config = parse_config(files[CONFIG_FILE])
         pairs = _read_pairs(files[WEIGHTS_FILE], config)
     except (IntegrityError, AdapterMismatchError) as error:
-        raise IntegrityError(f"adapter {called!r}: {error}") from error
+        raise IntegrityError(f"adapter {adapter_name!r}: {error}") from error
     if base_digest and config.base_digest and base_digest != config.base_digest:
         raise IntegrityError(
-            f"adapter {called!r}: trained on base {config.base_digest}, expected {base_digest}"
+            f"adapter {adapter_name!r}: trained on base {config.base_digest}, expected "
+            f"{base_digest}"
         )
     return Adapter(
-        name=called,
+        name=adapter_name,
         pairs=pairs,
         digest=files_digest(files),
         base_name=config.base_name,
@@ -102,10 +104,10 @@ def to_peft_files(
     base_digest: str | None = None,
     use_rslora: bool = False,
 ) -> dict[str, bytes]:
-    """Return the two files of an adapter; equal arguments give equal bytes.
+    """Return the two files of an adapter by name; equal arguments give equal bytes.
 
     Raises:
-        AdapterMismatchError: There is no pair.
+        AdapterMismatchError: There are no pairs.
     """
     if not pairs:
         raise AdapterMismatchError("an adapter needs at least one LoRA pair, got none")
@@ -125,11 +127,11 @@ def to_peft_files(
 
 
 def save_adapter(folder: str | Path, adapter: Adapter) -> None:
-    """Write an adapter so that stock ``peft.PeftModel.from_pretrained`` loads it unchanged.
+    """Write an adapter to a folder that ``peft.PeftModel.from_pretrained`` can load.
 
     Raises:
-        AdapterMismatchError: The adapter has parts beside its pairs (DoRA, biases, modules),
-            which an :class:`Adapter` does not hold.
+        AdapterMismatchError: The adapter has more than LoRA pairs (DoRA, biases, modules), which
+            :class:`Adapter` does not store.
     """
     reason = adapter.unsupported_features()
     if reason is not None:
@@ -146,7 +148,7 @@ def save_adapter(folder: str | Path, adapter: Adapter) -> None:
 
 
 def extract_pairs(model: nn.Module, adapter_name: str = "default") -> dict[str, LoraPair]:
-    """Collect copies of the LoRA pairs that peft has put into a model, by the base's own names."""
+    """Return copies of the LoRA pairs of a model wrapped by peft, by module name of the base."""
     pairs: dict[str, LoraPair] = {}
     for name, module in model.named_modules():
         layer: Any = module
@@ -160,10 +162,10 @@ def extract_pairs(model: nn.Module, adapter_name: str = "default") -> dict[str, 
 
 
 def files_digest(files: Mapping[str, bytes]) -> str:
-    """Return an adapter's digest: sha256 of canonical JSON of {file name: sha256 of its bytes}.
+    """Return the digest of an adapter: sha256 of canonical JSON {file name: sha256 of its bytes}.
 
-    The two weight files count, and the fusion layers where there are any; a card or an exported
-    form beside them does not change it.
+    It covers the config, the weights and, if present, the attention mix. Other files, such as a
+    card or an exported form, do not change it.
     """
     names = (CONFIG_FILE, WEIGHTS_FILE, *({ATTENTION_MIX_FILE} & files.keys()))
     parts = {name: hashlib.sha256(files[name]).hexdigest() for name in names}
@@ -172,14 +174,14 @@ def files_digest(files: Mapping[str, bytes]) -> str:
 
 def _read_folder(folder: Path) -> dict[str, bytes]:
     if not folder.is_dir():
-        raise IntegrityError(f"{folder}: no such adapter folder")
+        raise IntegrityError(f"{folder}: adapter folder does not exist")
     config = folder / CONFIG_FILE
     if config.is_file() and config.stat().st_size > MAX_CONFIG_BYTES:
         raise IntegrityError(f"{config}: larger than {MAX_CONFIG_BYTES} bytes")
-    known = (CONFIG_FILE, ATTENTION_MIX_FILE, WEIGHTS_FILE)
-    # The bytes of other files are not needed, their names are, to say why a pickle is refused.
+    used = (CONFIG_FILE, ATTENTION_MIX_FILE, WEIGHTS_FILE)
+    # Of other files only the names are needed, to report pickles.
     return {
-        path.name: path.read_bytes() if path.name in known else b""
+        path.name: path.read_bytes() if path.name in used else b""
         for path in sorted(folder.iterdir())
         if path.is_file()
     }
@@ -192,9 +194,8 @@ def _require_files(files: Mapping[str, bytes], adapter_name: str) -> None:
         pickles = sorted(other for other in files if other.lower().endswith(_PICKLE_SUFFIXES))
         if name == WEIGHTS_FILE and pickles:
             raise IntegrityError(
-                f"adapter {adapter_name!r}: {pickles[0]} is a pickle, which can run code when "
-                f"it is "
-                f"read; expected {WEIGHTS_FILE}"
+                f"adapter {adapter_name!r}: {pickles[0]} is a pickle, which can run code when it "
+                f"is read; expected {WEIGHTS_FILE}"
             )
         raise IntegrityError(
             f"adapter {adapter_name!r}: {name} is missing (files: {sorted(files)})"
@@ -206,13 +207,13 @@ def _read_pairs(data: bytes, config: PeftLoraConfig) -> dict[str, LoraPair]:
     tensors = read_tensors(data, WEIGHTS_FILE)
     modules = sorted({module for module, _ in keys.values()})
     if not modules:
-        raise IntegrityError(f"{WEIGHTS_FILE}: holds no LoRA pair")
+        raise IntegrityError(f"{WEIGHTS_FILE}: contains no LoRA pair")
     pairs: dict[str, LoraPair] = {}
     for module in modules:
         sides = [_PREFIX + f"{module}.lora_{side}.weight" for side in "AB"]
         for key in sides:
             if key not in tensors:
-                raise IntegrityError(f"{WEIGHTS_FILE}: {key} is missing, its partner is there")
+                raise IntegrityError(f"{WEIGHTS_FILE}: {key} is missing, but its partner exists")
         down, up = (require_finite(tensors[key], key, WEIGHTS_FILE) for key in sides)
         pairs[module] = _build_pair(module, down, up, config)
     return pairs
@@ -223,7 +224,7 @@ def _build_pair(module: str, down: Tensor, up: Tensor, config: PeftLoraConfig) -
     if down.ndim != 2 or up.ndim != 2 or down.shape[0] != rank or up.shape[1] != rank:
         raise IntegrityError(
             f"{WEIGHTS_FILE}: module {module!r}: down {tuple(down.shape)}, up {tuple(up.shape)}; "
-            f"expected down ({rank}, d_in) and up (d_out, {rank}) by the config's rank"
+            f"expected down ({rank}, d_in) and up (d_out, {rank}) from the rank in the config"
         )
     return LoraPair(down, up, config.scale_of(module))
 
@@ -233,7 +234,7 @@ def _is_plain_lora(config: PeftLoraConfig) -> bool:
 
 
 def _parse_keys(data: bytes, *, plain: bool) -> dict[str, tuple[str, str]]:
-    """Check the header before any tensor is touched; return key -> (module, "A" | "B")."""
+    """Check the header before tensors are read; return (module, "A" | "B") by tensor name."""
     header = read_header(data, WEIGHTS_FILE)
     keys: dict[str, tuple[str, str]] = {}
     for key, entry in header.items():

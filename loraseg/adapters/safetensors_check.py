@@ -1,4 +1,4 @@
-"""Safetensors bytes of a stranger: the header is checked before any tensor is touched."""
+"""Checks for untrusted safetensors bytes: the header is validated before tensors are read."""
 
 from typing import Any, cast
 
@@ -17,15 +17,15 @@ _FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def read_header(data: bytes, where: str) -> dict[str, Any]:
-    """Return the header: tensor name -> entry, and perhaps ``__metadata__``.
+    """Return the header: entries by tensor name, and ``__metadata__`` if the file has it.
 
     Raises:
-        IntegrityError: It is too large, cut off, no JSON object or holds a name twice.
+        IntegrityError: The header is too large, truncated, not a JSON object or repeats a name.
     """
     size = int.from_bytes(data[:8], "little")
     if len(data) < 8 or not 0 < size <= min(len(data) - 8, MAX_HEADER_BYTES):
         raise IntegrityError(
-            f"{where}: header of {size} bytes claimed in a file of {len(data)} "
+            f"{where}: header of {size} bytes in a file of {len(data)} bytes "
             f"(at most {MAX_HEADER_BYTES} allowed)"
         )
     return parse_json_object(
@@ -34,24 +34,24 @@ def read_header(data: bytes, where: str) -> dict[str, Any]:
 
 
 def require_dtype(entry: object, key: str, where: str) -> None:
-    """Check that a header's entry is of a floating point type.
+    """Check that a header entry has a floating-point dtype.
 
     Raises:
-        IntegrityError: It is not.
+        IntegrityError: The dtype is another one.
     """
     dtype = cast(dict[str, Any], entry).get("dtype") if isinstance(entry, dict) else None
     if dtype not in _FLOAT_DTYPES:
         raise IntegrityError(
-            f"{where}: {key[:200]!r} has type {str(dtype)[:20]}, expected one of "
+            f"{where}: {key[:200]!r} has dtype {str(dtype)[:20]}, expected one of "
             f"{', '.join(_FLOAT_DTYPES)}"
         )
 
 
 def read_tensors(data: bytes, where: str) -> dict[str, Tensor]:
-    """Return the tensors of a file whose header was checked.
+    """Return the tensors, of any shapes, of a file whose header was checked.
 
     Raises:
-        IntegrityError: safetensors cannot read it.
+        IntegrityError: safetensors cannot read the file.
     """
     try:
         return safetensors.torch.load(data)
@@ -60,11 +60,11 @@ def read_tensors(data: bytes, where: str) -> dict[str, Tensor]:
 
 
 def require_finite(tensor: Tensor, key: str, where: str) -> Tensor:
-    """Return the tensor as float32, float64 unchanged.
+    """Return a tensor (of any shape) as float32; float64 is unchanged.
 
     Raises:
-        IntegrityError: It holds NaN or infinite values.
+        IntegrityError: The tensor contains NaN or infinite values.
     """
     if not bool(torch.isfinite(tensor).all()):
-        raise IntegrityError(f"{where}: {key} holds NaN or infinite values")
+        raise IntegrityError(f"{where}: {key} contains NaN or infinite values")
     return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -1,4 +1,4 @@
-"""What stays frozen: where weights come from, tokenizers, the CLIP of the index, the generator."""
+"""Frozen models: sources of weights, tokenizers, the CLIP of the index, the diffusion model."""
 
 __all__ = [
     "BpeTokenizer",

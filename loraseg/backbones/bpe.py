@@ -1,4 +1,4 @@
-"""OpenAI CLIP's byte-pair tokenizer, as open_clip ships it."""
+"""The byte-pair tokenizer of OpenAI's CLIP, from open_clip."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ __all__ = ["BpeTokenizer"]
 
 
 class BpeTokenizer:
-    """Start token, byte pairs, end token (the largest id), zeros; longer texts are cut."""
+    """Token ids: start, byte pairs, end (the largest id), zeros; longer texts are truncated."""
 
     def __init__(self, context_length: int = 77) -> None:
         prepare_torchvision()
@@ -20,7 +20,7 @@ class BpeTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the embedding table."""
+        """Number of ids."""
         return self._tokenizer.vocab_size
 
     def __call__(self, texts: Sequence[str]) -> Int[Tensor, "n l"]:

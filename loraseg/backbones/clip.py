@@ -1,4 +1,9 @@
-"""The CLIP that embeds images for the index (methods B.3), from open_clip or a local file."""
+"""The CLIP that embeds images for retrieval, from open_clip or a local file.
+
+SemLA (arXiv 2503.21780), domain embeddings from CLIP; in its code
+``domain_orchestrator/embedding.py``, ``ClipEmbeddingModel``: ViT-L/14, projected image features,
+not normalised.
+"""
 
 import difflib
 import hashlib
@@ -32,23 +37,26 @@ _MODEL_AND_WEIGHTS = re.compile(r"(?P<model>[\w.-]+)=(?P<weights>.+)", re.DOTALL
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Turns texts into token ids; the end-of-text token has the largest id of a row."""
+    """Converts texts to token ids; the end-of-text token has the largest id of a row."""
 
     def __call__(self, texts: Sequence[str]) -> Int[Tensor, "n l"]:
-        """Return one row of ids a text."""
+        """Return one row of ids per text."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """Shortest edge to ``size`` (bicubic), centre crop, then (x / 255 - mean) / std."""
+    """Resize the shortest edge to ``size`` (bicubic), centre crop, then (x / 255 - mean) / std.
+
+    As in OpenAI's CLIP (``clip/clip.py``, ``_transform``).
+    """
 
     size: int
     mean: tuple[float, ...] = _MEAN
     std: tuple[float, ...] = _STD
 
     def __call__(self, image: ndarray) -> Float[ndarray, "3 s s"]:
-        """Prepare one uint8 RGB image (h, w, 3)."""
+        """Return the float32 pixels of one uint8 RGB image (h, w, 3)."""
         size = self.size
         height, width = image.shape[:2]
         short = min(height, width)
@@ -62,7 +70,7 @@ class Preprocessing:
 
 
 class ClipEncoder:
-    """Embeds images into CLIP's joint space; embeddings are projected but NOT normalised."""
+    """Embeds images and texts into CLIP's joint space; embeddings are NOT normalised."""
 
     def __init__(
         self,
@@ -77,12 +85,12 @@ class ClipEncoder:
         """Wrap an ``open_clip.CLIP``.
 
         Args:
-            model: Put into evaluation mode.
-            tokenizer: The one the model was trained with.
-            preprocessing: What is done to an image.
-            name: What the user called the model.
-            digest: sha256 of the weights.
-            batch_size: Images a forward pass.
+            model: The model; it is set to evaluation mode.
+            tokenizer: The tokenizer of the model.
+            preprocessing: The preprocessing of images.
+            name: The spec that it was loaded from.
+            digest: Sha256 (hex) of the weights.
+            batch_size: Images per forward pass.
         """
         self.model: Any = model.eval()
         self.tokenizer = tokenizer
@@ -93,7 +101,7 @@ class ClipEncoder:
 
     @property
     def encoder_id(self) -> str:
-        """Names weights and preprocessing: embeddings are comparable where this is equal."""
+        """Identifier of weights and preprocessing: embeddings with one id are comparable."""
         return f"clip:sha256-{self.digest[:16]}:edge{self.preprocessing.size}-bicubic-crop"
 
     @property
@@ -106,7 +114,7 @@ class ClipEncoder:
         """Return float32 embeddings of uint8 RGB images (h, w, 3) of any sizes.
 
         Raises:
-            DatasetError: An image is no uint8 RGB array.
+            DatasetError: An image is not a uint8 RGB array.
         """
         for index, image in enumerate(images):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
@@ -133,13 +141,14 @@ def load_clip(spec: str) -> ClipEncoder:
     """Load the index encoder.
 
     Args:
-        spec: ``miniature``; an open_clip pair such as ``ViT-L-14/openai`` (open_clip may download
-            it); ``model=weights`` such as ``ViT-B-32-quickgelu=clip.pt``; or any weight file of
-            :func:`~loraseg.backbones.weights.resolve` whose header holds its config.
+        spec: ``miniature``, an open_clip pair such as ``ViT-L-14/openai`` (open_clip may download
+            it), ``model=weights`` such as ``ViT-B-32-quickgelu=clip.pt``, or a weight file of
+            :func:`~loraseg.backbones.weights.resolve_weights` with its config in the header.
 
     Raises:
-        ConfigError: The spec is of no known kind, or the file does not exist.
-        IntegrityError: The weights do not fit the model that they are said to be.
+        ConfigError: The spec is malformed, or the file does not exist.
+        IntegrityError: The weights do not fit the model.
+        StoreError: The store of the file cannot be read.
     """
     named = _MODEL_AND_WEIGHTS.fullmatch(spec)
     if named is not None and not Path(spec).exists():
@@ -150,9 +159,9 @@ def load_clip(spec: str) -> ClipEncoder:
 
 
 def word_tokenizer(vocabulary: str, vocab_size: int, context_length: int) -> WordTokenizer:
-    """Rebuild a word tokenizer from the JSON list in a header and the embedding table's sizes."""
+    """Build a word tokenizer from a JSON list of words and the sizes of the embedding table."""
     words = json.loads(vocabulary)
-    # Padding, start and end are three more rows; what is left over are the buckets.
+    # Padding, start and end take three rows; the remaining ones are the buckets.
     buckets = vocab_size - len(words) - 3
     return WordTokenizer(words, context_length=context_length, buckets=buckets)
 
@@ -167,8 +176,8 @@ def _from_own_file(source: WeightSource) -> ClipEncoder:
         mean, std = _floats(config.get("mean", _MEAN)), _floats(config.get("std", _STD))
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise IntegrityError(
-            f"{source.path}: no CLIP file of ours (its header holds no CLIP config); "
-            f"write open_clip's model name before it: 'ViT-B-32={source.name}'"
+            f"{source.path}: the header contains no CLIP config; for weights of open_clip give "
+            f"the model name too: 'ViT-B-32={source.name}'"
         ) from error
     model = _build(config, source.path)
     state = safetensors.torch.load_file(source.path)
@@ -201,7 +210,7 @@ def _build(config: dict[str, Any], path: Path) -> nn.Module:
             quick_gelu=config.get("quick_gelu", False),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise IntegrityError(f"{path}: its config makes no CLIP: {error}") from error
+        raise IntegrityError(f"{path}: invalid CLIP config: {error}") from error
 
 
 def _load(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
@@ -219,7 +228,7 @@ def _from_open_clip(spec: str, model_name: str, tag: str) -> ClipEncoder:
     prepare_torchvision()
     import open_clip
 
-    pairs = [f"{name}/{known}" for name, known in open_clip.list_pretrained()]
+    pairs = [f"{name}/{pretrained}" for name, pretrained in open_clip.list_pretrained()]
     if spec not in pairs:
         near = difflib.get_close_matches(spec, pairs, n=3, cutoff=0.5)
         raise ConfigError(

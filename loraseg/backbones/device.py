@@ -1,4 +1,4 @@
-"""Where models run."""
+"""Selection of the device that models run on."""
 
 import torch
 
@@ -6,8 +6,8 @@ __all__ = ["best_device"]
 
 
 def best_device() -> torch.device:
-    """Return the GPU that this process may use, else the CPU.
+    """Return the GPU if this process can see one, otherwise the CPU.
 
-    Ray hides from a task the GPUs that were not set aside for it.
+    Ray hides GPUs that are not assigned to a task.
     """
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

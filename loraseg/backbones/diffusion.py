@@ -1,7 +1,7 @@
-"""The frozen text-to-image model: text and images in, latents and training targets out.
+"""The frozen text-to-image model: encodes text and images, decodes latents, gives training targets.
 
-One class for Stable Diffusion 1, 2 and XL and the miniature, made of diffusers' and transformers'
-own modules; what it computes is what the stock pipelines compute.
+One class covers Stable Diffusion 1, 2 and XL and the miniature. It uses the modules of diffusers
+and transformers and computes the same values as the stock pipelines.
 """
 
 from collections.abc import Sequence
@@ -29,21 +29,21 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TextEncoding:
-    """What the UNet reads of n prompts.
+    """Encodings of n prompts, as the UNet reads them.
 
     Attributes:
-        hidden: (n, l, d), one row a token, special and padding tokens included.
-        pooled: (n, p), one row a prompt; None unless the model is an SDXL.
+        hidden: (n, l, d), one vector per token, special and padding tokens included.
+        pooled: (n, p), one vector per prompt; None unless the model is SDXL.
     """
 
     hidden: Float[Tensor, "n l d"]
     pooled: Float[Tensor, "n p"] | None = None
 
     def select(self, index: Sequence[int]) -> "TextEncoding":
-        """Return the encodings of some prompts, in the order of ``index``, repeats allowed."""
-        chosen = torch.as_tensor(list(index), dtype=torch.long, device=self.hidden.device)
-        pooled = None if self.pooled is None else self.pooled[chosen]
-        return TextEncoding(self.hidden[chosen], pooled)
+        """Return the rows ``index``, in that order; rows can be repeated."""
+        rows = torch.as_tensor(list(index), dtype=torch.long, device=self.hidden.device)
+        pooled = None if self.pooled is None else self.pooled[rows]
+        return TextEncoding(self.hidden[rows], pooled)
 
 
 @dataclass(slots=True)
@@ -53,20 +53,26 @@ class _CallCounter:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DiffusionBase:
-    """A Stable Diffusion whose parts are in evaluation mode.
+    """The parts of a Stable Diffusion pipeline, in evaluation mode.
 
     Attributes:
-        name: What the user called it.
-        digest: sha256 (hex) over its files, see
+        name: The spec that it was loaded from.
+        digest: Sha256 (hex) over its files, see
             :func:`~loraseg.backbones.pipeline_layout.pipeline_digest`.
         kind: ``sd``, or ``sdxl`` with two text encoders and size conditions.
         unet: diffusers' ``UNet2DConditionModel``.
         vae: diffusers' ``AutoencoderKL``.
-        tokenizers: One, of SDXL two.
-        text_encoders: As many.
-        scheduler: The pipeline's own.
-        alphas_cumprod: (T,) float32 on the CPU: the share of signal left at each training step.
-        zero_unconditional: The empty prompt stands for zeros (SDXL), not for its own encoding.
+        tokenizers: One tokenizer, two for SDXL.
+        text_encoders: One text encoder, two for SDXL.
+        scheduler: The scheduler of the pipeline.
+        alphas_cumprod: (T,) float32 on the CPU: the cumulative product of 1 - beta_t over the
+            training timesteps (DDPM, arXiv 2006.11239, section 2).
+        zero_unconditional: Whether the unconditional encoding is all zeros (SDXL) instead of the
+            encoding of the empty prompt.
+
+    Raises:
+        ConfigError: The prediction type is unknown.
+        IntegrityError: The channels of UNet and VAE differ, or the UNet has no square size.
     """
 
     name: str
@@ -92,28 +98,28 @@ class DiffusionBase:
         channels = (self.unet.config.in_channels, self.unet.config.out_channels)
         if channels != (self.latent_channels, self.latent_channels):
             raise IntegrityError(
-                f"pipeline {self.name!r}: the UNet takes and gives {channels} channels, the "
+                f"pipeline {self.name!r}: the UNet has {channels} input and output channels, the "
                 f"latents of the VAE have {self.latent_channels}"
             )
         if not isinstance(self.unet.config.sample_size, int):
             raise IntegrityError(
                 f"pipeline {self.name!r}: unet sample_size {self.unet.config.sample_size}, "
-                f"expected one whole number"
+                f"expected one integer"
             )
 
     @classmethod
     def from_pipeline(cls, pipeline: Any, *, name: str, digest: str) -> "DiffusionBase":
-        """Take over the parts of a stock ``StableDiffusion(XL)Pipeline``, not copies of them.
+        """Wrap the parts of a ``StableDiffusion(XL)Pipeline``, without copying them.
 
         Raises:
-            ConfigError: It is another pipeline, or its scheduler has no noise schedule.
+            ConfigError: The pipeline is of another class, or its scheduler has no noise schedule.
         """
-        found = type(pipeline).__name__
-        if found not in PIPELINE_KINDS:
+        class_name = type(pipeline).__name__
+        if class_name not in PIPELINE_KINDS:
             raise ConfigError(
-                f"pipeline {name!r} is a {found}, expected {' or '.join(PIPELINE_KINDS)}"
+                f"pipeline {name!r} is a {class_name}, expected {' or '.join(PIPELINE_KINDS)}"
             )
-        kind = PIPELINE_KINDS[found]
+        kind = PIPELINE_KINDS[class_name]
         second = kind == "sdxl"
         return cls(
             name=name,
@@ -130,66 +136,67 @@ class DiffusionBase:
 
     @property
     def device(self) -> torch.device:
-        """Where the UNet is."""
+        """Device of the UNet."""
         return self.unet.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Number type of the UNet."""
+        """Dtype of the UNet."""
         return self.unet.dtype
 
     @property
     def prediction_type(self) -> str:
-        """What the UNet predicts: ``epsilon``, ``v_prediction`` or ``sample``."""
+        """The quantity that the UNet predicts: ``epsilon``, ``v_prediction`` or ``sample``."""
         return self.scheduler.config.prediction_type
 
     @property
     def latent_channels(self) -> int:
-        """Channels of a latent."""
+        """Number of channels of the latents."""
         return self.vae.config.latent_channels
 
     @property
     def latent_factor(self) -> int:
-        """Side of an image over the side of its latent."""
+        """Side of an image divided by the side of its latents."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
     def text_length(self) -> int:
-        """Tokens of an encoded prompt, padding included."""
+        """Number of tokens of an encoded prompt, padding included."""
         return self.tokenizers[0].model_max_length
 
     @property
     def image_size(self) -> int:
-        """Side of the images that the model was trained on."""
+        """Side of the images that the model was trained on, pixels."""
         return self.unet.config.sample_size * self.latent_factor
 
     @property
     def encoded_prompts(self) -> int:
-        """Prompts that went through the text encoders so far."""
+        """Number of prompts encoded so far."""
         return self._calls.prompts
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "DiffusionBase":
         """Move all parts in place and return this object.
 
-        The VAE of an SDXL stays float32 where its config asks for it: in float16 it gives NaN.
+        The VAE of SDXL stays in float32 if its config has ``force_upcast``: in float16 it gives
+        NaN.
         """
-        wide = self.kind == "sdxl" and self.vae.config.force_upcast
-        # torch's own `to`: that of diffusers warns at every cast about modules to keep in float32,
-        # of which these classes have none.
+        full_precision = self.kind == "sdxl" and self.vae.config.force_upcast
+        # nn.Module.to, because that of diffusers warns at every cast about modules to keep in
+        # float32, which these classes do not have.
         for part in (self.unet, *self.text_encoders):
             nn.Module.to(part, device=device, dtype=dtype)
-        nn.Module.to(self.vae, device=device, dtype=torch.float32 if wide else dtype)
+        nn.Module.to(self.vae, device=device, dtype=torch.float32 if full_precision else dtype)
         return self
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> TextEncoding:
-        """Encode prompts as the stock pipelines do, cut after :attr:`text_length` tokens.
+        """Encode prompts like the stock pipelines, truncated to :attr:`text_length` tokens.
 
         Raises:
-            DatasetError: There is no prompt.
+            DatasetError: There are no prompts.
         """
         if not prompts:
-            raise DatasetError("encode_text: got no prompt, expected at least one")
+            raise DatasetError("encode_text: got no prompts, expected at least one")
         self._calls.prompts += len(prompts)
         ids = [self._token_ids(index, prompts) for index in range(len(self.tokenizers))]
         if self.kind == "sd":
@@ -199,12 +206,12 @@ class DiffusionBase:
             encoder(rows, output_hidden_states=True)
             for encoder, rows in zip(self.text_encoders, ids, strict=True)
         ]
-        # SDXL reads the layer before the last, and the projected text of the second encoder.
+        # SDXL uses the penultimate layers, and the projected text of the second encoder.
         hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         return TextEncoding(hidden, outputs[1].text_embeds)
 
     def encode_unconditional(self) -> TextEncoding:
-        """Return the one row that stands for "no prompt" in classifier-free guidance."""
+        """Return the unconditional encoding of classifier-free guidance, one row."""
         empty = self.encode_text([""])
         if not self.zero_unconditional or empty.pooled is None:
             return empty
@@ -218,10 +225,10 @@ class DiffusionBase:
 
         Args:
             images: Values in [0, 255], on any device.
-            generator: Draws from the posterior; None takes its mode.
+            generator: Generator to sample the posterior with; None for its mode.
 
         Raises:
-            DatasetError: A side is no multiple of the factor.
+            DatasetError: A side is not a multiple of the factor.
         """
         height, width = images.shape[1:3]
         if not height or not width or height % self.latent_factor or width % self.latent_factor:
@@ -239,7 +246,11 @@ class DiffusionBase:
     def decode_latents(
         self, latents: Float[Tensor, "b c y x"], *, slice_size: int = 4
     ) -> UInt8[Tensor, "b h w 3"]:
-        """Return the RGB images of scaled latents, decoded ``slice_size`` at a time."""
+        """Return the RGB images of scaled latents, decoded ``slice_size`` at a time.
+
+        Raises:
+            ConfigError: ``slice_size`` is below 1.
+        """
         if slice_size < 1:
             raise ConfigError(f"decode_latents: slice_size {slice_size}, expected at least 1")
         factor = self.latent_factor
@@ -248,9 +259,9 @@ class DiffusionBase:
             (len(latents), height, width, 3), dtype=torch.uint8, device=latents.device
         )
         for start in range(0, len(latents), slice_size):
-            part = latents[start : start + slice_size].to(self.vae.dtype)
-            shift, scale = self._latent_statistics(part)
-            pixels = self.vae.decode(part / scale + shift, return_dict=False)[0]
+            batch = latents[start : start + slice_size].to(self.vae.dtype)
+            shift, scale = self._latent_statistics(batch)
+            pixels = self.vae.decode(batch / scale + shift, return_dict=False)[0]
             scaled = (pixels * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float() * 255
             images[start : start + slice_size] = scaled.round().to(torch.uint8)
         return images
@@ -265,10 +276,13 @@ class DiffusionBase:
         """Return SDXL's ``added_cond_kwargs`` for the rows of ``text``; None for other models.
 
         Args:
-            text: Encoded prompts.
-            size: Height and width that the image had before any resizing.
-            crop: Top and left of the part that is shown.
-            target: Height and width that are generated; by default ``size``.
+            text: Encodings of n prompts.
+            size: Height and width of the image before any resizing.
+            crop: Top and left of the crop.
+            target: Height and width of the generated image; by default ``size``.
+
+        Returns:
+            ``text_embeds`` (n, p) and ``time_ids`` (n, 6).
         """
         if text.pooled is None:
             return None
@@ -282,12 +296,13 @@ class DiffusionBase:
         noise: Float[Tensor, "b c y x"],
         timesteps: Int[Tensor, " b"],
     ) -> Float[Tensor, "b c y x"]:
-        """Return sqrt(a) * latents + sqrt(1 - a) * noise, a = alphas_cumprod[timesteps].
+        """Return ``sqrt(a) * latents + sqrt(1 - a) * noise`` with a = alphas_cumprod[timesteps].
 
-        Also for schedulers whose own ``add_noise`` works on sigmas instead (Euler).
+        DDPM (arXiv 2006.11239), eq. 4. Unlike the schedulers' ``add_noise`` it does not depend on
+        the scheduler, some of which (Euler) work on sigmas.
         """
-        signal, spread = self._signal_and_noise_scales(latents, timesteps)
-        return signal * latents + spread * noise
+        signal_scale, noise_scale = self._signal_and_noise_scales(latents, timesteps)
+        return signal_scale * latents + noise_scale * noise
 
     def target(
         self,
@@ -295,13 +310,17 @@ class DiffusionBase:
         noise: Float[Tensor, "b c y x"],
         timesteps: Int[Tensor, " b"],
     ) -> Float[Tensor, "b c y x"]:
-        """Return what the UNet should predict, by :attr:`prediction_type` (methods 0.2)."""
+        """Return the training target of the UNet for :attr:`prediction_type`.
+
+        ``epsilon``: the noise; ``sample``: the latents; ``v_prediction``:
+        ``sqrt(a) * noise - sqrt(1 - a) * latents`` (Salimans and Ho, arXiv 2202.00512, appendix D).
+        """
         if self.prediction_type == "epsilon":
             return noise
         if self.prediction_type == "sample":
             return latents
-        signal, spread = self._signal_and_noise_scales(latents, timesteps)
-        return signal * noise - spread * latents
+        signal_scale, noise_scale = self._signal_and_noise_scales(latents, timesteps)
+        return signal_scale * noise - noise_scale * latents
 
     def _signal_and_noise_scales(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         alphas = self.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
@@ -333,12 +352,12 @@ def get_alphas_cumprod(scheduler: Any) -> Float[Tensor, " t"]:
     """Return a scheduler's ``alphas_cumprod`` as float32 on the CPU.
 
     Raises:
-        ConfigError: It has none, as those of flow matching.
+        ConfigError: The scheduler has none, like those of flow matching.
     """
     alphas = getattr(scheduler, "alphas_cumprod", None)
     if alphas is None:
         raise ConfigError(
-            f"scheduler {type(scheduler).__name__} has no alphas_cumprod; expected one of a "
+            f"scheduler {type(scheduler).__name__} has no alphas_cumprod; expected a scheduler of "
             f"variance-preserving diffusion, such as PNDMScheduler"
         )
     return torch.as_tensor(alphas).detach().to("cpu", torch.float32).clone()
@@ -347,25 +366,25 @@ def get_alphas_cumprod(scheduler: Any) -> Float[Tensor, " t"]:
 def load_diffusion(
     spec: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> DiffusionBase:
-    """Load a text-to-image model from an ordinary diffusers folder of safetensors.
+    """Load a text-to-image model from a diffusers folder with safetensors.
 
     Args:
         spec: ``miniature``, a folder, ``file:///folder``, ``s3://bucket/prefix`` or
-            ``hf:org/name[@revision]``, the only one that downloads from a hub; with
-            ``#sha256=<hex>`` behind it, the digest that the files must have.
-        device: Where its parts go.
-        dtype: Their number type, see :meth:`DiffusionBase.to`.
+            ``hf:org/name[@revision]``. Only the last downloads from a hub. A suffix
+            ``#sha256=<hex>`` pins the digest of the files.
+        device: Device of the parts.
+        dtype: Dtype of the parts, see :meth:`DiffusionBase.to`.
 
     Raises:
-        ConfigError: There is no such folder, or the spec is of no known kind.
-        IntegrityError: A part is missing, a pickle, of another class than expected, or its
-            weights do not fit its config; or the digest is not the pinned one.
+        ConfigError: The folder does not exist, or the spec is malformed.
+        IntegrityError: A part is missing, a pickle, of an unexpected class, or its weights do not
+            fit its config; or the digest differs from the pinned one.
         StoreError: The store cannot be read.
     """
     source = resolve_pipeline(spec)
     parts = load_parts(source, dtype)
     if source.kind == "sd" and parts["scheduler"].config.get("steps_offset", 1) != 1:
-        # As the stock pipeline has it, whatever an old config says (not so that of SDXL).
+        # Like the stock SD pipeline, which overrides old configs; that of SDXL does not.
         parts["scheduler"].register_to_config(steps_offset=1)
     base = DiffusionBase(
         name=source.name,

@@ -1,11 +1,10 @@
-"""Diffusers pipeline folders: found or fetched, checked as if a stranger had made them, loaded.
+"""Diffusers pipeline folders: locating or downloading, checking and loading.
 
-Only the parts that loraseg uses are read, each with the one class that it may have; nothing of
-what a folder names is imported, and no pickle is opened.
+Folders are untrusted. Only the parts that loraseg uses are read, each with its one allowed class;
+no class named by a folder is imported, and no pickle is opened.
 """
 
 import contextlib
-import re
 import shutil
 import tempfile
 from collections.abc import Generator
@@ -30,7 +29,7 @@ from loraseg.backbones.pipeline_layout import (
     read_index,
     used_files,
 )
-from loraseg.backbones.weights import split_pin
+from loraseg.backbones.weights import parse_hub_spec, split_pin
 from loraseg.cache_dir import cache_dir, publish_directory
 from loraseg.compat import prepare_torchvision
 from loraseg.errors import ConfigError, IntegrityError
@@ -38,25 +37,24 @@ from loraseg.storage import open_store
 
 __all__ = ["PipelineSource", "load_parts", "resolve_pipeline"]
 
-# What transformers and diffusers raise for the config of a stranger.
+# Errors that transformers and diffusers raise for malformed configs and weights.
 _LOAD_ERRORS = (
     *(OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError),
     *(ArithmeticError, AttributeError, ImportError, AssertionError),
 )
-_HUB_SPEC = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PipelineSource:
-    """A checked pipeline folder on this machine.
+    """A local pipeline folder that passed the checks.
 
     Attributes:
-        name: What the user called it, without a pinned digest.
-        folder: Where it is.
+        name: The spec without a pinned digest.
+        folder: The folder.
         digest: See :func:`~loraseg.backbones.pipeline_layout.pipeline_digest`.
-        kind: Which of the two pipelines it is.
-        scheduler: Name of the scheduler's class.
-        zero_unconditional: Whether the empty prompt stands for zeros.
+        kind: The kind of pipeline.
+        scheduler: Class name of the scheduler.
+        zero_unconditional: Whether the unconditional encoding is all zeros.
     """
 
     name: str
@@ -68,16 +66,16 @@ class PipelineSource:
 
 
 def resolve_pipeline(spec: str) -> PipelineSource:
-    """Find or fetch a pipeline folder and check what it holds.
+    """Locate or download a pipeline folder and check its files.
 
     Args:
         spec: See :func:`~loraseg.backbones.diffusion.load_diffusion`. A folder in a store is
-            copied to the cache; with a pinned digest it is read from there the next time.
+            copied to the cache; with a pinned digest later calls read the copy.
 
     Raises:
-        ConfigError: There is no such folder, or the spec is of no known kind.
-        IntegrityError: A part is missing, a pickle or of another class than expected, or the
-            digest is not the pinned one.
+        ConfigError: The folder does not exist, or the spec is malformed.
+        IntegrityError: A part is missing, a pickle or of an unexpected class, or the digest
+            differs from the pinned one.
         StoreError: The store cannot be read.
     """
     name, pinned = split_pin(spec)
@@ -90,20 +88,20 @@ def resolve_pipeline(spec: str) -> PipelineSource:
 
 
 def load_parts(source: PipelineSource, dtype: torch.dtype) -> dict[str, Any]:
-    """Load the parts of a pipeline on the CPU, by name.
+    """Load the parts of a pipeline on the CPU; return them by name.
 
-    The VAE of an SDXL is loaded in float32 whatever ``dtype`` is.
+    The VAE of SDXL is loaded in float32 for every ``dtype``.
 
     Raises:
-        IntegrityError: Weights do not fit their config, or a file is not readable.
+        IntegrityError: Weights do not fit their config, or a file cannot be read.
     """
     prepare_torchvision()
     parts: dict[str, Any] = {}
     with _without_progress_bars():
         for part in PIPELINE_PARTS[source.kind]:
-            wide = part == "vae" and source.kind == "sdxl"
+            full_precision = part == "vae" and source.kind == "sdxl"
             try:
-                parts[part] = _load_part(source, part, torch.float32 if wide else dtype)
+                parts[part] = _load_part(source, part, torch.float32 if full_precision else dtype)
             except _LOAD_ERRORS as error:
                 raise IntegrityError(
                     f"{source.folder / part}: cannot be loaded: {error!r}"
@@ -116,12 +114,12 @@ def load_parts(source: PipelineSource, dtype: torch.dtype) -> dict[str, Any]:
 def _without_progress_bars() -> Generator[None, None, None]:
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if enabled:
             logging.enable_progress_bar()
 
 
@@ -143,7 +141,7 @@ def _load_part(source: PipelineSource, part: str, dtype: torch.dtype) -> Any:
         output_loading_info=True,
         **{"torch_dtype" if library == "diffusers" else "dtype": dtype},
     )
-    # Both libraries only warn about these, and leave random values in the model.
+    # Both libraries only warn about these keys and leave random values in the model.
     for problem in ("missing_keys", "mismatched_keys"):
         if info[problem]:
             raise ValueError(f"{problem} {sorted(map(str, info[problem]))[:3]}")
@@ -153,8 +151,8 @@ def _load_part(source: PipelineSource, part: str, dtype: torch.dtype) -> Any:
 def _inspect(name: str, folder: Path) -> PipelineSource:
     if not folder.is_dir():
         raise ConfigError(
-            f"pipeline {name!r}: no folder {folder}; expected 'miniature', a diffusers folder, "
-            f"file:///folder, s3://bucket/prefix or hf:org/name"
+            f"pipeline {name!r}: folder {folder} does not exist; expected 'miniature', a "
+            f"diffusers folder, file:///folder, s3://bucket/prefix or hf:org/name"
         )
     index, kind = read_index(local_listing(folder))
     return PipelineSource(
@@ -178,7 +176,7 @@ def _resolve_folder(name: str) -> Path:
 
 
 def _from_cache(name: str, digest: str) -> PipelineSource | None:
-    """Return what is kept under a digest, None if nothing is or it is damaged."""
+    """Return the cached folder with a digest; None if there is none or it is damaged."""
     folder = cache_dir("pipelines") / digest
     if not folder.is_dir():
         return None
@@ -190,7 +188,7 @@ def _from_cache(name: str, digest: str) -> PipelineSource | None:
 
 
 def _download_to_cache(uri: str) -> Path:
-    """Copy the used files of a pipeline in a store to the cache, named by their digest."""
+    """Copy the used files of a pipeline in a store to a cache folder named by their digest."""
     store = open_store(uri)
     listing = FileListing(uri, frozenset(store.list()), store.get)
     cache = cache_dir("pipelines")
@@ -212,19 +210,19 @@ def _download_to_cache(uri: str) -> Path:
 
 
 def _from_hub(spec: str) -> Path:
-    match = _HUB_SPEC.fullmatch(spec)
-    if match is None:
+    hub = parse_hub_spec(spec)
+    if hub is None or hub.file is not None:
         raise ConfigError(f"pipeline {spec!r}: expected hf:org/name or hf:org/name@revision")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = [INDEX_FILE, "*/config.json", "scheduler/scheduler_config.json"]
-    wanted += [f"{part}/{name}" for part in TOKENIZER_PARTS for name in TOKENIZER_FILES]
+    patterns = [INDEX_FILE, "*/config.json", "scheduler/scheduler_config.json"]
+    patterns += [f"{part}/{name}" for part in TOKENIZER_PARTS for name in TOKENIZER_FILES]
     for part, (_, _, stem) in MODEL_PARTS.items():
-        wanted += [f"{part}/{stem}.safetensors", f"{part}/{stem}-*.safetensors"]
-        wanted.append(f"{part}/{stem}.safetensors.index.json")
+        patterns += [f"{part}/{stem}.safetensors", f"{part}/{stem}-*.safetensors"]
+        patterns.append(f"{part}/{stem}.safetensors.index.json")
     try:
-        path = snapshot_download(match["repo"], revision=match["revision"], allow_patterns=wanted)
+        path = snapshot_download(hub.repo, revision=hub.revision, allow_patterns=patterns)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigError(f"pipeline {spec!r}: the hub does not give it: {error}") from error
+        raise ConfigError(f"pipeline {spec!r}: download from the hub failed: {error}") from error
     return Path(path)

@@ -1,4 +1,4 @@
-"""Text to token ids."""
+"""A word-level tokenizer."""
 
 import hashlib
 import re
@@ -15,11 +15,11 @@ _WORD = re.compile(r"[^\W_]+")
 
 
 class WordTokenizer:
-    """One token a word, open to any word: those outside the vocabulary share reserved buckets.
+    """One token per word; words outside the vocabulary share reserved buckets.
 
-    Ids: 0 pads, 1 starts, then the vocabulary in its order, then the buckets, and the end token
-    last, because open_clip reads the text embedding at the largest id. An unknown word falls into
-    a bucket by the sha256 of its letters, the same in every process.
+    Ids: 0 padding, 1 start, then the vocabulary in order, then the buckets, and last the end token,
+    because open_clip reads the text embedding at the largest id. The bucket of an unknown word is
+    given by the sha256 of the word, so it is the same in every process.
     """
 
     PAD = 0
@@ -28,15 +28,15 @@ class WordTokenizer:
     def __init__(
         self, vocabulary: Sequence[str], *, context_length: int = 32, buckets: int = 64
     ) -> None:
-        """Take the known words.
+        """Assign ids to the vocabulary.
 
         Args:
-            vocabulary: Lower-case words, each once; JSON-serialisable as a list.
-            context_length: Tokens a text, start and end included; longer texts are cut.
-            buckets: Ids shared by all unknown words.
+            vocabulary: Distinct lower-case words.
+            context_length: Tokens per text, start and end included; longer texts are truncated.
+            buckets: Number of ids shared by all unknown words.
 
         Raises:
-            ConfigError: A word is doubled or would be split, or a size is too small.
+            ConfigError: A word occurs twice or consists of several words, or a size is too small.
         """
         if context_length < 3 or buckets < 1:
             raise ConfigError(
@@ -46,7 +46,7 @@ class WordTokenizer:
             if split_words(word) != [word]:
                 raise ConfigError(f"vocabulary entry {word!r}: expected one lower-case word")
         if len(set(vocabulary)) != len(vocabulary):
-            raise ConfigError("the vocabulary holds a word twice")
+            raise ConfigError("vocabulary: a word occurs twice")
         self.vocabulary = tuple(vocabulary)
         self.context_length = context_length
         self.buckets = buckets
@@ -54,18 +54,18 @@ class WordTokenizer:
 
     @property
     def end(self) -> int:
-        """Id of the end token, the largest of all."""
+        """Id of the end token, the largest id."""
         return 2 + len(self.vocabulary) + self.buckets
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the embedding table."""
+        """Number of ids."""
         return self.end + 1
 
     def __call__(self, texts: Sequence[str]) -> Int[Tensor, "n l"]:
         """Return (n, context_length) ids: start, words, end, padding.
 
-        Letter case, punctuation, hyphens and underscores only separate words.
+        Case is ignored; punctuation, hyphens and underscores separate words.
         """
         ids = torch.full((len(texts), self.context_length), self.PAD, dtype=torch.long)
         for row, text in enumerate(texts):
@@ -75,9 +75,9 @@ class WordTokenizer:
         return ids
 
     def _id(self, word: str) -> int:
-        known = self._ids.get(word)
-        if known is not None:
-            return known
+        index = self._ids.get(word)
+        if index is not None:
+            return index
         number = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "little")
         return 2 + len(self.vocabulary) + number % self.buckets
 

@@ -1,28 +1,35 @@
-"""Where weights come from: a name, a path, a store or, only when named, a hub."""
+"""Sources of weight files: the package, a path, a store or a hub."""
 
 import hashlib
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from loraseg.cache_dir import cache_dir, publish_file
 from loraseg.errors import ConfigError, IntegrityError
 from loraseg.storage import open_store
 
-__all__ = ["WeightSource", "absolute_spec", "resolve_weights", "split_pin", "weights_cache_dir"]
+__all__ = [
+    "HubSpec",
+    "WeightSource",
+    "absolute_spec",
+    "parse_hub_spec",
+    "resolve_weights",
+    "split_pin",
+]
 
-_HUB_SPEC = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?:(?P<file>.+)")
+_HUB_SPEC = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<file>.+))?")
 _PINNED_SPEC = re.compile(r"(?P<spec>.*)#sha256=(?P<digest>[0-9a-f]{64})", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class WeightSource:
-    """A weight file on this machine.
+    """A local weight file.
 
     Attributes:
-        name: What the user called it, without a pinned digest.
+        name: The spec without a pinned digest.
         path: The file.
-        digest: sha256 of its bytes, hex.
+        digest: Sha256 (hex) of its bytes.
     """
 
     name: str
@@ -31,18 +38,17 @@ class WeightSource:
 
 
 def resolve_weights(spec: str, *, miniature: str = "catseg") -> WeightSource:
-    """Find or fetch a weight file.
+    """Locate or download a weight file.
 
     Args:
-        spec: ``miniature``; a path; ``file:///path``; ``s3://bucket/key``; or
-            ``hf:org/name:file`` (``hf:org/name@revision:file``). Nothing else is downloaded.
-            ``#sha256=<hex>`` behind it pins the bytes; a pinned file that was fetched before is
-            not fetched again.
-        miniature: Which of the package's weight files ``miniature`` stands for.
+        spec: ``miniature``, a path, ``file:///path``, ``s3://bucket/key`` or
+            ``hf:org/name[@revision]:file``. Only the last downloads from a hub. A suffix
+            ``#sha256=<hex>`` pins the bytes; a pinned file is downloaded only once.
+        miniature: Name of the package's weight file that ``miniature`` denotes.
 
     Raises:
-        ConfigError: There is no such file, or the spec is of no known kind.
-        IntegrityError: The bytes are not the pinned ones.
+        ConfigError: The file does not exist, or the spec is malformed.
+        IntegrityError: The digest differs from the pinned one.
         StoreError: The store cannot be reached or lacks the object.
     """
     name, digest = split_pin(spec)
@@ -61,26 +67,36 @@ def resolve_weights(spec: str, *, miniature: str = "catseg") -> WeightSource:
 
 
 def split_pin(spec: str) -> tuple[str, str | None]:
-    """Return a spec without its pinned digest, and the digest if there is one."""
+    """Return a spec without its pinned digest, and the digest or None."""
     pinned = _PINNED_SPEC.fullmatch(spec)
     return (pinned["spec"], pinned["digest"]) if pinned else (spec, None)
 
 
 def absolute_spec(spec: str) -> str:
-    """Return a spec that means the same in any folder: a path to a file becomes absolute.
+    """Return a spec that does not depend on the working directory.
 
-    So does one to the folder of a diffusers pipeline.
+    Paths of existing files and of folders with a diffusers pipeline become absolute.
     """
-    path, mark, pin = spec.partition("#")
-    place = Path(path).expanduser()
-    if spec == "miniature" or not (place.is_file() or (place / "model_index.json").is_file()):
+    name, mark, pin = spec.partition("#")
+    path = Path(name).expanduser()
+    if spec == "miniature" or not (path.is_file() or (path / "model_index.json").is_file()):
         return spec
-    return str(place.resolve()) + mark + pin
+    return str(path.resolve()) + mark + pin
 
 
-def weights_cache_dir() -> Path:
-    """Return where fetched weights are kept: LORASEG_CACHE or ~/.cache/loraseg."""
-    return Path(os.environ.get("LORASEG_CACHE") or "~/.cache/loraseg").expanduser() / "weights"
+@dataclass(frozen=True, slots=True)
+class HubSpec:
+    """A repository of the Hugging Face hub, or a file in it."""
+
+    repo: str
+    revision: str | None
+    file: str | None
+
+
+def parse_hub_spec(spec: str) -> HubSpec | None:
+    """Parse ``hf:org/name[@revision][:file]``; return None for other texts."""
+    match = _HUB_SPEC.fullmatch(spec)
+    return match and HubSpec(match["repo"], match["revision"], match["file"])
 
 
 def _from_path(name: str, path: Path) -> WeightSource:
@@ -98,11 +114,11 @@ def _from_path(name: str, path: Path) -> WeightSource:
 def _from_cache(uri: str, digest: str | None) -> WeightSource | None:
     if digest is None:
         return None
-    path = weights_cache_dir() / digest / uri.rpartition("/")[2]
+    path = cache_dir("weights") / digest / uri.rpartition("/")[2]
     if not path.is_file():
         return None
-    found = _from_path(uri, path)
-    return found if found.digest == digest else None
+    source = _from_path(uri, path)
+    return source if source.digest == digest else None
 
 
 def _download(uri: str) -> WeightSource:
@@ -111,24 +127,20 @@ def _download(uri: str) -> WeightSource:
         raise ConfigError(f"weights {uri!r}: expected s3://bucket/key")
     data = open_store(prefix).get(key)
     digest = hashlib.sha256(data).hexdigest()
-    path = weights_cache_dir() / digest / key
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Another process may fetch the same file: each writes its own part and renames it.
-    part = path.with_name(f"{key}.{os.getpid()}.part")
-    part.write_bytes(data)
-    part.replace(path)
+    path = cache_dir("weights") / digest / key
+    publish_file(path, data)
     return WeightSource(uri, path, digest)
 
 
 def _from_hub(spec: str) -> Path:
-    match = _HUB_SPEC.fullmatch(spec)
-    if match is None:
+    hub = parse_hub_spec(spec)
+    if hub is None or hub.file is None:
         raise ConfigError(f"weights {spec!r}: expected hf:org/name:file")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        path = hf_hub_download(match["repo"], match["file"], revision=match["revision"])
+        path = hf_hub_download(hub.repo, hub.file, revision=hub.revision)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigError(f"weights {spec!r}: the hub does not give them: {error}") from error
+        raise ConfigError(f"weights {spec!r}: download from the hub failed: {error}") from error
     return Path(path)

@@ -1,1 +1,1 @@
-"""Which layers an adapter acts on: by model, by a ranked layer report, or by share."""
+"""Selection of the layers that get an adapter: by model, by a layer report, or at random."""

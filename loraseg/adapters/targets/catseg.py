@@ -1,4 +1,4 @@
-"""Which layers of a model an adapter changes."""
+"""The linear layers of a CAT-Seg that adapters are applied to."""
 
 import re
 from collections.abc import Mapping
@@ -13,14 +13,15 @@ _CLIP_BLOCK = r"resblocks\.\d+\.(?:mlp\.(?:c_fc|c_proj)|attn\.[qkv]_proj)"
 _SWIN_BLOCK = r"swin_block\.block_[12]\.(?:attn\.(?:q|k|v|proj)|mlp\.fc[12])"
 _CLASS_ATTENTION = r"attention\.(?:attention\.[qkv]|MLP\.[02])"
 TARGET_RULES: Mapping[str, str] = {
-    # Methods B.1: both CLIP towers and the aggregator; not out_proj, convolutions, projections,
-    # upsamplers or the decoder.
+    # SemLA's targets (the ``target_modules`` of its published adapter_config.json): both CLIP
+    # towers and the aggregator, without out_proj, convolutions, projections, upsamplers and
+    # decoder.
     "semla": (
         r"sem_seg_head\.predictor\.(?:"
         rf"clip_model\.(?:visual\.)?transformer\.{_CLIP_BLOCK}"
         rf"|transformer\.layers\.\d+\.(?:{_SWIN_BLOCK}|{_CLASS_ATTENTION}))"
     ),
-    # Nothing of CLIP: its features stay those of the base, and training need not differentiate it.
+    # Without CLIP: its features stay those of the base, and training does not differentiate it.
     "aggregator": (
         rf"sem_seg_head\.predictor\.transformer\.layers\.\d+\."
         rf"(?:{_SWIN_BLOCK}|{_CLASS_ATTENTION})"
@@ -36,8 +37,8 @@ def target_modules(model: nn.Module, rule: str = "semla") -> tuple[str, ...]:
         rule: A key of :data:`TARGET_RULES`.
 
     Raises:
-        ConfigError: There is no such rule.
-        AdapterMismatchError: The model has no layer that the rule names.
+        ConfigError: The rule is unknown.
+        AdapterMismatchError: The rule matches no layer of the model.
     """
     if rule not in TARGET_RULES:
         raise ConfigError(f"targets: unknown rule {rule!r} (known: {', '.join(TARGET_RULES)})")
@@ -49,6 +50,6 @@ def target_modules(model: nn.Module, rule: str = "semla") -> tuple[str, ...]:
     )
     if not names:
         raise AdapterMismatchError(
-            f"rule {rule!r} names no linear layer of {type(model).__name__}; expected a CAT-Seg"
+            f"rule {rule!r} matches no linear layer of {type(model).__name__}; expected a CAT-Seg"
         )
     return names

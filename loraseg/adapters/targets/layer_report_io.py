@@ -1,4 +1,4 @@
-"""Layer reports at a path or URI."""
+"""Reading of layer reports from a path or URI."""
 
 from loraseg.adapters.targets.layer_report import MAX_REPORT_BYTES, LayerReport
 from loraseg.errors import ConfigError, IntegrityError
@@ -11,21 +11,22 @@ def read_layer_report(uri: str) -> LayerReport:
     """Read a report.
 
     Raises:
-        ConfigError: There is no such file.
-        IntegrityError: It is damaged, or something else.
-        StoreError: It cannot be read.
+        ConfigError: The file does not exist.
+        IntegrityError: The file is not a valid report.
+        StoreError: The file cannot be read.
     """
     report = find_layer_report(uri)
     if report is None:
-        raise ConfigError(f"{uri}: no such layer report")
+        raise ConfigError(f"{uri}: layer report does not exist")
     return report
 
 
 def find_layer_report(uri: str) -> LayerReport | None:
-    """Read a report; None if there is nothing.
+    """Read a report; return None if the file does not exist.
 
     Raises:
-        IntegrityError: As in :func:`read_report`, like the others.
+        IntegrityError: The file is not a valid report.
+        StoreError: The file cannot be read.
     """
     store, key = open_parent_store(uri)
     try:

@@ -1,4 +1,4 @@
-"""Which layers get an adapter, by a probe's report or by chance."""
+"""Selection of the layers that get an adapter: from a layer report, or at random."""
 
 from torch import nn
 
@@ -11,7 +11,9 @@ __all__ = ["bottom_k", "select_from_report", "select_random", "share_to_count"]
 
 
 def share_to_count(share: float, layers: int) -> int:
-    """Return k = max(1, round(share * layers)) (methods 0.1, a.1).
+    """Return k = max(1, round(share * layers)).
+
+    CA-LoRA (arXiv 2503.22172) selects shares of 1 to 10 % of the layers, not of the parameters.
 
     Raises:
         ConfigError: The share is not in (0, 1].
@@ -28,17 +30,19 @@ def select_from_report(
     share: float | None = None,
     projections_only: bool = True,
 ) -> tuple[str, ...]:
-    """Return the layers with the highest scores, highest first, ties by name.
+    """Return the names of the layers with the highest scores, highest first, ties by name.
+
+    Exactly one of ``top`` and ``share`` must be given.
 
     Args:
-        report: Of the model that is to be adapted.
-        top: How many, or
-        share: which part of them, see :func:`count_of_share`; exactly one is given.
-        projections_only: Leave out layers that are no attention projections, from the count too.
+        report: Report on the model that gets the adapter.
+        top: Number of layers.
+        share: Share of the layers, see :func:`share_to_count`.
+        projections_only: Whether to consider (and count) attention projections only.
 
     Raises:
-        ConfigError: Not one of ``top`` and ``share`` is given, it is out of range, or the report
-            holds no projection.
+        ConfigError: Both or none of ``top`` and ``share`` are given, the value is out of range,
+            or the report has no projection.
     """
     ranked = report.projections() if projections_only else report
     if share is not None and top is None:
@@ -49,20 +53,20 @@ def select_from_report(
 
 
 def bottom_k(report: LayerReport, k: int, *, projections_only: bool = True) -> tuple[str, ...]:
-    """Return the k layers with the lowest scores, lowest first, ties by name.
+    """Return the names of the k layers with the lowest scores, lowest first, ties by name.
 
     Raises:
-        ConfigError: k is not in [1, number of layers], or the report holds no projection.
+        ConfigError: k is not in [1, number of layers], or the report has no projection.
     """
     ranked = report.projections() if projections_only else report
     if not 1 <= k <= len(ranked.scores):
         raise ConfigError(f"selection: k = {k}, expected 1 to {len(ranked.scores)} layers")
-    rising = sorted(ranked.scores, key=lambda score: (score.score, score.name))
-    return tuple(score.name for score in rising[:k])
+    ascending = sorted(ranked.scores, key=lambda score: (score.score, score.name))
+    return tuple(score.name for score in ascending[:k])
 
 
 def select_random(unet: nn.Module, k: int, seed: int) -> tuple[str, ...]:
-    """Return k attention projections drawn without replacement, in model order.
+    """Return the names of k attention projections drawn without replacement, in model order.
 
     Raises:
         ConfigError: k is not in [1, number of projections].

@@ -1,8 +1,8 @@
-"""The attention projections of a diffusion UNet, which adapters of the generator change.
+"""The attention projections of a diffusion UNet, to which generator adapters are applied.
 
-A projection is one linear layer ``...attn{1,2}.to_q | to_k | to_v | to_out.0`` (methods 0.1).
-Whether an attention module looks at text is read from its ``is_cross_attention``: with
-``only_cross_attention`` the first one of a transformer block does so too.
+A projection is one linear layer ``...attn{1,2}.to_q | to_k | to_v | to_out.0`` of diffusers'
+``Attention``. ``is_cross_attention`` of the module decides whether it attends to text: with
+``only_cross_attention``, ``attn1`` of a transformer block does too.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 ProjectionPart = Literal["q", "k", "v", "out"]
-# In the order in which the modules stand in the model.
+# In model order.
 PROJECTION_PARTS: Mapping[str, ProjectionPart] = MappingProxyType(
     {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "out"}
 )
@@ -39,11 +39,11 @@ class Projection:
         name: Full dotted module name.
         attention: Name of the attention module that holds it.
         block: The UNet's block: ``down_blocks.0``, ``mid_block``, ``up_blocks.3``.
-        cross: Whether the module looks at the text.
+        cross: Whether the module attends to text.
         part: Query, key, value or output.
-        factor: Side of the latent over the side at which the block works: 1, 2, 4, 8.
-        d_in: Width of its input.
-        d_out: Width of its output.
+        factor: Side of the latent divided by the side of the block's feature map: 1, 2, 4, 8.
+        d_in: Width of the input.
+        d_out: Width of the output.
     """
 
     name: str
@@ -61,34 +61,35 @@ SELECTION_RULES: Mapping[str, Callable[[Projection], bool]] = MappingProxyType(
         "all": lambda projection: True,
         "cross": lambda projection: projection.cross,
         "self": lambda projection: not projection.cross,
-        # Methods b.4: cross attention of the two finest resolutions, 0.7 M values at rank 16.
+        # MatchMask (CVPR 2026): cross-attention of the high-resolution blocks. The paper gives
+        # neither layers nor rank; the two finest resolutions at rank 16 have its 0.7 M parameters.
         "matchmask": lambda projection: projection.cross and projection.factor <= 2,
     }
 )
 
 
 def attention_projections(unet: nn.Module) -> tuple[Projection, ...]:
-    """Return the projections of a UNet in model order; the meta device will do.
+    """Return the projections of a UNet in model order; parameters may be on the meta device.
 
-    Layers that carry an adapter count by their own names.
+    A layer wrapped by an adapter is reported under its own name.
 
     Raises:
-        AdapterMismatchError: The model has none, or is not built of down, mid and up blocks.
+        AdapterMismatchError: The model has no projection, or no down, mid and up blocks.
     """
     factors = _downsampling_factors(unet)
-    found = tuple(
+    projections = tuple(
         projection
         for block, factor in factors.items()
         for attention, module in unet.get_submodule(block).named_modules(prefix=block)
         if hasattr(module, "is_cross_attention")
         for projection in _projections_in(module, attention, block, factor)
     )
-    if not found:
+    if not projections:
         raise AdapterMismatchError(
-            f"{type(unet).__name__} has no attention projection; expected a UNet with cross "
-            f"attention, such as diffusers' UNet2DConditionModel"
+            f"{type(unet).__name__} has no attention projection; expected a UNet with "
+            f"cross-attention, such as diffusers' UNet2DConditionModel"
         )
-    return found
+    return projections
 
 
 def select_projections(unet: nn.Module, rule: str) -> tuple[str, ...]:
@@ -96,18 +97,18 @@ def select_projections(unet: nn.Module, rule: str) -> tuple[str, ...]:
 
     Args:
         unet: The UNet.
-        rule: A key of :data:`SELECTIONS`.
+        rule: A key of :data:`SELECTION_RULES`.
 
     Raises:
-        ConfigError: There is no such rule.
-        AdapterMismatchError: The UNet has no projection that the rule selects.
+        ConfigError: The rule is unknown.
+        AdapterMismatchError: The rule selects no projection of the UNet.
     """
     if rule not in SELECTION_RULES:
         raise ConfigError(
             f"projections: unknown rule {rule!r} (known: {', '.join(SELECTION_RULES)})"
         )
     selects = SELECTION_RULES[rule]
-    names = tuple(found.name for found in attention_projections(unet) if selects(found))
+    names = tuple(p.name for p in attention_projections(unet) if selects(p))
     if not names:
         raise AdapterMismatchError(
             f"projections: rule {rule!r} selects none of {type(unet).__name__}'s projections"
@@ -116,54 +117,55 @@ def select_projections(unet: nn.Module, rule: str) -> tuple[str, ...]:
 
 
 def alpha_modules(unet: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
-    """Return the cross attention modules that hold a selected projection, in model order.
+    """Return the cross-attention modules that contain a selected projection, in model order.
 
-    They are the ones that get an alpha layer of C + 1 values (methods b.2), C the query's width.
+    These modules get an alpha layer of c + 1 parameters, with c the width of the query input
+    (MatchMask's layer-adaptive fusion, :class:`~loraseg.synth.region_attention.RegionControl`).
 
     Args:
         unet: The UNet.
-        names: Names of selected layers; those that are no projections of cross attention hold no
-            alpha layer.
+        names: Names of the selected layers; other layers than projections of cross-attention are
+            ignored.
 
     Raises:
-        AdapterMismatchError: The UNet has no module of such a name.
+        AdapterMismatchError: The UNet has no module of one of the names.
     """
     modules = dict(unet.named_modules())
     unknown = [name for name in names if name not in modules]
     if unknown:
         raise AdapterMismatchError(
-            f"selected layers: {type(unet).__name__} has no {unknown[0]!r} "
+            f"selected layers: {type(unet).__name__} has no module {unknown[0]!r} "
             f"({len(unknown)} of {len(names)} are unknown)"
         )
     selected = set(names)
-    held = {
-        found.attention: None
-        for found in attention_projections(unet)
-        if found.cross and found.name in selected
+    owners = {
+        projection.attention: None
+        for projection in attention_projections(unet)
+        if projection.cross and projection.name in selected
     }
-    return tuple(held)
+    return tuple(owners)
 
 
 def _downsampling_factors(unet: nn.Module) -> dict[str, int]:
-    """Return block name -> latent side / block side, in model order."""
-    parts: Any = unet
+    """Return the downsampling factor of each block by name, in model order."""
+    model: Any = unet
     factors: dict[str, int] = {}
     factor = 1
     try:
-        for index, block in enumerate(parts.down_blocks):
+        for index, block in enumerate(model.down_blocks):
             factors[f"down_blocks.{index}"] = factor
             factor *= 2 if getattr(block, "downsamplers", None) else 1
-        middle = factor
-        for index, block in enumerate(parts.up_blocks):
+        mid_factor = factor
+        for index, block in enumerate(model.up_blocks):
             factors[f"up_blocks.{index}"] = factor
             factor //= 2 if getattr(block, "upsamplers", None) else 1
     except (AttributeError, TypeError) as error:
         raise AdapterMismatchError(
-            f"{type(unet).__name__} is not built of down_blocks and up_blocks; expected a UNet "
-            f"such as diffusers' UNet2DConditionModel"
+            f"{type(unet).__name__} has no down_blocks and up_blocks; expected a UNet such as "
+            f"diffusers' UNet2DConditionModel"
         ) from error
     if isinstance(getattr(unet, "mid_block", None), nn.Module):
-        factors["mid_block"] = middle
+        factors["mid_block"] = mid_factor
     order = [name.partition(".")[0] for name, _ in unet.named_children()]
     return dict(sorted(factors.items(), key=lambda item: order.index(item[0].partition(".")[0])))
 

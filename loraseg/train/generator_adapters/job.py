@@ -7,12 +7,9 @@ from typing import Any, cast
 
 from loraseg import config as configuration
 from loraseg.adapters import load_adapter, to_peft_files
-from loraseg.adapters.attention_mix import (
-    ATTENTION_MIX_FILE,
-    AttentionMixMode,
-    encode_attention_mix,
-)
+from loraseg.adapters.attention_mix import AttentionMixMode, encode_attention_mix
 from loraseg.adapters.exchange import KOHYA_FILE, to_diffusers_files, to_kohya_file
+from loraseg.adapters.peft_io import ATTENTION_MIX_FILE
 from loraseg.backbones.device import best_device
 from loraseg.backbones.diffusion import DiffusionBase, load_diffusion
 from loraseg.data import Sample, digest_samples

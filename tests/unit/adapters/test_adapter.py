@@ -17,15 +17,15 @@ def test_delta_and_count():
     ("down", "up"),
     [((2, 3), (4, 1)), ((0, 3), (4, 0)), ((2,), (4, 2)), ((2, 3), (4, 2, 1))],
 )
-def test_refuses_matrices_that_are_no_pair(down, up):
+def test_refuses_matrices_that_do_not_form_a_pair(down, up):
     with pytest.raises(AdapterMismatchError, match="expected down"):
         LoraPair(torch.ones(down), torch.ones(up), 1.0)
 
 
-def test_refuses_types_scales_and_empty_adapters():
-    with pytest.raises(AdapterMismatchError, match="one floating point type"):
+def test_refuses_dtypes_scales_and_empty_adapters():
+    with pytest.raises(AdapterMismatchError, match="one floating-point dtype"):
         LoraPair(torch.ones(1, 2), torch.ones(2, 1).double(), 1.0)
-    with pytest.raises(AdapterMismatchError, match="one floating point type"):
+    with pytest.raises(AdapterMismatchError, match="one floating-point dtype"):
         LoraPair(torch.ones(1, 2).long(), torch.ones(2, 1).long(), 1.0)
     with pytest.raises(AdapterMismatchError, match="scale nan"):
         LoraPair(torch.ones(1, 2), torch.ones(2, 1), math.nan)
@@ -33,7 +33,7 @@ def test_refuses_types_scales_and_empty_adapters():
         Adapter(name="a", pairs={}, digest="d")
 
 
-def test_pairs_cannot_be_changed_afterwards():
+def test_pairs_are_immutable():
     pair = LoraPair(torch.ones(1, 2), torch.ones(2, 1), 1.0)
     source = {"x": pair}
     adapter = Adapter(name="a", pairs=source, digest="d")

@@ -1,4 +1,4 @@
-"""The fusion layers' file: exact, deterministic, and hostile files are refused."""
+"""The file of the attention mix: exact, deterministic, and hostile files are refused."""
 
 import json
 
@@ -9,11 +9,11 @@ import torch
 from loraseg.adapters import files_digest, load_adapter, to_peft_files
 from loraseg.adapters.adapter import LoraPair
 from loraseg.adapters.attention_mix import (
-    ATTENTION_MIX_FILE,
     MAX_ATTENTION_MIX_BYTES,
     decode_attention_mix,
     encode_attention_mix,
 )
+from loraseg.adapters.peft_io import ATTENTION_MIX_FILE
 from loraseg.errors import AdapterMismatchError, IntegrityError
 
 TENSORS = {
@@ -22,7 +22,7 @@ TENSORS = {
 }
 
 
-def test_comes_back_as_it_was_and_order_does_not_matter():
+def test_round_trip_is_exact_and_independent_of_order():
     data = encode_attention_mix(TENSORS, "pooled")
     assert data == encode_attention_mix(dict(reversed(TENSORS.items())), "pooled")
     state = decode_attention_mix(data)
@@ -68,12 +68,12 @@ def test_hostile_files_are_refused(data, reason):
         decode_attention_mix(data)
 
 
-def test_what_cannot_be_read_is_not_written():
+def test_invalid_tensors_are_not_encoded():
     with pytest.raises(AdapterMismatchError, match="unexpected tensor"):
         encode_attention_mix({"weight": torch.ones(1, 2)}, "token")
 
 
-def test_an_adapters_digest_covers_it():
+def test_the_digest_of_an_adapter_covers_it():
     pairs = {"up_blocks.1.attn2.to_q": LoraPair(torch.ones(1, 3), torch.ones(3, 1), 1.0)}
     plain = to_peft_files(pairs)
     fused = {**plain, ATTENTION_MIX_FILE: encode_attention_mix(TENSORS, "token")}

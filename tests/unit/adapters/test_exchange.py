@@ -1,4 +1,4 @@
-"""Files for other programs, against stock diffusers that loads and writes them."""
+"""Files in the formats of other programs, loaded and written by stock diffusers."""
 
 import copy
 import json
@@ -38,7 +38,7 @@ def random_pair(rank, d_in, d_out, scale, seed):
 
 
 def pairs_for(unet, rule="all"):
-    """Return pairs of mixed ranks and of scales that are not 1."""
+    """Return pairs of different ranks, with scales other than 1."""
     modules = dict(unet.named_modules())
     pairs = {}
     for index, name in enumerate(select_projections(unet, rule)):
@@ -49,7 +49,7 @@ def pairs_for(unet, rule="all"):
 
 
 def dense(unet, pairs):
-    """Return a copy of the UNet with every correction added to its weight in float64."""
+    """Return a float64 copy of the UNet with every update added to its weight."""
     changed = copy.deepcopy(unet).double()
     for name, pair in pairs.items():
         weight = changed.get_submodule(name).weight
@@ -72,16 +72,16 @@ def run(unet):
 
 @pytest.mark.parametrize("pipeline_of", [tiny_sd, tiny_sdxl])
 @pytest.mark.parametrize("form", FORMS)
-def test_stock_diffusers_computes_what_the_pairs_say(pipeline_of, form, tmp_path):
+def test_stock_diffusers_loads_the_pairs(pipeline_of, form, tmp_path):
     write, _ = FORMS[form]
     pipeline = pipeline_of()
     pairs = pairs_for(pipeline.unet)
     expected, before = run(dense(pipeline.unet, pairs)), run(dense(pipeline.unet, {}))
     (tmp_path / form).write_bytes(write(pairs))
     pipeline.load_lora_weights(str(tmp_path), weight_name=form, adapter_name="own")
-    # In float64, so that what differs is the rounding of scale * B to float32.
-    found = run(pipeline.unet.double())
-    assert (found - expected).abs().max() < 1e-6 * (expected - before).abs().max()
+    # In float64, so that only the rounding of scale * B to float32 differs.
+    actual = run(pipeline.unet.double())
+    assert (actual - expected).abs().max() < 1e-6 * (expected - before).abs().max()
     assert (expected - before).abs().max() > 0.1 * expected.abs().max()
     assert pipeline.get_list_adapters() == {"unet": ["own"]}
     loaded = [m for m in pipeline.unet.modules() if hasattr(m, "lora_A") and "own" in m.lora_A]
@@ -90,7 +90,7 @@ def test_stock_diffusers_computes_what_the_pairs_say(pipeline_of, form, tmp_path
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_subset_of_layers_reaches_these_alone(form, tmp_path):
+def test_a_subset_of_layers_changes_only_these(form, tmp_path):
     pipeline = tiny_sd()
     pairs = pairs_for(pipeline.unet, "cross")
     (tmp_path / form).write_bytes(FORMS[form][0](pairs))
@@ -100,21 +100,21 @@ def test_a_subset_of_layers_reaches_these_alone(form, tmp_path):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_round_trip_keeps_every_correction(form):
+def test_round_trip_keeps_every_update(form):
     write, read = FORMS[form]
     pairs = pairs_for(tiny_sdxl().unet)
     again = read(write(pairs))
     assert set(again) == set(pairs)
     for name, pair in pairs.items():
         expected = pair.scale * (pair.up.double() @ pair.down.double())
-        found = again[name].scale * (again[name].up.double() @ again[name].down.double())
-        assert (found - expected).abs().max() < 1e-6
+        actual = again[name].scale * (again[name].up.double() @ again[name].down.double())
+        assert (actual - expected).abs().max() < 1e-6
         assert (again[name].rank, again[name].scale) == (3, 1.0)
     assert write(dict(reversed(pairs.items()))) == write(pairs)
     assert write(again) == write(again)
 
 
-def test_wide_and_half_pairs_are_written_as_float32():
+def test_float64_and_half_pairs_are_written_as_float32():
     half = LoraPair(torch.ones(1, 4).bfloat16(), torch.ones(4, 1).bfloat16(), 1 / 3)
     wide = LoraPair(torch.ones(2, 4).double(), torch.ones(4, 2).double(), 1 / 3)
     for write, read in FORMS.values():
@@ -125,7 +125,7 @@ def test_wide_and_half_pairs_are_written_as_float32():
 
 
 @pytest.mark.parametrize("model", ["sd1.4", "sd2.1", "sdxl"])
-def test_kohya_names_of_the_public_unets_come_back(model):
+def test_kohya_names_of_the_public_unets_are_invertible(model):
     unet = full_unet(model)
     names = [p.name for p in attention_projections(unet)]
     names += [
@@ -215,15 +215,15 @@ def without(tensors, ends):
     return {key: value for key, value in tensors.items() if not key.endswith(ends)}
 
 
-@pytest.mark.parametrize("what", MALFORMED)
+@pytest.mark.parametrize("case", MALFORMED)
 @pytest.mark.parametrize(
     ("make", "read", "where"),
     [(diffusers_tensors, read_diffusers, DIFFUSERS_FILE), (kohya_tensors, read_kohya, KOHYA_FILE)],
     ids=["diffusers", "kohya"],
 )
-def test_strange_tensors_are_refused(make, read, where, what):
+def test_malformed_tensors_are_refused(make, read, where, case):
     with pytest.raises(IntegrityError, match=where):
-        read(safetensors.torch.save(MALFORMED[what](make())))
+        read(safetensors.torch.save(MALFORMED[case](make())))
 
 
 @pytest.mark.parametrize("read", [read_diffusers, read_kohya])
@@ -244,7 +244,7 @@ def test_bad_headers_are_refused(read, data):
         read(data)
 
 
-def test_cut_off_files_are_refused():
+def test_truncated_files_are_refused():
     for write, read in FORMS.values():
         data = write({MODULE: random_pair(2, 4, 4, 1.0, 0)})
         with pytest.raises(IntegrityError):
@@ -254,7 +254,7 @@ def test_cut_off_files_are_refused():
 @pytest.mark.parametrize(
     "name", ["mid_block_", "mid__block", "_mid_block", "mid_block_attn2__to_q"]
 )
-def test_no_two_kohya_names_mean_one_module(name):
+def test_ambiguous_kohya_names_are_refused(name):
     tensors = {key.replace(MODULE.replace(".", "_"), name): v for key, v in kohya_tensors().items()}
     with pytest.raises(IntegrityError, match=KOHYA_FILE):
         read_kohya(safetensors.torch.save(tensors))
@@ -273,13 +273,13 @@ def test_no_two_kohya_names_mean_one_module(name):
         json.dumps({"unet.r": 2, "unet.lora_alpha": 2, "unet.lora_bias": True}),
     ],
 )
-def test_strange_metadata_are_refused(metadata):
+def test_malformed_metadata_are_refused(metadata):
     data = safetensors.torch.save(diffusers_tensors(), {"lora_adapter_metadata": metadata})
     with pytest.raises(IntegrityError, match=DIFFUSERS_FILE):
         read_diffusers(data)
 
 
-def test_what_cannot_be_written():
+def test_pairs_without_a_form_are_refused():
     pair = random_pair(2, 4, 4, 1.0, 0)
     for write, _ in FORMS.values():
         with pytest.raises(AdapterMismatchError, match="at least one LoRA pair"):

@@ -83,8 +83,8 @@ def test_vit_l_has_214_targets_and_4444160_parameters_at_rank_8():
     assert sum(8 * sum(model.get_submodule(name).weight.shape) for name in names) == 4_444_160
 
 
-def test_depth_decides_how_many_targets_there_are():
-    # 5 a CLIP block, 2 x 6 Swin and 5 class attention layers an aggregator layer.
+def test_the_number_of_targets_follows_the_depth():
+    # 5 per CLIP block; 2 x 6 Swin and 5 class-attention layers per aggregator layer.
     assert len(target_modules(tiny())) == 5 * 4 + 17
     assert len(target_modules(tiny(vision_layers=3, text_layers=1, layers=2))) == 5 * 4 + 2 * 17
 
@@ -103,7 +103,7 @@ def test_stock_peft_gives_the_same_logits_as_the_bank(tmp_path, inputs):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_a_mix_acts_like_stock_peft_cat(tmp_path, inputs):
+def test_a_mix_equals_stock_peft_cat(tmp_path, inputs):
     model = tiny()
     adapters = [random_adapter(model, rank=2, seed=1), random_adapter(model, rank=3, seed=2)]
     with AdapterBank(model).use([fuse(adapters, [0.3, 0.7])]):

@@ -41,7 +41,7 @@ def test_blocks_hold_the_scaled_products_by_shape():
     assert packed.nbytes == 4 * (2 * 3 * (4 + 6) + 1 * (5 + 5))
 
 
-def test_layers_that_change_nothing_are_left_out():
+def test_layers_without_an_update_are_left_out():
     nothing = Adapter(
         name="n", pairs={"a": LoraPair(torch.ones(1, 2), torch.zeros(3, 1), 1.0)}, digest="0"
     )
@@ -56,13 +56,13 @@ def test_layers_that_change_nothing_are_left_out():
     ("flags", "reason"),
     [({"use_dora": True}, "DoRA"), ({"use_rslora": True}, "rsLoRA"), ({"bias": "all"}, "biases")],
 )
-def test_refuses_what_is_no_sum_of_products(flags, reason):
+def test_refuses_adapters_that_are_not_plain_lora(flags, reason):
     with pytest.raises(AdapterMismatchError, match=f"'x': cannot be fused.*{reason}"):
         pack(make(**flags))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_file_gives_back_the_same_bits_mapped_not_read(tmp_path, dtype):
+def test_a_file_is_memory_mapped_and_keeps_every_bit(tmp_path, dtype):
     packed, path = pack(make()).to("cpu", dtype), tmp_path / "deep" / "x.safetensors"
     write_packed(path, packed)
     again = read_packed(path)
@@ -72,9 +72,9 @@ def test_a_file_gives_back_the_same_bits_mapped_not_read(tmp_path, dtype):
         assert again.blocks[shape].layers == block.layers
         assert torch.equal(again.blocks[shape].down, block.down)
         assert torch.equal(again.blocks[shape].up, block.up)
-    with open("/proc/self/maps") as maps:  # noqa: PTH123 - not a file of ours
+    with open("/proc/self/maps") as maps:  # noqa: PTH123 - a file of the kernel
         assert str(path) in maps.read()
-    path.unlink()  # whoever makes room does not take it from those who use it
+    path.unlink()  # the mapping outlives the file
     assert torch.equal(again.blocks[5, 5].down, packed.blocks[5, 5].down)
     assert [p.name for p in path.parent.iterdir()] == []
 
@@ -87,7 +87,7 @@ def _with(path, tensors=None, **header):
     save_file(tensors or load_file(path), path, {**metadata, **header})
 
 
-def test_damage_is_found(tmp_path):
+def test_damaged_files_are_refused(tmp_path):
     path = tmp_path / "x.safetensors"
     write_packed(path, pack(make()))
     whole = path.read_bytes()
@@ -105,7 +105,7 @@ def test_damage_is_found(tmp_path):
     path.write_bytes(whole)
     row = load_file(path)["row"]
     _with(path, {"row": row.view(torch.int32)})
-    with pytest.raises(IntegrityError, match="expected a floating point type"):
+    with pytest.raises(IntegrityError, match="expected a floating-point dtype"):
         read_packed(path)
     path.write_bytes(whole)
     for blocks in (
@@ -126,7 +126,7 @@ def test_damage_is_found(tmp_path):
         read_packed(tmp_path / "nowhere")
 
 
-def test_names_and_bases_can_be_put_on_anew():
+def test_name_and_base_can_be_replaced():
     packed = dataclasses.replace(pack(make()), name="y")
     assert packed.name == "y"
     assert list(packed.blocks) == [(5, 5), (6, 4)]

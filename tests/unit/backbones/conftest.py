@@ -1,4 +1,4 @@
-"""Pipelines that are saved once for all tests of the package."""
+"""Pipelines saved once per module."""
 
 import logging
 import shutil
@@ -20,5 +20,5 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def folder(saved, tmp_path):
-    """A pipeline that a test may damage."""
+    """A copy of a pipeline that a test can modify."""
     return shutil.copytree(saved["sd"], tmp_path / "pipeline")

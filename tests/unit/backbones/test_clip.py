@@ -1,4 +1,4 @@
-"""The index encoder: preprocessing, embeddings, and where it is loaded from."""
+"""The index encoder: preprocessing, embeddings and sources of weights."""
 
 import hashlib
 import json
@@ -50,7 +50,7 @@ def picture(height, width, seed=0):
 @pytest.mark.parametrize(
     ("height", "width", "top", "left"), [(8, 8, 0, 0), (8, 13, 0, 2), (11, 8, 1, 0)]
 )
-def test_centre_crop_is_exact_where_nothing_is_resized(height, width, top, left):
+def test_the_centre_crop_is_exact_without_resizing(height, width, top, left):
     image = picture(height, width)
     got = Preprocessing(8, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))(image)
     assert got.dtype == np.float32
@@ -61,7 +61,7 @@ def test_centre_crop_is_exact_where_nothing_is_resized(height, width, top, left)
 
 @pytest.mark.parametrize(("height", "width"), [(40, 73), (73, 40), (16, 16), (5, 9)])
 def test_shortest_edge_is_bicubic_with_smoothing(height, width):
-    # The kernel written out: a = -0.5, as wide as the step, rows and columns on their own.
+    # Separable cubic kernel with a = -0.5, as wide as the step.
     image = picture(height, width)
     size = 8
     long = int(size * max(height, width) / min(height, width))
@@ -109,13 +109,13 @@ def test_embeddings_are_projected_and_not_normalised(model):
 @pytest.mark.parametrize(
     "image", [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3)), np.zeros((8, 0, 3), np.uint8)]
 )
-def test_images_are_checked(model, image):
+def test_invalid_images_are_refused(model, image):
     encoder = ClipEncoder(model, WORDS, Preprocessing(8), name="x", digest="0" * 64)
     with pytest.raises(DatasetError, match="image 1"):
         encoder.encode_images([picture(8, 8), image])
 
 
-def test_own_file(file, model):
+def test_a_file_with_its_config(file, model):
     encoder = load_clip(str(file))
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     assert encoder.digest == digest
@@ -128,7 +128,7 @@ def test_own_file(file, model):
         torch.testing.assert_close(encoder.model.state_dict()[key], value, rtol=1e-3, atol=1e-4)
 
 
-def test_own_file_is_checked(tmp_path, file):
+def test_invalid_files_are_refused(tmp_path, file):
     path = tmp_path / "bad.safetensors"
     safetensors.torch.save_file(
         {"a": torch.zeros(1)}, path, metadata={"config": json.dumps(CONFIG)}
@@ -137,16 +137,16 @@ def test_own_file_is_checked(tmp_path, file):
         load_clip(str(path))
     odd = {**CONFIG, "vision_cfg": {**CONFIG["vision_cfg"], "wings": 2}}
     safetensors.torch.save_file({"a": torch.zeros(1)}, path, metadata={"config": json.dumps(odd)})
-    with pytest.raises(IntegrityError, match=r"config makes no CLIP.*wings"):
+    with pytest.raises(IntegrityError, match=r"invalid CLIP config.*wings"):
         load_clip(str(path))
     safetensors.torch.save_file({"a": torch.zeros(1)}, path)
-    with pytest.raises(IntegrityError, match="no CLIP config"):
+    with pytest.raises(IntegrityError, match="contains no CLIP config"):
         load_clip(str(path))
     with pytest.raises(ConfigError, match="cannot read"):
         load_clip(str(tmp_path / "none.safetensors"))
 
 
-def test_pairs_are_checked_without_the_network():
+def test_open_clip_pairs_are_checked_without_the_network():
     with pytest.raises(ConfigError, match=r"near: .*ViT-L-14/openai"):
         load_clip("ViT-L-14/openia")
     with pytest.raises(ConfigError, match=r"no model 'ViT-L-15'; near: .*ViT-L-14"):
@@ -158,7 +158,7 @@ def test_weights_of_a_named_model_must_fit(file):
         load_clip(f"RN50={file}")
 
 
-def test_byte_pairs_are_those_of_clip():
+def test_byte_pairs_equal_those_of_clip():
     # Ids as in OpenAI's release: "a photo of a cat".
     tokenizer = BpeTokenizer()
     ids = tokenizer(["a photo of a cat", ""])

@@ -1,4 +1,4 @@
-"""The text-to-image model, against what the stock pipelines and schedulers compute."""
+"""The text-to-image model against the stock pipelines and schedulers."""
 
 import logging
 import types
@@ -35,7 +35,7 @@ def images():
     return torch.randint(0, 256, (3, 24, 40, 3), generator=torch_generator(0), dtype=torch.uint8)
 
 
-def test_what_it_is(base, pipeline):
+def test_properties(base, pipeline):
     assert (base.kind == "sdxl") == hasattr(pipeline, "tokenizer_2")
     assert len(base.tokenizers) == len(base.text_encoders) == (2 if base.kind == "sdxl" else 1)
     assert (base.latent_channels, base.latent_factor, base.image_size) == (4, 2, 32)
@@ -46,7 +46,7 @@ def test_what_it_is(base, pipeline):
     assert not any(part.training for part in (base.unet, base.vae, *base.text_encoders))
 
 
-def test_text_is_encoded_as_by_the_stock_pipeline(base, pipeline):
+def test_text_encodings_equal_those_of_the_stock_pipeline(base, pipeline):
     outputs = pipeline.encode_prompt(
         PROMPTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
     )
@@ -62,7 +62,7 @@ def test_text_is_encoded_as_by_the_stock_pipeline(base, pipeline):
         assert torch.equal(empty.pooled, outputs[3][:1])
 
 
-def test_sdxl_that_encodes_the_empty_prompt():
+def test_sdxl_can_encode_the_empty_prompt():
     pipeline = tiny_sdxl()
     pipeline.register_to_config(force_zeros_for_empty_prompt=False)
     base = DiffusionBase.from_pipeline(pipeline, name="tiny", digest="ab" * 32)
@@ -72,7 +72,7 @@ def test_sdxl_that_encodes_the_empty_prompt():
     assert empty.abs().max() > 0
 
 
-def test_rows_of_an_encoding(base):
+def test_select_rows_of_an_encoding(base):
     text = base.encode_text(PROMPTS)
     chosen = text.rows([1, 0, 1])
     assert torch.equal(chosen.hidden, text.hidden[[1, 0, 1]])
@@ -87,12 +87,12 @@ def test_encoded_prompts_are_counted():
     base.encode_text(["road", "car"])
     base.encode_unconditional()
     assert base.encoded_prompts == 3
-    with pytest.raises(DatasetError, match="got no prompt"):
+    with pytest.raises(DatasetError, match="got no prompts"):
         base.encode_text([])
     assert base.encoded_prompts == 3
 
 
-def test_images_are_encoded_as_by_the_stock_vae(base, pipeline, images):
+def test_latents_equal_those_of_the_stock_vae(base, pipeline, images):
     pictures = [Image.fromarray(image.numpy()) for image in images]
     pixels = VaeImageProcessor(vae_scale_factor=2).preprocess(pictures)
     scale = pipeline.vae.config.scaling_factor
@@ -104,17 +104,17 @@ def test_images_are_encoded_as_by_the_stock_vae(base, pipeline, images):
     assert base.encode_images(images).shape == (3, 4, 12, 20)
 
 
-def test_latents_are_decoded_as_by_the_stock_pipeline(base, pipeline):
+def test_decoded_images_equal_those_of_the_stock_pipeline(base, pipeline):
     latents = torch.randn(3, 4, 12, 20, generator=torch_generator(2))
     with torch.no_grad():
         pixels = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
     pictures = pipeline.image_processor.postprocess(pixels, output_type="pil")
     expected = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
-    found = base.decode_latents(latents, slice_size=3)
-    assert found.shape == (3, 24, 40, 3)
-    assert torch.equal(found, expected)
+    images = base.decode_latents(latents, slice_size=3)
+    assert images.shape == (3, 24, 40, 3)
+    assert torch.equal(images, expected)
     sliced = base.decode_latents(latents, slice_size=2)
-    # Convolutions may add up in another order at another batch size.
+    # The order of summation in convolutions can depend on the batch size.
     assert (sliced.int() - expected.int()).abs().max() <= 1
     assert base.decode_latents(latents[:0]).shape == (0, 24, 40, 3)
     with pytest.raises(ConfigError, match="slice_size 0, expected at least 1"):
@@ -122,7 +122,7 @@ def test_latents_are_decoded_as_by_the_stock_pipeline(base, pipeline):
 
 
 @pytest.mark.parametrize("size", [(23, 40), (24, 1), (0, 8)])
-def test_sizes_of_images_are_checked(base, size):
+def test_images_of_unsupported_sizes_are_refused(base, size):
     with pytest.raises(DatasetError, match=f"images of {size[0]} x {size[1]}, expected sides"):
         base.encode_images(torch.zeros(1, *size, 3, dtype=torch.uint8))
 
@@ -136,14 +136,14 @@ def test_latents_of_a_vae_with_statistics():
     before = plain.decode_latents(plain.encode_images(images))
     pipeline.vae.register_to_config(latents_mean=mean, latents_std=deviation)
     latents = plain.encode_images(images)
-    # As the stock SDXL pipeline takes them back before it decodes.
+    # As in the stock SDXL pipeline before decoding.
     shift, spread = (torch.tensor(value).view(1, 4, 1, 1) for value in (mean, deviation))
     back = latents * spread / pipeline.vae.config.scaling_factor + shift
     torch.testing.assert_close(back, raw, rtol=1e-5, atol=1e-6)
     assert (plain.decode_latents(latents).int() - before.int()).abs().max() <= 1
 
 
-def test_size_conditions_are_those_of_the_stock_pipeline():
+def test_size_conditions_equal_those_of_the_stock_pipeline():
     pipeline = tiny_sdxl()
     base = DiffusionBase.from_pipeline(pipeline, name="tiny", digest="ab" * 32)
     text = base.encode_text(["road", "car"])
@@ -157,14 +157,14 @@ def test_size_conditions_are_those_of_the_stock_pipeline():
         base.unet(torch.zeros(2, 4, 16, 16), 1, text.hidden, added_cond_kwargs=added)
 
 
-def test_a_plain_model_has_no_size_conditions():
+def test_sd_has_no_size_conditions():
     base = DiffusionBase.from_pipeline(tiny_sd(), name="tiny", digest="ab" * 32)
     assert base.added_conditions(base.encode_text(["road"]), (32, 32)) is None
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("pipeline_of", [tiny_sd, tiny_sdxl])
-def test_noise_and_targets_are_those_of_the_training_scheduler(pipeline_of, prediction):
+def test_noise_and_targets_equal_those_of_the_training_scheduler(pipeline_of, prediction):
     base = DiffusionBase.from_pipeline(pipeline_of(prediction), name="tiny", digest="ab" * 32)
     trainer = DDPMScheduler(
         **{name: value for name, value in SCHEDULE.items() if name != "steps_offset"}
@@ -183,7 +183,7 @@ def test_noise_and_targets_are_those_of_the_training_scheduler(pipeline_of, pred
     assert torch.equal(base.target(latents, noise, steps), expected[prediction])
 
 
-def test_schedule_of_methods_0_2():
+def test_the_schedule_of_stable_diffusion():
     base = DiffusionBase.from_pipeline(tiny_sd(), name="tiny", digest="ab" * 32)
     signal = base.alphas_cumprod.sqrt()[[1, 81, 201, 481]]
     assert signal.tolist() == pytest.approx([0.9991, 0.9577, 0.8673, 0.5498], abs=6e-5)
@@ -218,17 +218,17 @@ def test_other_pipelines_are_refused():
     ("changes", "message"),
     [
         ({"in_channels": 9}, r"gives \(9, 4\) channels, the latents of the VAE have 4"),
-        ({"sample_size": [8, 16]}, "expected one whole number"),
+        ({"sample_size": [8, 16]}, "expected one integer"),
     ],
 )
-def test_parts_that_do_not_fit(changes, message):
+def test_parts_that_do_not_fit_are_refused(changes, message):
     pipeline = tiny_sd()
     pipeline.unet.register_to_config(**changes)
     with pytest.raises(IntegrityError, match=message):
         DiffusionBase.from_pipeline(pipeline, name="x", digest="ab" * 32)
 
 
-def test_encodings_are_values():
+def test_encodings_are_immutable():
     text = TextEncoding(torch.zeros(2, 3, 4))
     assert text.pooled is None
     assert text.select([]).hidden.shape == (0, 3, 4)

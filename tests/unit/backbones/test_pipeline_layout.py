@@ -1,4 +1,4 @@
-"""What a pipeline folder may hold, and what of it counts."""
+"""The files of pipeline folders: digests, checks and refused folders."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ def edit(path, **changes):
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
-def test_digest_is_over_the_used_files(saved, kind):
+def test_the_digest_covers_the_used_files(saved, kind):
     folder = saved[kind]
     digests = {
         name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
@@ -34,7 +34,7 @@ def test_digest_is_over_the_used_files(saved, kind):
     assert load_diffusion(str(folder)).digest == pipeline_digest(folder)
 
 
-def test_digest_sees_what_matters_alone(folder):
+def test_the_digest_ignores_other_files(folder):
     before = pipeline_digest(folder)
     (folder / "README.md").write_text("words")
     (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"")
@@ -49,13 +49,13 @@ def test_sharded_weights(folder):
     tensors = safetensors.torch.load_file(whole)
     whole.unlink()
     names = sorted(tensors)
-    places = {}
+    weight_map = {}
     for number, part in enumerate((names[::2], names[1::2]), 1):
         shard = f"diffusion_pytorch_model-0000{number}-of-00002.safetensors"
         safetensors.torch.save_file({n: tensors[n] for n in part}, folder / "unet" / shard)
-        places |= dict.fromkeys(part, shard)
+        weight_map |= dict.fromkeys(part, shard)
     index = whole.with_name(f"{whole.name}.index.json")
-    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
     base = load_diffusion(str(folder))
     assert all(torch.equal(value, tensors[key]) for key, value in base.unet.state_dict().items())
     shutil.move(folder / "unet" / shard, folder / "vae" / shard)
@@ -67,18 +67,18 @@ def test_sharded_weights(folder):
             load_diffusion(str(folder))
 
 
-def test_tokenizer_of_the_older_form(folder):
-    """Vocabulary and merges in files of their own, as the public folders have them."""
-    place = folder / "tokenizer"
-    model = json.loads((place / "tokenizer.json").read_text())["model"]
-    (place / "vocab.json").write_text(json.dumps(model["vocab"]))
+def test_tokenizer_in_the_older_format(folder):
+    """Vocabulary and merges are separate files, as in the public folders."""
+    tokenizer = folder / "tokenizer"
+    model = json.loads((tokenizer / "tokenizer.json").read_text())["model"]
+    (tokenizer / "vocab.json").write_text(json.dumps(model["vocab"]))
     merges = [" ".join(merge) for merge in model["merges"]]
-    (place / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
-    (place / "tokenizer.json").unlink()
+    (tokenizer / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    (tokenizer / "tokenizer.json").unlink()
     base = load_diffusion(str(folder))
     text = "sidewalk, car and a building in heavy fog"
     assert base.tokenizers[0](text).input_ids == tiny_tokenizer()(text).input_ids
-    (place / "merges.txt").unlink()
+    (tokenizer / "merges.txt").unlink()
     with pytest.raises(IntegrityError, match=r"tokenizer: merges\.txt is missing"):
         load_diffusion(str(folder))
 
@@ -136,7 +136,7 @@ def test_other_classes_are_refused(folder, changes, message):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000])
-def test_an_index_that_is_no_object(folder, text):
+def test_an_index_that_is_not_an_object(folder, text):
     (folder / "model_index.json").write_text(text)
     with pytest.raises(
         IntegrityError, match=r"model_index\.json: (not valid JSON|got list, expected a JSON)"
@@ -144,7 +144,7 @@ def test_an_index_that_is_no_object(folder, text):
         load_diffusion(str(folder))
 
 
-def test_an_index_of_any_size(folder):
+def test_the_size_of_the_index_is_limited(folder):
     with (folder / "model_index.json").open("wb") as file:
         file.truncate(2**25)
     with pytest.raises(IntegrityError, match="larger than"):
@@ -152,13 +152,13 @@ def test_an_index_of_any_size(folder):
 
 
 def test_an_adapter_in_a_part_is_refused(folder):
-    """transformers would load it, and the base that it names, without being asked."""
+    """transformers would load it implicitly, and also the base that it names."""
     (folder / "text_encoder" / "adapter_config.json").write_text("{}")
     with pytest.raises(IntegrityError, match=r"text_encoder: holds adapter_config\.json"):
         load_diffusion(str(folder))
 
 
-def test_weights_that_do_not_fit_their_config(folder):
+def test_weights_that_do_not_fit_their_config_are_refused(folder):
     for part, file in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
         path = folder / part / f"{file}.safetensors"
         whole = path.read_bytes()
@@ -178,7 +178,7 @@ def test_weights_that_do_not_fit_their_config(folder):
 
 
 def test_weight_names_of_the_public_folders(folder, caplog):
-    """Old names in the VAE's attention, prefixes and position ids in the text encoder."""
+    """Old names in the VAE's attention; prefixes and position ids in the text encoder."""
     before = load_diffusion(str(folder))
     vae = folder / "vae" / "diffusion_pytorch_model.safetensors"
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -216,7 +216,7 @@ def test_weight_names_of_the_public_folders(folder, caplog):
         ("unet/config.json", {"quantization_config": {"quant_method": "bitsandbytes"}}, "unet: "),
     ],
 )
-def test_configs_of_strangers(folder, file, changes, reason):
+def test_untrusted_configs_are_checked(folder, file, changes, reason):
     values = json.loads((folder / file).read_text())
     values = {key: value for key, value in {**values, **changes}.items() if value is not None}
     (folder / file).write_text(json.dumps(values))
@@ -224,13 +224,13 @@ def test_configs_of_strangers(folder, file, changes, reason):
         load_diffusion(str(folder))
 
 
-@pytest.mark.parametrize("wanted", [64, [32, 64]])
-def test_text_of_another_width_than_the_unet_reads(wanted):
+@pytest.mark.parametrize("width", [64, [32, 64]])
+def test_the_text_width_must_be_that_of_the_unet(width):
     text = SimpleNamespace(hidden_size=32, max_position_embeddings=77)
     parts = {
         "tokenizer": SimpleNamespace(model_max_length=77),
         "text_encoder": SimpleNamespace(config=text),
-        "unet": SimpleNamespace(config=SimpleNamespace(cross_attention_dim=wanted)),
+        "unet": SimpleNamespace(config=SimpleNamespace(cross_attention_dim=width)),
         "vae": SimpleNamespace(config=SimpleNamespace(scaling_factor=1.0)),
     }
     with pytest.raises(IntegrityError, match=r"here/unet: cross_attention_dim .* expected 32"):
@@ -239,7 +239,7 @@ def test_text_of_another_width_than_the_unet_reads(wanted):
     check_parts_fit(parts, "here")
 
 
-def test_old_configs_get_the_offset_of_the_stock_pipeline(folder):
+def test_old_configs_get_the_steps_offset_of_the_stock_pipeline(folder):
     path = folder / "scheduler" / "scheduler_config.json"
     values = json.loads(path.read_text())
     del values["steps_offset"]

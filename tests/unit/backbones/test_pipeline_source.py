@@ -1,4 +1,4 @@
-"""Pipeline folders: what is loaded, from where, and what is refused."""
+"""Pipeline folders: sources, loading, the cache and refused folders."""
 
 import json
 
@@ -18,7 +18,7 @@ from tests.unit.tiny_diffusion import PIPELINE_FILES, tiny_sd, tiny_sdxl, tiny_t
 
 @pytest.fixture
 def bucket(saved, tmp_path, monkeypatch):
-    """An S3 bucket "b" with a pipeline below "base"; counts the reads."""
+    """A fake S3 bucket "b" with a pipeline below "base"; it counts the reads."""
     monkeypatch.setenv("LORASEG_CACHE", str(tmp_path / "cache"))
     store = LocalStore(tmp_path / "bucket")
     for path in saved["sd"].rglob("*"):
@@ -47,7 +47,7 @@ def bucket(saved, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 @pytest.mark.parametrize("scheme", ["", "file://"])
-def test_loaded_is_what_was_saved(saved, kind, scheme, caplog, capfd):
+def test_loads_a_saved_pipeline(saved, kind, scheme, caplog, capfd):
     base = load_diffusion(f"{scheme}{saved[kind]}")
     pipeline = tiny_sd("v_prediction") if kind == "sd" else tiny_sdxl()
     assert (base.name, base.kind) == (f"{scheme}{saved[kind]}", kind)
@@ -81,26 +81,26 @@ def test_pinned_digest_is_checked(saved):
     ("kind", "dtype", "vae"),
     [("sd", torch.float16, torch.float16), ("sdxl", torch.bfloat16, torch.float32)],
 )
-def test_number_types(saved, kind, dtype, vae, caplog):
+def test_dtypes(saved, kind, dtype, vae, caplog):
     base = load_diffusion(str(saved[kind]), dtype=dtype)
     assert (base.dtype, base.vae.dtype) == (dtype, vae)
     assert {encoder.dtype for encoder in base.text_encoders} == {dtype}
-    if kind == "sdxl":  # not rounded on the way
+    if kind == "sdxl":  # not rounded
         expected = tiny_sdxl().vae.state_dict()
         assert all(torch.equal(v, expected[k]) for k, v in base.vae.state_dict().items())
     assert not caplog.records
 
 
 @pytest.mark.parametrize("spec", ["nowhere", "file:///nowhere", "s3:/b/x", "gs://b/x"])
-def test_absent_folder_is_named(spec, tmp_path, monkeypatch):
+def test_a_missing_folder_is_named(spec, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        ConfigError, match=r"no folder .*; expected 'miniature', a diffusers folder"
+        ConfigError, match=r"folder .* does not exist; expected 'miniature', a diffusers folder"
     ):
         resolve_pipeline(spec)
 
 
-def test_a_store_is_mirrored_by_digest(bucket, saved):
+def test_a_store_is_copied_to_the_cache_by_digest(bucket, saved):
     _, reads = bucket
     base = load_diffusion("s3://b/base")
     digest = pipeline_digest(saved["sd"])
@@ -111,14 +111,14 @@ def test_a_store_is_mirrored_by_digest(bucket, saved):
     assert set(reads) == PIPELINE_FILES["sd"]
     assert [path.name for path in copy.parent.iterdir()] == [digest]
     count = len(reads)
-    # It may have changed since, so only a pinned one is not read again.
+    # The store may have changed, so only a pinned pipeline is not read again.
     assert load_diffusion(f"s3://b/base#sha256={digest}").digest == digest
     assert len(reads) == count
     load_diffusion("s3://b/base")
     assert len(reads) == 2 * count
 
 
-def test_a_damaged_copy_is_not_trusted(bucket, saved):
+def test_a_damaged_copy_is_replaced(bucket, saved):
     _, reads = bucket
     spec = f"s3://b/base#sha256={pipeline_digest(saved['sd'])}"
     copy = resolve_pipeline(spec).folder
@@ -149,7 +149,7 @@ def test_a_store_without_a_pipeline(bucket):
     assert not list(cache_dir("pipelines").iterdir())
 
 
-def test_a_store_that_fails_leaves_nothing(bucket, monkeypatch):
+def test_a_failing_store_leaves_no_partial_copy(bucket, monkeypatch):
     store, _ = bucket
     store.delete("base/vae/config.json")
     listed = [*store.with_prefix("base").list(), "vae/config.json"]
@@ -163,45 +163,45 @@ def test_a_store_that_fails_leaves_nothing(bucket, monkeypatch):
     assert not list(cache_dir("pipelines").iterdir())
 
 
-def test_the_hub_is_asked_for_the_used_files_alone(saved, monkeypatch):
+def test_only_the_used_files_are_requested_from_the_hub(saved, monkeypatch):
     import fnmatch
 
     import huggingface_hub
 
-    asked = {}
+    request = {}
 
     def snapshot_download(repo, **settings):
-        asked.update(settings, repo=repo)
+        request.update(settings, repo=repo)
         return str(saved["sdxl"])
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     base = load_diffusion("hf:org/name@v1")
-    assert (asked["repo"], asked["revision"]) == ("org/name", "v1")
+    assert (request["repo"], request["revision"]) == ("org/name", "v1")
     assert base.digest == pipeline_digest(saved["sdxl"])
     load_diffusion("hf:org/name")
-    assert asked["revision"] is None
-    patterns = asked["allow_patterns"]
+    assert request["revision"] is None
+    patterns = request["allow_patterns"]
     others = ["unet/diffusion_pytorch_model.bin", "unet/model.onnx", "sd_xl_base_1.0.safetensors"]
     others += ["unet/diffusion_pytorch_model.fp16.safetensors", "safety_checker/model.safetensors"]
     for name in (*PIPELINE_FILES["sdxl"], "tokenizer/merges.txt", *others):
-        wanted = any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
-        assert wanted == (name not in others), name
+        matches = any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+        assert matches == (name not in others), name
 
     def unknown(repo, **settings):
         raise OSError("no such repository")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unknown)
-    with pytest.raises(ConfigError, match="the hub does not give it: no such repository"):
+    with pytest.raises(ConfigError, match="download from the hub failed: no such repository"):
         load_diffusion("hf:org/name")
 
 
 @pytest.mark.parametrize("spec", ["hf:org", "hf:org/name@", "hf:org/name:file", "hf:a/b/c"])
-def test_hub_spec_is_checked_before_anything_is_asked(spec):
+def test_malformed_hub_specs_are_refused_before_any_request(spec):
     with pytest.raises(ConfigError, match="expected hf:org/name or hf:org/name@revision"):
         resolve_pipeline(spec)
 
 
-def test_spec_of_a_folder_becomes_absolute(saved, monkeypatch, tmp_path):
+def test_the_spec_of_a_folder_becomes_absolute(saved, monkeypatch, tmp_path):
     monkeypatch.chdir(saved["sd"].parent)
     name = saved["sd"].name
     assert absolute_spec(name) == str(saved["sd"].resolve())

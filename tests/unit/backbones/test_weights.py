@@ -1,11 +1,12 @@
-"""Finding and fetching weight files."""
+"""Sources of weight files."""
 
 import hashlib
 
 import pytest
 
 from loraseg.backbones import weights
-from loraseg.backbones.weights import resolve_weights, weights_cache_dir
+from loraseg.backbones.weights import resolve_weights
+from loraseg.cache_dir import cache_dir
 from loraseg.errors import ConfigError, IntegrityError, StoreError
 from loraseg.storage import LocalStore
 
@@ -22,7 +23,7 @@ def file(tmp_path):
 
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
-    """An S3 bucket "b" with a network in a folder; counts the reads."""
+    """A fake S3 bucket "b" in a folder; it counts the reads."""
     monkeypatch.setenv("LORASEG_CACHE", str(tmp_path / "cache"))
     store = LocalStore(tmp_path / "bucket")
     store.put("models/m.pth", DATA)
@@ -46,8 +47,8 @@ def bucket(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_local_file(file, scheme):
-    found = resolve_weights(f"{scheme}{file}")
-    assert (found.name, found.path, found.digest) == (f"{scheme}{file}", file, DIGEST)
+    source = resolve_weights(f"{scheme}{file}")
+    assert (source.name, source.path, source.digest) == (f"{scheme}{file}", file, DIGEST)
 
 
 def test_pinned_digest_is_checked(file):
@@ -57,44 +58,44 @@ def test_pinned_digest_is_checked(file):
 
 
 @pytest.mark.parametrize("spec", ["nowhere.pth", "file:///nowhere.pth", "", "."])
-def test_absent_file_is_named(spec, tmp_path, monkeypatch):
+def test_a_missing_file_is_named(spec, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="cannot read"):
         resolve_weights(spec)
 
 
-def test_miniature_lies_in_the_package():
+def test_miniature_is_part_of_the_package():
     try:
-        found = resolve_weights("miniature", miniature="clip")
+        source = resolve_weights("miniature", miniature="clip")
     except ConfigError as error:
         assert "miniature/weights/clip.safetensors" in str(error)  # noqa: PT017 (not shipped yet)
     else:
-        assert found.path.parts[-4:] == ("loraseg", "miniature", "weights", "clip.safetensors")
+        assert source.path.parts[-4:] == ("loraseg", "miniature", "weights", "clip.safetensors")
 
 
-def test_object_is_kept_by_digest(bucket):
-    found = resolve_weights("s3://b/models/m.pth")
-    assert found.path.read_bytes() == DATA
-    assert found.path == weights_cache_dir() / DIGEST / "m.pth"
-    assert (found.name, found.digest) == ("s3://b/models/m.pth", DIGEST)
-    assert [path.name for path in found.path.parent.iterdir()] == ["m.pth"]
+def test_objects_are_cached_by_digest(bucket):
+    source = resolve_weights("s3://b/models/m.pth")
+    assert source.path.read_bytes() == DATA
+    assert source.path == cache_dir("weights") / DIGEST / "m.pth"
+    assert (source.name, source.digest) == ("s3://b/models/m.pth", DIGEST)
+    assert [path.name for path in source.path.parent.iterdir()] == ["m.pth"]
     resolve_weights("s3://b/models/m.pth")
     assert bucket == ["m.pth", "m.pth"]
-    # The object may have changed since, so only a pinned one is not read again.
-    assert resolve_weights(f"s3://b/models/m.pth#sha256={DIGEST}").path == found.path
+    # The object may have changed, so only a pinned one is not read again.
+    assert resolve_weights(f"s3://b/models/m.pth#sha256={DIGEST}").path == source.path
     assert len(bucket) == 2
 
 
-def test_a_damaged_cache_is_not_trusted(bucket):
+def test_a_damaged_cache_entry_is_downloaded_again(bucket):
     spec = f"s3://b/models/m.pth#sha256={DIGEST}"
     path = resolve_weights(spec).path
     path.write_bytes(b"damaged")
-    found = resolve_weights(spec)
-    assert found.path.read_bytes() == DATA
+    source = resolve_weights(spec)
+    assert source.path.read_bytes() == DATA
     assert len(bucket) == 2
 
 
-def test_absent_object(bucket):
+def test_a_missing_object(bucket):
     with pytest.raises(StoreError):
         resolve_weights("s3://b/models/none.pth")
 
@@ -106,6 +107,6 @@ def test_bucket_without_key(bucket, spec):
 
 
 @pytest.mark.parametrize("spec", ["hf:org", "hf:org/name", "hf:org/name:"])
-def test_hub_spec_is_checked_before_anything_is_asked(spec):
+def test_malformed_hub_specs_are_refused_before_any_request(spec):
     with pytest.raises(ConfigError, match="expected hf:org/name:file"):
         resolve_weights(spec)

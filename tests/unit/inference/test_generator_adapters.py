@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from loraseg.adapters.attention_mix import ATTENTION_MIX_FILE, encode_attention_mix
-from loraseg.adapters.peft_io import files_digest, to_peft_files
+from loraseg.adapters.attention_mix import encode_attention_mix
+from loraseg.adapters.peft_io import ATTENTION_MIX_FILE, files_digest, to_peft_files
 from loraseg.errors import AdapterMismatchError, AdapterNotFoundError, ConfigError, IntegrityError
 from loraseg.inference.generator_adapters import ACTIVE_ADAPTERS_KEY, load_generator_adapter
 from loraseg.library import AdapterCard, BaseModelInfo, Library

@@ -6,7 +6,7 @@ from loraseg.errors import AdapterMismatchError, ConfigError
 
 
 def nested(names):
-    """A module tree with a Linear at every dotted name."""
+    """Return a module tree with a linear layer at every dotted name."""
     root = nn.Module()
     for name in names:
         *path, last = name.split(".")
@@ -19,31 +19,33 @@ def nested(names):
     return root
 
 
-def test_targets_follow_the_list_of_methods_b1():
+def test_targets_are_those_of_semla():
     head = "sem_seg_head.predictor."
     block = ("mlp.c_fc", "mlp.c_proj", "attn.q_proj", "attn.k_proj", "attn.v_proj")
-    wanted = [
+    expected = [
         f"{head}clip_model.{tower}transformer.resblocks.{i}.{layer}"
         for tower in ("visual.", "")
         for i in (0, 11)
         for layer in block
     ]
     swin = ("attn.q", "attn.k", "attn.v", "attn.proj", "mlp.fc1", "mlp.fc2")
-    wanted += [f"{head}transformer.layers.1.swin_block.block_{b}.{x}" for b in (1, 2) for x in swin]
+    expected += [
+        f"{head}transformer.layers.1.swin_block.block_{b}.{x}" for b in (1, 2) for x in swin
+    ]
     attention = ("attention.q", "attention.k", "attention.v", "MLP.0", "MLP.2")
-    wanted += [f"{head}transformer.layers.1.attention.{x}" for x in attention]
+    expected += [f"{head}transformer.layers.1.attention.{x}" for x in attention]
     others = [
         f"{head}clip_model.transformer.resblocks.0.attn.out_proj",
         f"{head}transformer.text_guidance_projection.0",
         f"{head}transformer.layers.1.attention.MLP.1",
         "other.transformer.resblocks.0.mlp.c_fc",
     ]
-    assert set(target_modules(nested([*wanted, *others]))) == set(wanted)
+    assert set(target_modules(nested([*expected, *others]))) == set(expected)
 
 
-def test_targets_refuse_an_unknown_rule_and_another_model():
+def test_refuses_an_unknown_rule_and_another_model():
     model = nn.Sequential(nn.Linear(4, 6))
     with pytest.raises(ConfigError, match=r"unknown rule 'all' \(known: .*semla"):
         target_modules(model, "all")
-    with pytest.raises(AdapterMismatchError, match="names no linear layer of Sequential"):
+    with pytest.raises(AdapterMismatchError, match="matches no linear layer of Sequential"):
         target_modules(model)

@@ -19,8 +19,10 @@ def unet():
 
 @pytest.fixture
 def report(unet):
-    found = attention_projections(unet)
-    scores = [LayerScore.from_projection(p, float(index % 7)) for index, p in enumerate(found)]
+    projections = attention_projections(unet)
+    scores = [
+        LayerScore.from_projection(p, float(index % 7)) for index, p in enumerate(projections)
+    ]
     other = LayerScore(name="time_embedding.linear_1", score=100.0, numel=256)
     return LayerReport(
         method="gradient",
@@ -40,17 +42,17 @@ def report(unet):
         *((20, share, k) for share, k in ((1, 1), (100, 20))),
     ],
 )
-def test_shares_of_methods_0_1(layers, share, k):
+def test_counts_of_shares(layers, share, k):
     assert share_to_count(share / 100, layers) == k
 
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.01, float("nan")])
-def test_share_is_checked(share):
+def test_shares_out_of_range_are_refused(share):
     with pytest.raises(ConfigError, match=r"expected a number in \(0, 1\]"):
         share_to_count(share, 10)
 
 
-def test_top_and_share_agree_and_leave_out_other_layers(report):
+def test_top_and_share_agree_and_ignore_other_layers(report):
     ranked = sorted(
         (score for score in report.scores if score.is_projection),
         key=lambda score: (-score.score, score.name),
@@ -61,7 +63,7 @@ def test_top_and_share_agree_and_leave_out_other_layers(report):
     assert select_from_report(report, top=1, projections_only=False) == ("time_embedding.linear_1",)
 
 
-def test_least(report):
+def test_bottom_k(report):
     names = sorted((s.score, s.name) for s in report.scores if s.is_projection)
     assert bottom_k(report, 4) == tuple(name for _, name in names[:4])
     everything = bottom_k(report, len(report.scores), projections_only=False)
@@ -70,10 +72,10 @@ def test_least(report):
         bottom_k(report, 0)
 
 
-@pytest.mark.parametrize("given", [{}, {"top": 2, "share": 0.1}])
-def test_exactly_one_of_top_and_share(report, given):
+@pytest.mark.parametrize("arguments", [{}, {"top": 2, "share": 0.1}])
+def test_exactly_one_of_top_and_share(report, arguments):
     with pytest.raises(ConfigError, match="expected exactly one of them"):
-        select_from_report(report, **given)
+        select_from_report(report, **arguments)
 
 
 def test_random_selection_depends_on_the_seed_alone(unet):

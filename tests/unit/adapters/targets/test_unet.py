@@ -1,4 +1,4 @@
-"""The attention projections, against the counts of methods 0.1 on the public UNets."""
+"""The attention projections against known counts for the public UNets."""
 
 from collections import Counter
 
@@ -21,7 +21,7 @@ _SD = {"down_blocks.0": 8, "down_blocks.1": 8, "down_blocks.2": 8, "mid_block": 
 _SD |= {"up_blocks.1": 12, "up_blocks.2": 12, "up_blocks.3": 12}
 _XL = {"down_blocks.1": 16, "down_blocks.2": 80, "mid_block": 40}
 _XL |= {"up_blocks.0": 120, "up_blocks.1": 24}
-# Model: parameters, projections, weights in them, LoRA at rank 4 of all, self, cross.
+# Model: parameters, projections, their weights, rank-4 LoRA values of all, self, cross.
 TABLE = {
     "sd1.4": (859_520_964, 128, 93_511_680, 797_184, 399_360, 397_824),
     "sd2.1": (865_910_724, 128, 99_901_440, 829_952, 399_360, 430_592),
@@ -46,17 +46,17 @@ def lora_size(unet, names, rank):
 @pytest.mark.parametrize("model", MODELS)
 def test_counts_of_the_public_models(unets, model):
     unet = unets[model]
-    found = attention_projections(unet)
-    weights = sum(unet.get_submodule(p.name).weight.numel() for p in found)
+    projections = attention_projections(unet)
+    weights = sum(unet.get_submodule(p.name).weight.numel() for p in projections)
     sizes = [
         lora_size(unet, select_projections(unet, rule), 4) for rule in ("all", "self", "cross")
     ]
     parameters = sum(parameter.numel() for parameter in unet.parameters())
-    assert (parameters, len(found), weights, *sizes) == TABLE[model]
+    assert (parameters, len(projections), weights, *sizes) == TABLE[model]
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_names_come_in_model_order(unets, model):
+def test_names_are_in_model_order(unets, model):
     suffixes = tuple(f"attn{n}.{part}" for n in (1, 2) for part in ("to_q", "to_k", "to_v"))
     suffixes += ("attn1.to_out.0", "attn2.to_out.0")
     expected = [name for name, _ in unets[model].named_modules() if name.endswith(suffixes)]
@@ -64,7 +64,7 @@ def test_names_come_in_model_order(unets, model):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_blocks_hold_as_many_self_as_cross(unets, model):
+def test_blocks_have_equally_many_self_and_cross_projections(unets, model):
     counts = Counter((p.block, p.cross) for p in attention_projections(unets[model]))
     expected = {(block, x): n for block, n in PER_BLOCK[model].items() for x in (True, False)}
     assert counts == expected
@@ -73,14 +73,14 @@ def test_blocks_hold_as_many_self_as_cross(unets, model):
 @pytest.mark.parametrize("model", MODELS)
 def test_fields_agree_with_the_modules(unets, model):
     width_of = unets[model].config.cross_attention_dim
-    for found in attention_projections(unets[model]):
-        layer = unets[model].get_submodule(found.name)
-        assert (found.d_in, found.d_out) == (layer.in_features, layer.out_features)
-        assert found.name.startswith(found.attention + ".to_" + found.part)
-        assert found.attention.startswith(found.block + ".attentions.")
-        assert found.cross == found.attention.endswith("attn2")
-        text_side = found.cross and found.part in ("k", "v")
-        assert (found.d_in == width_of) == text_side
+    for projection in attention_projections(unets[model]):
+        layer = unets[model].get_submodule(projection.name)
+        assert (projection.d_in, projection.d_out) == (layer.in_features, layer.out_features)
+        assert projection.name.startswith(f"{projection.attention}.to_{projection.part}")
+        assert projection.attention.startswith(projection.block + ".attentions.")
+        assert projection.cross == projection.attention.endswith("attn2")
+        text_side = projection.cross and projection.part in ("k", "v")
+        assert (projection.d_in == width_of) == text_side
 
 
 @pytest.mark.parametrize(
@@ -92,11 +92,11 @@ def test_fields_agree_with_the_modules(unets, model):
     ],
 )
 def test_factor_is_latent_side_over_block_side(unets, model, factors):
-    found = {p.block: p.factor for p in attention_projections(unets[model])}
-    assert {block: found[block] for block in factors} == factors
+    factor_of = {p.block: p.factor for p in attention_projections(unets[model])}
+    assert {block: factor_of[block] for block in factors} == factors
 
 
-def test_factor_is_what_the_modules_see():
+def test_factors_agree_with_the_inputs_of_the_modules():
     unet = tiny_sd().unet
     seen = {}
 
@@ -106,13 +106,13 @@ def test_factor_is_what_the_modules_see():
 
         return hook
 
-    found = {p.attention: p.factor for p in attention_projections(unet)}
-    for name in found:
+    factor_of = {p.attention: p.factor for p in attention_projections(unet)}
+    for name in factor_of:
         unet.get_submodule(name).register_forward_pre_hook(watch(name), with_kwargs=True)
     with torch.no_grad():
         unet(torch.zeros(1, 4, 16, 8), 1, torch.zeros(1, 77, 16))
-    assert seen == {name: 16 * 8 // factor**2 for name, factor in found.items()}
-    assert set(found.values()) == {1, 2}
+    assert seen == {name: 16 * 8 // factor**2 for name, factor in factor_of.items()}
+    assert set(factor_of.values()) == {1, 2}
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -125,7 +125,7 @@ def test_matchmask_preset(unets, model):
     assert (len(names), len(modules)) == (40, 10)
 
 
-def test_cross_attention_is_not_told_by_its_name():
+def test_cross_attention_is_not_detected_by_name():
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel(
@@ -138,11 +138,11 @@ def test_cross_attention_is_not_told_by_its_name():
         norm_num_groups=4,
         cross_attention_dim=16,
     )
-    found = attention_projections(unet)
-    upper = [p for p in found if p.block in ("down_blocks.0", "up_blocks.1")]
+    projections = attention_projections(unet)
+    upper = [p for p in projections if p.block in ("down_blocks.0", "up_blocks.1")]
     assert all(p.cross for p in upper)
     assert any(p.attention.endswith("attn1") for p in upper)
-    assert any(not p.cross for p in found)
+    assert any(not p.cross for p in projections)
     assert set(alpha_modules(unet, [p.name for p in upper])) == {p.attention for p in upper}
 
 
@@ -151,11 +151,13 @@ def test_alpha_modules_are_those_of_selected_cross_attention(unets):
     block = "down_blocks.0.attentions.1.transformer_blocks.0"
     names = [f"{block}.attn2.to_v", f"{block}.attn1.to_q", "time_embedding.linear_1"]
     assert alpha_modules(unet, names) == (f"{block}.attn2",)
-    with pytest.raises(AdapterMismatchError, match=r"has no 'nowhere' \(1 of 2 are unknown\)"):
+    with pytest.raises(
+        AdapterMismatchError, match=r"has no module 'nowhere' \(1 of 2 are unknown\)"
+    ):
         alpha_modules(unet, [names[0], "nowhere"])
 
 
-def test_adapters_do_not_change_the_names():
+def test_wrapped_layers_keep_their_names():
     unet = tiny_sd().unet
     before = attention_projections(unet)
     names = select_projections(unet, "matchmask")
@@ -163,11 +165,11 @@ def test_adapters_do_not_change_the_names():
     assert attention_projections(unet) == before
 
 
-def test_what_is_refused():
+def test_unknown_rules_and_models_are_refused():
     unet = tiny_sd().unet
     with pytest.raises(ConfigError, match=r"unknown rule 'best' \(known: all, cross, self, match"):
         select_projections(unet, "best")
-    with pytest.raises(AdapterMismatchError, match="not built of down_blocks and up_blocks"):
+    with pytest.raises(AdapterMismatchError, match="has no down_blocks and up_blocks"):
         attention_projections(nn.Linear(2, 2))
     blind = nn.Module()
     blind.down_blocks, blind.up_blocks = nn.ModuleList(), nn.ModuleList()

@@ -14,7 +14,8 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from loraseg.adapters import load_adapter
-from loraseg.adapters.attention_mix import ATTENTION_MIX_FILE, decode_attention_mix
+from loraseg.adapters.attention_mix import decode_attention_mix
+from loraseg.adapters.peft_io import ATTENTION_MIX_FILE
 from loraseg.backbones.diffusion import load_diffusion
 from loraseg.data import digest_samples, open_dataset
 from loraseg.errors import AdapterNotFoundError, ConfigError, DatasetError
