@@ -57,8 +57,7 @@ class DiffusionBase:
 
     Attributes:
         name: The spec that it was loaded from.
-        digest: Sha256 (hex) over its files, see
-            :func:`~loraseg.backbones.pipeline_layout.pipeline_digest`.
+        digest: Sha256 (hex) of its files (``pipeline_layout.pipeline_digest``).
         kind: ``sd``, or ``sdxl`` with two text encoders and size conditions.
         unet: diffusers' ``UNet2DConditionModel``.
         vae: diffusers' ``AutoencoderKL``.
@@ -67,8 +66,7 @@ class DiffusionBase:
         scheduler: The scheduler of the pipeline.
         alphas_cumprod: (T,) float32 on the CPU: the cumulative product of 1 - beta_t over the
             training timesteps (DDPM, arXiv 2006.11239, section 2).
-        zero_unconditional: Whether the unconditional encoding is all zeros (SDXL) instead of the
-            encoding of the empty prompt.
+        zero_unconditional: Whether the unconditional encoding is zeros instead of an empty prompt.
 
     Raises:
         ConfigError: The prediction type is unknown.
@@ -177,8 +175,7 @@ class DiffusionBase:
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "DiffusionBase":
         """Move all parts in place and return this object.
 
-        The VAE of SDXL stays in float32 if its config has ``force_upcast``: in float16 it gives
-        NaN.
+        The VAE of SDXL stays in float32 if its config has ``force_upcast`` (NaN in float16).
         """
         full_precision = self.kind == "sdxl" and self.vae.config.force_upcast
         # nn.Module.to, because that of diffusers warns at every cast about modules to keep in

@@ -42,7 +42,7 @@ WEIGHT, BIAS = TENSORS
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "header of 0 bytes claimed"),
+        (b"", "header of 0 bytes in a file"),
         (encode_attention_mix(TENSORS, "token")[:-1], "fusion.safetensors: "),
         (write(TENSORS, None), "mode 'None'"),
         (encode_attention_mix(TENSORS, "token") + b"x" * MAX_ATTENTION_MIX_BYTES, "bytes, at most"),

@@ -236,7 +236,7 @@ def test_refuses_tensors_with_the_reason(files):
     for change, reason in [
         ({key: torch.full((3, 2), float("nan"))}, "NaN or infinite"),
         ({key: torch.full((3, 2), float("inf"))}, "NaN or infinite"),
-        ({key: torch.ones(3, 2, dtype=torch.int64)}, "has type I64"),
+        ({key: torch.ones(3, 2, dtype=torch.int64)}, "has dtype I64"),
         ({key: torch.ones(3, 7)}, r"module 'head.2': down \(2, 4\), up \(3, 7\)"),
         ({key: torch.ones(3, 2, 1)}, "module 'head.2'"),
         ({"evil": torch.ones(1)}, "unexpected tensor 'evil'"),

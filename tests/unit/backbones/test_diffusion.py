@@ -74,7 +74,7 @@ def test_sdxl_can_encode_the_empty_prompt():
 
 def test_select_rows_of_an_encoding(base):
     text = base.encode_text(PROMPTS)
-    chosen = text.rows([1, 0, 1])
+    chosen = text.select([1, 0, 1])
     assert torch.equal(chosen.hidden, text.hidden[[1, 0, 1]])
     assert (chosen.pooled is None) == (text.pooled is None)
     if text.pooled is not None:
@@ -217,7 +217,7 @@ def test_other_pipelines_are_refused():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"in_channels": 9}, r"gives \(9, 4\) channels, the latents of the VAE have 4"),
+        ({"in_channels": 9}, r"has \(9, 4\) input and output channels, the latents .* have 4"),
         ({"sample_size": [8, 16]}, "expected one integer"),
     ],
 )

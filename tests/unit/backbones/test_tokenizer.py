@@ -51,7 +51,7 @@ def test_unknown_words_use_all_buckets():
     [
         (("Tree",), {}, "one lower-case word"),
         (("two words",), {}, "one lower-case word"),
-        (("tree", "tree"), {}, "a word twice"),
+        (("tree", "tree"), {}, "a word occurs twice"),
         (("tree",), {"buckets": 0}, "at least 3 and 1"),
         (("tree",), {"context_length": 2}, "at least 3 and 1"),
     ],
