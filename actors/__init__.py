@@ -1,1 +1,1 @@
-"""Ray only: places the plain callables of loraseg on a cluster."""
+"""Ray: runs functions and classes of loraseg as tasks, actor pools and deployments."""

@@ -1,1 +1,1 @@
-"""Thin entry points for ``ray job submit -- python -m jobs.<name>``."""
+"""Entry points: ``ray job submit -- python -m jobs.<name>``."""
