@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from loraseg.data.labels import LabelSpace
     from loraseg.data.readers.opening import open_dataset
     from loraseg.data.shards.torch_stream import ShardStream
+    from loraseg.data.split_dataset import SplitDataset
     from loraseg.errors import LorasegError
     from loraseg.fuse.concat import concat_lora
     from loraseg.fuse.weights import mixing_weights
@@ -74,6 +75,7 @@ __all__ = [
     "LorasegError",
     "Segmenter",
     "ShardStream",
+    "SplitDataset",
     "concat_lora",
     "load_adapter",
     "load_generator",
@@ -92,6 +94,7 @@ _MODULES = {
     "LorasegError": "loraseg.errors",
     "Segmenter": "loraseg.inference.segmenter",
     "ShardStream": "loraseg.data.shards.torch_stream",
+    "SplitDataset": "loraseg.data.split_dataset",
     "concat_lora": "loraseg.fuse.concat",
     "load_adapter": "loraseg.adapters.peft_io",
     "load_generator": "loraseg.inference.generation",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = [
     "check_files",
     "endpoint_token",
-    "open_store_briefly",
+    "open_with_short_retries",
     "parse_classes",
     "split_names",
 ]
@@ -82,7 +82,7 @@ def endpoint_token(arguments: argparse.Namespace) -> str | None:
     return read_token(arguments.token_file)
 
 
-def open_store_briefly(uri: str) -> "ObjectStore":
+def open_with_short_retries(uri: str) -> "ObjectStore":
     """Open a store whose requests are retried for seconds, since a user waits for the answer."""
     from loraseg.storage import SHORT_RETRY_TIMEOUT_S, open_store
 

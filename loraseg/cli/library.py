@@ -5,7 +5,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from loraseg.cli.console import print_line, print_table
-from loraseg.cli.inputs import open_store_briefly
+from loraseg.cli.inputs import open_with_short_retries
 
 if TYPE_CHECKING:
     from loraseg.library.catalog import Library
@@ -107,7 +107,7 @@ def _retire(arguments: argparse.Namespace) -> int:
 def _open_library(uri: str) -> "Library":
     from loraseg.library.catalog import Library
 
-    return Library(open_store_briefly(uri))
+    return Library(open_with_short_retries(uri))
 
 
 def _row(entry: "CatalogEntry") -> tuple[str, ...]:

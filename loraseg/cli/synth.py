@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraseg.cli.console import print_line, print_table, write_files
 from loraseg.cli.fidelity import add_fidelity
-from loraseg.cli.inputs import open_store_briefly
+from loraseg.cli.inputs import open_with_short_retries
 from loraseg.cli.replay import add_replay
 from loraseg.errors import ConfigError
 
@@ -155,7 +155,7 @@ def _export(arguments: argparse.Namespace) -> int:
 def _open_dataset(uri: str) -> "ShardDataset":
     from loraseg.data.shards.reader import ShardDataset
 
-    return ShardDataset.open(open_store_briefly(uri))
+    return ShardDataset.open(open_with_short_retries(uri))
 
 
 def _or_dash(value: int | None) -> str:

@@ -20,6 +20,7 @@ NAMES = [
     "LorasegError",
     "Segmenter",
     "ShardStream",
+    "SplitDataset",
     "concat_lora",
     "load_adapter",
     "load_generator",
