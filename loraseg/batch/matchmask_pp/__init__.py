@@ -1,1 +1,1 @@
-"""MatchMask++: a segmenter, pseudo-masks of unlabelled images, then pairs from both."""
+"""MatchMask++: segmenter, pairs from real masks, pseudo-masks of unlabelled images, more pairs."""

@@ -1,4 +1,4 @@
-"""Digests of what MatchMask++ is given, by which it knows what is to be done anew."""
+"""Digests of the data of MatchMask++, which decide which stages run again."""
 
 import hashlib
 import json
@@ -15,10 +15,10 @@ __all__ = ["data_digests"]
 
 
 def data_digests(config: PipelineConfig) -> PipelineDataDigests:
-    """Look at all data; objects are read unless their store lists etags.
+    """Compute the digests of all data; objects are read unless their store lists etags.
 
     Raises:
-        ConfigError: There are fewer labelled images than wanted.
+        ConfigError: There are fewer labelled images than ``config.images``.
         DatasetError: Some data is missing or cannot be used.
         StoreError: A store cannot be read.
     """

@@ -1,10 +1,13 @@
-"""MatchMask++: segmenter, pairs, better segmenter, pseudo-masks, more pairs, round again (b.6).
+"""The order of the stages of MatchMask++, and the log of completed stages.
 
-One file, ``pipeline.json``, says which stages are done and with what; a stage is skipped when it
-was done with the same settings, the same data and the same results of the stages before. What a
-stage leaves behind is safe to go on with after a kill, since each stage is a job of its own that
-is. All places in the file are relative to the output, so that what is done stays done when the
-output is moved; a stage that was under way may refuse to go on elsewhere.
+A first segmenter is trained on the real images; it filters pairs from the real masks, and both
+train the next segmenter. Each round then segments the unlabelled images, generates pairs from these
+pseudo-masks with the same generator, and trains a segmenter on all pairs. The paper runs one round.
+
+``pipeline.json`` records the completed stages. A stage is skipped if it completed with the same
+settings, data and results of earlier stages. Each stage can be killed and run again. All paths in
+the file are relative to the output, so completed stages stay valid when the output is moved; a
+stage that was killed may refuse to continue elsewhere.
 """
 
 import hashlib
@@ -12,10 +15,12 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
-from loraseg.errors import ConfigError, IntegrityError, StageError
+from loraseg.batch.core.output import publish
+from loraseg.errors import ConfigError, IntegrityError
 from loraseg.storage import ObjectNotFoundError, ObjectStore
+from loraseg.storage.json_io import readable_json
 from loraseg.synth.conditioning import ConditioningConfig
 from loraseg.synth.sampling import SamplingConfig
 from loraseg.synth.vote import FilterConfig
@@ -36,29 +41,30 @@ _FORMAT = 1
 
 StageResult = dict[str, Any]
 RunStage = Callable[[str], StageResult]
+StageFunction = Callable[[str, Mapping[str, Any], RunStage], StageResult]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PipelineConfig:
-    """What MatchMask++ works on.
+    """Data and models of MatchMask++.
 
     Attributes:
         real: Dataset folder with labelled images in its splits ``train`` and ``val``.
-        unlabelled: Store URI of images without labels, see
+        unlabelled: Store URI of images without labels, as for
             :class:`~loraseg.batch.matchmask_pp.pseudo_masks.PseudoMaskConfig`.
-        output: Store URI for everything that is made; may be moved.
-        images: So many labelled images, the first by name; None for all.
-        rounds: How often pseudo-masks are made of the unlabelled images.
-        threshold: Pixels of an unlabelled image that the segmenter is less sure of say nothing.
+        output: Store URI for all results; may be moved.
+        images: Number of labelled images, the first by name; None for all.
+        rounds: Number of rounds of pseudo-masks, pairs and training.
+        threshold: Smallest probability of a pseudo-label; pixels below it are 255.
         base: As for :class:`~loraseg.batch.synthesize.config.SynthesisConfig`.
-        adapters: The same; the generator stays as it is in all rounds.
-        sampling: The same.
-        conditioning: The same.
-        filter: The same.
-        recipe: Of the segmenters, a key of
+        adapters: As for :class:`~loraseg.batch.synthesize.config.SynthesisConfig`.
+        sampling: As for :class:`~loraseg.batch.synthesize.config.SynthesisConfig`.
+        conditioning: As for :class:`~loraseg.batch.synthesize.config.SynthesisConfig`.
+        filter: As for :class:`~loraseg.batch.synthesize.config.SynthesisConfig`.
+        recipe: Recipe of the segmenters, a key of
             :data:`~loraseg.train.closed_set.recipes.SEGMENTER_RECIPES`.
-        overrides: Of the recipe.
-        seed: Of the segmenters.
+        overrides: Fields of the recipe with other values.
+        seed: Seed of the segmenters.
     """
 
     real: str
@@ -77,19 +83,23 @@ class PipelineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
+        """Check the ranges.
+
+        Raises:
+            ConfigError: There are no rounds.
+        """
         if self.rounds < 1:
             raise ConfigError(f"rounds: got {self.rounds}, expected at least 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PipelineDataDigests:
-    """Digests of the data, hex; :func:`~loraseg.batch.matchmask_pp.data.data_digests` makes them.
+    """Digests of the data, hex, from :func:`~loraseg.batch.matchmask_pp.data.data_digests`.
 
     Attributes:
-        labelled: Of the images and masks that segmenters are trained and scored on.
-        masks: Of the real masks that pairs are made of; some may have no image.
-        unlabelled: Of the images that pseudo-masks are made of.
+        labelled: Images and masks that segmenters are trained and scored on.
+        masks: Real masks that pairs are generated from; some may have no image.
+        unlabelled: Images that pseudo-masks are made of.
     """
 
     labelled: str
@@ -99,39 +109,41 @@ class PipelineDataDigests:
 
 @runtime_checkable
 class StageRunner(Protocol):
-    """The jobs that the pipeline is made of; each can be killed and called again.
+    """The stages of the pipeline; each can be killed and called again.
 
-    ``output`` names the output. A result is plain JSON values; ``digest`` in it says what was made.
-    Places, in arguments and results alike, are below the output of the pipeline and relative to it.
+    ``output`` names the folder of a stage. A result holds plain JSON values; its ``digest``
+    identifies what the stage wrote. Paths in arguments and results are relative to the output of
+    the pipeline.
     """
 
     def train(self, output: str, synthetic: Sequence[str], reuse: str | None) -> StageResult:
         """Train a segmenter on the real images and these datasets; ``segmenter`` is its file.
 
-        ``reuse`` is the ``output`` of a training on the real images alone: the control.
+        ``reuse`` is the output of a training on the real images alone, the control.
         """
         ...
 
     def synthesize(self, output: str, masks: str | None, segmenter: str) -> StageResult:
-        """Make pairs of these masks (None: the real ones); ``dataset`` is where they are."""
+        """Generate pairs from masks (None for the real ones); ``dataset`` is their folder."""
         ...
 
     def pseudo_masks(self, output: str, segmenter: str) -> StageResult:
-        """Segment the unlabelled images; ``masks`` is where the masks are."""
+        """Segment the unlabelled images; ``masks`` is the folder of the masks."""
         ...
 
 
 class StageLog:
-    """Which stages are done, in one file of the output."""
+    """The completed stages, in one object of the output."""
 
     def __init__(self, store: ObjectStore) -> None:
+        """Set the store of the output; nothing is read."""
         self._store = store
 
     def read(self) -> tuple[dict[str, Any], str | None]:
-        """Return the stages by name, and the etag of the file.
+        """Return the stages by name, and the etag of the object (None if there is none).
 
         Raises:
-            IntegrityError: The file is damaged.
+            IntegrityError: The object is damaged.
             StoreError: The store cannot be read.
         """
         try:
@@ -142,40 +154,37 @@ class StageLog:
             content = json.loads(data)
             if content["format"] != _FORMAT or not isinstance(content["stages"], dict):
                 raise ValueError(f"format {content['format']!r}")
-            return content["stages"], etag
+            return cast(dict[str, Any], content["stages"]), etag
         except (ValueError, KeyError, TypeError) as error:
             raise IntegrityError(f"{self._store.uri}/{STAGE_LOG_KEY}: damaged: {error}") from error
 
     def run_stage(self, name: str, inputs: Mapping[str, Any], run: RunStage) -> StageResult:
-        """Return what a stage made of these inputs, from the ledger or by running it.
+        """Return the result of a stage, from the log or by running it.
 
-        ``run`` is given a name for its output that belongs to the stage and its inputs alone.
+        Args:
+            name: Name of the stage.
+            inputs: All that its result depends on, as plain JSON values.
+            run: Runs the stage; its argument is a folder name unique to stage and inputs.
 
         Raises:
-            StageError: Another pipeline wrote the ledger meanwhile.
+            StageError: Another pipeline changed the log during the stage.
             LorasegError: As raised by the stage.
         """
         key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
         known = self.read()[0].get(name)
         if known is not None and known.get("inputs") == key:
-            logger.info("%s: done before", name)
+            logger.info("%s: completed by an earlier run", name)
             return known["result"]
-        logger.info("%s: begins", name)
+        logger.info("%s: starts", name)
         result = run(f"{name}-{key[:12]}")
         stages, etag = self.read()
         stages[name] = {"inputs": key, "result": result}
-        content = {"format": _FORMAT, "stages": stages}
-        data = (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
-        if etag is None:
-            won = self._store.put_if_absent(STAGE_LOG_KEY, data)
-        else:
-            won = self._store.put_if_match(STAGE_LOG_KEY, data, etag)
-        if not won:
-            raise StageError(
-                f"{self._store.uri}/{STAGE_LOG_KEY}: another pipeline works on it; what {name} "
-                f"made is "
-                "kept, run again when the other one has ended"
-            )
+        conflict = (
+            f"{self._store.uri}/{STAGE_LOG_KEY}: another pipeline writes to it; the result of "
+            f"{name} is kept, run again when the other pipeline has ended"
+        )
+        data = readable_json({"format": _FORMAT, "stages": stages})
+        publish(self._store, STAGE_LOG_KEY, data, etag, conflict=conflict)
         return result
 
 
@@ -186,65 +195,68 @@ def matchmask_pp(
     runner: StageRunner,
     stage_log: StageLog,
 ) -> list[tuple[str, StageResult]]:
-    """Run all stages that are not done; return (name, result) of every stage in order.
+    """Run all stages that are not completed; return (name, result) of every stage in order.
 
     Args:
-        config: How many rounds.
-        settings: All of the config that decides what becomes of the data, as JSON values; a change
-            of them does all stages anew.
-        data: A change of it does anew the stages that it goes into, and what follows from them.
-        runner: The jobs.
-        stage_log: Of the output.
+        config: Sets the number of rounds.
+        settings: All settings that results depend on, as plain JSON values; if one changes, all
+            stages run again.
+        data: Digests of the data; if one changes, the stages that depend on it run again.
+        runner: Runs the stages.
+        stage_log: Log of the output.
 
     Raises:
         LorasegError: As raised by a stage.
     """
-    told: list[tuple[str, StageResult]] = []
+    results: list[tuple[str, StageResult]] = []
 
     def stage(name: str, inputs: Mapping[str, Any], run: RunStage) -> StageResult:
         result = stage_log.run_stage(name, {**settings, **inputs}, run)
-        told.append((name, result))
+        results.append((name, result))
         return result
 
-    first = teacher = stage(
-        "segmenter-0", {"labelled": data.labelled}, lambda place: runner.train(place, (), None)
+    first = segmenter = stage(
+        "segmenter-0", {"labelled": data.labelled}, lambda output: runner.train(output, (), None)
     )
     datasets: list[StageResult] = []
     for number in range(config.rounds + 1):
         masks = {"digest": data.masks, "masks": None}
         if number:
-            masks = _pseudo_mask_stage(number, teacher, data, runner, stage)
-        datasets.append(_synthesis_stage(number, masks, teacher, runner, stage))
-        teacher = _training_stage(
+            masks = _pseudo_mask_stage(number, segmenter, data, runner, stage)
+        datasets.append(_synthesis_stage(number, masks, segmenter, runner, stage))
+        segmenter = _training_stage(
             number + 1, data.labelled, datasets, first["output"], runner, stage
         )
-    return told
-
-
-StageFunction = Callable[[str, Mapping[str, Any], RunStage], StageResult]
+    return results
 
 
 def _pseudo_mask_stage(
     number: int,
-    teacher: StageResult,
+    segmenter: StageResult,
     data: PipelineDataDigests,
     runner: StageRunner,
     stage: StageFunction,
 ) -> StageResult:
-    inputs = {"segmenter": teacher["digest"], "unlabelled": data.unlabelled}
+    inputs = {"segmenter": segmenter["digest"], "unlabelled": data.unlabelled}
     return stage(
-        f"masks-{number}", inputs, lambda place: runner.pseudo_masks(place, teacher["segmenter"])
+        f"masks-{number}",
+        inputs,
+        lambda output: runner.pseudo_masks(output, segmenter["segmenter"]),
     )
 
 
 def _synthesis_stage(
-    number: int, masks: StageResult, teacher: StageResult, runner: StageRunner, stage: StageFunction
+    number: int,
+    masks: StageResult,
+    segmenter: StageResult,
+    runner: StageRunner,
+    stage: StageFunction,
 ) -> StageResult:
-    inputs = {"masks": masks["digest"], "segmenter": teacher["digest"]}
+    inputs = {"masks": masks["digest"], "segmenter": segmenter["digest"]}
     return stage(
         f"pairs-{number}",
         inputs,
-        lambda place: runner.synthesize(place, masks["masks"], teacher["segmenter"]),
+        lambda output: runner.synthesize(output, masks["masks"], segmenter["segmenter"]),
     )
 
 
@@ -256,9 +268,9 @@ def _training_stage(
     runner: StageRunner,
     stage: StageFunction,
 ) -> StageResult:
-    inputs = {"labelled": labelled, "pairs": [one["digest"] for one in datasets]}
+    inputs = {"labelled": labelled, "pairs": [dataset["digest"] for dataset in datasets]}
     return stage(
         f"segmenter-{number}",
         inputs,
-        lambda place: runner.train(place, [one["dataset"] for one in datasets], reuse),
+        lambda output: runner.train(output, [one["dataset"] for one in datasets], reuse),
     )

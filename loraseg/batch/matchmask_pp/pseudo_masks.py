@@ -1,7 +1,14 @@
-"""Pseudo-masks: what a segmenter is sure of in unlabelled images, for a generator (b.6)."""
+"""Pseudo-masks: confident predictions of a segmenter on unlabelled images (MatchMask++).
 
+Pixels whose largest class probability is below a threshold are 255; the generator's conditioning
+fills them with the nearest class. Without a published value the threshold is 0.9, UniMatch uses
+0.95.
+"""
+
+import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,6 +17,8 @@ import torch
 
 from loraseg.backbones.device import best_device
 from loraseg.batch.core.content_digest import content_digest
+from loraseg.batch.core.executor import Executor, Stage
+from loraseg.batch.core.run import run_units
 from loraseg.data.labels import IGNORE
 from loraseg.data.masks import encode_mask
 from loraseg.data.untrusted_images import decode_image
@@ -22,9 +31,11 @@ from loraseg.tensor_types import UInt8, ndarray
 __all__ = [
     "SUMMARY_KEY",
     "PseudoMaskConfig",
+    "PseudoMaskUnit",
     "PseudoMaskWriter",
     "list_images",
-    "work_units",
+    "plan_units",
+    "write_pseudo_masks",
     "write_summary",
 ]
 
@@ -35,15 +46,15 @@ _SUFFIXES = (".png", ".jpg", ".jpeg")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PseudoMaskConfig:
-    """Where unlabelled images are, and what becomes of them.
+    """Unlabelled images, segmenter and output.
 
     Attributes:
         images: Store URI of a dataset folder (``images/<split>/``, folders in it included) or of
             a folder of images.
         output: Store URI of a dataset folder of masks; it belongs to one segmenter.
         segmenter: File of the segmenter.
-        split: Of a dataset folder.
-        threshold: Pixels whose largest probability is lower say nothing (255).
+        split: Split of a dataset folder.
+        threshold: Smallest class probability of a labelled pixel; the others are 255.
     """
 
     images: str
@@ -53,9 +64,30 @@ class PseudoMaskConfig:
     threshold: float = 0.9
 
     def __post_init__(self) -> None:
-        """Check the range."""
+        """Check the range.
+
+        Raises:
+            ConfigError: The threshold is out of range.
+        """
         if not 0 <= self.threshold <= 1:
             raise ConfigError(f"threshold: got {self.threshold}, expected 0 to 1")
+
+
+@dataclass(frozen=True, slots=True)
+class PseudoMaskUnit:
+    """The keys of images that one worker segments at once."""
+
+    keys: tuple[str, ...]
+
+    @property
+    def id(self) -> str:
+        """The first 32 hex digits of a sha256 over the keys."""
+        text = "\n".join(self.keys)
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+    def __str__(self) -> str:
+        """Return the first and the last key."""
+        return f"images {self.keys[0]!r} to {self.keys[-1]!r}"
 
 
 def list_images(images: str, split: str = "train") -> list[str]:
@@ -63,7 +95,7 @@ def list_images(images: str, split: str = "train") -> list[str]:
 
     Args:
         images: As in :class:`PseudoMaskConfig`.
-        split: The same.
+        split: As in :class:`PseudoMaskConfig`.
 
     Raises:
         DatasetError: There is none.
@@ -79,24 +111,45 @@ def list_images(images: str, split: str = "train") -> list[str]:
     return sorted(keys)
 
 
-def work_units(keys: Sequence[str]) -> list[list[str]]:
-    """Cut the images into units of work."""
+def plan_units(keys: Sequence[str]) -> list[PseudoMaskUnit]:
+    """Cut the images into work units."""
     return [
-        list(keys[start : start + _IMAGES_PER_UNIT])
+        PseudoMaskUnit(tuple(keys[start : start + _IMAGES_PER_UNIT]))
         for start in range(0, len(keys), _IMAGES_PER_UNIT)
     ]
 
 
+def write_pseudo_masks(config: PseudoMaskConfig, executor: Executor) -> dict[str, Any]:
+    """Write the masks of all images; return the summary, as in ``pseudo.json``.
+
+    Safe to kill at any point and to run again; all images are segmented again.
+
+    Args:
+        config: Images, segmenter and output.
+        executor: Runs the work units.
+
+    Raises:
+        DatasetError: There are no images.
+        LorasegError: As raised by stores and the segmenter.
+    """
+    rejected: dict[str, str] = {}
+    units = plan_units(list_images(config.images, config.split))
+    with closing(run_units(executor, _STAGES, config, units)) as results:
+        for _, rejected_in_unit in results:
+            rejected |= rejected_in_unit
+    return write_summary(config, rejected)
+
+
 class PseudoMaskWriter:
-    """Writes the masks of some images. Loads the segmenter for the first; one thread at a time."""
+    """Writes masks. Loads the segmenter for the first image; one thread at a time."""
 
     def __init__(self, config: PseudoMaskConfig) -> None:
-        """Take the job; nothing is loaded yet."""
+        """Open the stores; the segmenter is loaded with the first image."""
         self._config = config
         self._images, self._output = open_store(config.images), open_store(config.output)
 
-    def __call__(self, keys: Sequence[str]) -> dict[str, str]:
-        """Write the masks of images.
+    def __call__(self, unit: PseudoMaskUnit) -> dict[str, str]:
+        """Write the masks of a unit.
 
         Returns:
             Why an image has no mask, by key.
@@ -104,19 +157,19 @@ class PseudoMaskWriter:
         Raises:
             LorasegError: As raised by stores and the segmenter.
         """
-        refused: dict[str, str] = {}
-        for key in keys:
+        rejected: dict[str, str] = {}
+        for key in unit.keys:
             try:
                 mask_key = self._mask_key(key)
                 mask = self._mask(decode_image(self._images.get(key)))
             except (DatasetError, ObjectNotFoundError) as error:
-                refused[key] = str(error)
+                rejected[key] = str(error)
                 continue
             if (mask == IGNORE).all():
-                refused[key] = f"no pixel with a probability of {self._config.threshold}"
+                rejected[key] = f"no pixel with a probability of {self._config.threshold}"
             else:
                 self._output.put(mask_key, encode_mask(mask, self._segmenter.label_space))
-        return refused
+        return rejected
 
     @cached_property
     def _segmenter(self) -> ClosedSetSegmenter:
@@ -124,44 +177,55 @@ class PseudoMaskWriter:
 
     def _mask(self, image: UInt8[ndarray, "h w 3"]) -> UInt8[ndarray, "h w"]:
         best = self._segmenter.log_probabilities(image[None])[0].max(0)
-        sure = best.values >= torch.tensor(self._config.threshold).log()
-        unsure = torch.tensor(IGNORE, dtype=torch.uint8, device=sure.device)
-        return torch.where(sure, best.indices.byte(), unsure).cpu().numpy()
+        confident = best.values >= torch.tensor(self._config.threshold).log()
+        ignore = torch.tensor(IGNORE, dtype=torch.uint8, device=confident.device)
+        return torch.where(confident, best.indices.byte(), ignore).cpu().numpy()
 
     def _mask_key(self, key: str) -> str:
-        """Return where the mask goes, which no other image's does.
+        """Return the key of the mask, which no other image's mask has.
 
         Raises:
-            DatasetError: Not every store can hold image and mask under such a name.
+            DatasetError: Not every store can hold image and mask under these keys.
         """
         path = key.removeprefix(f"images/{self._config.split}/")
-        # Two images that differ in their suffix alone keep two masks.
+        # The suffix stays: "a.png" and "a.jpg" have two masks.
         mask_key = f"masks/{self._config.split}/{path}.png"
-        if fault := key_error(key) or key_error(mask_key):
-            raise DatasetError(fault)
+        if reason := key_error(key) or key_error(mask_key):
+            raise DatasetError(reason)
         if ".png/" in path:
-            # No folder can hold the masks "a.jpg.png" and "a.jpg.png/b.jpg.png" at once.
+            # A folder cannot hold both masks "a.jpg.png" and "a.jpg.png/b.jpg.png".
             raise DatasetError(f"{key!r}: lies in a folder whose name ends in .png, as masks do")
         return mask_key
 
 
+_STAGES = (Stage("pseudo-masks", PseudoMaskWriter),)
+
+
 def write_summary(config: PseudoMaskConfig, rejected: dict[str, str]) -> dict[str, Any]:
-    """Write the class list and the note that all masks are there; return the note.
+    """Write the class list and ``pseudo.json``, which says that all masks are written.
+
+    Args:
+        config: Names segmenter and output.
+        rejected: Why an image has no mask, by key.
+
+    Returns:
+        The content of ``pseudo.json``.
 
     Raises:
-        LorasegError: As raised by stores and the segmenter.
+        LorasegError: As raised by store and segmenter.
     """
     output = open_store(config.output)
     segmenter = load_closed_set_segmenter(config.segmenter)
     masks = list(output.list(f"masks/{config.split}/"))
-    names = [{"id": i, "name": name} for i, name in enumerate(segmenter.label_space.names)]
-    output.put("classes.json", (json.dumps({"classes": names}, indent=1) + "\n").encode())
-    note = {
+    classes = [{"id": i, "name": name} for i, name in enumerate(segmenter.label_space.names)]
+    output.put("classes.json", (json.dumps({"classes": classes}, indent=1) + "\n").encode())
+    summary = {
         "segmenter": segmenter.digest,
         "threshold": config.threshold,
         "masks": len(masks),
         "digest": content_digest(output, masks),
         "refused": dict(sorted(rejected.items())),
     }
-    output.put(SUMMARY_KEY, (json.dumps(note, indent=1, sort_keys=True) + "\n").encode())
-    return note
+    # ASCII, since keys of rejected images may have lone surrogates.
+    output.put(SUMMARY_KEY, (json.dumps(summary, indent=1, sort_keys=True) + "\n").encode())
+    return summary

@@ -1,4 +1,4 @@
-"""MatchMask++ as one job on a real Ray, killed in the middle and started again."""
+"""MatchMask++ as one job on Ray, run again with the same and with other inputs."""
 
 import json
 
@@ -71,7 +71,7 @@ def run(tmp_path, settings):
 
 def test_all_stages_run_once(ray_cluster, settings, tmp_path, capsys):
     assert run(tmp_path, settings) == 0
-    lines = _stages(capsys)
+    lines = _stage_lines(capsys)
     assert [line.split(":")[0] for line in lines] == [
         *("segmenter-0", "pairs-0", "segmenter-1", "masks-1", "pairs-1", "segmenter-2")
     ]
@@ -86,13 +86,13 @@ def test_all_stages_run_once(ray_cluster, settings, tmp_path, capsys):
     assert last["control_miou"] == stages["segmenter-1"]["result"]["control_miou"]
     before = (tmp_path / "out" / STAGE_LOG_KEY).read_bytes()
     assert run(tmp_path, settings) == 0
-    assert _stages(capsys) == lines
+    assert _stage_lines(capsys) == lines
     assert (tmp_path / "out" / STAGE_LOG_KEY).read_bytes() == before
-    # Moved, it goes on with what it holds; new unlabelled images do anew what depends on them.
+    # A moved output keeps its stages; changed unlabelled images rerun the stages that use them.
     (tmp_path / "out").rename(tmp_path / "moved")
     (tmp_path / "unlabelled" / "images" / "train" / "002.png").unlink()
     assert run(tmp_path, {**settings, "output": str(tmp_path / "moved")}) == 0
-    assert _stages(capsys)[:3] == lines[:3]
+    assert _stage_lines(capsys)[:3] == lines[:3]
     assert not (tmp_path / "out").exists()
     after = json.loads((tmp_path / "moved" / STAGE_LOG_KEY).read_text())["stages"]
     assert [name for name in sorted(after) if after[name] != stages[name]] == [
@@ -102,7 +102,7 @@ def test_all_stages_run_once(ray_cluster, settings, tmp_path, capsys):
     assert str(tmp_path) not in json.dumps(after)
 
 
-def _stages(capsys):
-    """Return the job's own lines: Ray Train prints others."""
-    known = ("segmenter-", "pairs-", "masks-")
-    return [line for line in capsys.readouterr().out.splitlines() if line.startswith(known)]
+def _stage_lines(capsys):
+    """Return the output lines of the job; Ray Train prints others."""
+    names = ("segmenter-", "pairs-", "masks-")
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith(names)]
