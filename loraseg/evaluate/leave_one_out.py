@@ -13,9 +13,9 @@ from loraseg.evaluate.methods import METHODS, AdapterSet, ImageBatch, Method
 from loraseg.evaluate.tuning import Hyperparameters, mixing_weight_matrix
 from loraseg.inference.adapter_ref import AdapterEntry
 from loraseg.segment.metrics import ConfusionMatrix
-from loraseg.segment.open_vocabulary.base import SegmentationBase
 from loraseg.segment.open_vocabulary.pixel_maps import label_map
 from loraseg.segment.open_vocabulary.predictor import Predictor
+from loraseg.segment.open_vocabulary.protocol import OpenVocabularyBase
 from loraseg.tensor_types import Float, UInt8, ndarray
 
 __all__ = [
@@ -72,7 +72,7 @@ class EvaluationContext:
         candidates: Names of the adapters that may be mixed for other domains; None for all.
     """
 
-    base: SegmentationBase
+    base: OpenVocabularyBase
     entries: Sequence[AdapterEntry]
     load_adapter: Callable[[Any], PackedAdapter]
     measure_distances: Callable[[Sequence[ndarray]], ndarray]

@@ -247,7 +247,7 @@ def _provenance(config: EvaluationConfig, segmenter: LoadedModels) -> dict[str, 
         "seed": config.seed,
         "base": {"name": segmenter.base.name, "digest": segmenter.base.digest},
         "encoder": segmenter.encoder.encoder_id,
-        "clip_attention_lora": segmenter.base.model.config.clip_attention_lora,
+        "clip_attention_lora": segmenter.base.clip_attention_lora,
         "library_generation": segmenter.generation,
         "adapters": {
             entry.name: {"version": entry.version, "digest": entry.digest}

@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar
 
-from torch import nn
-
 from loraseg.adapters.packed import PackedAdapter, pack
 from loraseg.adapters.peft_io import load_adapter
 from loraseg.cache_dir import cache_dir
@@ -15,7 +13,7 @@ from loraseg.fuse.bank import check_fits
 from loraseg.inference.adapter_ref import AdapterRef
 from loraseg.inference.disk_cache import AdapterDiskCache
 from loraseg.library.catalog import Library
-from loraseg.segment.open_vocabulary.base import SegmentationBase
+from loraseg.segment.open_vocabulary.protocol import OpenVocabularyBase
 
 __all__ = ["AdapterLoader"]
 
@@ -34,7 +32,7 @@ class AdapterLoader:
     def __init__(
         self,
         libraries: Mapping[str, Library],
-        base: SegmentationBase,
+        base: OpenVocabularyBase,
         disk_cache: AdapterDiskCache | None = None,
     ) -> None:
         """Read from libraries.
@@ -48,11 +46,7 @@ class AdapterLoader:
         self._base = base
         self._disk_cache = disk_cache or AdapterDiskCache(cache_dir("packed"))
         self._circuit_open_until = dict.fromkeys(libraries, 0.0)
-        self._linears = {
-            name: layer
-            for name, layer in base.model.named_modules()
-            if isinstance(layer, nn.Linear)
-        }
+        self._linears = base.linears()
 
     def __call__(self, ref: AdapterRef) -> PackedAdapter:
         """Return an adapter that fits the base.

@@ -21,8 +21,8 @@ from loraseg.inference.snapshot import (
     describe_incompatible,
 )
 from loraseg.library.catalog import Library
-from loraseg.segment.open_vocabulary.base import SegmentationBase
 from loraseg.segment.open_vocabulary.predictor import Predictor
+from loraseg.segment.open_vocabulary.protocol import OpenVocabularyBase
 from loraseg.storage import open_store
 from loraseg.tensor_types import Float, ndarray
 
@@ -40,7 +40,7 @@ class LoadedModels:
             they are first used.
     """
 
-    base: SegmentationBase
+    base: OpenVocabularyBase
     encoder: ClipEncoder
     snapshot: LibrarySnapshot
 

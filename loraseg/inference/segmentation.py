@@ -82,7 +82,7 @@ class SegmentationStage:
         """Return the model for a kind of CLIP attention, any model for None."""
         with self._runner_lock:
             base = self._models.get(attention)
-            kind = base.model.config.clip_attention_lora
+            kind = base.clip_attention_lora
             if kind not in self._runners:
                 self._runners[kind] = SegmentRunner(Predictor(base, mode=self._mode), self.cache)
             return self._runners[kind]

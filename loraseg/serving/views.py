@@ -74,7 +74,7 @@ def base_view(config: ServiceConfig, stage: SegmentationStage) -> dict[str, Any]
         "name": _without_location(base.name),
         "digest": base.digest,
         "prompts": list(base.prompts),
-        "image_size": base.model.config.image_size,
+        "image_size": base.input_size,
         "window": base.window,
         "inference": predictor.mode,
         "precision": config.precision,

@@ -55,7 +55,7 @@ def resolve_models(config: SegmentImagesConfig) -> ResolvedSegmentationModels:
     return ResolvedSegmentationModels(
         base=base.digest,
         encoder=models.encoder.encoder_id,
-        clip_attention_lora=base.model.config.clip_attention_lora,
+        clip_attention_lora=base.clip_attention_lora,
         vacancy=None if pool.entries else pool.empty_reason,
     )
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from loraseg.errors import AdapterMismatchError, ConfigError, DatasetError
 from loraseg.fuse.bank import AdapterBank
 from loraseg.fuse.mix import Mix
-from loraseg.segment.open_vocabulary.base import SegmentationBase, check_classes
+from loraseg.segment.open_vocabulary.base import check_classes
+from loraseg.segment.open_vocabulary.protocol import OpenVocabularyBase
 from loraseg.segment.open_vocabulary.sliding_window import SlidingWindowGrid
 from loraseg.tensor_types import Float, ndarray
 
@@ -35,7 +36,7 @@ class Predictor:
 
     def __init__(
         self,
-        base: SegmentationBase,
+        base: OpenVocabularyBase,
         *,
         mode: PredictionMode = "plain",
         text_cache: TextCache = "per_adapter",
@@ -232,7 +233,7 @@ class Predictor:
         """
         limit = self.windows_per_batch
         limit -= limit % windows_per_image if limit >= windows_per_image else 0
-        side = self.base.model.config.image_size
+        side = self.base.input_size
         logits: list[Tensor] = []
         for some in _batch_indices([_mix_digest(mix) for mix in mixes], limit):
             rows = torch.stack([_resize(windows[index], (side, side)) for index in some])
@@ -240,7 +241,7 @@ class Predictor:
             banks = [texts[_mix_digest(mix)] for mix in used]
             shared = all(bank is banks[0] for bank in banks)
             with self._bank.use(used):
-                maps = self.base.model(
+                maps = self.base.forward(
                     rows.to(self.base.dtype), banks[0] if shared else torch.stack(banks)
                 )
             logits += maps.float()

@@ -103,7 +103,7 @@ class SegmenterAdapterJob:
             StoreError: The library cannot be read.
         """
         self.training_run.check_images(self.shared)
-        return self.training_run.plan(count_parameters(self.base.model, self.task.recipe))
+        return self.training_run.plan(count_parameters(self.base, self.task.recipe))
 
     def run(self, on_progress: ProgressCallback) -> TaskResult:
         """Train, score and publish; return the published version if the task is done already.

@@ -1,9 +1,8 @@
-"""Batches and loss for training a CAT-Seg on labelled images."""
+"""Batches of labelled images for training a segmenter, and its loss on them."""
 
-import dataclasses
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,20 +12,18 @@ from loraseg.data import IGNORE, Dataset, Sample, load_pair
 from loraseg.data.transforms import AugmentConfig, augment, resize_shortest_edge
 from loraseg.errors import DatasetError
 from loraseg.seeding import numpy_generator
-from loraseg.segment.open_vocabulary.base import SegmentationBase
-from loraseg.segment.open_vocabulary.losses import catseg_bce
+from loraseg.segment.open_vocabulary.protocol import OpenVocabularyBase
 from loraseg.tensor_types import Float, Int, Tensor, UInt8, ndarray
 from loraseg.train.core.shuffling import require_labels, shuffled_index
 
 __all__ = [
-    "ImageFeatures",
     "Precision",
     "TrainingImages",
-    "clip_input",
     "encode_image_features",
     "encode_text",
     "fixed_threads",
     "has_labels",
+    "network_input",
     "segmentation_loss",
 ]
 
@@ -38,8 +35,8 @@ _CACHE_BYTES = 2 * 2**30
 class TrainingImages:
     """Augmented batches, each a pure function of (seed, keys, step).
 
-    Images pass in rounds, every image once a round in an order drawn for that round, so that no
-    state has to be kept between steps. Decoded images stay in memory up to 2 GiB.
+    Every image occurs once per epoch, in an order drawn for that epoch, so no state is kept between
+    steps. Decoded images are cached in memory up to 2 GiB.
     """
 
     def __init__(
@@ -52,16 +49,16 @@ class TrainingImages:
         seed: int = 0,
         keys: tuple[str | int, ...] = (),
     ) -> None:
-        """Prepare to load ``samples``; nothing is read yet.
+        """Prepare to load ``samples``; reads nothing yet.
 
         Args:
-            dataset: Where the samples are from.
-            samples: All with masks.
-            augmentation: What happens to each image each time.
-            first_resize: (height, width) that image and mask are resized to before that, both by
-                the nearest pixel as SemLA does for Cityscapes (methods B.2).
-            seed: The user's seed.
-            keys: What the batches are for, such as the adapter's name.
+            dataset: The dataset of the samples.
+            samples: Samples with masks.
+            augmentation: Random augmentation of each image.
+            first_resize: (height, width) that image and mask are resized to before augmentation,
+                both by nearest pixel, as SemLA does for Cityscapes.
+            seed: Seed of order and augmentation.
+            keys: Keys of the random streams beside the seed, such as the adapter's name.
 
         Raises:
             DatasetError: There is no sample, or one has no mask.
@@ -79,7 +76,7 @@ class TrainingImages:
     def batch(
         self, step: int, size: int
     ) -> tuple[UInt8[ndarray, "b s s 3"], UInt8[ndarray, "b s s"]]:
-        """Return images in RGB and class ids (255 = ignore) of one step.
+        """Return RGB images and class ids (255 = ignore) of one step.
 
         Raises:
             DatasetError: An image or mask is broken.
@@ -92,7 +89,7 @@ class TrainingImages:
         return np.stack([image for image, _ in pairs]), np.stack([mask for _, mask in pairs])
 
     def require_labels(self) -> None:
-        """Make sure that some pixel is labelled; reads masks only until one is found.
+        """Check that some pixel is labelled; stops reading at the first one.
 
         Raises:
             DatasetError: All pixels of all masks are ignored.
@@ -110,7 +107,7 @@ class TrainingImages:
         if self._resize is not None:
             image, mask = (_resize_nearest(pixels, self._resize) for pixels in (image, mask))
         if len(self._augment.shortest_edge) == 1:
-            # What augmentation would do first, and the same each time.
+            # The first, deterministic part of the augmentation.
             image, mask = resize_shortest_edge(image, mask, self._augment.shortest_edge[0])
         if self._decoded_bytes + image.nbytes + mask.nbytes <= _CACHE_BYTES:
             self._decoded[index] = image, mask
@@ -118,78 +115,74 @@ class TrainingImages:
         return image, mask
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class ImageFeatures:
-    """What the aggregator sees of a batch of images: CLIP's dense features, upsampled guidance."""
-
-    features: Float[Tensor, "b d g g"]
-    guidance: tuple[Float[Tensor, "b _ g2 g2"], Float[Tensor, "b _ g4 g4"]]
-
-
 def encode_image_features(
-    base: SegmentationBase, images: UInt8[ndarray, "b s s 3"], precision: Precision = "fp32"
-) -> ImageFeatures:
-    """Run everything before the aggregator on images in RGB; gradients flow as the model says."""
+    base: OpenVocabularyBase, images: UInt8[ndarray, "b s s 3"], precision: Precision = "fp32"
+) -> Any:
+    """Return the base's features of RGB images, with gradients if the model requires them."""
     with _autocast(base, precision):
-        return ImageFeatures(*base.model.encode_images(clip_input(base, images)))
+        return base.encode_images(network_input(base, images))
 
 
 def encode_text(
-    base: SegmentationBase, tokens: Int[Tensor, "t p l"], precision: Precision = "fp32"
+    base: OpenVocabularyBase, tokens: Int[Tensor, "t p l"], precision: Precision = "fp32"
 ) -> Float[Tensor, "t p d"]:
-    """Encode class prompts given as token ids; gradients flow as the model says."""
+    """Return text features of token ids, with gradients if the model requires them."""
     with _autocast(base, precision):
         return base.encode_tokens(tokens)
 
 
 def segmentation_loss(
-    base: SegmentationBase,
+    base: OpenVocabularyBase,
     text: Float[Tensor, "t p d"],
-    images: ImageFeatures,
+    images: Any,
     labels: UInt8[ndarray, "b s s"],
     *,
     mask_ignored: bool = False,
     precision: Precision = "fp32",
 ) -> Float[Tensor, ""]:
-    """Return CAT-Seg's loss on a batch (methods A.6).
+    """Return the base's loss on a batch.
 
     Args:
-        base: Its aggregator is run as it is, with whatever has been put into it.
-        text: From :func:`encode_text`.
-        images: From :func:`encode_side`.
+        base: The base, with the adapters that are applied to it.
+        text: Text features of :func:`encode_text`.
+        images: Image features of :func:`encode_image_features`.
         labels: Class ids, 255 = ignore.
         mask_ignored: Leave ignored pixels out of the mean; then some pixel must be labelled.
         precision: "bf16" runs the forward pass under autocast.
+
+    Raises:
+        DatasetError: A label is neither a class nor 255.
+        StageError: ``mask_ignored`` is set and every pixel is ignored.
     """
     bank = text[None].expand(len(labels), -1, -1, -1)
     with _autocast(base, precision):
-        logits = base.model.aggregator(images.features, bank, images.guidance)
+        logits = base.decode(images, bank)
     target = torch.from_numpy(labels).to(base.device)
-    return catseg_bce(logits.float(), target, IGNORE, mask_ignored=mask_ignored)
+    return base.loss(logits.float(), target, mask_ignored=mask_ignored)
 
 
 def has_labels(labels: UInt8[ndarray, "b s s"]) -> bool:
-    """Return whether there is anything to learn from."""
+    """Return whether some pixel of a batch is labelled."""
     return bool((labels != IGNORE).any())
 
 
-def _autocast(base: SegmentationBase, precision: Precision) -> torch.autocast:
+def _autocast(base: OpenVocabularyBase, precision: Precision) -> torch.autocast:
     return torch.autocast(base.device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def clip_input(
-    base: SegmentationBase, images: UInt8[ndarray, "b s s 3"]
+def network_input(
+    base: OpenVocabularyBase, images: UInt8[ndarray, "b s s 3"]
 ) -> Float[Tensor, "b 3 n n"]:
-    """Normalise by the base's mean and std, then resize to CLIP's input (methods A.3, A.7)."""
+    """Normalise RGB images and resize them to the network's input, in the order of CAT-Seg."""
     scaled = base.normalise(torch.from_numpy(images).to(base.device).permute(0, 3, 1, 2))
-    side = base.model.config.image_size
+    side = base.input_size
     if scaled.shape[-1] == side:
         return scaled
     return nn.functional.interpolate(scaled, (side, side), mode="bilinear", align_corners=False)
 
 
 def _resize_nearest(pixels: ndarray, size: tuple[int, int]) -> ndarray:
-    """Resize (h, w, ...) by the pixel nearest to each new pixel's centre ("nearest-exact")."""
+    """Resize (h, w, ...) by nearest pixel centre, as torch's mode "nearest-exact"."""
     rows, columns = (
         ((np.arange(new) + 0.5) * old / new).astype(np.intp)
         for new, old in zip(size, pixels.shape[:2], strict=True)
@@ -199,7 +192,7 @@ def _resize_nearest(pixels: ndarray, size: tuple[int, int]) -> ndarray:
 
 @contextmanager
 def fixed_threads(count: int) -> Generator[None, None, None]:
-    """Compute with ``count`` CPU threads; sums over another count differ in their last bits."""
+    """Compute with ``count`` CPU threads; another count changes the last bits of sums."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -1,24 +1,23 @@
-"""Train LoRA adapters on a frozen CAT-Seg, one alone or several on the same batches (methods B)."""
+"""Train LoRA adapters on a frozen segmenter, one alone or several on the same batches (SemLA)."""
 
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import nn
 
 from loraseg.adapters.adapter import LoraPair
-from loraseg.adapters.targets.catseg import target_modules
 from loraseg.errors import ConfigError, LorasegError
-from loraseg.segment.open_vocabulary.base import SegmentationBase
+from loraseg.segment.open_vocabulary.protocol import OpenVocabularyBase
 from loraseg.tensor_types import Tensor, ndarray
 from loraseg.train.core.checkpoint import CheckpointStore
 from loraseg.train.core.loop import LoopResult, StepCallback, TrainingLoop
 from loraseg.train.core.lora import TrainablePairs, apply_lora, freeze, init_pairs
 from loraseg.train.segmenter_adapters.recipes import AdapterRecipe, group_signature
 from loraseg.train.segmenter_adapters.samples import (
-    ImageFeatures,
     Precision,
     TrainingImages,
     encode_image_features,
@@ -32,19 +31,16 @@ __all__ = [
     "GroupMember",
     "TrainedPairs",
     "count_parameters",
-    "image_encoder_is_frozen",
     "train_group",
     "train_lora",
 ]
 
 logger = logging.getLogger(__name__)
 
-_CLIP = "sem_seg_head.predictor.clip_model."
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TrainedPairs:
-    """The pairs on the CPU, by module name, and how training went."""
+    """Trained pairs by module name, on the CPU, and the result of the loop."""
 
     pairs: dict[str, LoraPair]
     loop: LoopResult
@@ -52,7 +48,13 @@ class TrainedPairs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class GroupMember:
-    """One adapter of a group: its recipe, its checkpoints, and who is told of each step."""
+    """One adapter of a group.
+
+    Attributes:
+        recipe: What to train.
+        checkpoints: Store of the checkpoints; None keeps none.
+        on_step: Called after each step with (finished steps, loss).
+    """
 
     recipe: AdapterRecipe
     checkpoints: CheckpointStore | None = None
@@ -60,7 +62,7 @@ class GroupMember:
 
 
 def train_lora(
-    base: SegmentationBase,
+    base: OpenVocabularyBase,
     images: TrainingImages,
     classes: Sequence[str],
     recipe: AdapterRecipe,
@@ -68,22 +70,22 @@ def train_lora(
     checkpoints: CheckpointStore | None = None,
     on_step: StepCallback | None = None,
 ) -> TrainedPairs:
-    """Train an adapter; the base is frozen and afterwards as it was, bit by bit.
+    """Train an adapter on a frozen base; the base's weights are unchanged afterwards, bit for bit.
 
-    On the CPU the same arguments give the same bytes, however often the run is killed and resumed.
+    On the CPU equal arguments give equal bytes, however often the run is killed and resumed.
 
     Args:
-        base: Where its model is (CPU or GPU) is where training happens.
-        images: Augmented batches; their seed decides the initial pairs as well.
+        base: The segmenter; training runs on its device.
+        images: Augmented batches; their seed also decides the initial pairs.
         classes: Class names by id.
-        recipe: What to train and how.
-        checkpoints: Checkpoints; None keeps none.
-        on_step: Called after each step with (steps done, loss).
+        recipe: What to train.
+        checkpoints: Store of the checkpoints; None keeps none.
+        on_step: Called after each step with (finished steps, loss).
 
     Raises:
         ConfigError: The base's ``clip_attention_lora`` is not the recipe's.
         DatasetError: No pixel of any mask is labelled, or a file is broken.
-        StageError: The loss is not finite, or no batch held a labelled pixel.
+        StageError: The loss is not finite, or no batch has a labelled pixel.
         StoreError: The checkpoints cannot be read.
     """
     member = GroupMember(recipe=recipe, checkpoints=checkpoints, on_step=on_step)
@@ -94,37 +96,36 @@ def train_lora(
 
 
 def train_group(
-    base: SegmentationBase,
+    base: OpenVocabularyBase,
     images: TrainingImages,
     classes: Sequence[str],
     members: Sequence[GroupMember],
 ) -> list[TrainedPairs | LorasegError]:
-    """Train several adapters step by step side by side, on the same batches.
+    """Train several adapters on the same batches, alternating at every step.
 
-    Each becomes what it would become alone, byte by byte on the CPU. What the rule leaves frozen
-    before the first adapted layer is computed once a step for all of them: the same operation on
-    the same input. An error of one member ends that member only; each resumes from a checkpoint of
-    its own.
+    Each gets the bytes that it would get alone, on the CPU. Encoders without adapted layers run
+    once per step for all members. An error of one member ends that member only; each resumes from
+    its own checkpoint.
 
     Args:
-        base: Where its model is (CPU or GPU) is where training happens.
-        images: Augmented batches; their seed decides the initial pairs as well.
+        base: The segmenter; training runs on its device.
+        images: Augmented batches; their seed also decides the initial pairs.
         classes: Class names by id.
-        members: At least one; equal in
-            :func:`~loraseg.train.segmenter_adapters.recipes.shared_part`.
+        members: At least one, with equal
+            :func:`~loraseg.train.segmenter_adapters.recipes.group_signature`.
 
     Returns:
-        For each member its pairs, or the error that ended it.
+        The pairs or the error of each member.
 
     Raises:
-        ConfigError: The base's ``clip_attention_lora`` is not the recipe's, or recipes differ in
-            what a group shares.
+        ConfigError: The base's ``clip_attention_lora`` is not the recipe's, or the recipes' group
+            signatures differ.
         DatasetError: No pixel of any mask is labelled.
     """
     recipe, model = members[0].recipe, base.model
-    _check_group(model.config.clip_attention_lora, members)
+    _check_group(base.clip_attention_lora, members)
     images.require_labels()
-    names = target_modules(model, recipe.targets)
+    names = base.target_modules(recipe.targets)
     outcomes: dict[int, TrainedPairs | LorasegError] = {}
     running: dict[int, _AdapterTrainer] = {}
     with ExitStack() as stack:
@@ -139,10 +140,10 @@ def train_group(
                 outcomes[index] = error
         first = min((run.loop.first_step for run in running.values()), default=0)
         for step in range(first, max(member.recipe.loop.steps for member in members)):
-            takers = {i: run for i, run in running.items() if run.loop.has_step(step)}
-            if not takers:
+            active = {i: run for i, run in running.items() if run.loop.has_step(step)}
+            if not active:
                 continue
-            for index, error in _step(step, inputs, takers).items():
+            for index, error in _step(step, inputs, active).items():
                 outcomes[index] = error
                 del running[index]
         for index, run in running.items():
@@ -156,33 +157,29 @@ def train_group(
 def _step(
     step: int, inputs: "_BatchInputs", active: Mapping[int, "_AdapterTrainer"]
 ) -> dict[int, LorasegError]:
-    """Let all take one step; return the errors of those whom it ended."""
+    """Make one step of each active member; return the errors by member."""
     try:
         inputs.load(step)
-    except LorasegError as error:  # members that have finished keep what they have
+    except LorasegError as error:  # Members that have finished keep their pairs.
         return dict.fromkeys(active, error)
-    ended: dict[int, LorasegError] = {}
+    errors: dict[int, LorasegError] = {}
     for index, run in active.items():
         try:
             run.step(step, inputs)
         except LorasegError as error:
-            ended[index] = error
-    return ended
+            errors[index] = error
+    return errors
 
 
-def image_encoder_is_frozen(model: nn.Module, rule: str) -> bool:
-    """Return whether a rule leaves all of CLIP's image tower as it is."""
-    return not any(name.startswith(_CLIP + "visual.") for name in target_modules(model, rule))
-
-
-def count_parameters(model: nn.Module, recipe: AdapterRecipe) -> int:
-    """Count what an adapter by this recipe would train; the model may be on the meta device."""
-    layers = [model.get_submodule(name) for name in target_modules(model, recipe.targets)]
-    return sum(recipe.rank * sum(layer.get_parameter("weight").shape) for layer in layers)
+def count_parameters(base: OpenVocabularyBase, recipe: AdapterRecipe) -> int:
+    """Return the number of values that an adapter trains; the model may be on the meta device."""
+    linears = base.linears()
+    layers = [linears[name] for name in base.target_modules(recipe.targets)]
+    return sum(recipe.rank * sum(layer.weight.shape) for layer in layers)
 
 
 class _AdapterTrainer:
-    """One adapter while it trains."""
+    """The pairs of one member and their training loop."""
 
     def __init__(
         self, model: nn.Module, member: GroupMember, names: Sequence[str], seed: int
@@ -209,11 +206,11 @@ class _AdapterTrainer:
 
 
 class _BatchInputs:
-    """The batch of one step, with what is frozen computed once for all who train on it."""
+    """The batch of a step, with the features of frozen encoders computed once for all members."""
 
     def __init__(
         self,
-        base: SegmentationBase,
+        base: OpenVocabularyBase,
         images: TrainingImages,
         tokens: Tensor,
         recipe: AdapterRecipe,
@@ -222,15 +219,15 @@ class _BatchInputs:
         self._base, self._images, self._tokens = base, images, tokens
         self._batch_size = recipe.batch_size
         self._precision: Precision = recipe.loop.precision
-        self._image_encoder_frozen = image_encoder_is_frozen(base.model, recipe.targets)
-        self._image_features: ImageFeatures | None = None
+        self._image_encoder_frozen = not base.adapts_images(names)
+        self._image_features: Any = None
         self._text_features: Tensor | None = None
-        if not any(name.startswith(_CLIP + "transformer.") for name in names):
+        if not base.adapts_text(names):
             with torch.no_grad():
                 self._text_features = encode_text(base, tokens, self._precision)
 
     def load(self, step: int) -> None:
-        """Load a step's batch; nobody's pairs act meanwhile."""
+        """Load the batch of a step. No pairs may be applied to the model during the call."""
         self._pixels, self._labels = self._images.batch(step, self._batch_size)
         self.labelled = has_labels(self._labels)
         if self._image_encoder_frozen and self.labelled:
@@ -238,28 +235,27 @@ class _BatchInputs:
                 self._image_features = self._encode_images()
 
     def loss(self, *, mask_ignored: bool) -> Tensor:
-        """Return the loss with the pairs that act now."""
+        """Return the loss of the model with the pairs that are applied to it."""
+        text, features = self._text_features, self._image_features
         return segmentation_loss(
             self._base,
-            encode_text(self._base, self._tokens, self._precision)
-            if self._text_features is None
-            else self._text_features,
-            self._image_features or self._encode_images(),
+            encode_text(self._base, self._tokens, self._precision) if text is None else text,
+            self._encode_images() if features is None else features,
             self._labels,
             mask_ignored=mask_ignored,
             precision=self._precision,
         )
 
-    def _encode_images(self) -> ImageFeatures:
+    def _encode_images(self) -> Any:
         pixels: ndarray = self._pixels
         return encode_image_features(self._base, pixels, self._precision)
 
 
 def _check_group(clip_attention_lora: str, members: Sequence[GroupMember]) -> None:
-    wanted = members[0].recipe.clip_attention_lora
-    if clip_attention_lora != wanted:
+    expected = members[0].recipe.clip_attention_lora
+    if clip_attention_lora != expected:
         raise ConfigError(
-            f"clip_attention_lora: the recipe says {wanted!r}, the base was loaded as "
+            f"clip_attention_lora: the recipe says {expected!r}, the base was loaded as "
             f"{clip_attention_lora!r}"
         )
     if len({group_signature(member.recipe) for member in members}) > 1:

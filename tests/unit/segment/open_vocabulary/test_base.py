@@ -67,10 +67,10 @@ def test_wrong_files(tmp_path):
     with pytest.raises(IntegrityError, match="cannot be read as a checkpoint"):
         load_base(str(tmp_path / "m.pth"))
     path = write_own(tmp_path / "m.safetensors", mean="[1, 2]")
-    with pytest.raises(IntegrityError, match="its header makes no base: not enough values"):
+    with pytest.raises(IntegrityError, match="does not describe a base: not enough values"):
         load_base(str(path))
     path = write_own(tmp_path / "m.safetensors", prompt="no slot")
-    with pytest.raises(IntegrityError, match="its header makes no base: prompt: got"):
+    with pytest.raises(IntegrityError, match="does not describe a base: prompt: got"):
         load_base(str(path))
 
 

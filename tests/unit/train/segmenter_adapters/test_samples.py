@@ -9,11 +9,11 @@ from loraseg.data.transforms import AugmentConfig
 from loraseg.errors import DatasetError
 from loraseg.train.segmenter_adapters.samples import (
     TrainingImages,
-    clip_input,
     encode_image_features,
     encode_text,
     fixed_threads,
     has_labels,
+    network_input,
     segmentation_loss,
 )
 from tests.tiny_training import write_domain
@@ -96,7 +96,7 @@ def test_refuses_images_without_masks(dataset):
 
 
 @pytest.mark.parametrize("mask_ignored", [False, True])
-def test_the_loss_is_that_of_methods_a6(dataset, mask_ignored):
+def test_the_loss_is_catsegs_mean_over_all_pixels(dataset, mask_ignored):
     base = tiny_base()
     images, labels = batches(dataset, PLAIN).batch(0, 2)
     labels[:, :9] = 255
@@ -135,14 +135,14 @@ def test_images_of_clips_own_size_are_not_resampled():
     base = tiny_base()
     images = np.random.default_rng(0).integers(0, 255, (1, 16, 16, 3), dtype=np.uint8)
     expected = (torch.from_numpy(images).permute(0, 3, 1, 2).float() - 120) / 60
-    assert torch.equal(clip_input(base, images), expected)
+    assert torch.equal(network_input(base, images), expected)
 
 
 def test_images_go_where_the_model_is():
     base = tiny_base()
     base.model.to("meta")
     images = np.zeros((1, 24, 24, 3), dtype=np.uint8)
-    assert clip_input(base, images).device == base.device == torch.device("meta")
+    assert network_input(base, images).device == base.device == torch.device("meta")
 
 
 def test_threads_are_given_back():

@@ -14,7 +14,6 @@ from loraseg.train.segmenter_adapters.samples import TrainingImages
 from loraseg.train.segmenter_adapters.training import (
     GroupMember,
     count_parameters,
-    image_encoder_is_frozen,
     train_group,
     train_lora,
 )
@@ -69,7 +68,7 @@ def test_all_pairs_train_and_the_loss_falls(images):
     )
     base = tiny_base()
     assert list(trained.pairs) == list(target_modules(base.model))
-    # Methods A.3: the last vision block has values but no attention, so its q and k never act.
+    # The last vision block of CAT-Seg has values but no attention: its q and k have no effect.
     last = "clip_model.visual.transformer.resblocks.1.attn."
     idle = {name for name, pair in trained.pairs.items() if not pair.up.any()}
     assert idle == {f"sem_seg_head.predictor.{last}{x}_proj" for x in "qk"}
@@ -93,7 +92,7 @@ def test_counted_is_what_trains():
     base, recipe = tiny_base(), named_recipe("miniature", {"rank": 3})
     names = target_modules(base.model, recipe.targets)
     parameters = init_pairs(base.model, names, rank=3, alpha=1.0, seed=0).parameters()
-    assert sum(p.numel() for p in parameters.values()) == count_parameters(base.model, recipe)
+    assert sum(p.numel() for p in parameters.values()) == count_parameters(base, recipe)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -215,7 +214,9 @@ def test_members_must_agree_on_what_they_share(images):
 
 @pytest.mark.parametrize("rule", TARGET_RULES)
 def test_the_list_of_rules_that_leave_clip_alone_is_right(rule):
-    model = tiny_base().model
-    assert image_encoder_is_frozen(model, rule) == (rule in RULES_WITHOUT_CLIP)
+    base = tiny_base()
+    names = base.target_modules(rule)
+    assert base.adapts_images(names) == (rule not in RULES_WITHOUT_CLIP)
+    assert base.adapts_text(names) == (rule not in RULES_WITHOUT_CLIP)
     if rule in RULES_WITHOUT_CLIP:
-        assert not any(".clip_model." in name for name in target_modules(model, rule))
+        assert not any(".clip_model." in name for name in names)
