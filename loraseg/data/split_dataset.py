@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch.utils.data
 
 from loraseg.data.datasets import Dataset, load_pair
@@ -44,5 +45,8 @@ class SplitDataset(torch.utils.data.Dataset[dict[str, Any]]):
             DatasetError: The image or the mask is broken, or the sample has no mask.
         """
         sample = self.samples[index]
-        image, label = load_pair(self.dataset, sample)
+        # Readers may return read-only arrays, for which torch prints a warning.
+        image, label = (
+            np.require(array, requirements="W") for array in load_pair(self.dataset, sample)
+        )
         return {"image": image, "label": label, "id": sample.id}
