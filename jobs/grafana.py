@@ -1,4 +1,4 @@
-"""The Grafana dashboard of the endpoint, so that its panels and the metrics stay in step.
+"""Generate the Grafana dashboard of the endpoint.
 
 ``python -m jobs.grafana > jobs/grafana_dashboard.json``
 """
@@ -16,7 +16,7 @@ _WIDTH, _HEIGHT, _COLUMNS = 8, 7, 3
 
 @dataclass(frozen=True, slots=True)
 class _Panel:
-    """A title, a unit of Grafana's, and an expression for each legend."""
+    """Title, Grafana unit, and pairs of legend and expression."""
 
     title: str
     unit: str
@@ -38,7 +38,7 @@ _PANELS = (
         "Requests", "reqps", (("{{path}} {{status}}", _rate("requests_total", "path, status")),)
     ),
     _Panel(
-        "Refused or failed",
+        "Errors by code",
         "reqps",
         (
             (
@@ -60,9 +60,9 @@ _PANELS = (
             for share in (0.5, 0.95, 0.99)
         ),
     ),
-    _Panel("Stages, p95", "s", (("{{stage}}", _quantile(0.95, "stage_seconds", "stage")),)),
+    _Panel("Time by stage, p95", "s", (("{{stage}}", _quantile(0.95, "stage_seconds", "stage")),)),
     _Panel(
-        "Images before and in the models",
+        "Images waiting for or in the models",
         "short",
         (("{{replica}}", "sum by (replica) (ray_loraseg_segmenter_images)"),),
     ),
@@ -83,7 +83,7 @@ _PANELS = (
         ),
     ),
     _Panel(
-        "Share that fell back to the bare base",
+        "Share of images with fallback to the base",
         "percentunit",
         (
             (
@@ -99,7 +99,7 @@ _PANELS = (
         (("{{replica}}", "sum by (replica) (ray_loraseg_adapters_resident)"),),
     ),
     _Panel(
-        "Memory of adapters",
+        "Memory of the adapters",
         "bytes",
         (("{{replica}}", "sum by (replica) (ray_loraseg_adapter_bytes)"),),
     ),
@@ -112,7 +112,7 @@ _PANELS = (
         ),
     ),
     _Panel(
-        "Time to load an adapter",
+        "Load time of an adapter",
         "s",
         (("mean", f"{_rate('adapter_load_seconds_total')} / {_rate('adapter_misses_total')}"),),
     ),
@@ -122,12 +122,12 @@ _PANELS = (
         (("{{library}} {{replica}}", "ray_loraseg_catalog_generation"),),
     ),
     _Panel(
-        "Age of the catalog's last check",
+        "Time since the last catalog check",
         "s",
         (("{{library}}", "max by (library) (ray_loraseg_catalog_age_seconds)"),),
     ),
     _Panel(
-        "Adapters, and those out of service",
+        "Adapters, and adapters out of service",
         "short",
         (
             ("{{library}}", "max by (library) (ray_loraseg_catalog_adapters)"),

@@ -1,4 +1,4 @@
-"""An ASGI app on a real port of this machine, in a thread of this process."""
+"""Serve an ASGI app on a TCP port from a thread of this process."""
 
 import contextlib
 import socket
@@ -9,7 +9,7 @@ import uvicorn
 
 @contextlib.contextmanager
 def serve_on_free_port(app, tls=None):
-    """Serve an app, with TLS if (certificate, key) are named; yield the port."""
+    """Serve an app, with TLS if ``tls`` is (certificate, key); yield the port."""
     files = {} if tls is None else {"ssl_certfile": tls[0], "ssl_keyfile": tls[1]}
     options = {"log_config": None, "lifespan": "off", "ws": "none", "timeout_graceful_shutdown": 5}
     server = uvicorn.Server(uvicorn.Config(app, **options, **files))

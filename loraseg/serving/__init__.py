@@ -1,8 +1,8 @@
-"""The HTTP endpoint without Ray: orders, limits, tokens, replies, the API and its page.
+"""The HTTP endpoint without Ray: engines, limits, tokens, the API and its page.
 
-Why apart from ``actors``: the API is an ASGI app over an :class:`~loraseg.serving.engine.Engine`.
-Ray's deployments are one engine; the models in this process are another, so that the API is tested,
-and can be embedded, without a cluster.
+The API is an ASGI app over an :class:`~loraseg.serving.engine.Engine`. One engine runs the models
+in this process, for ``loraseg serve`` and tests; the stages of the engine in ``actors.serve`` are
+Ray deployments.
 """
 
 __all__: list[str] = []

@@ -1,4 +1,4 @@
-"""The stages of one endpoint, made from its config: for one process, or for each of Ray's."""
+"""Build the stages of an endpoint from its config, in one process or in each Ray replica."""
 
 from collections.abc import Mapping
 
@@ -19,52 +19,54 @@ from loraseg.storage import open_store
 
 __all__ = ["build_local_engine", "build_retrieval", "build_segmentation"]
 
-# Somebody waits for an adapter; for a catalog nobody does, but problems should be seen soon.
+# Requests wait for adapters; a failing catalog should be reported soon.
 _ADAPTER_RETRY_TIMEOUT_S = 3.0
 _CATALOG_RETRY_TIMEOUT_S = 5.0
 
 
 def build_retrieval(config: ServiceConfig) -> RetrievalStage:
-    """Load the index encoder and begin to follow the libraries, which need not be there yet.
+    """Load the index encoder and follow the libraries, which need not be reachable yet.
 
-    The base's weight file is read for its digest, but not loaded.
+    The base's weight file is read for its digest but not loaded.
 
     Raises:
-        LorasegError: The encoder cannot be loaded, or the base or a store's URI is wrong.
+        LorasegError: The encoder cannot be loaded, or the base or a store's URI is invalid.
     """
     encoder = load_clip(config.encoder)
     device = best_device()
     encoder.model.to(device)
-    taste = AdapterFilter(
+    adapter_filter = AdapterFilter(
         base_digest=resolve_weights(config.base).digest,
         encoder_id=encoder.encoder_id,
         attention=config.clip_attention_lora,
     )
     libraries = _open_libraries(config, _CATALOG_RETRY_TIMEOUT_S)
-    followed = {
-        name: LibraryWatcher(library, name=name, adapter_filter=taste, poll_s=config.poll_s).start()
+    watchers = {
+        name: LibraryWatcher(
+            library, name=name, adapter_filter=adapter_filter, poll_s=config.poll_s
+        ).start()
         for name, library in libraries.items()
     }
-    return RetrievalStage(encoder, followed, embed_together=device.type != "cpu")
+    return RetrievalStage(encoder, watchers, embed_together=device.type != "cpu")
 
 
 def build_segmentation(config: ServiceConfig) -> SegmentationStage:
-    """Load the base; no store is contacted.
+    """Load the base; this contacts no store.
 
     Raises:
-        LorasegError: The base cannot be loaded, or a store's URI is wrong.
+        LorasegError: The base cannot be loaded, or a store's URI is invalid.
     """
     models = ModelVariants(config)
-    source = AdapterLoader(_open_libraries(config, _ADAPTER_RETRY_TIMEOUT_S), models.base)
-    cache = AdapterCache(source, limit_bytes=config.cache_bytes)
+    loader = AdapterLoader(_open_libraries(config, _ADAPTER_RETRY_TIMEOUT_S), models.base)
+    cache = AdapterCache(loader, limit_bytes=config.cache_bytes)
     return SegmentationStage(models, cache, mode="sliding" if config.sliding else "plain")
 
 
 def build_local_engine(config: ServiceConfig) -> LocalEngine:
-    """Return an engine in this process; libraries may still be loading.
+    """Return an engine in this process; its libraries may still be loading.
 
     Raises:
-        LorasegError: As :func:`build_retrieval` and :func:`build_segment`.
+        LorasegError: As :func:`build_retrieval` and :func:`build_segmentation`.
     """
     return LocalEngine(config, build_retrieval(config), build_segmentation(config))
 

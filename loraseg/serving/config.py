@@ -1,4 +1,4 @@
-"""What is served, how it is placed, and what a client may ask for."""
+"""Settings of an endpoint: models and libraries, limits of requests, replicas."""
 
 from dataclasses import dataclass, field
 
@@ -10,18 +10,18 @@ __all__ = ["Limits", "ReplicaConfig", "ServiceConfig"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What a client may ask for; beyond it, a request is refused with a reason.
+    """Limits of requests; a request beyond them gets an error response.
 
     Attributes:
-        body_bytes: Of a whole request.
-        body_timeout_s: For a request's body to arrive.
-        pixels: Of one image, told from its header before it is decoded.
-        classes: In one request; label maps are 8-bit, so at most 255.
-        class_name_chars: Of one class name.
-        images: In one batch request.
-        request_timeout_s: From a request's arrival to its answer; clients may ask for less.
-        concurrent: Requests in work for one token, in each gateway replica.
-        queued: Images waiting for a segmenter replica, beyond those it works on, before 503.
+        body_bytes: Size of a request's body.
+        body_timeout_s: Time to receive the body.
+        pixels: Size of an image, checked in its header before decoding.
+        classes: Number of classes of a request, at most 255 since label maps have 8 bits.
+        class_name_chars: Length of a class name.
+        images: Number of images in a batch request.
+        request_timeout_s: Time from arrival to response; clients may set a shorter one.
+        concurrent: Concurrent requests of a token, in each gateway replica.
+        queued: Images that wait for a segmenter replica, besides those in a batch, before 503.
     """
 
     body_bytes: int = 32 * 2**20
@@ -45,15 +45,15 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReplicaConfig:
-    """How one kind of deployment is placed and scaled.
+    """Resources and scaling of a deployment.
 
     Attributes:
-        min_replicas: Kept even when idle.
-        max_replicas: Most under load; between the two, the number follows ongoing requests.
-        cpus: Set aside for each; also its torch threads (rounded down, at least one).
-        gpus: Of each; 0.5 lets two share one.
-        node: A custom resource that the node must offer, such as ``server`` in cluster.yaml.
-        target_ongoing: Requests in work for each replica that autoscaling aims at.
+        min_replicas: Number of replicas without load.
+        max_replicas: Maximum number of replicas; autoscaling follows the ongoing requests.
+        cpus: Per replica; also its number of torch threads (rounded down, at least one).
+        gpus: Per replica; with 0.5 two replicas share a GPU.
+        node: Custom resource of suitable nodes, such as ``server`` in cluster.yaml; None for any.
+        target_ongoing: Ongoing requests per replica that autoscaling aims for.
     """
 
     min_replicas: int = 1
@@ -67,8 +67,8 @@ class ReplicaConfig:
         """Check the ranges."""
         if not 1 <= self.min_replicas <= self.max_replicas:
             raise ConfigError(
-                f"replicas: got {self.min_replicas} to {self.max_replicas}, expected 1 or more, "
-                "and no fewer at most than at least"
+                f"replicas: got min_replicas {self.min_replicas}, max_replicas "
+                f"{self.max_replicas}; expected 1 <= min_replicas <= max_replicas"
             )
         if self.cpus < 0 or self.gpus < 0 or self.target_ongoing <= 0:
             raise ConfigError(
@@ -79,23 +79,23 @@ class ReplicaConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServiceConfig(SegmenterConfig):
-    """One endpoint: a frozen base, the libraries it serves, limits and placement.
+    """Settings of an endpoint.
 
     Attributes:
-        libraries: Store URI of each library by the name that clients use; the first is the default.
-        sliding: Overlapping windows over every image, as published numbers were made.
+        libraries: Store URI of each library by its name in the API; the first is the default.
+        sliding: Segment overlapping windows of every image, as in SemLA's evaluation.
         k: Default number of fused adapters; None for the encoder's preset.
         temperature: Default temperature of the weights; None for the encoder's preset.
-        batch: Most images that go through the model together.
-        batch_wait_s: How long the first image of a batch waits for company.
-        poll_s: How often the catalogs are asked for a newer generation.
+        batch: Maximum number of images in a batch of the model.
+        batch_wait_s: Time that the first image of a batch waits for others.
+        poll_s: Interval between checks for a newer catalog generation.
         cache_bytes: Memory for adapters in each segmenter replica.
-        tokens: URI or path of the token file; None leaves the endpoint open to everybody who can
-            reach it, and the admin routes closed.
-        limits: What a client may ask for.
-        gateway: HTTP, checks, decoding and encoding of images.
-        retrieval: Embedding and search.
-        segmenter: The model.
+        tokens: URI or path of the token file; None accepts all clients and closes the admin
+            routes.
+        limits: Limits of requests.
+        gateway: Replicas for HTTP, decoding and encoding.
+        retrieval: Replicas for embedding and search.
+        segmenter: Replicas of the model.
     """
 
     libraries: dict[str, str]
@@ -111,7 +111,7 @@ class ServiceConfig(SegmenterConfig):
     segmenter: ReplicaConfig = field(default_factory=ReplicaConfig)
 
     def __post_init__(self) -> None:
-        """Check what the types cannot say."""
+        """Check libraries and ranges."""
         if not self.libraries:
             raise ConfigError(
                 "libraries: expected at least one, such as {main: s3://bucket/adapters}"

@@ -1,4 +1,4 @@
-"""What clients are told about libraries, adapters and the base."""
+"""Descriptions of libraries, adapters, base and encoder for clients."""
 
 import json
 import re
@@ -25,36 +25,36 @@ __all__ = [
 _WEIGHT_FILE = re.compile(r".*(://|\.(safetensors|pt|pth|bin)$)", re.DOTALL)
 
 
-def catalog_view(live: LibraryWatcher) -> CatalogView:
+def catalog_view(watcher: LibraryWatcher) -> CatalogView:
     """Return a library's state.
 
     Raises:
         ServiceError: ``not_ready``.
     """
-    shelf = live.snapshot()
-    status = live.status()
-    reasons = {failure.name: failure.reason for failure in live.quarantined(shelf)}
+    snapshot = watcher.snapshot()
+    status = watcher.status()
+    reasons = {failure.name: failure.reason for failure in watcher.quarantined(snapshot)}
     now = time.time()
     return CatalogView(
         library=status.name,
-        generation=shelf.generation,
-        loaded_s=max(0.0, now - shelf.loaded_at),
-        checked_s=max(0.0, now - (status.checked_at or shelf.loaded_at)),
+        generation=snapshot.generation,
+        loaded_s=max(0.0, now - snapshot.loaded_at),
+        checked_s=max(0.0, now - (status.checked_at or snapshot.loaded_at)),
         problem=status.problem,
-        adapters=tuple(_adapter_info(e, reasons.get(e.name)) for e in shelf.entries.values()),
-        incompatible=len(shelf.incompatible),
+        adapters=tuple(_adapter_info(e, reasons.get(e.name)) for e in snapshot.entries.values()),
+        incompatible=len(snapshot.incompatible),
     )
 
 
-def card_view(live: LibraryWatcher, name: str) -> dict[str, Any]:
+def card_view(watcher: LibraryWatcher, name: str) -> dict[str, Any]:
     """Return the card of the version in use, without its centroids.
 
     Raises:
         ServiceError: ``not_ready``, ``no_such_adapter``.
     """
-    entry = live.snapshot().entries.get(name)
+    entry = watcher.snapshot().entries.get(name)
     if entry is None:
-        raise ServiceError("no_such_adapter", f"library {live.name!r}: no adapter {name!r}")
+        raise ServiceError("no_such_adapter", f"library {watcher.name!r}: no adapter {name!r}")
     card: dict[str, Any] = json.loads(entry.card_json)
     card.pop("centroids", None)
     card["base"]["name"] = _without_location(card["base"]["name"])
@@ -67,7 +67,7 @@ def card_view(live: LibraryWatcher, name: str) -> dict[str, Any]:
 
 
 def base_view(config: ServiceConfig, stage: SegmentationStage) -> dict[str, Any]:
-    """Return what the segmenter knows of what is frozen; see :func:`encoder_view`."""
+    """Return the description of the base; :func:`encoder_view` has the encoder's."""
     predictor = stage.runner().predictor
     base, settings = predictor.base, config.adaptive_settings()
     return {
@@ -84,15 +84,13 @@ def base_view(config: ServiceConfig, stage: SegmentationStage) -> dict[str, Any]
 
 
 def encoder_view(config: ServiceConfig, stage: RetrievalStage) -> dict[str, Any]:
-    """Return what the retrieval knows of what is frozen."""
-    live = next(iter(stage.libraries.values()))
-    return {
-        "encoder": {"name": _without_location(config.encoder), "id": live.adapter_filter.encoder_id}
-    }
+    """Return the description of the encoder."""
+    encoder_id = next(iter(stage.libraries.values())).adapter_filter.encoder_id
+    return {"encoder": {"name": _without_location(config.encoder), "id": encoder_id}}
 
 
 def not_ready_reason(status: LibraryStatus) -> str | None:
-    """Say what a library lacks to be served from; None if nothing."""
+    """Return why a library cannot be used yet; None if it can."""
     if status.snapshot is not None:
         return None
     return f"library {status.name!r}: {status.problem or 'being loaded'}"
@@ -112,5 +110,5 @@ def _adapter_info(entry: CatalogEntry, unavailable: str | None) -> AdapterInfo:
 
 
 def _without_location(name: str) -> str:
-    """Keep of a path or URI only the file's name: clients need not know where things are."""
+    """Return only the file name of a path or URI, since clients must not see locations."""
     return name.split("#")[0].rpartition("/")[2] if _WEIGHT_FILE.match(name) else name

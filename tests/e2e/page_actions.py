@@ -1,4 +1,4 @@
-"""What a person does on the page, and what the API itself says."""
+"""Actions of a user on the page, and requests to the API for comparison."""
 
 import base64
 import io
@@ -26,7 +26,7 @@ SNOW = png_bytes(render("snow", 1, 5, "page")[0][0])
 
 
 def segment_request(endpoint, **parameters):
-    """Ask the API itself."""
+    """Return the API's reply without the page."""
     query = urlencode({"classes": json.dumps(CLASSES), "return": "mask,confidence,explanation"})
     request = urllib.request.Request(
         f"{endpoint}v1/segment?{query}&{urlencode(parameters)}",
@@ -42,12 +42,12 @@ def decode_png(text):
 
 
 def choose_file(page, data=SNOW, name="snow.png"):
-    kind = "image/png" if name.endswith(".png") else "text/plain"
-    page.locator("#file").set_input_files({"name": name, "mimeType": kind, "buffer": data})
+    media_type = "image/png" if name.endswith(".png") else "text/plain"
+    page.locator("#file").set_input_files({"name": name, "mimeType": media_type, "buffer": data})
 
 
 def write_classes(page, names=CLASSES):
-    # The page begins with the classes of the library as soon as it knows them.
+    # The page sets the classes of the library when it has loaded them.
     expect(page.get_by_label("Remove sky")).to_be_visible()
     page.get_by_role("button", name="Clear", exact=True).click()
     for name in names:
@@ -56,7 +56,7 @@ def write_classes(page, names=CLASSES):
 
 
 def wait_answered(page):
-    """Wait until everything in view answers the present question."""
+    """Wait until all results in view are current."""
     expect(page.locator("main")).to_have_attribute("data-answered", "true")
 
 
@@ -83,13 +83,13 @@ OVERLAY = """
 
 
 def overlay(page, mode="fused"):
-    """RGBA of the overlay's canvas."""
+    """Return the overlay's canvas, RGBA uint8 (h, w, 4)."""
     height, width, text = page.locator(f"figure[data-mode={mode}] canvas.over").evaluate(OVERLAY)
     return np.frombuffer(base64.b64decode(text), np.uint8).reshape(height, width, 4)
 
 
 def chart(page):
-    """Adapters in the chart and their weights."""
+    """Return the adapters in the chart with their weights in percent."""
     names = page.locator("#chart .who strong").all_inner_texts()
     weights = page.locator("#chart .near b").all_inner_texts()
     return {
@@ -115,6 +115,6 @@ def select_view(page, label):
 def tab_to(page, selector):
     for _ in range(80):
         page.keyboard.press("Tab")
-        if page.evaluate("wanted => document.activeElement.matches(wanted)", selector):
+        if page.evaluate("selector => document.activeElement.matches(selector)", selector):
             return
-    pytest.fail(f"the tab key does not lead to {selector}")
+    pytest.fail(f"the tab key does not reach {selector}")

@@ -1,4 +1,4 @@
-"""The endpoint in this process, on a free port, and a library for it to serve."""
+"""An endpoint in this process on a free port, and its library."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ DOMAINS = ("fog-light", "night", "snow", "sketch")
 
 
 def publish_random(folder: Path) -> str:
-    """Publish an adapter of random weights for each domain, found where the domain really lies."""
+    """Publish an adapter with random weights and the real centroid for each domain."""
     base, encoder = load_base("miniature"), load_clip("miniature")
     library = Library(open_store(str(folder)))
     for seed, name in enumerate(DOMAINS):
@@ -45,7 +45,7 @@ def publish_random(folder: Path) -> str:
 
 @contextmanager
 def serving(config: ServiceConfig) -> Iterator[str]:
-    """Serve with the token file that the config names; yield the page's URL."""
+    """Serve the API, with the config's token file if any; yield the page's URL."""
     with build_local_engine(config) as engine:
         assert engine.wait_until_ready(60.0)
         tokens = None if config.tokens is None else TokenStore.open(config.tokens)

@@ -1,4 +1,4 @@
-"""A real ``ray job submit`` of what git would hand out, to a head of our own."""
+"""``ray job submit`` of the tracked files to a local head node."""
 
 import contextlib
 import os
@@ -27,7 +27,7 @@ BIN = Path(sys.executable).parent
 
 @pytest.fixture
 def exported(tmp_path):
-    """A clean folder with the tracked files of the last commit and nothing else."""
+    """A folder with only the tracked files of the last commit."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     archive, folder = tmp_path / "export.tar", tmp_path / "export"
@@ -39,9 +39,9 @@ def exported(tmp_path):
 
 @pytest.fixture
 def head():
-    """The environment that reaches a Ray head with dashboard on free ports."""
+    """The environment variables for a Ray head with dashboard on free ports."""
     ports = free_ports(5)
-    # A socket below it may have no more than 107 characters in its path.
+    # The paths of Unix sockets below it are limited to 107 characters.
     session = tempfile.mkdtemp(prefix="ray", dir="/tmp")
     environment = {
         **os.environ,
@@ -69,9 +69,9 @@ def head():
 def free_ports(count):
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+        for item in sockets:
+            item.bind(("127.0.0.1", 0))
+        return [item.getsockname()[1] for item in sockets]
 
 
 def wait_for_port(port, process, deadline_s=90):
@@ -84,15 +84,15 @@ def wait_for_port(port, process, deadline_s=90):
 
 
 def submit(folder, environment, *arguments):
-    """Submit, again for a while if the head has no agent for the job yet; return the last try."""
+    """Submit a job, repeatedly while the head has no agent; return the last attempt."""
     command = [BIN / "ray", "job", "submit", "--working-dir", ".", "--", "python", "-m", *arguments]
     deadline = time.monotonic() + 60
     while True:
-        done = subprocess.run(
+        result = subprocess.run(
             command, cwd=folder, env=environment, capture_output=True, text=True, check=False
         )
-        if "No available agent" not in done.stdout + done.stderr or time.monotonic() > deadline:
-            return done
+        if "No available agent" not in result.stdout + result.stderr or time.monotonic() > deadline:
+            return result
         time.sleep(1)
 
 
@@ -100,8 +100,8 @@ def test_a_submitted_job_fills_the_library(exported, head, tmp_path):
     data = {name: write_domain(tmp_path / name, name) for name in ("fog", "night")}
     models = write_models(tmp_path)
     write_manifest(exported / "manifest.yaml", str(tmp_path), data, **models)
-    done = submit(exported, head, "jobs.train_adapters", "--config", "manifest.yaml")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "succeeded" in done.stdout
+    result = submit(exported, head, "jobs.train_adapters", "--config", "manifest.yaml")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "succeeded" in result.stdout
     library = Library(open_store(str(tmp_path / "library")))
     assert {entry.name for entry in library.entries()} == {"fog", "night"}

@@ -1,4 +1,4 @@
-"""The page at ``/``, as people use it: in a real browser, against the real API and models."""
+"""The page at ``/`` in a browser, with the real API and models."""
 
 import io
 import json
@@ -67,7 +67,7 @@ def test_the_chart_shows_the_retrieved_adapters(visit, endpoint):
     expect(page.locator("#chart .facts").first).to_contain_text("miou")
 
 
-def test_an_adapter_can_be_left_out_and_put_back(visit):
+def test_an_adapter_can_be_excluded_and_restored(visit):
     page = visit()
     submit_image(page)
     first = next(iter(chart(page)))
@@ -87,7 +87,7 @@ def test_base_and_fused_alone_and_side_by_side(visit, endpoint):
     select_view(page, "Base")
     wait_answered(page)
     base = overlay(page, "base")
-    expect(page.locator("#adapters-none")).to_contain_text("no adapter was asked for")
+    expect(page.locator("#adapters-none")).to_contain_text("no adapters were requested")
     assert chart(page) == {}
     select_view(page, "Side by side")
     wait_answered(page)
@@ -105,7 +105,7 @@ def test_base_and_fused_alone_and_side_by_side(visit, endpoint):
     expect(page.locator(".tip:visible")).to_have_count(2)
 
 
-def test_hovering_tells_class_and_confidence(visit, endpoint):
+def test_hovering_shows_class_and_confidence(visit, endpoint):
     page = visit()
     submit_image(page)
     reply = segment_request(endpoint)
@@ -145,10 +145,10 @@ def test_downloads(visit, endpoint):
     with page.expect_download() as download:
         page.get_by_role("button", name="PNG").click()
     assert download.value.suggested_filename == "snow-fused.png"
-    picture = Image.open(io.BytesIO(Path(download.value.path()).read_bytes()))
-    assert (picture.mode, picture.size) == ("P", (64, 64))
-    np.testing.assert_array_equal(np.array(picture), decode_png(reply["segmentation_mask"]))
-    colors = np.reshape(picture.getpalette(), (-1, 3))[: len(CLASSES)]
+    label_map = Image.open(io.BytesIO(Path(download.value.path()).read_bytes()))
+    assert (label_map.mode, label_map.size) == ("P", (64, 64))
+    np.testing.assert_array_equal(np.array(label_map), decode_png(reply["segmentation_mask"]))
+    colors = np.reshape(label_map.getpalette(), (-1, 3))[: len(CLASSES)]
     np.testing.assert_array_equal(colors, reply["palette"])
 
     with page.expect_download() as download:
@@ -167,7 +167,7 @@ def test_downloads(visit, endpoint):
     np.testing.assert_allclose(shown, image * 0.35 + colors * 0.65, atol=2)
 
 
-def test_a_whole_run_with_the_keyboard_alone(visit):
+def test_the_page_can_be_used_with_the_keyboard_only(visit):
     page = visit()
     expect(page.locator(".thumb canvas").first).to_be_visible()
     tab_to(page, ".thumb")
@@ -197,58 +197,58 @@ def test_a_whole_run_with_the_keyboard_alone(visit):
     assert download.value.suggested_filename.endswith("-base.png")
 
 
-def test_errors_are_told_in_words(visit):
+def test_errors_are_shown(visit):
     page = visit()
     submit_image(page)
     alert = page.get_by_role("alert")
-    choose_file(page, b"Dear diary", "diary.txt")
-    expect(alert).to_contain_text("“diary.txt” is not an image that can be read.")
+    choose_file(page, b"text", "notes.txt")
+    expect(alert).to_contain_text("“notes.txt” is not an image that can be read.")
     page.get_by_role("button", name="Dismiss").click()
     expect(alert).to_be_hidden()
     page.get_by_label("Add a class", exact=True).fill("x" * 101)
     page.keyboard.press("Enter")
-    expect(alert).to_contain_text("A parameter is wrong. Classes: a name of 101 characters")
+    expect(alert).to_contain_text("A parameter is wrong. Classes: got a name of 101 characters")
     expect(page.get_by_role("button", name="PNG")).to_be_disabled()
     page.get_by_label(f"Remove {'x' * 101}").click()
     wait_answered(page)
     expect(alert).to_be_hidden()
     page.context.set_offline(True)
     page.get_by_role("button", name="Segment", exact=True).click()
-    expect(alert).to_contain_text("The server did not answer.")
+    expect(alert).to_contain_text("The server did not respond.")
     page.context.set_offline(False)
     page.get_by_role("button", name="Segment", exact=True).click()
     wait_answered(page)
     expect(alert).to_be_hidden()
 
 
-def test_a_busy_server_is_asked_again(visit):
+def test_requests_are_retried_after_retry_after(visit):
     page = visit()
-    refused = []
+    rejected = []
 
-    def refuse_once(route):
-        if refused:
+    def reject_once(route):
+        if rejected:
             route.continue_()
             return
-        refused.append(route.request)
+        rejected.append(route.request)
         body = json.dumps({"title": "The service is busy", "status": 503, "code": "overloaded"})
         route.fulfill(status=503, headers={"Retry-After": "2"}, body=body)
 
-    page.route("**/v1/segment", refuse_once)
+    page.route("**/v1/segment", reject_once)
     write_classes(page)
     choose_file(page)
-    expect(page.locator("#notice")).to_contain_text("Trying again in 2 seconds")
+    expect(page.locator("#notice")).to_contain_text("Retrying in 2 seconds")
     wait_answered(page)
     expect(page.locator("#notice")).to_be_hidden()
-    assert len(refused) == 1
+    assert len(rejected) == 1
 
 
-def test_a_token_is_asked_for(visit, locked_endpoint):
+def test_a_token_is_requested(visit, locked_endpoint):
     page = visit(locked_endpoint)
     dialog = page.get_by_role("dialog")
     expect(page.get_by_role("alert")).to_contain_text("token")
     dialog.get_by_label("Token", exact=True).fill("wrong")
     dialog.get_by_role("button", name="Use this token").click()
-    expect(dialog).to_contain_text("The server refuses the token it was sent.")
+    expect(dialog).to_contain_text("The server rejected the token.")
     dialog.get_by_label("Token", exact=True).fill(TOKEN)
     dialog.get_by_role("button", name="Use this token").click()
     expect(dialog).to_be_hidden()
@@ -262,7 +262,7 @@ def test_a_token_is_asked_for(visit, locked_endpoint):
     assert page.evaluate("[localStorage.length, sessionStorage.length]") == [0, 0]
 
 
-def test_large_pictures_are_drawn_smaller_and_downloaded_whole(visit):
+def test_large_images_are_drawn_smaller_and_downloaded_at_full_size(visit):
     page = visit()
     large = np.kron(render("night", 1, 5, "page")[0][0], np.ones((36, 32, 1), np.uint8))
     page.locator("#settings summary").click()

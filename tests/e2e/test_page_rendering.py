@@ -1,4 +1,4 @@
-"""The page is readable in light and dark and fits a phone; and it reads label maps exactly."""
+"""Contrast of the page, layout on phones, and its PNG decoder."""
 
 import base64
 import io
@@ -46,13 +46,13 @@ CONTRAST = """
 
 
 def luminance(color):
-    """Relative luminance as WCAG 2.2 defines it."""
+    """Return the relative luminance of WCAG 2.2."""
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color]
     return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_light_and_dark_are_readable(visit, theme):
+def test_contrast_in_light_and_dark(visit, theme):
     page = visit(color_scheme=theme)
     submit_image(page)
     page.locator("#settings summary").click()
@@ -61,23 +61,25 @@ def test_light_and_dark_are_readable(visit, theme):
     expect(page.locator("#chart .facts").first).to_contain_text("digest")
     texts = page.evaluate(CONTRAST)
     assert len(texts) > 40
-    for text, ink, ground in texts:
-        light, dark = sorted(luminance(np.array(c[:3]) / 255) for c in (ink, ground))[::-1]
-        assert (light + 0.05) / (dark + 0.05) >= 4.5, f"{text!r}: {ink} on {ground}"
+    for text, foreground, background in texts:
+        light, dark = sorted(luminance(np.array(c[:3]) / 255) for c in (foreground, background))[
+            ::-1
+        ]
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, f"{text!r}: {foreground} on {background}"
     is_dark = luminance(np.array(texts[0][2][:3]) / 255) < 0.2
     assert is_dark == (theme == "dark")
 
 
-def test_the_theme_can_be_set_and_is_remembered(visit):
+def test_the_theme_can_be_set_and_is_stored(visit):
     page = visit(color_scheme="light")
-    ground = "getComputedStyle(document.body).backgroundColor"
-    light = page.evaluate(ground)
+    background = "getComputedStyle(document.body).backgroundColor"
+    light = page.evaluate(background)
     for _ in ("light", "dark"):
         page.get_by_role("button", name=re.compile("Theme")).click()
-    dark = page.evaluate(ground)
+    dark = page.evaluate(background)
     assert dark != light
     page.reload()
-    assert page.evaluate(ground) == dark
+    assert page.evaluate(background) == dark
 
 
 @pytest.mark.parametrize("width", [390, 320])
@@ -109,7 +111,7 @@ def read_in_page(page, data):
 
 
 def filtered_png(values, kind):
-    """A grey PNG whose rows all have one filter (PNG specification, section 9.2)."""
+    """Encode a grey PNG whose rows all have one filter (PNG specification, section 9.2)."""
     rows = np.pad(values.astype(int), ((1, 0), (1, 0)))
     left, above, corner = rows[1:, :-1], rows[:-1, 1:], rows[:-1, :-1]
     distances = [abs(above - corner), abs(left - corner), abs(left + above - 2 * corner)]
@@ -128,16 +130,16 @@ def filtered_png(values, kind):
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
-def test_the_page_reads_label_maps_of_every_depth_and_filter(visit):
+def test_the_page_decodes_label_maps_of_every_depth_and_filter(visit):
     page = visit()
     random = np.random.default_rng(0)
     x, y = np.meshgrid(np.arange(37), np.arange(29))
     for bits in (1, 2, 4, 8):
         values = (x * y // 7 + random.integers(0, 2, x.shape)) % 2**bits
-        picture = Image.fromarray(values.astype(np.uint8))
-        picture.putpalette(bytes(range(256)) * 3)
+        image = Image.fromarray(values.astype(np.uint8))
+        image.putpalette(bytes(range(256)) * 3)
         buffer = io.BytesIO()
-        picture.save(buffer, format="PNG", bits=bits)
+        image.save(buffer, format="PNG", bits=bits)
         assert buffer.getvalue()[24] == bits
         np.testing.assert_array_equal(
             np.reshape(read_in_page(page, buffer.getvalue()), x.shape), values

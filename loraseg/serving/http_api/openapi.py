@@ -1,4 +1,4 @@
-"""The OpenAPI document, by hand as the reading of requests is, for speed and strictness."""
+"""The OpenAPI document: hand-written operations, since the API parses requests itself."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,12 +18,12 @@ from loraseg.serving.http_api.schemas import SCHEMAS, ref
 __all__ = ["openapi_document"]
 
 _DESCRIPTION = """\
-An image and any list of class names go in, a label map and the reason for it come out: which
-adapters of the library were nearest to the image, and with what weights they were fused."""
+Segment an image into any list of classes. The reply has the label map and the adapters of the
+library that were fused for the image, with their weights and distances."""
 _ADAPTER_NAME = "^[a-z0-9][a-z0-9._-]{0,127}$"
 _REQUEST_ID_HEADER = {
     "X-Request-ID": {
-        "description": "The request's own, if it is of at most 64 of A-Z, a-z, 0-9, '.', '_', '-'.",
+        "description": "The request's own if it matches [A-Za-z0-9._-]{1,64}, else a new one.",
         "schema": {"type": "string"},
     }
 }
@@ -34,7 +34,7 @@ _RETRY_AFTER_HEADER = {
         "schema": {"type": "integer", "minimum": 1},
     }
 }
-# What any request may meet, with a token, and with a body.
+# Errors of all routes, of routes with a token, and of routes with a library.
 _COMMON_CODES = ("bad_request", "invalid", "body_timeout", "body_too_large", "internal")
 _TOKEN_CODES = (*_COMMON_CODES, "unauthorized", "forbidden")
 _LIBRARY_CODES = (*_TOKEN_CODES, "no_such_library", "not_ready", "draining")
@@ -45,7 +45,7 @@ _SEGMENT_CODES = (
 
 
 def openapi_document(config: ServiceConfig) -> dict[str, Any]:
-    """Return the document of one service: its libraries, limits and defaults are in it."""
+    """Return the document of one service, with its libraries, limits and defaults."""
     parameters = _parameter_schemas(config)
     library = [_query_parameter("library", parameters["library"])]
     return {
@@ -73,19 +73,17 @@ def openapi_document(config: ServiceConfig) -> dict[str, Any]:
             },
             "/v1/library/refresh": {
                 "post": _get_operation(
-                    "refresh", "Look for a newer generation now (role admin)", "Library", library
+                    "refresh", "Check for a newer generation now (role admin)", "Library", library
                 )
             },
             "/v1/base": {
                 "get": _get_operation(
-                    "base", "What is frozen", "Base", [], codes=(*_TOKEN_CODES, "not_ready")
+                    "base", "Base model and encoder", "Base", [], codes=(*_TOKEN_CODES, "not_ready")
                 )
             },
-            "/v1/examples": {"get": _public_operation("examples", "Pictures to try", "Examples")},
+            "/v1/examples": {"get": _public_operation("examples", "Example images", "Examples")},
             "/v1/examples/{n}.png": {"get": _example_operation()},
-            "/healthz": {
-                "get": _public_operation("healthz", "Whether the process answers", "Health")
-            },
+            "/healthz": {"get": _public_operation("healthz", "Whether the process runs", "Health")},
             "/readyz": {
                 "get": _public_operation(
                     "readyz",
@@ -108,9 +106,9 @@ def _parameter_schemas(config: ServiceConfig) -> dict[str, dict[str, Any]]:
         "classes": {
             "type": "string",
             "minLength": 1,
-            "description": "Names between commas, or a JSON array of strings; repeated, they are "
-            f"joined. At most {limits.classes} of at most {limits.class_name_chars} characters, "
-            "distinct without regard to case and blanks. Their order gives the ids.",
+            "description": "Comma-separated names, or a JSON array of strings; repeated parameters "
+            f"are joined. At most {limits.classes} of at most {limits.class_name_chars} characters,"
+            " distinct regardless of case and spaces. Their order gives the ids.",
             "examples": ["road, car, sky", '["road", "traffic light"]'],
         },
         "library": {"type": "string", "enum": libraries, "default": libraries[0]},
@@ -118,41 +116,41 @@ def _parameter_schemas(config: ServiceConfig) -> dict[str, dict[str, Any]]:
             "type": "integer",
             "minimum": 1,
             "maximum": MAX_TOP_K,
-            "description": "How many of the nearest adapters are fused.",
+            "description": "Number of nearest adapters to fuse.",
         },
         "temperature": {
             "type": "number",
             "minimum": TEMPERATURE_RANGE[0],
             "maximum": TEMPERATURE_RANGE[1],
-            "description": "Sharpness of their weights: the smaller, the more the nearest counts.",
+            "description": "Of the mixing weights; smaller values favour the nearest adapter.",
         },
         "adapters": {
             "type": "string",
-            "description": "Names between commas: `rain` for these and no others, whatever their "
-            "distance; `-rain` for all but these. Of no effect with mode=base.",
+            "description": "Comma-separated names: `rain` restricts the mix to the adapters so "
+            "named, at any distance; `-rain` excludes one. No effect with mode=base.",
         },
         "mode": {
             "type": "string",
             "enum": list(MODES),
             "default": MODES[0],
-            "description": "The nearest adapters, none, or all alike.",
+            "description": "The nearest adapters, none, or all with equal weights.",
         },
         "return": {
             "type": "string",
             "pattern": "^ *({0}) *(, *({0}) *)*$".format("|".join(RETURNS)),
             "default": "mask,explanation",
-            "description": f"Between commas: {', '.join(RETURNS)}.",
+            "description": f"Comma-separated: {', '.join(RETURNS)}.",
         },
         "tiling": {
             "type": "string",
             "enum": list(TILINGS),
             "default": TILINGS[0],
-            "description": "Whether the image is cut into overlapping tiles; auto: by its size.",
+            "description": "Whether to cut the image into overlapping tiles; auto: by its size.",
         },
         "timeout_s": {
             "type": "number",
             "minimum": 0.001,
-            "description": "When the answer is worthless; the service waits no longer than "
+            "description": "Time limit from the arrival of the request, at most "
             f"{limits.request_timeout_s:g} s.",
         },
         "opacity": {
@@ -170,7 +168,10 @@ def _segment_operation(config: ServiceConfig, parameters: dict[str, Any]) -> dic
     headers = {
         name: {"description": text, "schema": {"type": "string"}}
         for name, text in (
-            ("X-Loraseg-Classes", "JSON array; absent if over 4096 characters, as the others."),
+            (
+                "X-Loraseg-Classes",
+                "JSON array. Each header is absent if it is over 4096 characters.",
+            ),
             ("X-Loraseg-Adapters", "JSON array, as `adapters` of the JSON reply."),
             ("X-Loraseg-Mode", "As `mode`."),
             ("X-Loraseg-Generation", "As `generation`."),
@@ -179,8 +180,8 @@ def _segment_operation(config: ServiceConfig, parameters: dict[str, Any]) -> dic
     }
     return {
         **_operation("segment", "Segment one image"),
-        "description": "With `Accept: image/png` the answer is the label map alone, as an indexed "
-        "PNG with the classes' colours. Parameters stand in the query or in the form. At most "
+        "description": "With `Accept: image/png` the response is only the label map, as an indexed "
+        "PNG with the classes' colours. Parameters are in the query or in the form. At most "
         f"{config.limits.pixels} pixels and {config.limits.body_bytes} bytes.",
         "parameters": [_query_parameter(name, schema) for name, schema in parameters.items()],
         "requestBody": {
@@ -192,7 +193,7 @@ def _segment_operation(config: ServiceConfig, parameters: dict[str, Any]) -> dic
         },
         "responses": {
             "200": {
-                "description": "The label map, and why it is so.",
+                "description": "The label map, and how it was computed.",
                 "headers": {**_REQUEST_ID_HEADER, **headers},
                 "content": {
                     "application/json": {"schema": ref("Reply")},
@@ -205,16 +206,16 @@ def _segment_operation(config: ServiceConfig, parameters: dict[str, Any]) -> dic
 
 
 def _batch_operation(config: ServiceConfig, parameters: dict[str, Any]) -> dict[str, Any]:
-    most = {"type": "array", "minItems": 1, "maxItems": config.limits.images}
+    array = {"type": "array", "minItems": 1, "maxItems": config.limits.images}
     return {
-        **_operation("segment_batch", "Segment several images, answered as they finish"),
-        "description": "A line of JSON for each image: `index`, `file`, and what /v1/segment "
-        "answers, or `error` with problem details. The last line is `done` and `failed`, the "
-        "counts; without it, the stream was cut off.",
+        **_operation("segment_batch", "Segment several images; results are streamed"),
+        "description": "A line of JSON for each image in the order of completion: `index`, `file`, "
+        "and the reply of /v1/segment, or `error` with problem details. The last line has the "
+        "counts `done` and `failed`; without it, the stream is incomplete.",
         "parameters": [_query_parameter(name, schema) for name, schema in parameters.items()],
         "requestBody": {
             "required": True,
-            "content": {"multipart/form-data": _form_schema(parameters, "images", most)},
+            "content": {"multipart/form-data": _form_schema(parameters, "images", array)},
         },
         "responses": {
             "200": {
@@ -263,37 +264,37 @@ def _public_operation(
 
 def _example_operation() -> dict[str, Any]:
     number = {"name": "n", "in": "path", "required": True, "schema": {"type": "integer"}}
-    picture = {
+    png = {
         "description": "A scene of the miniature world.",
         "headers": _REQUEST_ID_HEADER,
         "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}},
     }
     return {
         "operationId": "example",
-        "summary": "A picture to try",
+        "summary": "An example image",
         "security": [],
         "parameters": [number],
-        "responses": {"200": picture, **_problem_responses((*_COMMON_CODES, "not_found"))},
+        "responses": {"200": png, **_problem_responses((*_COMMON_CODES, "not_found"))},
     }
 
 
 def _operation(name: str, summary: str) -> dict[str, Any]:
-    # Either: whether tokens are asked for is up to whoever runs the service.
+    # A service may or may not require tokens.
     return {"operationId": name, "summary": summary, "security": [{"token": []}, {}]}
 
 
 def _success_response(schema: str) -> dict[str, Any]:
     return {
-        "description": "As described.",
+        "description": "Success.",
         "headers": _REQUEST_ID_HEADER,
         "content": {"application/json": {"schema": ref(schema)}},
     }
 
 
 def _problem_responses(codes: Sequence[str]) -> dict[str, Any]:
-    """Return the responses of some problems, those of one status together."""
+    """Return the responses for error codes, grouped by status."""
     statuses = sorted({PROBLEM_TYPES[code].status for code in codes})
-    found: dict[str, Any] = {}
+    responses: dict[str, Any] = {}
     for status in statuses:
         lines = [
             f"`{c}`: {PROBLEM_TYPES[c].title}." for c in codes if PROBLEM_TYPES[c].status == status
@@ -303,21 +304,21 @@ def _problem_responses(codes: Sequence[str]) -> dict[str, Any]:
             headers |= _RETRY_AFTER_HEADER
         if status == 401:
             headers["WWW-Authenticate"] = {"required": True, "schema": {"type": "string"}}
-        found[str(status)] = {
+        responses[str(status)] = {
             "description": " ".join(lines),
             "headers": headers,
             "content": {MEDIA_TYPE: {"schema": ref("Problem")}},
         }
-    return found
+    return responses
 
 
 def _query_parameter(name: str, schema: dict[str, Any]) -> dict[str, Any]:
-    described = {key: value for key, value in schema.items() if key != "description"}
+    schema_only = {key: value for key, value in schema.items() if key != "description"}
     return {
         "name": name,
         "in": "query",
         "description": schema.get("description", ""),
-        "schema": described,
+        "schema": schema_only,
     }
 
 

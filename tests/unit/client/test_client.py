@@ -1,4 +1,4 @@
-"""Both clients against the real API over the real engine, of the tiny base."""
+"""Both clients with the real API over a local engine with the tiny models."""
 
 import asyncio
 import base64
@@ -65,25 +65,25 @@ def images():
 
 
 @pytest.mark.parametrize("mode", ["fused", "uniform", "base"])
-def test_same_pixels_and_reasons_as_offline(client, offline, mode):
+def test_label_map_and_explanation_equal_the_offline_ones(client, offline, mode):
     for image in images():
         reply = client.segment(image, CLASSES, mode=mode, maps=["confidence", "entropy"])
         expected = offline(image, mode, maps=("confidence", "entropy"))
         assert (reply.label_map == expected.label_map).all()
-        # In the reply, maps have 8 bits.
+        # The maps of the reply have 8 bits.
         assert np.abs(reply.confidence - expected.confidence).max() <= 0.5 / 255 + 1e-6
         assert np.abs(reply.entropy - expected.entropy).max() <= 0.5 / 255 + 1e-6
         why = expected.explanation
         assert (reply.mode, reply.base, reply.mix) == (mode, why.base, why.mix)
         assert [used.digest for used in reply.adapters] == [used.digest for used in why.adapters]
-        for told, known in zip(reply.adapters, why.adapters, strict=True):
-            assert told.weight == pytest.approx(known.weight, abs=1e-12)
-            assert told.distance == (
+        for used, known in zip(reply.adapters, why.adapters, strict=True):
+            assert used.weight == pytest.approx(known.weight, abs=1e-12)
+            assert used.distance == (
                 None if known.distance is None else pytest.approx(known.distance)
             )
 
 
-def test_a_reply_has_all_that_was_asked_for(client):
+def test_a_response_has_all_requested_members(client):
     reply = client.segment(images()[0], CLASSES, library="main", top_k=1, timeout_s=30.0)
     assert reply.class_names == CLASSES
     assert reply.palette.shape == (3, 3)
@@ -95,26 +95,25 @@ def test_a_reply_has_all_that_was_asked_for(client):
     assert reply.request_id
 
 
-def test_the_sample_of_other_tests_has_the_keys_of_a_real_reply(url):
-    # They show how the client meets lies; that is worth nothing if the truth looks different.
+def test_the_sample_response_of_other_tests_has_the_keys_of_a_real_reply(url):
     buffer = io.BytesIO()
     Image.fromarray(images()[0]).save(buffer, format="PNG")
-    told = httpx2.post(
+    body = httpx2.post(
         f"{url}/v1/segment",
         params={"classes": ",".join(CLASSES)},
         content=buffer.getvalue(),
         headers={"Authorization": "Bearer worker", "Content-Type": "image/png"},
     ).json()
-    assert set(told) == set(sample_response())
-    assert set(told["adapters"][0]) == set(sample_response()["adapters"][0])
+    assert set(body) == set(sample_response())
+    assert set(body["adapters"][0]) == set(sample_response()["adapters"][0])
     assert all(
-        type(told[key]) is type(value)
+        type(body[key]) is type(value)
         for key, value in sample_response().items()
         if value is not None
     )
 
 
-def test_adapters_may_be_named_and_excluded(client):
+def test_adapters_can_be_selected_and_excluded(client):
     image = images()[0]
     only = client.segment(image, CLASSES, adapters=["night", "fog"])
     assert {used.name for used in only.adapters} == {"night", "fog"}
@@ -125,7 +124,7 @@ def test_adapters_may_be_named_and_excluded(client):
     assert caught.value.code == "no_such_adapter"
 
 
-def test_files_are_segmented_as_arrays_are(client, tmp_path):
+def test_files_give_the_results_of_arrays(client, tmp_path):
     image = images()[1]
     path = tmp_path / "fog.png"
     Image.fromarray(image).save(path)
@@ -134,7 +133,7 @@ def test_files_are_segmented_as_arrays_are(client, tmp_path):
         assert (client.segment(same, CLASSES).label_map == expected).all()
 
 
-def test_a_photo_is_turned_as_its_camera_says(client, tmp_path):
+def test_exif_orientation_is_applied(client, tmp_path):
     path = tmp_path / "turned.jpg"
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -214,7 +213,7 @@ def test_libraries_and_adapters(client):
         (lambda client: client.segment(images()[0], CLASSES, timeout_s=0.001), "deadline"),
     ],
 )
-def test_refusals_keep_their_code(client, call, code):
+def test_errors_keep_their_code(client, call, code):
     with pytest.raises(ServiceError, match=r"\w") as caught:
         call(client)
     assert caught.value.code == code
@@ -232,8 +231,8 @@ def test_tokens(url):
 
 
 def agreement(reply, other):
-    """Return the share of equal pixels. Company in the model changes roundings, and the random
-    model has saturated scores that tie."""
+    """Return the share of equal pixels. Rounding depends on the batch, and the saturated scores of
+    the random model have ties."""
     return (reply.label_map == other.label_map).mean()
 
 
