@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 import loraseg
+from loraseg.batch.core.executor import LocalExecutor
 from loraseg.batch.segment_images import segment_images
 from loraseg.batch.segment_images.config import SegmentImagesConfig
-from loraseg.batch.segment_images.run import LocalSegmentationExecutor
 from loraseg.cli.entry import main
 from loraseg.errors import AdapterMismatchError, LorasegError
 from loraseg.evaluate.leave_one_out import ScoringConfig
@@ -89,7 +89,7 @@ def by_batch_job(library, models, folder, image):
         k=K,
         temperature=TEMPERATURE,
     )
-    segment_images(config, LocalSegmentationExecutor())
+    segment_images(config, LocalExecutor())
     [table] = Path(config.output).rglob("*.parquet")
     [row] = pq.read_table(io.BytesIO(table.read_bytes())).to_pylist()
     used = [(a["name"], a["weight"], a["distance"]) for a in row["adapters"]]
