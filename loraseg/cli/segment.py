@@ -1,4 +1,4 @@
-"""``loraseg segment IMAGE... --classes "road, car"``, on this machine or by an endpoint."""
+"""``loraseg segment IMAGE... --classes "road, car"``, on this machine or with an endpoint."""
 
 import argparse
 from collections import deque
@@ -20,13 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["add"]
 
 _MAP_NAMES = ("confidence", "entropy")
-# What an endpoint has decided for all its clients; by default, as here.
-_LOCAL_DEFAULTS = {
-    "base": "miniature",
-    "encoder": "miniature",
-    "precision": "fp32",
-    "sliding": False,
-}
+# Options that an endpoint sets for all its clients. None takes the default of the config.
+_LOCAL_OPTIONS = ("base", "encoder", "precision", "sliding")
 
 
 def add(commands: Any) -> None:
@@ -62,16 +57,16 @@ def add(commands: Any) -> None:
         help="overlapping tiles at full resolution: for large images, never, or for all; "
         "default: %(default)s",
     )
-    here = parser.add_argument_group("on this machine")
-    here.add_argument("--base", metavar="BASE", help="segmenter; default: miniature")
-    here.add_argument("--encoder", metavar="CLIP", help="index CLIP; default: miniature")
-    here.add_argument("--precision", choices=("fp32", "bf16"), help="default: fp32")
-    here.add_argument(
+    local = parser.add_argument_group("on this machine")
+    local.add_argument("--base", metavar="BASE", help="segmenter; default: miniature")
+    local.add_argument("--encoder", metavar="CLIP", help="index CLIP; default: miniature")
+    local.add_argument("--precision", choices=("fp32", "bf16"), help="default: fp32")
+    local.add_argument(
         "--sliding", action="store_const", const=True, help="overlapping windows of the base's size"
     )
-    there = parser.add_argument_group("by an endpoint")
-    there.add_argument("--endpoint", metavar="URL", help="such as https://segment.example.org")
-    there.add_argument("--token-file", metavar="FILE", help="holds the bearer token")
+    remote = parser.add_argument_group("by an endpoint")
+    remote.add_argument("--endpoint", metavar="URL", help="such as https://segment.example.org")
+    remote.add_argument("--token-file", metavar="FILE", help="holds the bearer token")
     parser.set_defaults(command=_segment)
 
 
@@ -82,7 +77,7 @@ def _segment(arguments: argparse.Namespace) -> int:
     arguments.maps = _parse_maps(arguments.maps)
     if arguments.endpoint is None:
         return _segment_locally(arguments, label_space, paths)
-    if given := [name for name in _LOCAL_DEFAULTS if getattr(arguments, name) is not None]:
+    if given := [name for name in _LOCAL_OPTIONS if getattr(arguments, name) is not None]:
         raise ConfigError(f"--{given[0]}: the endpoint decides this for all of its clients")
     from loraseg.cli.segment_online import segment_online
 
@@ -96,17 +91,14 @@ def _segment_locally(
     from loraseg.data.images import read_image
     from loraseg.inference.loading import build_segmenter
 
-    for name, default in _LOCAL_DEFAULTS.items():
-        if getattr(arguments, name) is None:
-            setattr(arguments, name, default)
     config = _config(arguments)
     segmenter = build_segmenter(config)
     settings = config.adaptive_settings(config.mode)
     output = SegmentWriter(Path(arguments.out), label_space, settings)
-    readable: deque[tuple[Path, ndarray]] = deque()
+    in_model: deque[tuple[Path, ndarray]] = deque()
     failures: list[LorasegError] = []
 
-    def decoded() -> "Iterator[list[ndarray]]":
+    def decode_images() -> "Iterator[list[ndarray]]":
         for path in paths:
             try:
                 image = read_image(path)
@@ -114,19 +106,19 @@ def _segment_locally(
                 print_error(error)
                 failures.append(error)
                 continue
-            readable.append((path, image))
+            in_model.append((path, image))
             yield [image]
 
     for outcome in segmenter.segment_stream(
-        decoded(), label_space.names, maps=arguments.maps, tiling=arguments.tiling
+        decode_images(), label_space.names, maps=arguments.maps, tiling=arguments.tiling
     ):
-        path, image = readable.popleft()
+        path, image = in_model.popleft()
         try:
             if isinstance(outcome, LorasegError):
                 raise outcome
             _write(output, path, image, outcome[0])
         except LorasegError as error:
-            # One broken image must not cost the others.
+            # An error of one image must not stop the others.
             print_error(error)
             failures.append(error)
     return int(bool(failures))
@@ -148,13 +140,11 @@ def _config(arguments: argparse.Namespace) -> "AdaptiveSegmenterConfig":
 
     if arguments.library is None and arguments.mode != "base":
         raise ConfigError("--library: expected the URI of a library, or --mode base for none")
+    given = {name: getattr(arguments, name) for name in _LOCAL_OPTIONS}
     return AdaptiveSegmenterConfig(
         library=arguments.library,
-        base=arguments.base,
-        encoder=arguments.encoder,
-        precision=arguments.precision,
-        sliding=arguments.sliding,
         k=arguments.top_k,
         temperature=arguments.temperature,
         mode=arguments.mode,
+        **{name: value for name, value in given.items() if value is not None},
     )

@@ -1,4 +1,4 @@
-"""``loraseg segment --endpoint URL``: the same files, made by an endpoint."""
+"""``loraseg segment --endpoint URL``: the same files from an endpoint."""
 
 import argparse
 from collections.abc import Mapping
@@ -16,9 +16,9 @@ from loraseg.inference.selection import AdaptiveSettings
 
 __all__ = ["segment_online"]
 
-# Between one finished image and the next; whoever runs the command can see and end it.
+# Maximum time between two finished images; the user can also stop the command.
 _TIMEOUT_S = 300.0
-# Refusals that another image of the same call would meet, too.
+# Codes of refusals that hold for every image of the call.
 _USER_ERROR_CODES = {
     *("bad_request", "forbidden", "invalid", "no_such_adapter", "no_such_library", "not_found"),
     "unauthorized",
@@ -28,11 +28,11 @@ _USER_ERROR_CODES = {
 def segment_online(
     arguments: argparse.Namespace, label_space: LabelSpace, paths: list[Path], token: str | None
 ) -> int:
-    """Let an endpoint segment images and write what comes back, as it comes.
+    """Segment images with an endpoint and write each result when it arrives.
 
     Raises:
         ConfigError: The endpoint refuses the arguments or the token.
-        ServiceError: It cannot be reached, or cannot answer now.
+        ServiceError: The endpoint cannot be reached, or is not available now.
     """
     with Client(arguments.endpoint, token, timeout_s=_TIMEOUT_S) as client:
         try:
@@ -67,14 +67,14 @@ def _segment(
                 raise _with_path(paths[index], outcome)
             _write(output, paths[index], outcome)
         except LorasegError as error:
-            # One broken image must not cost the others.
+            # An error of one image must not stop the others.
             print_error(error)
             failed += 1
     return int(bool(failed))
 
 
 def _with_path(path: Path, error: LorasegError) -> LorasegError:
-    """Say which image an endpoint speaks of; files that were not sent are named already."""
+    """Add the path of the image; errors of files that were not sent already have it."""
     return error if isinstance(error, DatasetError) else LorasegError(f"{path}: {error}")
 
 
@@ -99,7 +99,7 @@ def _write(output: SegmentWriter, path: Path, reply: SegmentResponse) -> None:
 
 
 def _settings(arguments: argparse.Namespace, base: Mapping[str, Any]) -> AdaptiveSettings:
-    """Return the settings that will be used: what is not asked for, the endpoint has chosen."""
+    """Return the settings that will be used, with the endpoint's defaults for missing options."""
     chosen = base.get("settings", {})
     top_k, temperature = arguments.top_k, arguments.temperature
     try:
@@ -109,4 +109,6 @@ def _settings(arguments: argparse.Namespace, base: Mapping[str, Any]) -> Adaptiv
             temperature=float(chosen["temperature"] if temperature is None else temperature),
         )
     except (KeyError, TypeError) as error:
-        raise ServiceError("bad_reply", f"{arguments.endpoint}: tells no settings") from error
+        raise ServiceError(
+            "bad_reply", f"{arguments.endpoint}: its reply has no settings"
+        ) from error

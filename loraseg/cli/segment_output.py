@@ -1,4 +1,4 @@
-"""The files that ``loraseg segment`` writes, whoever has segmented."""
+"""The files that ``loraseg segment`` writes, on this machine or with an endpoint."""
 
 import json
 from collections.abc import Mapping
@@ -16,12 +16,12 @@ __all__ = ["SegmentWriter"]
 
 
 class SegmentWriter:
-    """A folder of results.
+    """Writes results into a folder.
 
     Args:
-        folder: Made when the first result is written.
+        folder: Created when the first result is written.
         label_space: The classes.
-        settings: How adapters were chosen.
+        settings: How adapters were selected.
     """
 
     def __init__(self, folder: Path, label_space: LabelSpace, settings: AdaptiveSettings) -> None:
@@ -37,22 +37,22 @@ class SegmentWriter:
         maps: Mapping[str, ndarray | None],
         explanation: Mapping[str, Any],
     ) -> None:
-        """Write one image's results and say so.
+        """Write the results of one image and print a line.
 
         Args:
-            path: Of the image.
+            path: Path of the image.
             image: RGB, uint8 (h, w, 3).
             labels: Class ids (h, w).
-            maps: Further maps in [0, 1] (h, w) by name; None for those that nobody wants.
-            explanation: As :meth:`loraseg.inference.segmenter.Explanation.to_json` gives it, and
-                whatever else is known.
+            maps: Further maps in [0, 1] (h, w) by name; None for maps that were not requested.
+            explanation: As :meth:`loraseg.inference.request.Explanation.to_json` returns it, and
+                further fields.
 
         Raises:
             StoreError: The folder cannot be written.
         """
         space = self._label_space
         shares = {name: float((labels == index).mean()) for index, name in enumerate(space.names)}
-        told: dict[str, Any] = {
+        summary: dict[str, Any] = {
             "image": str(path),
             "shares": shares,
             "settings": asdict(self._settings),
@@ -61,12 +61,14 @@ class SegmentWriter:
         files = {
             f"{path.stem}.png": palette_png(labels, space),
             f"{path.stem}_overlay.png": encode_png(overlay_with_legend(image, labels, space)),
-            f"{path.stem}.json": (json.dumps(told, indent=1, ensure_ascii=False) + "\n").encode(),
+            f"{path.stem}.json": (
+                json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
+            ).encode(),
         }
         for name, values in maps.items():
             if values is not None:
                 files[f"{path.stem}_{name}.png"] = grey_png(values)
         write_files(self._folder, files)
-        parts = ", ".join(f"{used['name']} {used['weight']:.2f}" for used in told["adapters"])
-        reason = parts or told["fallback"] or "base alone"
+        parts = ", ".join(f"{used['name']} {used['weight']:.2f}" for used in summary["adapters"])
+        reason = parts or summary["fallback"] or "base alone"
         print_line(f"{path} -> {self._folder / path.stem}.png  {reason}")

@@ -1,4 +1,4 @@
-"""Adapters of a generator from a folder or a library, checked against its base."""
+"""Load adapters of a generator from a folder or a library and check them against its base."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +16,14 @@ from loraseg.synth.generator_adapter import GeneratorAdapter
 
 __all__ = ["ACTIVE_ADAPTERS_KEY", "LoadedGeneratorAdapter", "load_generator_adapter"]
 
-# In a card's recipe: digests of the adapters that were active while this one was trained.
+# Key of a card's recipe: digests of the adapters that were active while this one was trained.
 ACTIVE_ADAPTERS_KEY = "active_adapters"
 _CARD_FILE = "card.json"
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedGeneratorAdapter:
-    """An adapter ready for a generator, and its card if there is one."""
+    """An adapter of a generator, and its card; None without a card."""
 
     adapter: GeneratorAdapter
     card: AdapterCard | None
@@ -32,19 +32,19 @@ class LoadedGeneratorAdapter:
 def load_generator_adapter(
     spec: str, base: DiffusionBase, *, weight: float = 1.0
 ) -> LoadedGeneratorAdapter:
-    """Load an adapter and check that it is a generator's, trained on this base.
+    """Load an adapter and check that its role is generator and that it was trained on this base.
 
     Args:
         spec: A folder with peft's two files, and optionally ``fusion.safetensors`` and
-            ``card.json``; or ``URI#NAME`` or ``URI#NAME@VERSION`` for one of a library.
-        base: What it is meant for. Its digest is compared with what card and config say.
-        weight: How much of the adapter acts.
+            ``card.json``; or ``URI#NAME`` or ``URI#NAME@VERSION`` for an adapter of a library.
+        base: The base to use it with. Its digest is compared with card and peft config.
+        weight: Factor of the adapter's update of the weights.
 
     Raises:
-        ConfigError: There is no such folder, or the spec is of neither kind.
+        ConfigError: The folder does not exist, or the spec has neither form.
         AdapterNotFoundError: The library has no such adapter or version.
-        AdapterMismatchError: It is a segmenter's, of another base, or not plain LoRA.
-        IntegrityError: A file is missing, damaged or not what it should be.
+        AdapterMismatchError: It has another role or base, or is not plain LoRA.
+        IntegrityError: A file is missing, damaged or has the wrong format.
         StoreError: The library cannot be reached.
     """
     folder = Path(spec)
@@ -55,17 +55,17 @@ def load_generator_adapter(
         files, card = _load_from_library(spec)
         adapter = load_adapter(files, name=card.name)
         fusion_bytes = files.get(ATTENTION_MIX_FILE)
-    known = adapter.base_digest
+    card_digest = adapter.base_digest
     if card is not None:
         if card.role != "generator":
             raise AdapterMismatchError(
                 f"adapter {spec}: its role is {card.role}, expected generator"
             )
-        known = card.base.digest
-    for found in (adapter.base_digest, known):
-        if found is not None and found != base.digest:
+        card_digest = card.base.digest
+    for digest in (adapter.base_digest, card_digest):
+        if digest is not None and digest != base.digest:
             raise AdapterMismatchError(
-                f"adapter {spec}: trained on base {found[:12]}, expected {base.digest[:12]} "
+                f"adapter {spec}: trained on base {digest[:12]}, expected {base.digest[:12]} "
                 f"({base.name})"
             )
     return LoadedGeneratorAdapter(
@@ -80,7 +80,7 @@ def load_generator_adapter(
 
 
 def _read_optional_files(folder: Path) -> tuple[AdapterCard | None, bytes | None]:
-    """Return what lies beside peft's files."""
+    """Return the card and the bytes of ``fusion.safetensors``, None for missing files."""
     card, fusion = folder / _CARD_FILE, folder / ATTENTION_MIX_FILE
     if card.is_file() and card.stat().st_size > MAX_CARD_BYTES:
         raise IntegrityError(f"{card}: larger than {MAX_CARD_BYTES} bytes")

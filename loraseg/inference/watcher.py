@@ -1,4 +1,4 @@
-"""A library that is followed: new generations are loaded beside the one in use, then swapped in."""
+"""Watch a library: load each new generation while the current one stays in use, then replace it."""
 
 import logging
 import threading
@@ -23,14 +23,14 @@ _UNEXPECTED_MESSAGE = "the newest catalog could not be read"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LibraryStatus:
-    """What is known of a followed library.
+    """State of a watched library.
 
     Attributes:
-        name: The service's name for it.
+        name: Name of the library in the service.
         snapshot: The generation in use; None before the first is loaded.
-        checked_at: When the store last confirmed that it is the newest, as ``time.time()``.
-        problem: Why the latest look failed, in words for a client; None if it did not.
-        quarantined: Adapters of the shelf that are set aside now.
+        checked_at: ``time.time()`` when the store last confirmed that it is the newest.
+        problem: Why the latest check failed, for clients; None if it succeeded.
+        quarantined: Adapters of the snapshot that are out of service now.
     """
 
     name: str
@@ -41,26 +41,26 @@ class LibraryStatus:
 
 
 class LibraryWatcher:
-    """Follows one library in a thread of its own. All methods may be called from any thread.
+    """Watches one library in its own thread. Thread-safe.
 
-    The store may be down, at the start or later: the generation in use stays, and the problem is
-    reported. The same holds for a generation whose catalog is damaged.
+    If the store is down, at the start or later, or a new catalog is damaged, the generation in use
+    stays and the problem is reported.
     """
 
-    # How long an adapter that failed is left alone before it is tried again.
+    # How long an adapter that could not be loaded is out of service.
     UNREACHABLE_QUARANTINE_S: ClassVar[float] = 5.0
     BROKEN_QUARANTINE_S: ClassVar[float] = 30.0
 
     def __init__(
         self, library: Library, *, name: str, adapter_filter: AdapterFilter, poll_s: float
     ) -> None:
-        """Prepare; nothing is read before :meth:`start` or :meth:`refresh`.
+        """Create a watcher; nothing is read before :meth:`start` or :meth:`refresh`.
 
         Args:
-            library: On a store of little patience, so that problems are reported soon.
-            name: The service's name for it.
+            library: On a store with a short retry timeout, so that problems are reported soon.
+            name: Name of the library in the service.
             adapter_filter: Which adapters fit.
-            poll_s: How often its HEAD is read.
+            poll_s: Seconds between checks of the library's HEAD.
         """
         self.name = name
         self._library, self._adapter_filter, self._poll_s = library, adapter_filter, poll_s
@@ -75,12 +75,12 @@ class LibraryWatcher:
         self._thread = threading.Thread(target=self._poll_loop, name=f"library-{name}", daemon=True)
 
     def start(self) -> "LibraryWatcher":
-        """Follow the library from now on."""
+        """Start the thread and return the watcher."""
         self._thread.start()
         return self
 
     def close(self) -> None:
-        """Stop following; what is loaded stays."""
+        """Stop the thread; the snapshot stays usable."""
         self._closed.set()
 
     @property
@@ -89,7 +89,7 @@ class LibraryWatcher:
         return self._adapter_filter
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait for the first generation; return whether there is one."""
+        """Wait for the first generation; return whether one is loaded."""
         return self._loaded.wait(timeout_s)
 
     def snapshot(self) -> LibrarySnapshot:
@@ -98,16 +98,16 @@ class LibraryWatcher:
         Raises:
             ServiceError: ``not_ready``: none has been loaded yet.
         """
-        shelf = self._snapshot
-        if shelf is None:
+        snapshot = self._snapshot
+        if snapshot is None:
             reason = self._problem or "it is being loaded"
             raise ServiceError(
                 "not_ready", f"library {self.name!r} is not ready: {reason}", retry_after_s=2.0
             )
-        return shelf
+        return snapshot
 
     def refresh(self) -> LibraryStatus:
-        """Look for a newer generation now, and try anew what was set aside or refused."""
+        """Check for a newer generation now; retry quarantined adapters and rejected catalogs."""
         with self._quarantine_lock:
             self._quarantine = {}
         with self._poll_lock:
@@ -116,8 +116,8 @@ class LibraryWatcher:
         return self.status()
 
     def quarantine(self, failure: AdapterFailure) -> None:
-        """Take one version of an adapter out of service for a while."""
-        for_s = (
+        """Take one version of an adapter out of service for a limited time."""
+        duration_s = (
             self.UNREACHABLE_QUARANTINE_S
             if failure.kind == "unreachable"
             else self.BROKEN_QUARANTINE_S
@@ -127,10 +127,10 @@ class LibraryWatcher:
             self.name,
             failure.name,
             failure.version,
-            for_s,
+            duration_s,
             failure.reason,
         )
-        until = time.monotonic() + for_s
+        until = time.monotonic() + duration_s
         with self._quarantine_lock:
             self._quarantine = {
                 **self._quarantine,
@@ -138,29 +138,29 @@ class LibraryWatcher:
             }
 
     def quarantined(self, snapshot: LibrarySnapshot) -> tuple[AdapterFailure, ...]:
-        """Return the adapters of a shelf that are set aside now, ordered by name."""
+        """Return the adapters of a snapshot that are out of service now, ordered by name."""
         if not self._quarantine:
             return ()
         now = time.monotonic()
         with self._quarantine_lock:
-            aside = {key: kept for key, kept in self._quarantine.items() if kept[1] > now}
-            self._quarantine = aside
+            active = {key: item for key, item in self._quarantine.items() if item[1] > now}
+            self._quarantine = active
         entries = snapshot.entries
         return tuple(
             failure
-            for (name, version), (failure, _) in sorted(aside.items())
+            for (name, version), (failure, _) in sorted(active.items())
             if name in entries and entries[name].version == version
         )
 
     def status(self) -> LibraryStatus:
-        """Return what is known."""
-        shelf = self._snapshot
+        """Return the current state."""
+        snapshot = self._snapshot
         return LibraryStatus(
             name=self.name,
-            snapshot=shelf,
+            snapshot=snapshot,
             checked_at=self._checked_at,
             problem=self._problem,
-            quarantined=() if shelf is None else self.quarantined(shelf),
+            quarantined=() if snapshot is None else self.quarantined(snapshot),
         )
 
     def _poll_loop(self) -> None:
@@ -173,8 +173,8 @@ class LibraryWatcher:
         """Compare the store's HEAD with the one in use; call with ``_poll_lock`` held."""
         try:
             head = self._library.head()
-            refused, until = self._rejected_head
-            if head == refused and time.monotonic() < until:
+            rejected, until = self._rejected_head
+            if head == rejected and time.monotonic() < until:
                 self._problem = _DAMAGED_MESSAGE
                 return
             if head != self._head:
@@ -183,7 +183,7 @@ class LibraryWatcher:
             self._set_problem(_DAMAGED_MESSAGE, error)
         except LorasegError as error:
             self._set_problem(_UNREACHABLE_MESSAGE, error)
-        except Exception as error:  # noqa: BLE001  the thread must outlive any catalog
+        except Exception as error:  # noqa: BLE001  no catalog may end the thread
             self._set_problem(_UNEXPECTED_MESSAGE, error)
         else:
             self._checked_at, self._problem = time.time(), None
@@ -194,18 +194,18 @@ class LibraryWatcher:
         started = time.perf_counter()
         try:
             published = self._library.entries_at(head)
-            shelf = build_snapshot(self.name, head.generation, published, self._adapter_filter)
+            snapshot = build_snapshot(self.name, head.generation, published, self._adapter_filter)
         except IntegrityError:
-            # Not read again at every look: the catalog of a large library has many megabytes.
+            # Not read again at every check: the catalog of a large library has many megabytes.
             self._rejected_head = head, time.monotonic() + self.BROKEN_QUARANTINE_S
             raise
-        self._snapshot, self._head = shelf, head
+        self._snapshot, self._head = snapshot, head
         self._loaded.set()
         logger.info(
             "library %r: generation %d with %d adapters in use after %.2f s",
             self.name,
             head.generation,
-            len(shelf.entries),
+            len(snapshot.entries),
             time.perf_counter() - started,
         )
 
