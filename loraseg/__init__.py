@@ -38,10 +38,10 @@ Packages, from the top layer to the bottom; a package imports only from the laye
     train      evaluate            training and scoring
     inference                      load models and adapters; segment and generate
     library    segment    synth    adapter store; segmentation models; mask-to-image generation
-    backbones  fuse                frozen models; weighted sums of adapters
+    backbones  fuse       reports  frozen models; weighted sums of adapters; HTML pages
     data       adapters            images, labels and shards; LoRA pairs and their files
     storage                        folders and S3 buckets
-    config, seeding, reports, ...  modules without dependencies on the packages above
+    config, seeding, revision, ... modules without dependencies on the packages above
     errors                         the error classes
 """
 
