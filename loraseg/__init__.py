@@ -23,7 +23,7 @@ RecycleLoRA: "RecycleLoRA: Rank-Revealing QR-Based Dual-LoRA Subspace     planne
 Adaptation for Domain Generalized Semantic Segmentation". Cho, Yun,
 Jeon, Moon, Ro, CVPR 2026 Findings, arXiv 2603.28142
 CA-LoRA: "Concept-Aware LoRA for Domain-Aligned Segmentation Dataset      planned
-Generation". CVPR 2026, arXiv 2503.22172
+Generation". Park et al., CVPR 2026, arXiv 2503.22172
 ChimeraLoRA: "ChimeraLoRA: Multi-Head LoRA-Guided Synthetic Datasets".    planned
 Kim, Jang, Koo, Yun, Ok, CVPR 2026, arXiv 2602.19708
 ========================================================================  =======================
