@@ -1,16 +1,15 @@
-"""Train many adapters at once, each as one plain Ray task.
+"""Train many adapters in parallel, each in one Ray task.
 
 Why tasks and not Ray Train: a ``TorchTrainer`` run starts a controller and a worker group, which
-costs 15 s and more before the first step, and an error in one worker restarts the whole group. An
-adapter is small, fits one worker and takes minutes, so a task costs about a second and keeps
-failures apart. ``TorchTrainer`` with DDP is for one large model and comes with the segmenter
-trainer.
+takes 15 s and more before the first step, and an error in one worker restarts the whole group. An
+adapter is small, fits one worker and trains for minutes, so a task costs about a second and
+isolates failures. :mod:`actors.train_segmenter` uses ``TorchTrainer`` for one large model.
 
-Adapters that share frozen work (a sweep over one dataset, see ``groups``) go into one task, but
-only so many that every worker has something to do.
+Adapters that share frozen work (a sweep over one dataset, see
+:func:`~loraseg.train.tasks.group_tasks`) form one task, in groups small enough to occupy every
+worker.
 
-A task that loses its worker or node is started again by Ray and resumes by itself from the last
-checkpoint in the store.
+Ray restarts a task that loses its worker or node; it resumes from the last checkpoint in the store.
 """
 
 import dataclasses
@@ -42,7 +41,7 @@ ProgressWatcher = Callable[[Mapping[str, TaskProgress]], None]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TrainingOutcome:
-    """How one adapter ended: with a result, or with the reason of its failure."""
+    """The result of one adapter, or the reason of its failure."""
 
     name: str
     result: TaskResult | None
@@ -57,67 +56,72 @@ def train_adapters(
     on_progress: ProgressWatcher | None = None,
     poll_interval_s: float = 5.0,
 ) -> Iterator[TrainingOutcome]:
-    """Run all tasks on the connected Ray cluster and yield each as it ends, in order of arrival.
+    """Train adapters on the connected Ray cluster and yield the outcome of each as it completes.
 
-    A task's own error ends that task alone and is told in its outcome.
+    An error of one adapter ends that adapter only and becomes its outcome.
 
     Args:
-        tasks: Units of work, safe to start again after a kill at any point.
-        resources: What each takes, how many at once, how many lost workers are made up for.
-        runner: What a worker calls for adapters that share work, or for a single one.
-        on_progress: Given the standing of every adapter from time to time; by default each change
-            is logged in one line.
-        poll_interval_s: Seconds between two readings of the progress.
+        tasks: The adapters to train.
+        resources: Resources of each, how many train at once, and how often a lost worker is
+            replaced.
+        runner: Called in a worker with the tasks of one group.
+        on_progress: Called with the progress of every adapter at each poll; by default changes are
+            logged, one line each.
+        poll_interval_s: Seconds between two polls of the progress.
     """
     _warn_resource_mismatch(tasks, resources)
     logger.info("training %d adapters, %s each", len(tasks), resources)
-    # An actor that is restarted loses the progress and keeps the training.
-    board = start_on_driver_node(ProgressTracker, max_restarts=-1)
-    view = _ProgressPoller(board, on_progress or _change_logger(), poll_interval_s)
-    units = [
+    # A restart of the actor loses the displayed progress, not the training.
+    tracker = start_on_driver_node(ProgressTracker, max_restarts=-1)
+    poller = _ProgressPoller(tracker, on_progress or _change_logger(), poll_interval_s)
+    groups = [
         [tasks[index] for index in group]
         for group in group_tasks(
             tasks, max_size=-(-len(tasks) // _parallel_workers(len(tasks), resources))
         )
     ]
+    names = [[task.name for task in group] for group in groups]
     calls = [
-        (f"train {', '.join(task.name for task in unit)}", (runner, unit, board)) for unit in units
+        (f"train {', '.join(members)}", (runner, group, tracker))
+        for members, group in zip(names, groups, strict=True)
     ]
     for index, reference in run_ray_tasks(
-        _run_with_progress, calls, resources, tick=view.poll, tick_s=poll_interval_s
+        _run_with_progress, calls, resources, tick=poller.poll, tick_s=poll_interval_s
     ):
-        yield from _to_outcomes([task.name for task in units[index]], reference)
+        yield from _to_outcomes(names[index], reference)
 
 
 def _parallel_workers(tasks: int, resources: ResourceConfig) -> int:
-    """How many adapters train at once: as many as the user says, else as the cluster now holds.
+    """Return how many adapters train at once: the user's limit, or what fits the cluster now.
 
-    With no room at all the autoscaler is to bring nodes, it is not known how many.
+    If nothing fits, the autoscaler adds an unknown number of nodes: then all tasks.
     """
     needs = {"CPU": resources.cpus, "GPU": resources.gpus}
     nodes = [node["Resources"] for node in alive_nodes()]
-    room = sum(
+    capacity = sum(
         min(int(node.get(kind, 0) / need) for kind, need in needs.items() if need)
         for node in nodes
         if resources.node is None or resources.node in node
     )
-    return resources.max_parallel or room or max(tasks, 1)
+    return resources.max_parallel or capacity or max(tasks, 1)
 
 
 def _warn_resource_mismatch(tasks: Sequence[TrainingTask], resources: ResourceConfig) -> None:
-    """Say what works but is hardly meant."""
+    """Log settings that work but are probably a mistake."""
     threads = max((task.recipe.threads for task in tasks), default=0)
     if threads > resources.cpus:
         logger.warning(
-            "an adapter trains with %d threads but only %g CPUs are set aside for it",
+            "an adapter trains with %d threads but reserves only %g CPUs",
             threads,
             resources.cpus,
         )
     hosts = {node["NodeManagerAddress"] for node in alive_nodes()}
-    places = {place for task in tasks for place in task.required_uris()}
-    local = sorted(place for place in places if not place.startswith("s3://"))
+    uris = {uri for task in tasks for uri in task.required_uris()}
+    local = sorted(uri for uri in uris if not uri.startswith("s3://"))
     if len(hosts) > 1 and local:
-        logger.warning("%d machines must all find %s: use s3:// or share it", len(hosts), local[0])
+        logger.warning(
+            "%s must exist on all %d machines: use s3:// or a shared folder", local[0], len(hosts)
+        )
 
 
 def _run_with_progress(
@@ -127,7 +131,7 @@ def _run_with_progress(
 
 
 class _RemoteProgressReporter:
-    """Sends progress to the board without waiting for it, a few times a second at most."""
+    """Sends progress to the tracker, at most twice a second per phase, without waiting for it."""
 
     def __init__(self, tracker: Any) -> None:
         self._tracker = tracker
@@ -144,33 +148,33 @@ class _RemoteProgressReporter:
 
 
 class _ProgressPoller:
-    """Reads the board now and then; a board that does not answer holds up nothing."""
+    """Reads the tracker; skips a poll that the tracker does not answer in time."""
 
     def __init__(self, tracker: Any, on_progress: ProgressWatcher, interval_s: float) -> None:
         self._tracker, self._on_progress, self._interval_s = tracker, on_progress, interval_s
 
     def poll(self) -> None:
         try:
-            standings: Any = ray.get(self._tracker.read.remote(), timeout=self._interval_s)
+            progress: Any = ray.get(self._tracker.read.remote(), timeout=self._interval_s)
         except RayError as error:
-            logger.debug("the progress board did not answer: %s", error)
+            logger.debug("the progress tracker did not answer: %s", error)
             return
-        self._on_progress(standings)
+        self._on_progress(progress)
 
 
 def _change_logger() -> ProgressWatcher:
     last: dict[str, TaskProgress] = {}
 
-    def log(standings: Mapping[str, TaskProgress]) -> None:
-        for line in format_changes(last, standings):
+    def log(current: Mapping[str, TaskProgress]) -> None:
+        for line in format_changes(last, current):
             logger.info("%s", line)
-        last.update(standings)
+        last.update(current)
 
     return log
 
 
 def _to_outcomes(names: Sequence[str], reference: Any) -> list[TrainingOutcome]:
-    """Return how each adapter of a unit ended; a lost unit or a fault of ours ends all of them."""
+    """Return the outcome of each adapter of a group; a lost worker fails all of them."""
     try:
         results: list[TaskResult | LorasegError] = ray.get(reference)
     except RayTaskError as error:
@@ -179,7 +183,7 @@ def _to_outcomes(names: Sequence[str], reference: Any) -> list[TrainingOutcome]:
             logger.error("%s: unexpected error in its worker:\n%s", ", ".join(names), error)
         return [_failure(name, f"{type(cause).__name__}: {cause}") for name in names]
     except RayError as error:
-        reason = f"{type(error).__name__}: lost by the cluster: {error}"
+        reason = f"{type(error).__name__}: its worker was lost: {error}"
         return [_failure(name, reason) for name in names]
     return [_to_outcome(name, result) for name, result in zip(names, results, strict=True)]
 
@@ -187,7 +191,7 @@ def _to_outcomes(names: Sequence[str], reference: Any) -> list[TrainingOutcome]:
 def _to_outcome(name: str, result: TaskResult | LorasegError) -> TrainingOutcome:
     if isinstance(result, LorasegError):
         return _failure(name, f"{type(result).__name__}: {result}")
-    logger.info("%s: %s", name, "published before" if result.skipped else "published")
+    logger.info("%s: %s", name, "already published" if result.skipped else "published")
     return TrainingOutcome(name, result, None)
 
 

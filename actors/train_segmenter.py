@@ -1,10 +1,8 @@
-# pyright: basic
-"""Train a segmenter on Ray Train: any number of workers, each with its share of every batch.
+"""Train a closed-set segmenter on Ray Train, each worker with its share of every batch.
 
-Ray Train keeps the workers together: it starts them, joins them by torch.distributed, and starts
-all of them again from the last checkpoint when one is lost. The name of its run carries the digest
-of all that decides the result, so that a job that is started again goes on where it was, and one
-with other settings never takes up its checkpoints.
+Ray Train starts the workers, connects them by torch.distributed, and restarts all of them from the
+last checkpoint when one is lost. The run's name contains the run digest, so a restarted job resumes
+its own checkpoints and never those of other settings.
 """
 
 import os
@@ -28,9 +26,9 @@ from loraseg.train.closed_set.loop import TrainingContext, TrainingResult, train
 __all__ = ["WorkerGroupConfig", "ray_train_runner"]
 
 _STATE_FILE = "state.safetensors"
-# A node that an autoscaler brings takes minutes to start.
+# A node that the autoscaler adds takes minutes to start.
 _START_TIMEOUT_S = 1800
-# Not secret, unlike the rest of what a worker must know of the store: Ray logs these.
+# Ray logs these variables. Unlike the other store settings of a worker they are not secret.
 _CHECKSUMS = ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION")
 
 TrainFunction = Callable[..., TrainingResult]
@@ -38,12 +36,12 @@ TrainFunction = Callable[..., TrainingResult]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerGroupConfig:
-    """How many train together, and what each takes.
+    """Number and resources of the workers that train together.
 
     Attributes:
-        count: How many; the batch is shared out evenly.
-        resources: Of each; ``retries`` is how often the group may lose a worker.
-        loaders: Processes beside each worker that prepare its batches.
+        count: Number of workers; each takes an equal part of the batch.
+        resources: Resources of each; ``retries`` is how often the group may lose a worker.
+        loaders: Data loader processes of each worker.
     """
 
     count: int = 1
@@ -54,11 +52,11 @@ class WorkerGroupConfig:
 def ray_train_runner(
     workers: WorkerGroupConfig, train: TrainFunction = train_segmenter
 ) -> TaskRunner:
-    """Return what trains one arm on the connected Ray cluster.
+    """Return a runner that trains one task on the connected Ray cluster.
 
     Args:
-        workers: How many, and what each takes.
-        train: What a worker calls.
+        workers: Number and resources of the workers.
+        train: Called in each worker.
     """
 
     def run(task: SegmenterTrainingTask) -> None:
@@ -109,12 +107,12 @@ def _run_config(task: SegmenterTrainingTask, workers: WorkerGroupConfig) -> RunC
 def _train_worker(
     task: SegmenterTrainingTask, train: TrainFunction, loaders: int, access: StorageCredentials
 ) -> None:
-    """Train on one worker; the first one writes the result."""
+    """Train on one worker; rank 0 writes the result."""
     access.export()
-    place = ray.train.get_context()
+    ray_context = ray.train.get_context()
     context = TrainingContext(
-        rank=place.get_world_rank(),
-        world_size=place.get_world_size(),
+        rank=ray_context.get_world_rank(),
+        world_size=ray_context.get_world_size(),
         device=str(ray.train.torch.get_device()),
         num_workers=loaders,
         load_checkpoint=_load_checkpoint,
@@ -135,24 +133,24 @@ def _load_checkpoint() -> bytes | None:
 
 
 def _save_checkpoint(step: int, scores: Mapping[str, float], data: bytes | None) -> None:
-    told = {"step": step, **scores}
+    metrics = {"step": step, **scores}
     name = f"step-{step:09d}"
     if data is None:
-        ray.train.report(told, checkpoint_dir_name=name)
+        ray.train.report(metrics, checkpoint_dir_name=name)
         return
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, _STATE_FILE).write_bytes(data)
         checkpoint = ray.train.Checkpoint.from_directory(folder)
-        ray.train.report(told, checkpoint=checkpoint, checkpoint_dir_name=name)
+        ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=name)
 
 
 def _root_cause(error: ray.train.TrainingFailedError) -> LorasegError:
-    """Return what a worker stopped for, without Ray's wrapping."""
+    """Return the error of a worker without Ray's wrappers."""
     failures = getattr(error, "worker_failures", {})
     for failure in failures.values():
-        found: BaseException | None = failure
-        while found is not None:
-            if isinstance(found, LorasegError):
-                return found
-            found = getattr(found, "cause", None) or found.__cause__
-    return StageError(f"the training was lost for good: {str(error)[:500]}")
+        cause: BaseException | None = failure
+        while cause is not None:
+            if isinstance(cause, LorasegError):
+                return cause
+            cause = getattr(cause, "cause", None) or cause.__cause__
+    return StageError(f"the workers were lost too often: {str(error)[:500]}")

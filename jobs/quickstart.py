@@ -1,4 +1,4 @@
-"""The whole way on the miniature world: adapters for its domains, a library, a scored report.
+"""The whole workflow on the miniature world: train adapters, publish a library, write a report.
 
 python -m jobs.quickstart [output=FOLDER] [seed=N]
 """
@@ -27,7 +27,15 @@ _FAMILIES = ("night", "snow", "drawing", "thermal", "above")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """Which families of domains; images of each to learn from (train) and to score (val)."""
+    """Settings of the run.
+
+    Attributes:
+        output: Folder of data, library and report.
+        families: Families of domains to draw.
+        train: Training images of each domain.
+        val: Validation images of each domain.
+        seed: Seed of data and training.
+    """
 
     output: str = "runs/quickstart"
     families: tuple[str, ...] = _FAMILIES
@@ -37,7 +45,7 @@ class Config:
 
 
 def main(config: Config) -> int:
-    """Write the domains, train their adapters, score them leave-one-out and say where to look."""
+    """Draw the domains, train their adapters, score them leave-one-out, print the results."""
     chosen = unseen_domains(config.families)
     output, placement = Path(config.output).resolve(), ResourceConfig()
     logger.info("1/3 drawing %d domains of the miniature world", len(chosen))

@@ -2,7 +2,7 @@
 
 ray job submit --working-dir . -- python -m jobs.train_adapters --config manifest.yaml images=32
 
-Exit status: 0 all published, 1 some failed (the others are published), 2 a mistake in the config.
+Exit status: 0 all published, 1 some failed (the others are published), 2 an error in the config.
 """
 
 import sys
@@ -21,7 +21,7 @@ from loraseg.train.tasks import TrainingPlan, TrainingTask, plan_task
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config(TrainingManifest):
-    """A manifest, and how to run it."""
+    """A manifest, and the resources of each adapter."""
 
     resources: ResourceConfig = field(default_factory=ResourceConfig)
     dry_run: bool = False
@@ -34,7 +34,7 @@ def main(config: Config) -> int:
         plans = [_plan(task) for task in tasks]
         sys.stdout.write(plan_table(plans, str(config.resources)))
         return int(any(isinstance(entry, tuple) for entry in plans))
-    # Most often an endpoint that never answers is a mistyped one.
+    # Fails within seconds if the endpoint of the store is mistyped.
     probe_conditional_writes(open_store(tasks[0].library).with_retry_timeout(SHORT_RETRY_TIMEOUT_S))
     started_here = connect()
     check_capacity(config.resources, may_grow=not started_here)
