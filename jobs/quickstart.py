@@ -52,7 +52,7 @@ def main(config: Config) -> int:
     world = output / "world"
     folders = write_world(world, chosen, train=config.train, val=config.val, seed=config.seed)
 
-    logger.info("2/3 training one adapter a domain on Ray")
+    logger.info("2/3 training one adapter per domain on Ray")
     connect()
     domains = tuple(manifest.TrainingDomain(name=name, data=str(folders[name])) for name in chosen)
     library = str(output / "library")
