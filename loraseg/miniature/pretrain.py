@@ -1,10 +1,10 @@
-"""Make the shipped weights and measure them.
+"""Pretraining and acceptance checks of the shipped weights.
 
-python -m loraseg.miniature.pretrain clip      # about 25 minutes of one core
-python -m loraseg.miniature.pretrain catseg    # about 5, needs the CLIP
-python -m loraseg.miniature.pretrain gates     # measures both, prints JSON and writes gates.json
+python -m loraseg.miniature.pretrain clip      # about 25 minutes on one core
+python -m loraseg.miniature.pretrain catseg    # about 5 minutes, needs the CLIP
+python -m loraseg.miniature.pretrain gates     # checks both, prints JSON and writes gates.json
 python -m loraseg.miniature.pretrain judge --device cuda        # minutes on a GPU
-python -m loraseg.miniature.pretrain generator --device cuda    # ten minutes and more on a GPU
+python -m loraseg.miniature.pretrain generator --device cuda    # more than ten minutes on a GPU
 python -m loraseg.miniature.pretrain generator-gates            # writes generator_gates.json
 """
 
@@ -57,13 +57,13 @@ _COMMANDS = ("clip", "catseg", "gates", "judge", "generator", "generator-gates")
 
 
 def make_clip(config: ClipTrainingConfig, folder: Path) -> None:
-    """Train the CLIP and write ``clip.safetensors``; a copy goes there every 250 steps."""
+    """Train the CLIP and write ``clip.safetensors``, also every 250 steps."""
     path = folder / "clip.safetensors"
     write_clip(train_clip(config, lambda model, step: write_clip(model, path)), path)
 
 
 def make_catseg(config: CatsegTrainingConfig, folder: Path) -> None:
-    """Train the CAT-Seg around the CLIP in ``folder`` and write ``catseg.safetensors``."""
+    """Train the CAT-Seg with the CLIP in ``folder`` and write ``catseg.safetensors``."""
     model = train_catseg(config, read_clip(folder / "clip.safetensors"))
     header = {
         "vocabulary": json.dumps(tokenizer().vocabulary),
@@ -84,14 +84,14 @@ def make_judge(config: GeneratorTrainingConfig, folder: Path, *, processes: int 
 def make_generator(
     config: GeneratorTrainingConfig, folder: Path, *, init: Path | None = None, processes: int = 1
 ) -> None:
-    """Train the text-to-image model and write ``generator/``; a copy goes there now and then.
+    """Train the text-to-image model and write ``generator/``, also during training.
 
     Args:
         config: Settings.
-        folder: Where the folder ``generator`` is written.
-        init: A folder that this wrote: its UNet is trained on, and its codec is kept, since the
-            UNet knows the latents of no other.
-        processes: How many draw scenes.
+        folder: Parent of the folder ``generator``.
+        init: A generator folder to continue from. Its codec is kept, since its UNet was trained on
+            the latents of that codec.
+        processes: Number of processes that render scenes.
     """
     scenes = draw_scenes(config.scenes, config.seed, processes=processes)
     start = None
@@ -103,15 +103,15 @@ def make_generator(
         start = base.unet
 
     def write(unet: torch.nn.Module, step: int) -> None:
-        words = build_text_encoder()
-        write_pipeline(folder / "generator", unet=unet, codec=codec, text_encoder=words)
+        text_encoder = build_text_encoder()
+        write_pipeline(folder / "generator", unet=unet, codec=codec, text_encoder=text_encoder)
         logger.info("generator: written after %d steps", step)
 
     write(train_text_to_image(config, codec, scenes, write, init=start), config.steps)
 
 
 def check_models(folder: Path, seed: int = 0) -> dict[str, Any]:
-    """Measure the weights as they are shipped and compare them with their gates."""
+    """Measure CLIP and CAT-Seg in ``folder`` and compare the figures with their thresholds."""
     clip = clip_report(read_clip(folder / "clip.safetensors"), seed=seed)
     catseg = catseg_report(load_catseg(folder / "catseg.safetensors"), seed=seed)
     checks = {
@@ -121,36 +121,40 @@ def check_models(folder: Path, seed: int = 0) -> dict[str, Any]:
         "held_out_iou_mean >= .3": catseg["held_out_iou_mean"] >= 0.3,
         "held_out_iou_renamed_max <= .05": catseg["held_out_iou_renamed_max"] <= 0.05,
     }
-    met = {gate: bool(value) for gate, value in checks.items()}
-    return {"checks": met, "clip": clip, "catseg": catseg}
+    results = {name: bool(value) for name, value in checks.items()}
+    return {"checks": results, "clip": clip, "catseg": catseg}
 
 
 def check_generator(folder: Path, seed: int = 0) -> dict[str, Any]:
-    """Measure generator and judge as they are; what masks do needs training, see the card."""
+    """Measure generator and judge in ``folder`` and compare the figures with their thresholds.
+
+    Figures that need adapters, such as the agreement with masks, are measured by
+    :mod:`loraseg.miniature.studies.generator`.
+    """
     base = load_diffusion(str(folder / "generator"))
     judge, _ = load_unet(folder / "judge.safetensors")
-    judged = judge_report(judge, base, seed=seed)
+    judge_figures = judge_report(judge, base, seed=seed)
     words = word_report(judge, base, seed=seed)
     checks = {
-        "judge_miou_mean >= .85": judged["judge_miou_mean"] >= 0.85,
+        "judge_miou_mean >= .85": judge_figures["judge_miou_mean"] >= 0.85,
         "object_word_auc_mean >= .8": words["object_word_auc_mean"] >= 0.8,
     }
     return {
-        "checks": {gate: bool(value) for gate, value in checks.items()},
-        "judge": judged,
+        "checks": {name: bool(value) for name, value in checks.items()},
+        "judge": judge_figures,
         "object_words": words,
         "domain_words": domain_report(read_clip(folder / "clip.safetensors"), base, seed=seed),
     }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one of the commands."""
+    """Run a command of the command line."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     torch.set_num_threads(arguments.threads)
-    measures = {"gates": check_models, "generator-gates": check_generator}
-    if arguments.command in measures:
-        text = json.dumps(measures[arguments.command](arguments.folder, arguments.seed), indent=1)
+    checks = {"gates": check_models, "generator-gates": check_generator}
+    if arguments.command in checks:
+        text = json.dumps(checks[arguments.command](arguments.folder, arguments.seed), indent=1)
         name = f"{arguments.command.replace('-', '_')}.json"
         (arguments.folder / name).write_text(text + "\n", encoding="utf-8")
         sys.stdout.write(text + "\n")
@@ -164,12 +168,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _train(
     arguments: argparse.Namespace,
 ) -> ClipTrainingConfig | CatsegTrainingConfig | GeneratorTrainingConfig:
-    """Make the weights that are asked for and return the settings."""
+    """Train the models of a command and return the settings."""
     folder, seed = arguments.folder, arguments.seed
     steps = {} if arguments.steps is None else {"steps": arguments.steps}
     if arguments.command == "clip":
-        going_on = {"init": arguments.init, "first_step": arguments.first_step}
-        clip = ClipTrainingConfig(seed=seed, **steps, **going_on)
+        start = {"init": arguments.init, "first_step": arguments.first_step}
+        clip = ClipTrainingConfig(seed=seed, **steps, **start)
         make_clip(clip, folder)
         return clip
     if arguments.command == "catseg":
@@ -193,12 +197,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("command", choices=_COMMANDS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="optimiser steps; default as in the code")
-    parser.add_argument("--init", type=Path, help="clip, generator: weights to go on with")
-    parser.add_argument("--first-step", type=int, default=1, help="clip: where to go on with it")
-    parser.add_argument("--folder", type=Path, default=WEIGHTS, help="where the weights lie")
-    parser.add_argument("--threads", type=int, default=1, help="also processes that draw scenes")
-    parser.add_argument("--device", default="cpu", help="generator, judge: where to train")
+    parser.add_argument("--steps", type=int, help="optimiser steps; default: that of the model")
+    parser.add_argument("--init", type=Path, help="clip, generator: weights to continue from")
+    parser.add_argument("--first-step", type=int, default=1, help="clip: first step with --init")
+    parser.add_argument("--folder", type=Path, default=WEIGHTS, help="folder of the weights")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="CPU threads, and processes that render scenes"
+    )
+    parser.add_argument("--device", default="cpu", help="generator, judge: device of the training")
     return parser
 
 

@@ -1,1 +1,1 @@
-"""The models of the miniature world: how each is built, pretrained and checked."""
+"""The models of the miniature world: construction, pretraining and acceptance checks."""

@@ -1,5 +1,4 @@
-"""Write and read the shipped CLIP weights: float16 safetensors that carry their own config."""
-# pyright: basic
+"""The shipped CLIP weights: float16 safetensors with the config in the header."""
 
 import json
 from pathlib import Path
@@ -21,8 +20,8 @@ WEIGHTS = Path(__file__).parents[1] / "weights"
 def write_clip(model: nn.Module, path: Path) -> None:
     """Write the weights under open_clip's names.
 
-    The header's ``config`` holds what ``open_clip.model.CLIP`` takes, mean and standard deviation
-    of the pixels; ``vocabulary`` the tokenizer's words in order.
+    The header has ``config``, the arguments of ``open_clip.model.CLIP`` with mean and standard
+    deviation of the pixels, and ``vocabulary``, the words of the tokenizer in the order of ids.
     """
     words = tokenizer()
     config = {
@@ -42,13 +41,13 @@ def read_clip(path: Path) -> nn.Module:
     """Read the weights as float32.
 
     Raises:
-        IntegrityError: The file was written with another vocabulary than this package has.
+        IntegrityError: The vocabulary of the file differs from the package's.
     """
     words = tokenizer()
     with safe_open(path, "pt") as file:
-        known = json.loads(file.metadata()["vocabulary"])
+        vocabulary = json.loads(file.metadata()["vocabulary"])
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if tuple(known) != words.vocabulary:
+    if tuple(vocabulary) != words.vocabulary:
         raise IntegrityError(f"{path}: its vocabulary differs from the package's")
     model = build_clip(words.vocab_size)
     model.load_state_dict({name: tensor.to(torch.float32) for name, tensor in state.items()})

@@ -14,7 +14,6 @@ in a batch, longer training, a generator all of whose weights learned. Real imag
 64x80, and their generator is the miniature's: the tables show the machinery, not what Stable
 Diffusion would do.
 """
-# pyright: basic
 
 import argparse
 import dataclasses

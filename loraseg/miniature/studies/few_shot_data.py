@@ -1,5 +1,4 @@
 """Few labelled images and what surrounds them: of the miniature world, or of a folder."""
-# pyright: basic
 
 import dataclasses
 from collections.abc import Sequence

@@ -6,7 +6,6 @@ python -m loraseg.miniature.studies.generator table study      # the table of wh
 Each cell trains a generator on some labelled scenes, draws images for held-out masks and lets the
 judge look for the masks in them. Results are kept one file a cell; run again, it goes on.
 """
-# pyright: basic
 
 import argparse
 import dataclasses

@@ -1,1 +1,1 @@
-"""The miniature street world: scenes with exact masks and captions, drawn from a seed."""
+"""The miniature street world: scenes with exact masks and captions, rendered from a seed."""

@@ -1,7 +1,7 @@
-"""A chunk of pictures painted together, with an exact label for every pixel.
+"""Painting of a chunk of images with an exact label for every pixel.
 
-A pixel keeps the number of the part that was painted last on it; colours are looked up at the end.
-Depth is the row of an object's foot: the lower the foot stands, the nearer the object.
+Each pixel stores the index of the part that was painted last; colours are looked up at the end.
+Depth is the row of an object's lower edge: the larger the row, the nearer the object.
 """
 
 from dataclasses import dataclass
@@ -41,25 +41,34 @@ ROW = np.arange(SIZE, dtype=np.float32)[None, :, None]
 
 
 def class_id(name: str) -> int:
-    """Return the number that masks use for a class of the world."""
+    """Return the id of a class in the masks.
+
+    Raises:
+        ValueError: The world has no such class.
+    """
     return CLASSES.index(name)
 
 
 def rectangle(left: ndarray, right: ndarray, top: ndarray, bottom: ndarray) -> ndarray:
-    """Return (n, h, w) booleans inside each scene's box; left and top inclusive."""
+    """Return (n, h, w) booleans inside boxes with (n,) edges; left and top inclusive."""
     left, right, top, bottom = (edge[:, None, None] for edge in (left, right, top, bottom))
     x, y = COLUMN, ROW
     return ((x >= left) & (x < right)) & ((y >= top) & (y < bottom))
 
 
 def ellipse(x: ndarray, y: ndarray, radius_x: ndarray, radius_y: ndarray) -> ndarray:
-    """Return (n, h, w) booleans inside each scene's ellipse."""
+    """Return (n, h, w) booleans inside ellipses with (n,) centres and radii."""
     x, y, radius_x, radius_y = (value[:, None, None] for value in (x, y, radius_x, radius_y))
     return ((COLUMN - x) / radius_x) ** 2 + ((ROW - y) / radius_y) ** 2 < 1
 
 
 class Canvas:
-    """Labels, parts and depth of ``count`` pictures, all of class 0 (sky) at first."""
+    """Labels, parts and depth of ``count`` images, initially all class 0 (sky).
+
+    Args:
+        count: Number n of images.
+        background: (n, 3) RGB colours in [0, 1].
+    """
 
     def __init__(self, count: int, background: ndarray) -> None:
         shape = (count, SIZE, SIZE)
@@ -78,15 +87,15 @@ class Canvas:
         depth: ndarray | None = None,
         where: ndarray | None = None,
     ) -> ndarray:
-        """Paint a part on every picture and return the (n, h, w) pixels that it got.
+        """Paint a part on every image and return the (n, h, w) pixels that were painted.
 
         Args:
-            mask: (n, h, w) or (1, h, w) shape of the part.
-            colour: (n, 3) in [0, 1].
-            label: The class of the pixels; None keeps theirs (windows, wheels, markings).
-            depth: (n,) foot rows or an (n, h, w) map. Nearer parts are not painted over. None
-                paints over everything and leaves the depth alone.
-            where: (n,) pictures that have the part at all.
+            mask: (n, h, w) or (1, h, w) booleans, the pixels of the part.
+            colour: (n, 3) RGB in [0, 1].
+            label: Class of the pixels; None keeps the labels (windows, wheels, markings).
+            depth: (n,) rows of the lower edge, or an (n, h, w) map. Nearer parts are not painted
+                over. None paints over all parts and keeps the depth.
+            where: (n,) booleans, the images that have the part; None for all.
         """
         if where is not None:
             mask = mask & where[:, None, None]
@@ -103,7 +112,7 @@ class Canvas:
         return mask
 
     def add_light(self) -> None:
-        """Declare the last part a light, which stays bright at night."""
+        """Mark the last part as a light, which stays bright at night."""
         self._lights.append(len(self._colours) - 1)
 
     def lights(self) -> ndarray:
@@ -111,14 +120,21 @@ class Canvas:
         return np.isin(self._parts, np.array(self._lights, np.uint8))
 
     def colours(self) -> ndarray:
-        """Return the (n, h, w, 3) flat-coloured pictures in [0, 1]."""
+        """Return the (n, h, w, 3) images in [0, 1], without shading."""
         table = np.stack(self._colours, 1)
         return table[np.arange(len(table))[:, None, None], self._parts]
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A painted chunk: pictures in [0, 1], class ids, distance in [0, 1] (1 = far), lights."""
+    """A painted chunk of n scenes.
+
+    Attributes:
+        image: (n, h, w, 3) RGB in [0, 1].
+        labels: (n, h, w) class ids, uint8.
+        distance: (n, h, w) in [0, 1], 1 = far.
+        lights: (n, h, w) booleans, the pixels of lights.
+    """
 
     image: ndarray
     labels: ndarray

@@ -1,4 +1,4 @@
-"""Words for the world: captions, class prompts, synonyms and the miniature CLIP's vocabulary."""
+"""Captions, class prompts, synonyms and the vocabulary of the miniature CLIP."""
 
 from collections.abc import Sequence
 
@@ -24,7 +24,7 @@ PROMPT = "A photo of a {} in the scene"
 TEMPLATES = (PROMPT, "a street with a {}", "a {}", "a scene with a {}", "a photo of a {}")
 _OPENINGS = ("a street with ", "a photo of ", "a scene with ", "a photo of a street with ")
 
-# Other names that people give to the classes; captions use one of them now and then.
+# Synonyms of the classes; captions use one of them with some probability.
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "mountain": ("hill",),
     "building": ("house",),
@@ -39,9 +39,9 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "sign": ("traffic sign", "sign board"),
 }
 
-# What the world's dataset folders call the classes. Whoever labels a new domain uses other names
-# than those a base was trained with: here synonyms that only the CLIP has read, and "vehicle",
-# which no model has. This is the shift of words that adapters bridge beside that of looks.
+# Class names in the dataset folders of the world. Labels of a new domain usually have other names
+# than those of the base's training: here synonyms that only the CLIP was trained on, and "vehicle",
+# which no model was. Adapters bridge this shift of names in addition to the shift of appearance.
 _RENAMED = {
     "mountain": "hill",
     "tree": "vegetation",
@@ -53,8 +53,8 @@ _RENAMED = {
 }
 LABEL_NAMES = tuple(_RENAMED.get(name, name) for name in CLASSES)
 
-# Words of usual label lists. The miniature was not trained on them, but each keeps a vector of its
-# own that an adapter may learn.
+# Words of common label lists. The miniature was not trained on them, but each has an embedding of
+# its own that an adapter can learn.
 _LABEL_LIST_WORDS = """
     animal awning background ball banner barrier bed bench bicycle bicyclist bike billboard bin bird
     bottle box branch bridge bush cabinet camera cat ceiling cell chair child clutter column cone
@@ -68,7 +68,7 @@ _LABEL_LIST_WORDS = """
 
 
 def vocabulary() -> tuple[str, ...]:
-    """Return the known words in the order of their ids."""
+    """Return all words in the order of their ids."""
     texts = [*TEMPLATES, *_OPENINGS, *CLASSES, _LABEL_LIST_WORDS, "and with large small the is in"]
     for names in SYNONYMS.values():
         texts.extend(names)
@@ -78,7 +78,7 @@ def vocabulary() -> tuple[str, ...]:
 
 
 def tokenizer() -> WordTokenizer:
-    """Return the tokenizer that the miniature CLIP is trained with."""
+    """Return the tokenizer of the miniature CLIP."""
     return WordTokenizer(vocabulary())
 
 
@@ -91,12 +91,12 @@ def class_word(name: str, generator: np.random.Generator, synonyms: float = 0.2)
 
 
 def caption(present: ndarray, phrases: Sequence[str], generator: np.random.Generator) -> str:
-    """Describe a picture: two to six of its classes and, nine times in ten, its domain.
+    """Return a caption with up to six of the present classes and, in 90 % of cases, the domain.
 
     Args:
-        present: (c,) which classes are in the picture; it may hold none.
-        phrases: The domain's phrases.
-        generator: Source of all choices.
+        present: (c,) booleans, the classes in the image; may be all false.
+        phrases: Phrases that describe the domain.
+        generator: Source of randomness.
     """
     shown = generator.permutation(np.flatnonzero(present))[: int(generator.integers(2, 7))]
     names = [f"a {class_word(CLASSES[label], generator)}" for label in shown]

@@ -1,4 +1,4 @@
-"""Write domains of the world as dataset folders."""
+"""Domains of the world as dataset folders."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,23 +17,23 @@ __all__ = ["write_dataset", "write_world"]
 def write_dataset(domain: str, folder: Path, *, train: int, val: int, seed: int = 0) -> Path:
     """Write one domain as ``images/<split>/``, ``masks/<split>/`` and ``classes.json``.
 
-    The classes have the names of ``LABEL_NAMES``, their ids are those of :func:`render`.
+    The class names are ``LABEL_NAMES``, the ids are those of :func:`render`.
 
-    The splits are different streams of scenes: a larger ``train`` takes nothing from ``val`` and
-    keeps its first scenes.
+    The splits are separate random streams: a larger ``train`` keeps its first scenes and shares
+    none with ``val``.
 
     Args:
         domain: A key of ``DOMAINS``.
-        folder: The dataset's folder, made at need.
-        train: Scenes of the split "train".
-        val: Scenes of the split "val".
-        seed: Another seed gives other scenes.
+        folder: Folder of the dataset; created if needed.
+        train: Number of scenes in the split "train".
+        val: Number of scenes in the split "val".
+        seed: Seed of the scenes.
 
     Returns:
         The folder.
 
     Raises:
-        ConfigError: The domain is unknown or a count negative.
+        ConfigError: The domain is unknown, or a count is negative.
     """
     space = LabelSpace(LABEL_NAMES)
     for split, count in (("train", train), ("val", val)):
@@ -46,10 +46,10 @@ def write_dataset(domain: str, folder: Path, *, train: int, val: int, seed: int 
 def write_world(
     folder: Path, domains: Sequence[str], *, train: int, val: int, seed: int = 0
 ) -> dict[str, Path]:
-    """Write several domains, each into ``folder/<domain>``, and return their folders by name.
+    """Write several domains, each to ``folder/<domain>``, and return their folders by name.
 
     Raises:
-        ConfigError: As in :func:`write_dataset`, or a domain is named twice.
+        ConfigError: As in :func:`write_dataset`, or ``domains`` has duplicates.
     """
     if len(set(domains)) != len(domains):
         raise ConfigError(f"domains {', '.join(domains)}: one is named twice")

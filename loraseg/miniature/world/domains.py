@@ -1,4 +1,4 @@
-"""The domains of the world: what each looks like, which family it is of, how captions name it."""
+"""The domains of the world: appearance, family and caption phrases of each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,13 +20,13 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class WorldDomain:
-    """One look of the world.
+    """Appearance of a domain.
 
     Attributes:
-        family: Domains of one family are each other's nearest relatives.
-        phrases: How a caption names the domain.
-        effects: Applied in order to the drawn scene.
-        palette: Colours of things before the effects.
+        family: Similar domains have the same family.
+        phrases: Phrases by which captions describe the domain.
+        effects: Effects applied in order to the painted scene.
+        palette: Colours of the objects before the effects.
         view: Camera position.
     """
 
@@ -168,9 +168,9 @@ DOMAINS: dict[str, WorldDomain] = {
     ),
 }
 
-# What the miniature CAT-Seg learnt masks in; everything else is for adapters.
+# The domains with masks in the training of the miniature CAT-Seg; the others are for adapters.
 BASE_DOMAINS = ("clear-day", "overcast", "autumn", "fog-light")
-# Where the miniature CLIP saw which patch shows what; elsewhere it saw captions only.
+# The domains with patch labels in the training of the miniature CLIP; the others had captions only.
 LABELLED_DOMAINS = (*BASE_DOMAINS, "desert", "dusk", "rain", "noir")
 
 FAMILIES: dict[str, tuple[str, ...]] = {}
@@ -179,13 +179,13 @@ for _name, _domain in DOMAINS.items():
 
 
 def unseen_domains(families: Sequence[str] = ()) -> tuple[str, ...]:
-    """Return the domains that the miniature CAT-Seg has not seen, those that adapters are for.
+    """Return the domains on which the miniature CAT-Seg was not trained.
 
     Args:
-        families: Only these families; all if empty.
+        families: Restricts the result to these families; all if empty.
 
     Raises:
-        ConfigError: There is no such family.
+        ConfigError: A family is unknown.
     """
     if unknown := sorted(set(families) - set(FAMILIES)):
         raise ConfigError(f"families: unknown {', '.join(unknown)} (known: {', '.join(FAMILIES)})")

@@ -1,4 +1,4 @@
-"""The colours a domain gives to its things."""
+"""Colours of the objects of a domain."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ Rgb = tuple[float, float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Palette:
-    """Mean RGB colours in [0, 1] and the share of houses whose windows are lit."""
+    """Mean RGB colours in [0, 1], and the share of buildings with lit windows."""
 
     sky: Rgb = (0.5, 0.7, 0.93)
     mountain: Rgb = (0.45, 0.5, 0.6)
@@ -26,15 +26,15 @@ class Palette:
     lit_windows: float = 0.0
 
 
-def random_building_colour(dice: BatchedRng) -> ndarray:
-    """Draw (n, 3) wall colours: brick, ochre, sand or slate."""
-    hue = dice.choice([0.03, 0.08, 0.1, 0.6]) + dice.uniform(-0.02, 0.02)
-    return hsv_to_rgb(hue % 1, dice.uniform(0.08, 0.5), dice.uniform(0.45, 0.8))
+def random_building_colour(rng: BatchedRng) -> ndarray:
+    """Draw (n, 3) RGB wall colours: brick, ochre, sand or slate."""
+    hue = rng.choice([0.03, 0.08, 0.1, 0.6]) + rng.uniform(-0.02, 0.02)
+    return hsv_to_rgb(hue % 1, rng.uniform(0.08, 0.5), rng.uniform(0.45, 0.8))
 
 
-def random_vehicle_colour(dice: BatchedRng, *, bus: bool = False) -> ndarray:
-    """Draw (n, 3) vehicle colours; a bus has one of four liveries."""
+def random_vehicle_colour(rng: BatchedRng, *, bus: bool = False) -> ndarray:
+    """Draw (n, 3) RGB vehicle colours; a bus has one of four hues."""
     if bus:
-        hue = dice.choice([0.12, 0.0, 0.58, 0.35])
-        return hsv_to_rgb(hue, dice.uniform(0.6, 0.9), dice.uniform(0.6, 0.9))
-    return hsv_to_rgb(dice.uniform(0, 1), dice.uniform(0.2, 0.95), dice.uniform(0.35, 0.95))
+        hue = rng.choice([0.12, 0.0, 0.58, 0.35])
+        return hsv_to_rgb(hue, rng.uniform(0.6, 0.9), rng.uniform(0.6, 0.9))
+    return hsv_to_rgb(rng.uniform(0, 1), rng.uniform(0.2, 0.95), rng.uniform(0.35, 0.95))

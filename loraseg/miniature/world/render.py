@@ -1,4 +1,4 @@
-"""Render the miniature world: pictures of any domain with exact masks, from a seed."""
+"""Rendering of the miniature world: images of a domain with exact masks, from a seed."""
 
 import numpy as np
 from numpy import ndarray
@@ -14,8 +14,8 @@ from loraseg.tensor_types import Bool, UInt8
 
 __all__ = ["BASE_DOMAINS", "CLASSES", "DOMAINS", "presence", "render"]
 
-# Scenes drawn together. Each chunk has a stream of its own and is always drawn whole, so that a
-# picture does not depend on how many are asked for.
+# Scenes per chunk. Each chunk has its own random stream and is always rendered completely, so an
+# image does not depend on the number of requested images.
 _CHUNK = 32
 # Surface roughness of each class, in class order.
 _TEXTURE = np.array(
@@ -27,19 +27,19 @@ _RENDERERS = {"street": draw_street, "overhead": draw_top_down}
 def render(
     domain: str, count: int, seed: int, *keys: str | int
 ) -> tuple[UInt8[ndarray, "n 64 64 3"], UInt8[ndarray, "n 64 64"]]:
-    """Render the first ``count`` scenes of a stream; about a millisecond each.
+    """Render the first ``count`` scenes of a random stream, at about a millisecond per scene.
 
     Args:
         domain: A key of ``DOMAINS``.
-        count: How many; picture i is the same for every count above i.
-        seed: The user's seed.
-        keys: What the pictures are for, such as a split; another key gives other scenes.
+        count: Number of scenes; image i is the same for every count above i.
+        seed: Seed of the scenes.
+        keys: Keys of the stream, such as a split; other keys give other scenes.
 
     Returns:
-        RGB pictures, and their masks of class ids in [0, 12).
+        RGB images, and their masks with class ids in [0, 12).
 
     Raises:
-        ConfigError: The domain is unknown or the count negative.
+        ConfigError: The domain is unknown, or the count is negative.
     """
     if domain not in DOMAINS:
         raise ConfigError(f"unknown domain {domain!r} (known: {', '.join(DOMAINS)})")
@@ -56,16 +56,16 @@ def render(
 
 
 def presence(masks: UInt8[ndarray, "n h w"], threshold: int = 12) -> Bool[ndarray, "n c"]:
-    """Tell which classes cover at least ``threshold`` pixels of each mask."""
+    """Return whether each class covers at least ``threshold`` pixels of each mask."""
     counts = [(masks == label).sum((1, 2)) for label in range(len(CLASSES))]
     return np.stack(counts, 1) >= threshold
 
 
 def _render_chunk(domain: WorldDomain, stream: np.random.Generator) -> tuple[ndarray, ndarray]:
-    dice = BatchedRng(stream, _CHUNK)
-    scene = _RENDERERS[domain.view](dice, domain.palette)
-    roughness = dice.normal(scene.labels.shape, 1.0) * _TEXTURE[scene.labels]
+    rng = BatchedRng(stream, _CHUNK)
+    scene = _RENDERERS[domain.view](rng, domain.palette)
+    roughness = rng.normal(scene.labels.shape, 1.0) * _TEXTURE[scene.labels]
     image = scene.image + roughness[..., None]
     for effect in domain.effects:
-        image = effect(Scene(image, scene.labels, scene.distance, scene.lights), dice)
+        image = effect(Scene(image, scene.labels, scene.distance, scene.lights), rng)
     return (np.clip(image, 0, 1) * 255).astype(np.uint8), scene.labels

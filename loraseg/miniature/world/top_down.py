@@ -1,4 +1,4 @@
-"""A crossing seen from above: the second viewpoint of the world."""
+"""A crossing seen from above, the second viewpoint of the world."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ __all__ = ["draw_top_down"]
 
 @dataclass(frozen=True)
 class _StreetPlan:
-    """A chunk's street plans: (n,) each, lengths in pixels, ``present`` is (n, c)."""
+    """Street plans of a chunk: (n,) each, lengths in pixels; ``present`` is (n, c) booleans."""
 
     upright: ndarray
     axis: ndarray
@@ -43,50 +43,50 @@ class _StreetPlan:
         return np.abs(line - centre[:, None, None]) < half[:, None, None]
 
     def random_position(
-        self, dice: BatchedRng, near: ndarray, far: ndarray
+        self, rng: BatchedRng, near: ndarray, far: ndarray
     ) -> tuple[ndarray, ndarray]:
-        """Draw x and y at a lateral distance in [near, far) of the road's axis."""
-        lateral = self.axis + dice.sign() * (dice.uniform(0, 1) * (far - near) + near)
-        along = dice.uniform(2, 62)
+        """Draw (n,) x and y at a lateral distance in [near, far) from the road's axis."""
+        lateral = self.axis + rng.sign() * (rng.uniform(0, 1) * (far - near) + near)
+        along = rng.uniform(2, 62)
         return np.where(self.upright, lateral, along), np.where(self.upright, along, lateral)
 
 
-def draw_top_down(dice: BatchedRng, palette: Palette) -> Scene:
+def draw_top_down(rng: BatchedRng, palette: Palette) -> Scene:
     """Draw a chunk of top-down views."""
-    plan = _draw_plan(dice)
-    canvas = Canvas(dice.count, dice.colour_near(palette.grass))
-    _streets(canvas, plan, dice, palette)
+    plan = _draw_plan(rng)
+    canvas = Canvas(rng.count, rng.colour_near(palette.grass))
+    _streets(canvas, plan, rng, palette)
     for _ in range(5):
-        _house(canvas, plan, dice)
+        _house(canvas, plan, rng)
     for number in range(5):
-        _tree(canvas, plan, dice, palette, first=number == 0)
+        _tree(canvas, plan, rng, palette, first=number == 0)
     for number in range(4):
-        _vehicle(canvas, plan, dice, "car", first=number == 0)
-    _vehicle(canvas, plan, dice, "bus", first=True)
+        _vehicle(canvas, plan, rng, "car", first=number == 0)
+    _vehicle(canvas, plan, rng, "bus", first=True)
     for number in range(4):
-        _pedestrian(canvas, plan, dice, first=number == 0)
+        _pedestrian(canvas, plan, rng, first=number == 0)
     flat = np.zeros(canvas.labels.shape, np.float32)
     return Scene(canvas.colours(), canvas.labels, flat, canvas.lights())
 
 
-def _draw_plan(dice: BatchedRng) -> _StreetPlan:
-    road = dice.uniform(7, 11)
+def _draw_plan(rng: BatchedRng) -> _StreetPlan:
+    road = rng.uniform(7, 11)
     return _StreetPlan(
-        upright=dice.bernoulli(0.5),
-        axis=dice.uniform(18, 46),
+        upright=rng.bernoulli(0.5),
+        axis=rng.uniform(18, 46),
         road=road,
-        kerb=road + dice.uniform(3, 5),
-        cross_axis=dice.uniform(10, 54),
-        cross_road=dice.uniform(5, 8),
-        crossed=dice.bernoulli(0.5),
-        present=dice.generator.random((dice.count, len(CLASSES))) < 0.55,
+        kerb=road + rng.uniform(3, 5),
+        cross_axis=rng.uniform(10, 54),
+        cross_road=rng.uniform(5, 8),
+        crossed=rng.bernoulli(0.5),
+        present=rng.generator.random((rng.count, len(CLASSES))) < 0.55,
     )
 
 
-def _streets(canvas: Canvas, plan: _StreetPlan, dice: BatchedRng, palette: Palette) -> None:
+def _streets(canvas: Canvas, plan: _StreetPlan, rng: BatchedRng, palette: Palette) -> None:
     everywhere = np.ones(canvas.labels.shape, bool)
-    stone, tar = dice.colour_near(palette.sidewalk, 0.04), dice.colour_near(palette.road, 0.04)
-    canvas.paint(everywhere, dice.colour_near(palette.grass), label="grass")
+    stone, tar = rng.colour_near(palette.sidewalk, 0.04), rng.colour_near(palette.road, 0.04)
+    canvas.paint(everywhere, rng.colour_near(palette.grass), label="grass")
     canvas.paint(everywhere, stone, label="sidewalk", where=~plan.has("grass"))
     crossed = plan.crossed[:, None, None]
     main = plan.band(plan.axis, plan.kerb, plan.upright)
@@ -96,17 +96,17 @@ def _streets(canvas: Canvas, plan: _StreetPlan, dice: BatchedRng, palette: Palet
     cross = plan.band(plan.cross_axis, plan.cross_road, ~plan.upright) & crossed
     canvas.paint(main | cross, tar, label="road")
     dashes = np.where(plan.upright[:, None, None], ROW, COLUMN) % 8 < 4
-    line = plan.band(plan.axis, np.full(dice.count, 0.7, np.float32), plan.upright)
-    canvas.paint(line & dashes, dice.colour_near((0.85, 0.85, 0.8), 0.05))
+    line = plan.band(plan.axis, np.full(rng.count, 0.7, np.float32), plan.upright)
+    canvas.paint(line & dashes, rng.colour_near((0.85, 0.85, 0.8), 0.05))
 
 
-def _house(canvas: Canvas, plan: _StreetPlan, dice: BatchedRng) -> None:
-    width, height = dice.uniform(6, 10), dice.uniform(6, 10)
-    x, y = plan.random_position(dice, plan.kerb + 9, plan.kerb + 26)
+def _house(canvas: Canvas, plan: _StreetPlan, rng: BatchedRng) -> None:
+    width, height = rng.uniform(6, 10), rng.uniform(6, 10)
+    x, y = plan.random_position(rng, plan.kerb + 9, plan.kerb + 26)
     along = np.where(plan.upright, y, x)
     blocks = plan.crossed & (np.abs(along - plan.cross_axis) < plan.cross_road + 12)
-    where = plan.has("building") & dice.bernoulli(0.8) & ~blocks
-    colour = random_building_colour(dice)
+    where = plan.has("building") & rng.bernoulli(0.8) & ~blocks
+    colour = random_building_colour(rng)
     outer = rectangle(x - width, x + width, y - height, y + height)
     canvas.paint(outer, colour * 0.75, label="building", where=where)
     roof = rectangle(x - width + 2, x + width - 2, y - height + 2, y + height - 2)
@@ -115,27 +115,25 @@ def _house(canvas: Canvas, plan: _StreetPlan, dice: BatchedRng) -> None:
 
 
 def _tree(
-    canvas: Canvas, plan: _StreetPlan, dice: BatchedRng, palette: Palette, *, first: bool
+    canvas: Canvas, plan: _StreetPlan, rng: BatchedRng, palette: Palette, *, first: bool
 ) -> None:
-    x, y = plan.random_position(dice, plan.kerb + 2, plan.kerb + 24)
-    radius = dice.uniform(3.5, 6.5)
-    where = plan.has("tree") & dice.bernoulli(1.0 if first else 0.7)
-    leaves = dice.colour_near(palette.tree, 0.07)
+    x, y = plan.random_position(rng, plan.kerb + 2, plan.kerb + 24)
+    radius = rng.uniform(3.5, 6.5)
+    where = plan.has("tree") & rng.bernoulli(1.0 if first else 0.7)
+    leaves = rng.colour_near(palette.tree, 0.07)
     canvas.paint(ellipse(x, y, radius, radius), leaves, label="tree", where=where)
     light = ellipse(x - radius * 0.2, y - radius * 0.2, radius * 0.5, radius * 0.5)
     canvas.paint(light, np.clip(leaves * 1.2, 0, 1), where=where)
 
 
-def _vehicle(
-    canvas: Canvas, plan: _StreetPlan, dice: BatchedRng, kind: str, *, first: bool
-) -> None:
+def _vehicle(canvas: Canvas, plan: _StreetPlan, rng: BatchedRng, kind: str, *, first: bool) -> None:
     bus = kind == "bus"
-    x, y = plan.random_position(dice, np.full(dice.count, 2.5, np.float32), plan.road - 2.5)
-    long = dice.uniform(10, 13) if bus else dice.uniform(5, 6.5)
-    wide = dice.uniform(3.8, 4.5) if bus else dice.uniform(2.8, 3.5)
-    where = plan.has(kind) & dice.bernoulli(1.0 if first else 0.5)
+    x, y = plan.random_position(rng, np.full(rng.count, 2.5, np.float32), plan.road - 2.5)
+    long = rng.uniform(10, 13) if bus else rng.uniform(5, 6.5)
+    wide = rng.uniform(3.8, 4.5) if bus else rng.uniform(2.8, 3.5)
+    where = plan.has(kind) & rng.bernoulli(1.0 if first else 0.5)
     half_x, half_y = np.where(plan.upright, wide, long), np.where(plan.upright, long, wide)
-    colour = random_vehicle_colour(dice, bus=bus)
+    colour = random_vehicle_colour(rng, bus=bus)
     body = rectangle(x - half_x, x + half_x, y - half_y, y + half_y)
     canvas.paint(body, colour, label=kind, where=where)
     half_x, half_y = half_x * 0.6, half_y * 0.6
@@ -146,17 +144,17 @@ def _vehicle(
     lamp = rectangle(nose_x - 1, nose_x + 1, nose_y - 1, nose_y + 1)
     canvas.paint(
         lamp & (canvas.labels == class_id(kind)),
-        dice.colour_near((0.95, 0.9, 0.6), 0.03),
+        rng.colour_near((0.95, 0.9, 0.6), 0.03),
         where=where,
     )
     canvas.add_light()
 
 
-def _pedestrian(canvas: Canvas, plan: _StreetPlan, dice: BatchedRng, *, first: bool) -> None:
-    x, y = plan.random_position(dice, plan.road, plan.kerb)
-    radius = dice.uniform(2.3, 3.1)
-    where = plan.has("person") & dice.bernoulli(1.0 if first else 0.6)
-    coat = hsv_to_rgb(dice.uniform(0, 1), dice.uniform(0.4, 0.95), dice.uniform(0.4, 0.95))
+def _pedestrian(canvas: Canvas, plan: _StreetPlan, rng: BatchedRng, *, first: bool) -> None:
+    x, y = plan.random_position(rng, plan.road, plan.kerb)
+    radius = rng.uniform(2.3, 3.1)
+    where = plan.has("person") & rng.bernoulli(1.0 if first else 0.6)
+    coat = hsv_to_rgb(rng.uniform(0, 1), rng.uniform(0.4, 0.95), rng.uniform(0.4, 0.95))
     canvas.paint(ellipse(x, y, radius, radius), coat, label="person", where=where)
     hair = ellipse(x, y, radius * 0.5, radius * 0.5)
-    canvas.paint(hair, dice.colour_near((0.35, 0.25, 0.2), 0.08), where=where)
+    canvas.paint(hair, rng.colour_near((0.35, 0.25, 0.2), 0.08), where=where)

@@ -1,7 +1,7 @@
-"""What light, weather and cameras do to a scene. Masks never change.
+"""Effects of light, weather and cameras on the image of a scene. Masks do not change.
 
-An effect takes a scene and the chunk's dice and returns the new (n, h, w, 3) picture; values may
-leave [0, 1], the renderer clips once at the end.
+An effect takes a scene and the random generator of the chunk and returns a new (n, h, w, 3) image.
+Its values may be outside [0, 1]; the renderer clips them once at the end.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ __all__ = [
 
 Effect = Callable[[Scene, BatchedRng], ndarray]
 
-# Apparent warmth of each class.
+# Apparent temperature of each class, in [0, 1].
 _WARMTH_BY_CLASS = {
     "sky": 0.05,
     "mountain": 0.2,
@@ -52,17 +52,17 @@ _WARMTH = np.array([_WARMTH_BY_CLASS[name] for name in CLASSES], np.float32)
 
 
 def grey(image: ndarray) -> ndarray:
-    """Return the (n, h, w, 1) luminance."""
+    """Return the (n, h, w, 1) luminance of an (n, h, w, 3) image."""
     return (image @ np.array([0.3, 0.59, 0.11], np.float32))[..., None]
 
 
 def blend(image: ndarray, other: ndarray, share: float | ndarray) -> ndarray:
-    """Return ``image`` with ``share`` of ``other`` in it."""
+    """Return ``(1 - share) * image + share * other``; shapes broadcast."""
     return image + (other - image) * np.asarray(share, np.float32)
 
 
 def blur(image: ndarray) -> ndarray:
-    """Smooth with the kernel 1 2 1 along rows and columns, edges repeated."""
+    """Smooth (n, h, w, c) images with (1, 2, 1) / 4 in both directions, edges repeated."""
     padded = np.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
     rows = (padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]) / 4
     return (rows[:, :, :-2] + 2 * rows[:, :, 1:-1] + rows[:, :, 2:]) / 4
@@ -76,17 +76,17 @@ def _class_mask(scene: Scene, *names: str) -> ndarray:
     return np.isin(scene.labels, [class_id(name) for name in names])[..., None]
 
 
-def overcast(scene: Scene, dice: BatchedRng) -> ndarray:
-    """Grey the light and close the sky."""
+def overcast(scene: Scene, rng: BatchedRng) -> ndarray:
+    """Desaturate the light and cover the sky with clouds."""
     image = blend(scene.image, grey(scene.image), 0.45) * np.float32(0.85)
     return np.where(_class_mask(scene, "sky"), _colour(0.7, 0.72, 0.74), image)
 
 
 def fog(density: float) -> Effect:
-    """Veil far things; about 1 hides the horizon."""
+    """Return an effect that veils distant objects; a density of about 1 hides the horizon."""
 
-    def effect(scene: Scene, dice: BatchedRng) -> ndarray:
-        veil = dice.uniform(0.85, 1.15)[:, None, None] * np.float32(density) * scene.distance**1.5
+    def effect(scene: Scene, rng: BatchedRng) -> ndarray:
+        veil = rng.uniform(0.85, 1.15)[:, None, None] * np.float32(density) * scene.distance**1.5
         veil = np.clip(veil + np.float32(0.12 * density), 0, 0.97)[..., None]
         return blend(scene.image, _colour(0.78, 0.79, 0.8), veil)
 
@@ -94,15 +94,15 @@ def fog(density: float) -> Effect:
 
 
 def rain(darkness: float, streaks: float) -> Effect:
-    """Dull the light, let wet ground mirror and draw slanted streaks."""
+    """Return an effect with dull light, reflections on the ground and slanted streaks."""
 
-    def effect(scene: Scene, dice: BatchedRng) -> ndarray:
+    def effect(scene: Scene, rng: BatchedRng) -> ndarray:
         image = blend(scene.image, grey(scene.image), 0.5) * np.float32(darkness)
         haze = (scene.distance * np.float32(0.45))[..., None]
         image = blend(image, _colour(0.5, 0.53, 0.57), haze)
         mirrored = blend(image, image[:, ::-1], 0.3)
         image = np.where(_class_mask(scene, "road", "sidewalk"), mirrored, image)
-        drops = dice.generator.random(scene.labels.shape, dtype=np.float32) < 0.025
+        drops = rng.generator.random(scene.labels.shape, dtype=np.float32) < 0.025
         for step in (1, 2, 3):
             drops = drops | np.roll(drops, (1, -1 if step > 1 else 0), (1, 2))
         return image + drops[..., None] * np.float32(streaks)
@@ -110,8 +110,8 @@ def rain(darkness: float, streaks: float) -> Effect:
     return effect
 
 
-def snow(scene: Scene, dice: BatchedRng) -> ndarray:
-    """Cover ground and upper edges, whiten the sky and let flakes fall."""
+def snow(scene: Scene, rng: BatchedRng) -> ndarray:
+    """Cover the ground and upper edges with snow, whiten the sky and add flakes."""
     image = blend(scene.image, grey(scene.image), 0.35)
     white = blend(image, _colour(0.93, 0.94, 0.97), 0.85)
     image = np.where(_class_mask(scene, "grass", "sidewalk", "mountain"), white, image)
@@ -124,14 +124,14 @@ def snow(scene: Scene, dice: BatchedRng) -> ndarray:
         _class_mask(scene, "road"), blend(image, _colour(0.85, 0.86, 0.9), 0.35), image
     )
     image = np.where(_class_mask(scene, "sky"), blend(image, _colour(0.82, 0.84, 0.87), 0.8), image)
-    flakes = dice.generator.random(scene.labels.shape, dtype=np.float32) < 0.04
+    flakes = rng.generator.random(scene.labels.shape, dtype=np.float32) < 0.04
     return np.where(flakes[..., None], np.float32(1), image)
 
 
 def dusk(tint: tuple[float, float, float], darkness: float) -> Effect:
-    """Tint the scene and set a violet to orange sky behind it."""
+    """Return an effect that tints the scene under a violet to orange sky."""
 
-    def effect(scene: Scene, dice: BatchedRng) -> ndarray:
+    def effect(scene: Scene, rng: BatchedRng) -> ndarray:
         image = scene.image * _colour(*tint) * np.float32(darkness)
         height = np.clip(ROW[..., None] / (SIZE - 1) * np.float32(2.4), 0, 1)
         sky = blend(_colour(0.3, 0.25, 0.5), _colour(1.0, 0.55, 0.25), height) * np.float32(0.9)
@@ -141,14 +141,14 @@ def dusk(tint: tuple[float, float, float], darkness: float) -> Effect:
 
 
 def night(brightness: float) -> Effect:
-    """Darken to blue; lamps and lit windows stay and glow."""
+    """Return an effect that darkens to blue; lamps and lit windows stay bright and glow."""
 
-    def effect(scene: Scene, dice: BatchedRng) -> ndarray:
+    def effect(scene: Scene, rng: BatchedRng) -> ndarray:
         image = scene.image * _colour(0.5, 0.55, 0.85) * np.float32(brightness)
         bright = (scene.image.max(-1, keepdims=True) > 0.75) & scene.lights[..., None]
         source = np.where(bright, scene.image, np.float32(0))
         image = np.maximum(image, source * np.float32(0.8)) + blur(blur(blur(source)))
-        return image + dice.normal(image.shape, 0.02)
+        return image + rng.normal(image.shape, 0.02)
 
     return effect
 
@@ -160,64 +160,64 @@ def _edges(scene: Scene) -> ndarray:
     return np.clip((across + down) * 4, 0, 1)
 
 
-def sketch(scene: Scene, dice: BatchedRng) -> ndarray:
-    """Keep pencil outlines on white paper."""
+def sketch(scene: Scene, rng: BatchedRng) -> ndarray:
+    """Draw pencil outlines on white paper."""
     tone = (grey(scene.image) - 0.5) * np.float32(0.12)
     lines = np.float32(0.97) - np.float32(0.85) * _edges(scene) + tone
-    return np.repeat(lines, 3, -1) + dice.normal(scene.image.shape, 0.02)
+    return np.repeat(lines, 3, -1) + rng.normal(scene.image.shape, 0.02)
 
 
-def charcoal(scene: Scene, dice: BatchedRng) -> ndarray:
-    """Keep soft outlines and shading on grey paper."""
+def charcoal(scene: Scene, rng: BatchedRng) -> ndarray:
+    """Draw soft outlines and shading on grey paper."""
     tone = np.float32(0.25) * (grey(scene.image) - 0.5)
-    return np.clip(sketch(scene, dice) * np.float32(0.62) + tone, 0, 1)
+    return np.clip(sketch(scene, rng) * np.float32(0.62) + tone, 0, 1)
 
 
-def sepia(scene: Scene, dice: BatchedRng) -> ndarray:
-    """Brown monochrome with film grain."""
+def sepia(scene: Scene, rng: BatchedRng) -> ndarray:
+    """Convert to brown monochrome with film grain."""
     tone = grey(scene.image) * np.float32(0.85) + np.float32(0.08)
-    return tone * _colour(1.07, 0.88, 0.62) + dice.normal(scene.image.shape, 0.03)
+    return tone * _colour(1.07, 0.88, 0.62) + rng.normal(scene.image.shape, 0.03)
 
 
-def noir(scene: Scene, dice: BatchedRng) -> ndarray:
-    """Hard black and white with film grain."""
+def noir(scene: Scene, rng: BatchedRng) -> ndarray:
+    """Convert to black and white of high contrast with film grain."""
     tone = np.clip((grey(scene.image) - 0.5) * np.float32(1.5) + np.float32(0.45), 0, 1)
-    return np.repeat(tone, 3, -1) + dice.normal(scene.image.shape, 0.03)
+    return np.repeat(tone, 3, -1) + rng.normal(scene.image.shape, 0.03)
 
 
-def thermal(scene: Scene, dice: BatchedRng) -> ndarray:
-    """Show warmth instead of light, blurred and noisy."""
+def thermal(scene: Scene, rng: BatchedRng) -> ndarray:
+    """Show the temperature of the classes instead of light, blurred and noisy."""
     tone = _WARMTH[scene.labels][..., None] + np.float32(0.25) * (grey(scene.image) - 0.5)
-    tone = blur(tone) + dice.normal(tone.shape, 0.03)
+    tone = blur(tone) + rng.normal(tone.shape, 0.03)
     return np.repeat(np.clip(tone, 0, 1), 3, -1)
 
 
 def dim(gain: float, offset: float) -> Effect:
-    """Scale and lift the picture."""
+    """Return an effect that computes ``gain * image + offset``."""
 
-    def effect(scene: Scene, dice: BatchedRng) -> ndarray:
+    def effect(scene: Scene, rng: BatchedRng) -> ndarray:
         return scene.image * np.float32(gain) + np.float32(offset)
 
     return effect
 
 
-def pixelate(scene: Scene, dice: BatchedRng) -> ndarray:
-    """Halve the resolution, keep nine grey levels a channel, add noise."""
+def pixelate(scene: Scene, rng: BatchedRng) -> ndarray:
+    """Halve the resolution, quantise each channel to nine levels and add noise."""
     half = SIZE // 2
     image = scene.image.reshape(-1, half, 2, half, 2, 3).mean((2, 4))
     image = (np.round(image * 8) / 8).repeat(2, 1).repeat(2, 2).astype(np.float32)
-    return image + dice.normal(image.shape, 0.03)
+    return image + rng.normal(image.shape, 0.03)
 
 
 def grain(deviation: float) -> Effect:
-    """Add sensor noise."""
+    """Return an effect that adds sensor noise."""
 
-    def effect(scene: Scene, dice: BatchedRng) -> ndarray:
-        return scene.image + dice.normal(scene.image.shape, deviation)
+    def effect(scene: Scene, rng: BatchedRng) -> ndarray:
+        return scene.image + rng.normal(scene.image.shape, deviation)
 
     return effect
 
 
-def negative(scene: Scene, dice: BatchedRng) -> ndarray:
-    """Invert every channel, as on developed film."""
+def negative(scene: Scene, rng: BatchedRng) -> ndarray:
+    """Invert every channel, as in a film negative."""
     return 1 - scene.image

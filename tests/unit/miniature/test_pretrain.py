@@ -12,7 +12,7 @@ from loraseg.miniature.world.captions import tokenizer
 from loraseg.segment.open_vocabulary.base import load_base
 
 
-def test_the_written_catseg_is_a_base_with_its_own_words_and_pixels(tmp_path):
+def test_the_written_catseg_is_a_base_with_its_own_vocabulary_and_pixel_statistics(tmp_path):
     write_clip(build_clip(tokenizer().vocab_size), tmp_path / "clip.safetensors")
     make_catseg(CatsegTrainingConfig(steps=1, scenes=2, batch=1), tmp_path)
     base = load_base(str(tmp_path / "catseg.safetensors"))
@@ -29,15 +29,15 @@ def test_unknown_commands_are_refused(capsys):
     assert "invalid choice: 'unet'" in capsys.readouterr().err
 
 
-def test_judge_and_generator_are_made_with_what_the_command_says(tmp_path, monkeypatch):
+def test_judge_and_generator_are_trained_with_the_options_of_the_command(tmp_path, monkeypatch):
     calls = []
     for name in ("make_judge", "make_generator"):
         monkeypatch.setattr(
             pretrain, name, lambda *args, _name=name, **more: calls.append((_name, args, more))
         )
-    place = ["--folder", str(tmp_path), "--steps", "7"]
-    main(["judge", *place, "--seed", "3"])
-    main(["generator", *place, "--device", "cuda", "--init", "earlier"])
+    options = ["--folder", str(tmp_path), "--steps", "7"]
+    main(["judge", *options, "--seed", "3"])
+    main(["generator", *options, "--device", "cuda", "--init", "earlier"])
     judge = GeneratorTrainingConfig(seed=3, judge_steps=7)
     generator = GeneratorTrainingConfig(steps=7, device="cuda", compiled=True)
     assert calls == [
@@ -46,7 +46,7 @@ def test_judge_and_generator_are_made_with_what_the_command_says(tmp_path, monke
     ]
 
 
-def test_what_is_measured_is_written_beside_the_weights(tmp_path, monkeypatch, capsys):
+def test_figures_are_written_to_the_folder_of_the_weights(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pretrain, "check_generator", lambda folder, seed: {"seed": seed})
     main(["generator-gates", "--folder", str(tmp_path), "--seed", "2"])
     written = (tmp_path / "generator_gates.json").read_text()

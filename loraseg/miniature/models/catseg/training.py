@@ -1,5 +1,4 @@
-"""Train the miniature CAT-Seg on four domains, with one class never seen."""
-# pyright: basic
+"""Training of the miniature CAT-Seg on four domains with one class held out."""
 
 import logging
 import math
@@ -30,23 +29,25 @@ __all__ = ["HELD_OUT", "CatsegTrainingConfig", "catseg_config", "train_catseg"]
 
 logger = logging.getLogger(__name__)
 
-# Known to the CLIP, never to the aggregator: what is found of it is found by its name.
+# In the training of the CLIP but not of the aggregator, so it is found by its name only.
 HELD_OUT = "bus"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CatsegTrainingConfig:
-    """Settings of the training; the defaults made the shipped weights.
+    """Settings of the training; the shipped weights were trained with the defaults.
 
     Attributes:
-        seed: Of scenes, batches and the initial weights.
+        seed: Seed of scenes, batches and the initial weights.
         steps: Optimiser steps; about 0.6 s each on one core.
-        scenes: Rendered scenes of each base domain.
-        batch: Pictures a step.
-        learning_rate: Of all but the CLIP; warm-up of 30 steps, then cosine to a hundredth.
-        clip_multiplier: CLIP's q and v weights learn this much slower (methods A.6).
-        jitter: Standard deviation of a random gain, and of a random offset of each channel.
-        log_every: Steps between two lines of the log.
+        scenes: Rendered scenes per base domain.
+        batch: Images per step.
+        learning_rate: Peak learning rate of all weights but CLIP's; 30 steps of warm-up, then
+            cosine decay to 1 %.
+        clip_multiplier: Factor on the learning rate of CLIP's q and v weights, as in CAT-Seg's
+            code (``CLIP_MULTIPLIER``).
+        jitter: Standard deviation of the random gain, and of the random offset of each channel.
+        log_every: Steps between log lines.
     """
 
     seed: int = 0
@@ -60,7 +61,7 @@ class CatsegTrainingConfig:
 
 
 def catseg_config(vocab_size: int) -> CATSegConfig:
-    """Return the sizes of the miniature CAT-Seg."""
+    """Return the architecture of the miniature CAT-Seg."""
     vision, text = CLIP_CONFIG["vision_cfg"], CLIP_CONFIG["text_cfg"]
     return CATSegConfig(
         image_size=vision["image_size"],
@@ -89,8 +90,8 @@ def catseg_config(vocab_size: int) -> CATSegConfig:
 def train_catseg(config: CatsegTrainingConfig, clip: nn.Module) -> CATSeg:
     """Train a CAT-Seg around ``clip`` and return it in evaluation mode.
 
-    The held-out class is no class name, and its pixels are left out of the loss: as pixels of "no
-    class" they would teach the model to reject what it has no name for.
+    The held-out class is not among the class names, and its pixels are ignored by the loss. As
+    background, they would train the model to reject classes without a trained name.
     """
     images, labels = _scenes(config)
     torch.manual_seed(derive(config.seed, "pretrain-catseg", "weights"))
@@ -119,10 +120,13 @@ def _loss(model: CATSeg, prompts: Tensor, images: Tensor, labels: Tensor) -> Ten
 
 
 def _scenes(config: CatsegTrainingConfig) -> tuple[ndarray, ndarray]:
-    """Render the base domains; labels are ids among the seen classes, 255 where held out."""
+    """Return (n, h, w, 3) images of the base domains and (n, h, w) labels.
+
+    Labels are indices of the trained classes; the held-out class is 255.
+    """
     table = np.full(len(CLASSES), IGNORE, np.uint8)
-    seen = [label for label in range(len(CLASSES)) if label != class_id(HELD_OUT)]
-    table[seen] = np.arange(len(seen))
+    trained = [label for label in range(len(CLASSES)) if label != class_id(HELD_OUT)]
+    table[trained] = np.arange(len(trained))
     rendered = [
         render(domain, config.scenes, config.seed, "pretrain-catseg") for domain in BASE_DOMAINS
     ]
@@ -134,12 +138,12 @@ def _draw_batch(
     images: ndarray, labels: ndarray, config: CatsegTrainingConfig, generator: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
     rows = generator.choice(len(images), config.batch, replace=False)
-    picture, label = images[rows], labels[rows]
+    image, label = images[rows], labels[rows]
     if generator.random() < 0.5:
-        picture, label = picture[:, :, ::-1], label[:, :, ::-1]
+        image, label = image[:, :, ::-1], label[:, :, ::-1]
     gain = 1 + config.jitter * generator.standard_normal((config.batch, 1, 1, 1))
     offset = config.jitter * generator.standard_normal((config.batch, 3, 1, 1))
-    inputs = normalise(torch.from_numpy(np.ascontiguousarray(picture)))
+    inputs = normalise(torch.from_numpy(np.ascontiguousarray(image)))
     inputs = inputs * torch.from_numpy(gain).float() + torch.from_numpy(offset).float()
     return inputs, torch.from_numpy(np.ascontiguousarray(label))
 

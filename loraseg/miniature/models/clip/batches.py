@@ -1,4 +1,4 @@
-"""Training batches for the miniature CLIP: crops of one size, with what is in them."""
+"""Training batches for the miniature CLIP: crops of one size with labels and captions."""
 
 from dataclasses import dataclass
 
@@ -18,18 +18,24 @@ __all__ = ["NO_LABEL", "ClipBatch", "ScenePool", "crop_size_shares", "draw_batch
 NO_LABEL = 255
 _PATCH: int = CLIP_CONFIG["vision_cfg"]["patch_size"]
 _GRID: int = CLIP_CONFIG["vision_cfg"]["image_size"] // _PATCH
-# Crop side in patches -> pictures in a batch, captioned pictures in it. About equal cost.
+# Crop side in patches -> (images, images with captions) per batch, at about equal cost.
 _BATCH_SIZES = {4: (320, 96), 8: (128, 64), 16: (40, 40)}
-# A patch counts as showing a class from this many of its 16 pixels.
+# Smallest number of the 16 pixels of a patch that must have its class.
 _MIN_CLASS_PIXELS = 7
 
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """Pictures (b, 3, s, s), offset in patches, (b, c) presence, domain and (b, g, g) patch labels.
+    """A batch of crops.
 
-    ``patch_labels`` is ``NO_LABEL`` where no class has a clear majority and in every domain outside
-    ``LABELLED_DOMAINS``.
+    Attributes:
+        images: (b, 3, s, s), normalised.
+        offset: Row and column of the crop in patches.
+        present: (b, c) booleans, the classes in each crop.
+        domains: (b,) indices into ``DOMAINS``.
+        patch_labels: (b, g, g) class ids; ``NO_LABEL`` where no class has a clear majority and in
+            domains outside ``LABELLED_DOMAINS``.
+        captions: Captions of the first images of the batch.
     """
 
     images: Tensor
@@ -41,7 +47,14 @@ class ClipBatch:
 
 
 class ScenePool:
-    """Rendered scenes of all domains, equally many of each."""
+    """Rendered scenes of all domains, the same number of each.
+
+    Attributes:
+        scenes: Number of scenes per domain.
+        images: (n, 64, 64, 3) uint8, ordered by domain.
+        masks: (n, 64, 64) class ids.
+        patch_labels: (n, g, g) class ids or ``NO_LABEL``.
+    """
 
     def __init__(self, scenes: int, seed: int) -> None:
         rendered = [render(domain, scenes, seed, "pretrain-clip") for domain in DOMAINS]
@@ -59,9 +72,9 @@ class ScenePool:
 
 
 def crop_size_shares(progress: float) -> tuple[float, ...]:
-    """Return the shares of 16, 32 and 64 pixel crops at a point in [0, 1] of the training.
+    """Return the shares of 16, 32 and 64 pixel crops at a progress of the training in [0, 1].
 
-    Objects are learnt on crops; whole pictures come last, as the model is used on them.
+    Objects are learned on crops; whole images come last, since the model is used on them.
     """
     if progress < 0.45:
         return (0.3, 0.45, 0.25)
@@ -69,11 +82,15 @@ def crop_size_shares(progress: float) -> tuple[float, ...]:
 
 
 def draw_batch(pool: ScenePool, progress: float, generator: np.random.Generator) -> ClipBatch:
-    """Draw a batch; in two of five all pictures come from two domains, so content must tell."""
+    """Draw a batch.
+
+    In 40 % of the batches all images come from two domains, so that the domain identifies few of
+    them and the content must be used.
+    """
     side = int(generator.choice(list(_BATCH_SIZES), p=crop_size_shares(progress)))
     size, captioned = _BATCH_SIZES[side]
-    chosen = _draw_domains(progress, generator)
-    domains = generator.choice(chosen, size)
+    candidates = _draw_domains(progress, generator)
+    domains = generator.choice(candidates, size)
     rows = domains * pool.scenes + generator.integers(0, pool.scenes, size)
     top, left = (int(value) for value in generator.integers(0, _GRID - side + 1, 2))
     pixels = np.s_[:, top * _PATCH : (top + side) * _PATCH, left * _PATCH : (left + side) * _PATCH]

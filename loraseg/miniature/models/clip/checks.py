@@ -1,5 +1,4 @@
-"""Measure the miniature CLIP on scenes that it was not trained on."""
-# pyright: basic
+"""Acceptance checks of the miniature CLIP on scenes outside its training."""
 
 from typing import Any
 
@@ -20,11 +19,14 @@ _BATCH = 50
 
 
 def auc(scores: ndarray, positive: ndarray) -> float:
-    """Return the chance that a positive outscores a negative, ties counting half; NaN if one lacks.
+    """Return the area under the ROC curve; ties count half.
 
     Args:
-        scores: (n,).
+        scores: (n,) scores.
         positive: (n,) booleans.
+
+    Returns:
+        The probability that a positive scores higher than a negative; nan without both.
     """
     high, low = scores[positive], np.sort(scores[~positive])
     if not len(high) or not len(low):
@@ -35,19 +37,20 @@ def auc(scores: ndarray, positive: ndarray) -> float:
 
 @torch.inference_mode()
 def clip_report(model: nn.Module, *, seed: int = 0, scenes: int = 120) -> dict[str, Any]:
-    """Measure presence AUC and domain centroids; the keys are those of the model card.
+    """Measure the AUC of class presence and the accuracy of domain centroids.
 
-    Half of each domain's scenes make its centroid (un-normalised, Euclidean), the others are
-    assigned. All are drawn under the key "gates", which no training uses.
+    Half of the scenes of a domain determine its centroid (mean of embeddings that are not
+    normalised); the others are assigned to the nearest centroid. All scenes are drawn with the key
+    "gates", which no training uses. The keys of the result are those of the model card.
     """
     words = tokenizer()
     classes = _unit(encode_text(model, words([PROMPT.format(name) for name in CLASSES])))
     whole, dense, present = [], [], []
     for domain in DOMAINS:
         images, masks = render(domain, scenes, seed, "gates")
-        pair = [_embed(model, images[i : i + _BATCH], classes) for i in range(0, scenes, _BATCH)]
-        whole.append(torch.cat([p[0] for p in pair]).numpy())
-        dense.append(torch.cat([p[1] for p in pair]).numpy())
+        batches = [_embed(model, images[i : i + _BATCH], classes) for i in range(0, scenes, _BATCH)]
+        whole.append(torch.cat([embedding for embedding, _ in batches]).numpy())
+        dense.append(torch.cat([scores for _, scores in batches]).numpy())
         present.append(presence(masks))
     labelled = [list(DOMAINS).index(name) for name in LABELLED_DOMAINS]
     scores, truth = np.stack(dense), np.stack(present)
@@ -67,6 +70,7 @@ def clip_report(model: nn.Module, *, seed: int = 0, scenes: int = 120) -> dict[s
 
 
 def _embed(model: nn.Module, images: ndarray, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (n, d) embeddings and the (n, c) largest cosine of any patch with each class."""
     whole, dense = encode_dense(model, normalise(torch.from_numpy(images)))
     return whole, (_unit(dense) @ classes.T).amax(1)
 
@@ -80,7 +84,7 @@ def _cosines(vectors: ndarray, classes: ndarray) -> ndarray:
 
 
 def _auc_by_class(scores: ndarray, present: ndarray) -> dict[str, float]:
-    """Return each class's AUC over the pooled scenes of (domains, scenes, c) arrays."""
+    """Return the AUC of each class over the pooled scenes of (domains, scenes, c) arrays."""
     scores, present = scores.reshape(-1, len(CLASSES)), present.reshape(-1, len(CLASSES))
     return {
         name: round(auc(scores[:, label], present[:, label]), 4)
@@ -89,6 +93,7 @@ def _auc_by_class(scores: ndarray, present: ndarray) -> dict[str, float]:
 
 
 def _centroid_metrics(whole: ndarray) -> dict[str, Any]:
+    """Return the figures of the centroids of (domains, scenes, d) embeddings."""
     half, names = whole.shape[1] // 2, list(DOMAINS)
     centroids, tests = whole[:, :half].mean(1), whole[:, half:]
     distances = np.linalg.norm(tests[:, :, None] - centroids, axis=-1)
@@ -96,8 +101,8 @@ def _centroid_metrics(whole: ndarray) -> dict[str, Any]:
     between = np.linalg.norm(centroids[:, None] - centroids, axis=-1)
     np.fill_diagonal(between, np.inf)
     nearest = {name: names[between[row].argmin()] for row, name in enumerate(names)}
-    kin = [name for name in names if len(FAMILIES[DOMAINS[name].family]) > 1]
-    related = [nearest[name] in FAMILIES[DOMAINS[name].family] for name in kin]
+    with_family = [name for name in names if len(FAMILIES[DOMAINS[name].family]) > 1]
+    related = [nearest[name] in FAMILIES[DOMAINS[name].family] for name in with_family]
     return {
         "domain_centroid_accuracy": round(float(hits.mean()), 4),
         "domain_centroid_accuracy_by_domain": {

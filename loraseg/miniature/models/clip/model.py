@@ -1,9 +1,8 @@
-"""The miniature CLIP: open_clip's class, and the forward passes that pretraining needs of it.
+"""The miniature CLIP: open_clip's class with forward passes for pretraining.
 
-Pretraining runs on crops and on dense features, which the class itself does not offer; the passes
-below use its weights and give its own outputs on whole pictures.
+Pretraining needs crops and patch embeddings, which open_clip's class does not offer. The passes
+below use its weights and equal its own outputs on whole images.
 """
-# pyright: basic
 
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from loraseg.compat import prepare_torchvision
-from loraseg.tensor_types import Float, Int, Tensor
+from loraseg.tensor_types import Float, Int, Tensor, UInt8
 
 __all__ = ["CLIP_CONFIG", "build_clip", "encode_dense", "encode_text", "normalise"]
 
@@ -33,7 +32,7 @@ CLIP_CONFIG: dict[str, Any] = {
 
 
 def build_clip(vocab_size: int) -> nn.Module:
-    """Return a fresh ``open_clip.model.CLIP`` of the miniature's sizes."""
+    """Return a new ``open_clip.model.CLIP`` of the miniature's size."""
     prepare_torchvision()
     from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
@@ -45,26 +44,27 @@ def build_clip(vocab_size: int) -> nn.Module:
     )
 
 
-def normalise(images: Tensor) -> Float[Tensor, "b 3 h w"]:
-    """Turn (b, h, w, 3) uint8 pictures into the network's input."""
+def normalise(images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b 3 h w"]:
+    """Convert RGB images to the input of the network, in [-2, 2]."""
     return (images.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
 
 
 def encode_dense(
     model: Any, images: Float[Tensor, "b 3 s s"], offset: tuple[int, int] = (0, 0)
 ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b n d"]]:
-    """Embed pictures, or crops of them, globally and by patch.
+    """Embed images, or crops of images, globally and by patch.
 
-    The patch embeddings take CAT-Seg's value path through the last block: no attention, and the
-    class token as residual (methods A.3).
+    The patch embeddings take CAT-Seg's value path through the last block: the values are not mixed
+    by attention, and the residual is the class token (CAT-Seg's code, ``third_party/model_vpt.py``,
+    ``forward_dense``).
 
     Args:
         model: The miniature CLIP.
-        images: Normalised; the side is a multiple of the patch.
-        offset: Row and column, in patches, of the crop in the whole picture.
+        images: Normalised images; the side is a multiple of the patch size.
+        offset: Row and column of the crop in the whole image, in patches.
 
     Returns:
-        Global and patch embeddings in the joint space, not of unit length.
+        Global and patch embeddings in the joint space, not normalised.
     """
     visual = model.visual
     tokens = visual.conv1(images)
@@ -80,7 +80,10 @@ def encode_dense(
 
 
 def encode_text(model: Any, ids: Int[Tensor, "n l"]) -> Float[Tensor, "n d"]:
-    """Embed texts; padding after the longest text is cut, which the causal mask makes exact."""
+    """Embed texts.
+
+    Padding after the longest text is cut off; the causal mask makes this exact.
+    """
     ids = ids[:, : int((ids != 0).sum(1).max())]
     length = ids.shape[1]
     tokens = model.token_embedding(ids) + model.positional_embedding[:length]
@@ -108,7 +111,7 @@ def _block(block: Any, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def _last_block(block: Any, tokens: Tensor) -> Tensor:
-    """Run the class token through the ordinary block and the patches through the value path."""
+    """Apply the regular block to the class token and the value path to the patches."""
     attention, first = block.attn, tokens[:, :1]
     normal = block.ln_1(tokens)
     attended = first + _attention(attention, normal[:, :1], normal, None)
@@ -121,7 +124,7 @@ def _last_block(block: Any, tokens: Tensor) -> Tensor:
 
 
 def _attention(attention: Any, queries: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
-    """Plain attention: its backward is faster than the fused one in bfloat16 on CPU."""
+    """Compute attention step by step: faster than the fused kernel in bfloat16 on a CPU."""
     batch, length, width = queries.shape
     heads = attention.num_heads
     weight, bias = attention.in_proj_weight, attention.in_proj_bias

@@ -1,5 +1,4 @@
-"""Pretrain the miniature CLIP: captions, presence of classes, domains, and labelled patches."""
-# pyright: basic
+"""Pretraining of the miniature CLIP on captions, class presence, domains and labelled patches."""
 
 import logging
 import math
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy import ndarray
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 from loraseg.miniature.models.clip.batches import ClipBatch, ScenePool, draw_batch
@@ -22,6 +21,7 @@ from loraseg.miniature.world.canvas import CLASSES, class_id
 from loraseg.miniature.world.captions import TEMPLATES, class_word, tokenizer
 from loraseg.miniature.world.domains import DOMAINS
 from loraseg.seeding import derive, numpy_generator
+from loraseg.tensor_types import Float, Tensor
 from loraseg.train.core.optimisation import OptimiserStep
 
 __all__ = ["ClipTrainingConfig", "contrastive_loss", "multi_positive_loss", "train_clip"]
@@ -29,24 +29,24 @@ __all__ = ["ClipTrainingConfig", "contrastive_loss", "multi_positive_loss", "tra
 logger = logging.getLogger(__name__)
 
 _PATCHES_PER_CLASS = 48
-# Small things are rare among the patches and fuzzy at their edges.
+# Small objects are rare among the patches and have unclear edges.
 _REGION_WEIGHTS = torch.ones(len(CLASSES))
 _REGION_WEIGHTS[[class_id(name) for name in ("car", "bus", "person", "pole", "sign")]] = 1.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipTrainingConfig:
-    """Settings of the pretraining; the card beside the weights tells how those came about.
+    """Settings of the pretraining; the model card describes the training of the shipped weights.
 
     Attributes:
-        seed: Of scenes, batches and the initial weights.
+        seed: Seed of scenes, batches and the initial weights.
         steps: Optimiser steps; about 0.5 s each on one core.
-        scenes: Rendered scenes a domain.
-        learning_rate: Peak, after 60 steps of warm-up; cosine to a hundredth of it.
-        weight_decay: On matrices only.
-        log_every: Steps between two lines of the log.
-        init: Weights of an interrupted run to go on from, with fresh optimiser state.
-        first_step: The step to go on with; batches depend on the step alone.
+        scenes: Rendered scenes per domain.
+        learning_rate: Peak learning rate, after 60 steps of warm-up; cosine decay to 1 %.
+        weight_decay: Weight decay of matrices; vectors have none.
+        log_every: Steps between log lines.
+        init: Weights of an interrupted run to continue from, with new optimiser state.
+        first_step: First step of a continued run; batches depend on the step only.
     """
 
     seed: int = 0
@@ -88,10 +88,10 @@ def train_clip(
         optimiser_step.update(step, torch.stack(terms).sum())
         totals += [term.item() for term in terms]
         if step % config.log_every == 0:
-            shown = " ".join(f"{value:.3f}" for value in totals / config.log_every)
+            means = " ".join(f"{value:.3f}" for value in totals / config.log_every)
             seconds = time.perf_counter() - started
             logger.info(
-                "step %d, %.0f s: caption class dense region domain %s", step, seconds, shown
+                "step %d, %.0f s: caption class dense region domain %s", step, seconds, means
             )
             totals[:] = 0
         if step % 250 == 0:
@@ -99,20 +99,28 @@ def train_clip(
     return model.eval()
 
 
-def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
-    """Return CLIP's loss of n matching unit vectors (n, d), both ways."""
+def contrastive_loss(
+    images: Float[Tensor, "n d"], texts: Float[Tensor, "n d"], scale: Float[Tensor, ""]
+) -> Float[Tensor, ""]:
+    """Return CLIP's symmetric contrastive loss of matching unit vectors."""
     logits, target = scale * images @ texts.T, torch.arange(len(images))
     both = functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)
     return both / 2
 
 
-def multi_positive_loss(logits: Tensor, positive: Tensor) -> Tensor:
-    """Contrast (n, c) logits with any number of positives, along rows and along columns.
+def multi_positive_loss(
+    logits: Float[Tensor, "n c"], positive: Float[Tensor, "n c"]
+) -> Float[Tensor, ""]:
+    """Return a contrastive loss with any number of positives per row and column.
 
-    Each softmax should spread evenly over the positives of its row or column; the value is the
-    cross-entropy above that ideal, 0 at best. A row or column without positives adds nothing. A
-    sigmoid loss for each entry learns nothing here: while all class texts are still alike, their
-    common part takes the whole gradient.
+    The target of each softmax, along rows and along columns, is uniform over its positives. The
+    loss is the cross-entropy minus its minimum, so 0 at best; rows and columns without positives
+    contribute 0. A sigmoid loss per entry does not learn here: as long as the class texts are
+    nearly equal, the gradient is dominated by their common component.
+
+    Args:
+        logits: Scaled similarities.
+        positive: 1 for matching entries, else 0.
     """
 
     def excess(dim: int) -> Tensor:
@@ -150,7 +158,7 @@ def _losses(
 def _region_loss(
     dense: Tensor, classes: Tensor, labels: ndarray, scale: Tensor, generator: np.random.Generator
 ) -> Tensor:
-    """Classify equally many patches of every class by the class prompts."""
+    """Return the loss of classifying the same number of patches per class by the class prompts."""
     labels = labels.reshape(-1)
     rows = np.concatenate(
         [

@@ -1,5 +1,4 @@
-"""Measure the miniature generator and its judge on scenes that neither was trained on."""
-# pyright: basic
+"""Acceptance checks of the miniature generator and its judge on scenes outside their training."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from loraseg.tensor_types import Float, UInt8
 __all__ = ["domain_report", "judge_report", "sample", "word_report"]
 
 SAMPLING = SamplingConfig(steps=12, guidance=1.5, scheduler="ddim", batch=32)
-# Where a word for the domain is tried: some near each other, and some that look like no photograph.
+# Domains whose words are checked; some are similar, and some do not look like photographs.
 WORD_DOMAINS = ("clear-day", "fog-heavy", "snow", "night", "desert", "sepia", "topdown", "sketch")
 _PROMPT_DOMAIN = "clear-day"
 _BATCH = 50
@@ -37,32 +36,34 @@ _BATCH = 50
 def judge_report(
     judge: UNet, base: DiffusionBase, *, seed: int = 0, scenes: int = 40
 ) -> dict[str, Any]:
-    """Measure the judge on scenes of every domain, and again on what the codec leaves of them.
+    """Measure the judge on scenes of every domain, before and after the codec.
 
-    The second is the ceiling of any generator with this codec.
+    The mIoU after the codec is the ceiling of every generator with this codec.
 
     Args:
-        judge: Labels pictures.
-        base: Its codec is measured.
-        seed: Of the scenes, drawn under the key "gates".
-        scenes: Of each domain.
+        judge: The segmenter that labels images.
+        base: The generator with the codec.
+        seed: Seed of the scenes, drawn with the key "gates".
+        scenes: Number of scenes per domain.
     """
-    found: dict[str, dict[str, float]] = {"judge_miou": {}, "ceiling_miou": {}, "codec_psnr": {}}
+    figures: dict[str, dict[str, float]] = {"judge_miou": {}, "ceiling_miou": {}, "codec_psnr": {}}
     first: dict[str, float] = {}
     for domain in DOMAINS:
         images, masks = render(domain, scenes, seed, "gates")
         coded = _encode_decode(base, images)
         real = measure_agreement(partial(predict_labels, judge), images, masks, CLASSES)
         first = first or {name: round(value, 3) for name, value in real.classes.items()}
-        found["judge_miou"][domain] = real.right
-        found["ceiling_miou"][domain] = measure_agreement(
+        figures["judge_miou"][domain] = real.right
+        figures["ceiling_miou"][domain] = measure_agreement(
             partial(predict_labels, judge), coded, masks, CLASSES
         ).right
-        found["codec_psnr"][domain] = _psnr(images, coded)
-    means = {f"{key}_mean": round(float(np.mean([*row.values()])), 4) for key, row in found.items()}
+        figures["codec_psnr"][domain] = _psnr(images, coded)
+    means = {
+        f"{key}_mean": round(float(np.mean([*row.values()])), 4) for key, row in figures.items()
+    }
     rounded = {
         f"{key}_by_domain": {domain: round(value, 4) for domain, value in row.items()}
-        for key, row in found.items()
+        for key, row in figures.items()
     }
     return {
         **means,
@@ -75,22 +76,22 @@ def judge_report(
 def word_report(
     judge: UNet, base: DiffusionBase, *, seed: int = 0, prompts: int = 128
 ) -> dict[str, Any]:
-    """Measure whether the classes named in a prompt are those that the judge sees in the picture.
+    """Measure whether the judge finds the classes of a prompt in the generated image.
 
-    The prompts list all classes of held-out scenes, so that what is named together is what belongs
-    together. The score of a class in a picture is its area.
+    Each prompt lists all classes of a held-out scene, so classes occur together as in scenes. The
+    score of a class in an image is its area.
     """
     _, masks = render(_PROMPT_DOMAIN, prompts, seed, "gates")
     named = presence(masks)
     labels = predict_labels(judge, sample(base, [_list_prompt(row) for row in named], seed))
     areas = np.stack([(labels == label).sum((1, 2)) for label in range(len(CLASSES))], 1)
-    found = {
+    aucs = {
         name: round(auc(areas[:, label], named[:, label]), 4) for label, name in enumerate(CLASSES)
     }
     return {
-        "object_word_auc": found,
-        "object_word_auc_mean": round(float(np.mean([*found.values()])), 4),
-        "object_word_auc_min": min(found.values()),
+        "object_word_auc": aucs,
+        "object_word_auc_mean": round(float(np.mean([*aucs.values()])), 4),
+        "object_word_auc_min": min(aucs.values()),
         "setting": {
             "seed": seed,
             "prompts": prompts,
@@ -108,10 +109,10 @@ def domain_report(
     pictures: int = 24,
     domains: Sequence[str] = WORD_DOMAINS,
 ) -> dict[str, Any]:
-    """Measure how often a picture is nearest to the centroid of the domain that its prompt names.
+    """Measure how often an image is nearest to the centroid of the domain in its prompt.
 
-    Centroids are those of 60 scenes of each of all domains in the miniature CLIP, as for the gates
-    of that; a relative of the domain counts in the second figure only.
+    The centroids are those of 60 scenes of every domain in the miniature CLIP. Another domain of
+    the same family counts in the family accuracy only.
     """
     names = list(DOMAINS)
     centroids = np.stack(
@@ -120,8 +121,8 @@ def domain_report(
     exact, related = {}, {}
     for domain in domains:
         _, masks = render(domain, pictures, seed, "gates")
-        wishes = [_list_prompt(row, domain) for row in presence(masks)]
-        vectors = _embed(clip, sample(base, wishes, seed))
+        prompts = [_list_prompt(row, domain) for row in presence(masks)]
+        vectors = _embed(clip, sample(base, prompts, seed))
         distances = np.linalg.norm(vectors[:, None] - centroids, axis=-1)
         nearest = [names[index] for index in distances.argmin(1)]
         family = FAMILIES[DOMAINS[domain].family]
@@ -138,7 +139,7 @@ def domain_report(
 
 @torch.no_grad()
 def sample(base: DiffusionBase, prompts: Sequence[str], seed: int) -> UInt8[ndarray, "n h w 3"]:
-    """Draw a picture of each prompt, without regions, as the gates want it: few trailing steps."""
+    """Generate an image of each prompt, without regions, with few trailing DDIM steps."""
     base = dataclasses.replace(base, scheduler=_trailing_scheduler(base.scheduler))
     control, empty = RegionControl(base.unet), base.encode_unconditional()
     side = base.image_size // base.latent_factor
@@ -185,7 +186,7 @@ def _psnr(images: ndarray, others: ndarray) -> float:
 
 @torch.inference_mode()
 def _embed(clip: nn.Module, images: ndarray) -> Float[ndarray, "n d"]:
-    """Return the global embeddings, not of unit length."""
+    """Return the global embeddings, not normalised."""
     parts = [
         encode_dense(clip, normalise(torch.from_numpy(images[start : start + _BATCH])))[0]
         for start in range(0, len(images), _BATCH)

@@ -1,14 +1,14 @@
-"""The miniature text-to-image model: diffusers' and transformers' own classes at small sizes.
+"""The miniature text-to-image model: small models of diffusers' and transformers' classes.
 
-Saved, it is an ordinary Stable Diffusion folder; nothing that uses it can tell it from SD but by
-its path and its sizes. Where it differs from SD, and why: the latents have half the picture's side,
-since a person is four pixels wide; attention among pixels is left to the two coarsest levels, where
-it is affordable on a CPU (``only_cross_attention``), so that the first attention of a finer block
-is cross-attention too; it predicts v, which keeps few sampling steps stable; sampling starts at the
-last noise level ("trailing"), where the brightness of a domain is decided. The text encoder is a
-``CLIPTextModel`` without layers: see :func:`build_text_encoder`.
+The saved model is a regular Stable Diffusion folder. It differs from Stable Diffusion as follows:
+
+- The latents have half the side of the image, since a person is four pixels wide.
+- Only the coarsest and the middle block have self-attention (``only_cross_attention``), for speed
+  on a CPU; the first attention of the other blocks is cross-attention too.
+- It predicts v, which is stable with few sampling steps.
+- Sampling starts at the last noise level ("trailing"), which determines the brightness of a domain.
+- The text encoder is a ``CLIPTextModel`` without layers, see :func:`build_text_encoder`.
 """
-# pyright: basic
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ NOISE_SCHEDULE: dict[str, Any] = {
 
 
 def build_codec(scaling_factor: float = 1.0) -> Any:
-    """Return a fresh ``AutoencoderKL`` that halves the side."""
+    """Return a new ``AutoencoderKL`` that halves the side."""
     return _diffusers().AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -55,10 +55,10 @@ def build_codec(scaling_factor: float = 1.0) -> Any:
 def build_text_encoder() -> Any:
     """Return the ``CLIPTextModel`` over the pruned vocabulary: a table of fixed random vectors.
 
-    It has no layers and no positions, so a word is the same vector in every prompt, nearly
-    orthogonal to all others, and padding knows nothing of the prompt. A trained tower of two layers
-    left the class words of a prompt within 2 % of each other, and masks, which only choose among
-    words, had next to nothing to choose from.
+    Without layers and positions, a word has the same vector in every prompt, nearly orthogonal to
+    all others, and padding is independent of the prompt. In a trained tower of two layers the class
+    words of a prompt differed by 2 % only, which left the masks, which select words, almost without
+    effect.
     """
     prepare_torchvision()
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -91,7 +91,7 @@ def build_text_encoder() -> Any:
 
 
 def build_unet() -> Any:
-    """Return a fresh ``UNet2DConditionModel`` of 4.3 M parameters."""
+    """Return a new ``UNet2DConditionModel`` of 4.3 M parameters."""
     return _diffusers().UNet2DConditionModel(
         sample_size=SIZE // 2,
         in_channels=_LATENT_CHANNELS,
@@ -110,10 +110,10 @@ def build_unet() -> Any:
 def write_pipeline(
     folder: Path, *, unet: nn.Module, codec: nn.Module, text_encoder: nn.Module
 ) -> None:
-    """Write a ``StableDiffusionPipeline`` folder with float16 weights; equal models, equal bytes.
+    """Write a ``StableDiffusionPipeline`` folder with float16 weights.
 
-    Beside what ``save_pretrained`` writes there are ``vocab.json`` and ``merges.txt``, which older
-    releases of transformers read.
+    Equal models give equal bytes. In addition to the files of ``save_pretrained`` there are
+    ``vocab.json`` and ``merges.txt``, which older releases of transformers read.
     """
     diffusers = _diffusers()
     pipeline = diffusers.StableDiffusionPipeline(
@@ -152,7 +152,7 @@ def _diffusers() -> Any:
 
 
 def _drop_source_path(path: Path) -> None:
-    """Drop where the weights were read from: equal models are to be equal files."""
+    """Remove the path from which the weights were loaded, so that equal models give equal files."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config.pop("_name_or_path", None)
     text = json.dumps(config, indent=2, sort_keys=True)

@@ -1,4 +1,4 @@
-"""Scenes and captions for pretraining the generator, drawn by many processes."""
+"""Scenes and captions for pretraining the generator, rendered by several processes."""
 
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ from loraseg.tensor_types import Int, UInt8
 
 __all__ = ["CAPTIONS_PER_SCENE", "CaptionedScenes", "draw_scenes"]
 
-# Captions drawn for each scene; training picks one each time.
+# Captions per scene; each training step uses one of them.
 CAPTIONS_PER_SCENE = 6
 _CHUNK_SIZE = 500
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CaptionedScenes:
-    """Pictures with their masks, domains (index into ``DOMAINS``) and captions."""
+    """Images with masks, domains (indices into ``DOMAINS``) and captions (token ids)."""
 
     images: UInt8[ndarray, "n 64 64 3"]
     masks: UInt8[ndarray, "n 64 64"]
@@ -35,12 +35,13 @@ class CaptionedScenes:
 
 
 def draw_scenes(per_domain: int, seed: int, *, processes: int = 1) -> CaptionedScenes:
-    """Draw scenes of every domain; the same whatever the number of processes.
+    """Render scenes of every domain; they do not depend on the number of processes.
 
     Args:
-        per_domain: Scenes of each domain.
-        seed: The user's seed; the stream is "pretrain-generator", which nothing else draws from.
-        processes: How many work at once, a millisecond a scene each.
+        per_domain: Number of scenes per domain.
+        seed: Seed of the scenes; the stream has the key "pretrain-generator", which nothing else
+            uses.
+        processes: Number of processes; each renders a scene in about a millisecond.
     """
     jobs = [
         (name, part, min(_CHUNK_SIZE, per_domain - part * _CHUNK_SIZE))

@@ -1,5 +1,4 @@
-"""Words for the miniature generator: CLIP's byte pairs, pruned, and captions as token ids."""
-# pyright: basic
+"""Tokenizer of the miniature generator (CLIP's byte pairs, pruned), and captions as token ids."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -16,33 +15,33 @@ from loraseg.tensor_types import Int
 
 __all__ = ["CONTEXT_LENGTH", "CaptionEncoder", "build_tokenizer", "pruned_bpe"]
 
-# Tokens a prompt, with its start and its end.
+# Tokens per prompt, including start and end.
 CONTEXT_LENGTH = 32
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
 @cache
 def pruned_bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Return vocabulary and merges of CLIP's tokenizer, without what the world's words never use.
+    """Return the vocabulary and merges of CLIP's tokenizer that the words of the world use.
 
-    A known word is cut into the same pieces as by the whole table: of the merges that apply to it
-    none is missing. All single bytes stay, so that any other text has tokens too.
+    Words of the world are split as by the full table, since all merges that apply to them are kept.
+    All single bytes are kept as well, so any other text can be tokenised.
     """
     prepare_torchvision()
     from open_clip.tokenizer import SimpleTokenizer
 
-    whole = SimpleTokenizer()
-    ranks: Any = whole.bpe_ranks
+    full = SimpleTokenizer()
+    ranks: Any = full.bpe_ranks
     used = {merge for word in vocabulary() for merge in _merges_of(word, ranks)}
     merges = sorted(used, key=lambda merge: ranks[merge])
-    letters = list(whole.byte_encoder.values())
+    letters = list(full.byte_encoder.values())
     pieces = [*letters, *(f"{letter}</w>" for letter in letters)]
     pieces += ["".join(merge) for merge in merges]
     return {piece: index for index, piece in enumerate([*pieces, _START, _END])}, merges
 
 
 def build_tokenizer() -> Any:
-    """Return a ``transformers.CLIPTokenizer`` with the pruned table and 32 tokens a prompt."""
+    """Return a ``transformers.CLIPTokenizer`` with the pruned table and 32 tokens per prompt."""
     prepare_torchvision()
     from transformers import CLIPTokenizer
 
@@ -52,7 +51,7 @@ def build_tokenizer() -> Any:
 
 
 class CaptionEncoder:
-    """Draws captions of scenes as padded token ids; words are tokenised once."""
+    """Draws captions of scenes as padded token ids; each word is tokenised once."""
 
     def __init__(self) -> None:
         self._tokenizer = build_tokenizer()
@@ -62,19 +61,19 @@ class CaptionEncoder:
     def draw(
         self, present: ndarray, phrases: Sequence[str], generator: np.random.Generator
     ) -> Int[ndarray, " l"]:
-        """Describe a scene: half the time in a sentence, else as a list like MatchMask's prompts.
+        """Return a caption: a sentence in 40 % of cases, else a list of classes as in MatchMask.
 
         Args:
-            present: (c,) which classes are in the picture.
-            phrases: The domain's phrases.
-            generator: Source of all choices.
+            present: (c,) booleans, the classes in the image.
+            phrases: Phrases that describe the domain.
+            generator: Source of randomness.
         """
         if generator.random() < 0.4:
             return self.encode(caption(present, phrases, generator))
         return self.encode(_list_caption(present, phrases, generator))
 
     def encode(self, text: str) -> Int[ndarray, " l"]:
-        """Return the ids of one text, start and end included, padded with the end token."""
+        """Return the ids of a text with start and end, padded with the end token."""
         ids = [self._start]
         for word in text.split():
             if word not in self._word_ids:
@@ -86,7 +85,7 @@ class CaptionEncoder:
 
 
 def _list_caption(present: ndarray, phrases: Sequence[str], generator: np.random.Generator) -> str:
-    """Name the classes by rising id, or in any order; three times in ten some are left out."""
+    """Return the class names, half the time ordered by id; in 30 % of cases some are left out."""
     shown = np.flatnonzero(present)
     if generator.random() < 0.3:
         shown = shown[generator.random(len(shown)) < 0.7]
@@ -99,7 +98,7 @@ def _list_caption(present: ndarray, phrases: Sequence[str], generator: np.random
 
 
 def _merges_of(word: str, ranks: Mapping[tuple[str, str], int]) -> list[tuple[str, str]]:
-    """Return the byte-pair merges that a word goes through, lowest rank first as CLIP does."""
+    """Return the byte-pair merges of a word, in the order in which CLIP applies them."""
     pieces = [*word[:-1], word[-1] + "</w>"]
     applied: list[tuple[str, str]] = []
     while len(pieces) > 1:

@@ -1,5 +1,4 @@
-"""Pretrain the miniature generator: the latent codec, the UNet, and the judge of both."""
-# pyright: basic
+"""Pretraining of the miniature generator: the latent codec, the UNet and the judge."""
 
 import copy
 import dataclasses
@@ -33,28 +32,28 @@ logger = logging.getLogger(__name__)
 
 _EMPTY_CAPTIONS = 0.1
 _MAX_WEIGHT = 5.0
-# Pictures that the latents' deviation is measured on, and encoded at a time.
+# Number of images that determine the standard deviation of latents, and batch size of encoding.
 _DEVIATION_IMAGES, _ENCODE_BATCH = 2048, 1024
-# Small things are few pixels and count double.
+# Small objects have few pixels and are weighted twice.
 _RARE_CLASSES = ("bus", "person", "pole", "sign", "car")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class GeneratorTrainingConfig:
-    """Settings of the pretraining; the card beside the weights tells how those came about.
+    """Settings of the pretraining; the model card describes the training of the shipped weights.
 
     Attributes:
-        seed: Of scenes, batches, noise and the initial weights.
-        scenes: Rendered scenes a domain.
-        codec_steps: Steps of the latent codec.
-        judge_steps: Steps of the judging segmenter.
-        steps: Steps of the UNet.
-        batch: Pictures a step; of codec and judge at most 256.
-        learning_rate: Peak of the UNet; cosine to 2 %.
-        warm: Steps until that peak.
-        ema: Of the weights that are shipped.
-        compiled: Compile the UNet; pays off on a GPU.
-        device: Where to train.
+        seed: Seed of scenes, batches, noise and the initial weights.
+        scenes: Rendered scenes per domain.
+        codec_steps: Training steps of the latent codec.
+        judge_steps: Training steps of the judge.
+        steps: Training steps of the UNet.
+        batch: Images per step; codec and judge use at most 256.
+        learning_rate: Peak learning rate of the UNet; cosine decay to 2 %.
+        warm: Steps of warm-up.
+        ema: Decay of the averaged weights, which are the ones that are saved.
+        compiled: Whether the UNet is compiled, which is faster on a GPU.
+        device: Device of the training.
     """
 
     seed: int = 0
@@ -71,7 +70,7 @@ class GeneratorTrainingConfig:
 
 
 def train_codec(config: GeneratorTrainingConfig, scenes: CaptionedScenes) -> Any:
-    """Train the latent codec; its scaling factor makes latents of unit deviation."""
+    """Train the latent codec; its scaling factor gives latents of unit standard deviation."""
     device = torch.device(config.device)
     torch.manual_seed(derive(config.seed, "pretrain-generator", "codec"))
     codec = build_codec().to(device).train()
@@ -98,7 +97,7 @@ def train_codec(config: GeneratorTrainingConfig, scenes: CaptionedScenes) -> Any
 
 
 def train_judge(config: GeneratorTrainingConfig, scenes: CaptionedScenes) -> UNet:
-    """Train the segmenter that tells whether a picture shows what its mask says."""
+    """Train the judge, the segmenter that measures the agreement of images and masks."""
     device = torch.device(config.device)
     torch.manual_seed(derive(config.seed, "pretrain-generator", "judge"))
     model = UNet(len(CLASSES)).to(device).train()
@@ -128,22 +127,22 @@ def train_text_to_image(
     every: int = 200,
     init: nn.Module | None = None,
 ) -> Any:
-    """Train the UNet on captions; no mask takes part.
+    """Train the UNet on captions, without masks, and return it with averaged weights.
 
     Args:
         config: Settings.
-        codec: From :func:`train_codec`.
-        scenes: Pictures and captions; flipped pictures are used as well.
-        checkpoint: Called with the averaged UNet.
-        every: Steps between two calls of it.
-        init: The UNet of an earlier run to start from; it stays as it is.
+        codec: Codec from :func:`train_codec`.
+        scenes: Images and captions; flipped images are used as well.
+        checkpoint: Called with the averaged UNet and the number of steps.
+        every: Steps between calls of ``checkpoint``.
+        init: UNet from which training starts; it is copied.
     """
     device = torch.device(config.device)
     torch.manual_seed(derive(config.seed, "pretrain-generator", "weights"))
     live: Any = build_unet() if init is None else copy.deepcopy(init).float().requires_grad_(True)
     live.to(device, memory_format=torch.channels_last).train()
     if device.type == "cpu":
-        # The backward pass of the fused attention takes half of the time there.
+        # On a CPU the backward pass of fused attention would take half of the time.
         prepare_torchvision()
         from diffusers.models.attention_processor import AttnProcessor
 
@@ -169,9 +168,9 @@ def train_text_to_image(
         _update_ema(average, live, min(config.ema, (step + 1) / (step + 10)))
         losses.append(float(loss.detach()))
         if step % every == every - 1:
-            pace = (step + 1) / (time.perf_counter() - started)
+            steps_per_s = (step + 1) / (time.perf_counter() - started)
             mean = sum(losses[-every:]) / every
-            logger.info("step %d: loss %.4f, %.2f steps/s", step + 1, mean, pace)
+            logger.info("step %d: loss %.4f, %.2f steps/s", step + 1, mean, steps_per_s)
             checkpoint(average, step + 1)
     return average
 
@@ -186,10 +185,10 @@ class _DenoisingBatch:
 
 
 class _BatchSampler:
-    """Draws pictures, one caption of each, times and noise; and makes the velocities of them.
+    """Draws latents with captions, times and noise, and computes the velocities to predict.
 
-    A picture counts min(SNR + 1, 5) times its error in x0: little noise teaches texture, much noise
-    the layout that captions are about.
+    The loss of an image is min(SNR + 1, 5) times its squared error in x0: low noise levels train
+    texture, high ones the layout, which the captions describe.
     """
 
     def __init__(self, latents: Tensor, captions: Tensor) -> None:
@@ -217,7 +216,7 @@ class _BatchSampler:
 
 @torch.inference_mode()
 def _encode_all(codec: Any, scenes: CaptionedScenes, device: torch.device) -> Tensor:
-    """Return latents (2, n, c, h, w) in float16 of the pictures and their mirror images."""
+    """Return the float16 latents (2, n, c, h, w) of the images and their mirror images."""
     images = torch.from_numpy(scenes.images)
     sides: list[Tensor] = []
     for flipped in (False, True):
@@ -240,7 +239,7 @@ def _alphas_cumprod(device: torch.device) -> Tensor:
 
 
 def _psnr(error: Tensor) -> float:
-    """Return the PSNR for errors of pixels in [-1, 1]."""
+    """Return the PSNR in dB for errors of pixels in [-1, 1]."""
     return -10 * math.log10(float(error.detach().square().mean()) / 4)
 
 

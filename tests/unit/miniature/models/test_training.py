@@ -21,7 +21,7 @@ def pool():
     return ScenePool(2, 0)
 
 
-def test_crop_shares_are_probabilities_and_end_with_whole_pictures():
+def test_crop_shares_are_probabilities_and_end_with_whole_images():
     for progress in np.linspace(0, 1, 21):
         assert sum(crop_size_shares(progress)) == pytest.approx(1)
     assert crop_size_shares(0.95) == (0.0, 0.0, 1.0)
@@ -34,12 +34,12 @@ def test_patch_labels_are_clear_majorities_of_labelled_domains(pool):
             for left in range(0, 16, 5):
                 patch = pool.masks[row, 4 * top : 4 * top + 4, 4 * left : 4 * left + 4]
                 counts = np.bincount(patch.ravel(), minlength=12)
-                want = counts.argmax() if labelled and counts.max() >= 7 else NO_LABEL
-                assert pool.patch_labels[row, top, left] == want
+                expected = counts.argmax() if labelled and counts.max() >= 7 else NO_LABEL
+                assert pool.patch_labels[row, top, left] == expected
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_batch_fits_together(pool, seed):
+def test_the_parts_of_a_batch_are_consistent(pool, seed):
     batch = draw_batch(pool, 0.3, np.random.default_rng(seed))
     count, _, side, _ = batch.images.shape
     assert batch.patch_labels.shape == (count, side // 4, side // 4)
@@ -48,8 +48,8 @@ def test_a_batch_fits_together(pool, seed):
     outside = ~np.isin(batch.domains, labelled)
     assert (batch.patch_labels[outside] == NO_LABEL).all()
     for label in range(12):
-        shown = (batch.patch_labels == label).reshape(count, -1).sum(1) * 7 >= 12
-        assert batch.present[shown, label].all()
+        visible = (batch.patch_labels == label).reshape(count, -1).sum(1) * 7 >= 12
+        assert batch.present[visible, label].all()
     assert 0 < len(batch.captions) <= count
 
 
@@ -69,7 +69,7 @@ def test_clip_training_is_reproducible(caplog):
         assert torch.isfinite(tensor).all()
 
 
-def test_clip_training_goes_on_from_weights(tmp_path):
+def test_clip_training_continues_from_weights(tmp_path):
     clip = build_clip(tokenizer().vocab_size)
     write_clip(clip, tmp_path / "clip.safetensors")
     config = clip_training.ClipTrainingConfig(
@@ -99,7 +99,7 @@ def test_the_held_out_class_never_reaches_the_loss():
     assert not any("bus" in prompt or "coach" in prompt for prompt in prompts)
 
 
-def test_catseg_training_moves_only_what_may_move():
+def test_catseg_training_changes_only_trainable_weights():
     torch.manual_seed(0)
     clip = build_clip(tokenizer().vocab_size)
     config = catseg_training.CatsegTrainingConfig(steps=2, scenes=4, batch=2)

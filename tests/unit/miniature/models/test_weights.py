@@ -34,15 +34,15 @@ def test_the_report_covers_all_domains_and_classes(report):
     assert report["checks"]
 
 
-def test_the_clip_is_the_one_that_the_report_measured(report):
+def test_the_clip_has_the_figures_of_the_report(report):
     small = clip_report(read_clip(WEIGHTS / "clip.safetensors"), seed=1, scenes=8)
-    told = report["clip"]
-    assert small["domain_centroid_accuracy"] > told["domain_centroid_accuracy"] - 0.15
+    expected = report["clip"]
+    assert small["domain_centroid_accuracy"] > expected["domain_centroid_accuracy"] - 0.15
     mean = np.mean(list(small["dense_presence_auc"].values()))
-    assert mean == pytest.approx(np.mean(list(told["dense_presence_auc"].values())), abs=0.03)
+    assert mean == pytest.approx(np.mean(list(expected["dense_presence_auc"].values())), abs=0.03)
 
 
-def test_the_catseg_is_the_one_that_the_report_measured(report):
+def test_the_catseg_has_the_figures_of_the_report(report):
     model = load_catseg(WEIGHTS / "catseg.safetensors")
     miou, iou = domain_iou(model, BASE_DOMAINS[0], CLASSES, seed=1, scenes=20)
     assert miou == pytest.approx(report["catseg"]["miou_by_domain"][BASE_DOMAINS[0]], abs=0.08)
@@ -50,7 +50,7 @@ def test_the_catseg_is_the_one_that_the_report_measured(report):
 
 
 def test_a_report_names_the_controls(monkeypatch):
-    # The other domains add nothing to this but time.
+    # The other domains would only take time.
     monkeypatch.setattr(checks, "DOMAINS", {name: DOMAINS[name] for name in BASE_DOMAINS})
     model = load_catseg(WEIGHTS / "catseg.safetensors")
     domains = checks.catseg_report(model, scenes=1)

@@ -9,7 +9,7 @@ from loraseg.miniature.world.dataset import write_dataset, write_world
 from loraseg.miniature.world.render import render
 
 
-def test_the_folder_reads_back_as_rendered(tmp_path):
+def test_the_folder_holds_the_rendered_scenes(tmp_path):
     write_dataset("snow", tmp_path, train=3, val=2, seed=5)
     folder = open_dataset(tmp_path)
     assert folder.label_space.names == LABEL_NAMES
@@ -22,7 +22,7 @@ def test_the_folder_reads_back_as_rendered(tmp_path):
             np.testing.assert_array_equal(read_mask(sample.mask), mask)
 
 
-def test_splits_share_no_scene_and_growing_one_changes_nothing(tmp_path):
+def test_splits_share_no_scene_and_a_larger_split_keeps_its_scenes(tmp_path):
     small = write_dataset("rain", tmp_path / "small", train=2, val=2, seed=0)
     large = write_dataset("rain", tmp_path / "large", train=4, val=2, seed=0)
     pictures = {path.read_bytes() for path in small.glob("images/*/*.png")}
@@ -30,7 +30,7 @@ def test_splits_share_no_scene_and_growing_one_changes_nothing(tmp_path):
     assert pictures <= {path.read_bytes() for path in large.glob("images/*/*.png")}
 
 
-def test_a_world_has_a_folder_for_each_domain(tmp_path):
+def test_a_world_has_one_folder_per_domain(tmp_path):
     folders = write_world(tmp_path, ["rain", "night"], train=1, val=1)
     assert folders == {"rain": tmp_path / "rain", "night": tmp_path / "night"}
     assert all((path / "classes.json").is_file() for path in folders.values())

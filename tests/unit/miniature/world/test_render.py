@@ -13,16 +13,16 @@ VIEWS = {"street": draw_street, "overhead": draw_top_down}
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
-def test_pictures_and_masks_have_their_form(domain):
+def test_images_and_masks_have_their_shapes(domain):
     images, masks = render(domain, 2, 0)
     assert images.shape == (2, 64, 64, 3)
     assert images.dtype == masks.dtype == np.uint8
     assert masks.shape == (2, 64, 64)
     assert masks.max() < len(CLASSES)
-    assert images.std() > 5  # something to see
+    assert images.std() > 5  # not a constant image
 
 
-def test_a_picture_does_not_depend_on_how_many_are_rendered():
+def test_an_image_does_not_depend_on_the_number_of_images():
     many, many_masks = render("rain", 70, 3)
     for count in (1, 3, 32, 33):
         images, masks = render("rain", count, 3)
@@ -30,7 +30,7 @@ def test_a_picture_does_not_depend_on_how_many_are_rendered():
         np.testing.assert_array_equal(masks, many_masks[:count])
 
 
-def test_pictures_of_one_stream_differ_from_each_other():
+def test_images_of_one_stream_differ():
     images, _ = render("clear-day", 70, 3)
     assert len(np.unique(images.reshape(70, -1), axis=0)) == 70
 
@@ -40,7 +40,7 @@ def test_another_stream_gives_other_scenes(other):
     assert (render("clear-day", 1, 3)[1] != render(*other[:1], 1, *other[1:])[1]).any()
 
 
-def test_no_scene_is_a_legal_request():
+def test_zero_scenes_can_be_rendered():
     images, masks = render("night", 0, 0)
     assert images.shape == (0, 64, 64, 3)
     assert masks.shape == (0, 64, 64)
@@ -53,7 +53,7 @@ def test_unknown_domain_and_negative_count_are_refused():
         render("rain", -1, 0)
 
 
-def test_families_leave_exactly_one_domain_alone():
+def test_exactly_one_domain_has_a_family_of_its_own():
     assert len(DOMAINS) >= 24
     alone = [names for names in FAMILIES.values() if len(names) == 1]
     assert alone == [("negative",)]
@@ -61,7 +61,7 @@ def test_families_leave_exactly_one_domain_alone():
     assert set(BASE_DOMAINS) < set(LABELLED_DOMAINS) < set(DOMAINS)
 
 
-def test_every_class_is_often_there_and_often_not():
+def test_every_class_is_often_present_and_often_absent():
     share = presence(render("clear-day", 320, 1)[1]).mean(0)
     assert share.min() > 0.3
     assert share.max() < 0.85
@@ -75,31 +75,31 @@ def test_presence_counts_pixels():
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
-def test_effects_only_return_a_new_picture(domain):
-    dice = BatchedRng(np.random.default_rng(0), 4)
-    scene = VIEWS[DOMAINS[domain].view](dice, DOMAINS[domain].palette)
+def test_effects_return_a_new_image_and_keep_the_scene(domain):
+    rng = BatchedRng(np.random.default_rng(0), 4)
+    scene = VIEWS[DOMAINS[domain].view](rng, DOMAINS[domain].palette)
     before = [array.copy() for array in vars(scene).values()]
     for effect in DOMAINS[domain].effects:
-        image = effect(scene, dice)
+        image = effect(scene, rng)
         assert image.shape == scene.image.shape
         assert np.isfinite(image).all()
         for array, copy in zip(vars(scene).values(), before, strict=True):
             np.testing.assert_array_equal(array, copy)
 
 
-def test_fog_hides_what_is_far_and_leaves_what_is_near():
-    dice = BatchedRng(np.random.default_rng(0), 8)
-    scene = draw_street(dice, DOMAINS["fog-heavy"].palette)
-    fogged = DOMAINS["fog-heavy"].effects[0](scene, dice)
+def test_fog_hides_distant_pixels():
+    rng = BatchedRng(np.random.default_rng(0), 8)
+    scene = draw_street(rng, DOMAINS["fog-heavy"].palette)
+    fogged = DOMAINS["fog-heavy"].effects[0](scene, rng)
     change = np.abs(fogged - np.float32([0.78, 0.79, 0.8])).mean(-1)
     near, far = scene.distance < 0.2, (scene.distance > 0.9)
     assert change[far].mean() < 0.5 * change[near].mean()
 
 
 def test_night_keeps_lights():
-    dice = BatchedRng(np.random.default_rng(1), 16)
-    scene = draw_street(dice, DOMAINS["night"].palette)
-    dark = DOMAINS["night"].effects[0](scene, dice)
+    rng = BatchedRng(np.random.default_rng(1), 16)
+    scene = draw_street(rng, DOMAINS["night"].palette)
+    dark = DOMAINS["night"].effects[0](scene, rng)
     bright = scene.lights & (scene.image.max(-1) > 0.8)
     assert bright.any()
     assert dark[bright].max(-1).mean() > 0.6

@@ -29,7 +29,7 @@ def images():
 
 
 @torch.inference_mode()
-def test_whole_pictures_and_texts_are_embedded_as_open_clip_does(model, images):
+def test_whole_images_and_texts_are_embedded_as_by_open_clip(model, images):
     ids = tokenizer()(["a photo of a tree", "a street with a car and a bus in the rain", "zebra"])
     whole, _ = encode_dense(model, images)
     torch.testing.assert_close(whole, model.encode_image(images), rtol=1e-4, atol=1e-5)
@@ -48,27 +48,27 @@ def test_dense_features_equal_those_of_the_catseg_tower(model, images):
 
 
 @torch.inference_mode()
-def test_a_crop_uses_its_own_window_of_the_position_table(model, images):
+def test_a_crop_uses_its_window_of_the_position_table(model, images):
     crop, offset = images[:, :, 8:24, 20:36], (2, 5)
-    _, placed = encode_dense(model, crop, offset)
+    _, expected = encode_dense(model, crop, offset)
     table = model.visual.positional_embedding
     saved = table.data.clone()
     rows = [0] + [1 + (2 + r) * 16 + 5 + c for r in range(4) for c in range(4)]
     corner = [0] + [1 + r * 16 + c for r in range(4) for c in range(4)]
     table.data[corner] = saved[rows]
     try:
-        _, moved = encode_dense(model, crop, (0, 0))
+        _, dense = encode_dense(model, crop, (0, 0))
     finally:
         table.data.copy_(saved)
-    torch.testing.assert_close(placed, moved)
+    torch.testing.assert_close(dense, expected)
 
 
 def test_pixels_are_scaled_to_mean_half_and_deviation_quarter():
-    picture = torch.tensor([[[[0, 255, 51]]]], dtype=torch.uint8)
-    assert normalise(picture).flatten().tolist() == pytest.approx([-2, 2, -1.2])
+    image = torch.tensor([[[[0, 255, 51]]]], dtype=torch.uint8)
+    assert normalise(image).flatten().tolist() == pytest.approx([-2, 2, -1.2])
 
 
-def test_contrastive_equals_the_written_out_sum():
+def test_contrastive_loss_equals_an_explicit_sum():
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 4, 6, dtype=torch.float64, generator=generator)
     logits = (5 * a @ b.T).tolist()
@@ -80,25 +80,27 @@ def test_contrastive_equals_the_written_out_sum():
     assert contrastive_loss(a, b, torch.tensor(5.0)).item() == pytest.approx(total, abs=1e-12)
 
 
-def test_multi_positive_is_the_divergence_from_even_targets():
+def test_multi_positive_loss_is_the_divergence_from_uniform_targets():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(5, 3, dtype=torch.float64, generator=generator)
     positive = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0], [0, 0, 1]]).double()
-    want = 0.0
+    expected = 0.0
     for table, truth in ((logits, positive), (logits.T, positive.T)):
         for row, target in zip(table, truth, strict=True):
             if target.sum():
-                log_p, even = row.log_softmax(0), target / target.sum()
-                want += functional.kl_div(log_p, even, reduction="sum").item() / len(table) / 2
-    assert multi_positive_loss(logits, positive).item() == pytest.approx(want, abs=1e-12)
+                log_p, uniform = row.log_softmax(0), target / target.sum()
+                expected += (
+                    functional.kl_div(log_p, uniform, reduction="sum").item() / len(table) / 2
+                )
+    assert multi_positive_loss(logits, positive).item() == pytest.approx(expected, abs=1e-12)
 
 
-def test_multi_positive_is_zero_for_a_perfect_answer():
+def test_multi_positive_loss_is_zero_for_perfect_logits():
     positive = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     assert multi_positive_loss(200 * positive, positive).item() == pytest.approx(0, abs=1e-6)
 
 
-def test_auc_counts_pairs_and_halves_ties():
+def test_auc_counts_pairs_and_half_of_the_ties():
     generator = np.random.default_rng(0)
     scores, positive = generator.integers(0, 6, 60).astype(float), generator.random(60) < 0.4
     pairs = [
@@ -118,10 +120,10 @@ def test_written_weights_load_here_and_as_an_encoder(tmp_path, model, monkeypatc
         expected = model.state_dict()[name].half().float()
         torch.testing.assert_close(tensor, expected, rtol=0, atol=0)
     encoder = load_clip(str(path))
-    pictures = render("clear-day", 2, 0)[0]
+    images = render("clear-day", 2, 0)[0]
     with torch.inference_mode():
-        whole, _ = encode_dense(again, normalise(torch.from_numpy(pictures)))
-    np.testing.assert_allclose(encoder.encode_images(list(pictures)), whole, rtol=1e-4, atol=1e-5)
+        whole, _ = encode_dense(again, normalise(torch.from_numpy(images)))
+    np.testing.assert_allclose(encoder.encode_images(list(images)), whole, rtol=1e-4, atol=1e-5)
     ids = tokenizer()(["a zebra on the road"])
     assert torch.equal(encoder.tokenizer(["a zebra on the road"]), ids)
     monkeypatch.setattr(weights_io, "tokenizer", lambda: type(tokenizer())(["other"]))

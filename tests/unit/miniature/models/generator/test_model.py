@@ -35,12 +35,12 @@ def _bytes(folder):
 @pytest.fixture(scope="module")
 def models():
     torch.manual_seed(0)
-    parts = {"unet": build_unet(), "codec": build_codec(0.7), "text_encoder": build_text_encoder()}
-    parts["unet"].to(memory_format=torch.channels_last)
-    return parts
+    models = {"unet": build_unet(), "codec": build_codec(0.7), "text_encoder": build_text_encoder()}
+    models["unet"].to(memory_format=torch.channels_last)
+    return models
 
 
-def test_equal_models_are_written_in_equal_bytes_and_read_back(tmp_path, models):
+def test_equal_models_give_equal_files_that_can_be_read_back(tmp_path, models):
     write_pipeline(tmp_path / "a", **models)
     write_pipeline(tmp_path / "b", **models)
     first = _bytes(tmp_path / "a")
@@ -54,7 +54,7 @@ def test_equal_models_are_written_in_equal_bytes_and_read_back(tmp_path, models)
         assert torch.equal(base.unet.state_dict()[name], tensor.half().float())
 
 
-def test_the_shipped_folder_is_a_stock_pipeline():
+def test_the_shipped_folder_is_a_regular_pipeline():
     from diffusers import StableDiffusionPipeline
 
     files = _bytes(WEIGHTS / "generator")
@@ -68,22 +68,22 @@ def test_the_shipped_folder_is_a_stock_pipeline():
     assert image.std() > 0.02
 
 
-def test_the_shipped_folder_is_the_base_called_miniature():
+def test_the_shipped_folder_is_the_base_named_miniature():
     base = load_diffusion("miniature")
     assert (base.kind, base.prediction_type) == ("sd", "v_prediction")
     assert (base.text_length, base.image_size, base.latent_factor) == (32, 64, 2)
     assert sum(value.numel() for value in base.unet.parameters()) < 4.4e6
-    crossing = [m for m in base.unet.modules() if getattr(m, "is_cross_attention", False)]
-    assert len(crossing) == 16
+    cross_attention = [m for m in base.unet.modules() if getattr(m, "is_cross_attention", False)]
+    assert len(cross_attention) == 16
 
 
-def test_a_word_is_the_same_far_vector_in_every_prompt():
+def test_a_word_has_the_same_distinct_vector_in_every_prompt():
     encoder, tokenizer = build_text_encoder(), build_tokenizer()
     ids = tokenizer(["car road", "road a car"], padding="max_length", return_tensors="pt").input_ids
     first, second = encoder(input_ids=ids).last_hidden_state
     assert torch.equal(first[1], second[3])
     assert torch.equal(first[2], second[1])
-    assert torch.equal(first[-1], first[3])  # padding knows nothing of the prompt
+    assert torch.equal(first[-1], first[3])  # padding is independent of the prompt
     words = ["car", "bus", "road", "sky", "person", "pole", "sign", "tree", "building", "grass"]
     ids = torch.tensor([tokenizer(word).input_ids[1] for word in words])
     vectors = encoder(input_ids=ids[None]).last_hidden_state[0]

@@ -11,24 +11,24 @@ from loraseg.miniature.world.captions import vocabulary
 from loraseg.miniature.world.domains import DOMAINS
 
 
-def test_every_word_of_the_world_is_cut_as_by_the_whole_table():
-    whole, pruned = SimpleTokenizer(), build_tokenizer()
+def test_every_word_of_the_world_is_split_as_by_the_full_table():
+    full, pruned = SimpleTokenizer(), build_tokenizer()
     for word in vocabulary():
-        expected = [whole.decoder[index] for index in whole.encode(word)]
+        expected = [full.decoder[index] for index in full.encode(word)]
         ids = pruned(word, add_special_tokens=False)["input_ids"]
         assert pruned.convert_ids_to_tokens(ids) == expected, word
     ids, _ = pruned_bpe()
     assert len(pruned) == len(ids) < 1200
 
 
-def test_texts_of_other_words_have_tokens_too():
+def test_texts_with_other_words_can_be_tokenised():
     tokenizer = build_tokenizer()
     ids = tokenizer("A Zebra, naïvely crossing!", add_special_tokens=False)["input_ids"]
-    assert tokenizer.eos_token_id not in ids  # which also stands for unknown pieces
+    assert tokenizer.eos_token_id not in ids  # it is also the token of unknown pieces
     assert tokenizer.decode(ids).replace(" ", "") == "azebra,naïvelycrossing!"
 
 
-def test_prompts_are_cut_and_padded_at_32_tokens():
+def test_prompts_are_truncated_and_padded_to_32_tokens():
     tokenizer = build_tokenizer()
     assert tokenizer.model_max_length == CONTEXT_LENGTH == 32
     for text in ("", "a car in the rain", "car " * 40):
@@ -37,7 +37,7 @@ def test_prompts_are_cut_and_padded_at_32_tokens():
         assert CaptionEncoder().encode(text).tolist() == padded
 
 
-def test_captions_name_only_what_is_there():
+def test_captions_name_only_present_classes():
     tokenizer, ids = build_tokenizer(), CaptionEncoder()
     present = np.zeros(12, bool)
     present[[6, 7]] = True  # road and car

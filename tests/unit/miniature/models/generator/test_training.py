@@ -35,23 +35,23 @@ def scenes():
 def test_scenes_do_not_depend_on_the_number_of_processes(scenes, monkeypatch):
     assert scenes.domains.tolist() == [0, 0, 1, 1]
     assert not np.array_equal(draw_scenes(TINY.scenes, 1).images, scenes.images)
-    # One part, since each process imports torch.
+    # One domain only, since each process imports torch.
     monkeypatch.setattr(generator_scenes, "DOMAINS", {"topdown": DOMAINS["topdown"]})
     other = draw_scenes(TINY.scenes, 0, processes=2)
     for name in ("images", "masks", "captions"):
         assert np.array_equal(getattr(scenes, name)[2:], getattr(other, name)), name
 
 
-def test_a_codec_makes_latents_of_unit_deviation(scenes):
+def test_a_codec_gives_latents_of_unit_deviation(scenes):
     codec = train_codec(TINY, scenes)
     with torch.inference_mode():
         pixels = torch.from_numpy(scenes.images).permute(0, 3, 1, 2) / 127.5 - 1
         latents = codec.encode(pixels).latent_dist.mode() * codec.config.scaling_factor
     assert latents.shape == (4, 4, 32, 32)
-    assert latents.std() == pytest.approx(1, abs=0.1)  # drawn with replacement
+    assert latents.std() == pytest.approx(1, abs=0.1)  # measured on images drawn with replacement
 
 
-def test_a_judge_comes_back_from_its_file(tmp_path, scenes):
+def test_a_judge_can_be_read_back(tmp_path, scenes):
     make_judge(TINY, tmp_path)
     read, names = load_unet(tmp_path / "judge.safetensors")
     assert names == tuple(CLASSES)
@@ -60,17 +60,17 @@ def test_a_judge_comes_back_from_its_file(tmp_path, scenes):
         assert torch.allclose(read.state_dict()[name], tensor, atol=1e-3), name
 
 
-def test_a_unet_moves_on_from_where_it_starts(scenes):
+def test_training_continues_from_a_given_unet(scenes):
     codec = load_diffusion("miniature").vae
     start = build_unet()
     before = {k: v.clone() for k, v in start.state_dict().items()}
-    seen = []
-    found = train_text_to_image(
-        TINY, codec, scenes, lambda unet, step: seen.append(step), every=1, init=start
+    checkpoints = []
+    trained = train_text_to_image(
+        TINY, codec, scenes, lambda unet, step: checkpoints.append(step), every=1, init=start
     )
-    assert seen == [1, 2]
+    assert checkpoints == [1, 2]
     assert all(torch.equal(before[k], v) for k, v in start.state_dict().items())
-    pairs = list(zip(start.parameters(), found.parameters(), strict=True))
+    pairs = list(zip(start.parameters(), trained.parameters(), strict=True))
     assert all(torch.allclose(a, b, atol=0.02) for a, b in pairs)
     assert any(not torch.equal(a, b) for a, b in pairs)
 
@@ -84,13 +84,13 @@ def test_batches_hold_the_velocities_of_their_noisy_latents():
     batch = draw(40)
     alphas = DDPMScheduler(**NOISE_SCHEDULE).alphas_cumprod[batch.times][:, None, None, None]
     clean = alphas.sqrt() * batch.noisy - (1 - alphas).sqrt() * batch.target
-    known = latents.float().flatten(0, 1)
-    distance = (clean[:, None] - known).abs().amax((2, 3, 4))
+    originals = latents.float().flatten(0, 1)
+    distance = (clean[:, None] - originals).abs().amax((2, 3, 4))
     assert distance.amin(1).max() < 1e-4
     row = distance.argmin(1) % 3
     empty = batch.ids[:, 1] == batch.ids[:, 2]
     assert 0 < empty.sum() < 20
-    # min(SNR + 1, 5) times the error in x0, told for the error in v.
+    # min(SNR + 1, 5) times the error in x0, expressed as an error in v.
     alphas = alphas[:, 0, 0, 0]
     ratio = alphas / (1 - alphas)
     error = torch.randn_like(batch.target)
@@ -100,7 +100,7 @@ def test_batches_hold_the_velocities_of_their_noisy_latents():
     assert torch.equal((batch.ids[:, 0] // (6 * 32))[~empty], row[~empty])
 
 
-def test_a_generator_goes_on_with_the_codec_that_it_knows(tmp_path):
+def test_a_continued_generator_keeps_its_codec(tmp_path):
     make_generator(TINY, tmp_path / "one")
     first = load_diffusion(str(tmp_path / "one" / "generator"))
     make_generator(TINY, tmp_path / "two", init=tmp_path / "one" / "generator")
