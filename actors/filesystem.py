@@ -1,5 +1,4 @@
-# pyright: basic
-"""A store as the file system that Ray Train and Ray Data write to."""
+"""A store as the pyarrow file system that Ray Train writes to."""
 
 import os
 import urllib.parse
@@ -16,10 +15,9 @@ _MAX_ATTEMPTS = 10
 
 
 def pyarrow_filesystem(uri: str) -> tuple[str, fs.FileSystem]:
-    """Return a store's path and the pyarrow file system that the path is in.
+    """Return the path of a store and the pyarrow file system that holds it.
 
-    One on S3 holds this process's endpoint and credentials, so that it works where it
-    travels to.
+    A file system on S3 holds this process's endpoint and credentials, so it also works in workers.
 
     Args:
         uri: As for :func:`loraseg.storage.open_store`.
@@ -27,22 +25,22 @@ def pyarrow_filesystem(uri: str) -> tuple[str, fs.FileSystem]:
     Raises:
         ConfigError: The URI is malformed.
     """
-    place = open_store(uri).uri
-    parts = urllib.parse.urlsplit(place)
+    store_uri = open_store(uri).uri
+    parts = urllib.parse.urlsplit(store_uri)
     if parts.scheme == "file":
         return urllib.parse.unquote(parts.path), fs.LocalFileSystem()
-    return place.removeprefix("s3://"), _s3_filesystem()
+    return store_uri.removeprefix("s3://"), _s3_filesystem()
 
 
 def _s3_filesystem() -> fs.S3FileSystem:
-    session = boto3.Session()
+    session: Any = boto3.Session()
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     options: dict[str, Any] = {}
     if endpoint:
         address = urllib.parse.urlsplit(endpoint)
         options |= {"endpoint_override": address.netloc, "scheme": address.scheme}
-    if (found := session.get_credentials()) is not None:
-        keys = found.get_frozen_credentials()
+    if (credentials := session.get_credentials()) is not None:
+        keys = credentials.get_frozen_credentials()
         options |= {"access_key": keys.access_key, "secret_key": keys.secret_key}
         options |= {"session_token": keys.token}
     if session.region_name:

@@ -19,19 +19,19 @@ _COLUMNS = ("image", "label", "height", "width", *_METADATA_COLUMNS)
 
 
 def ray_dataset(uri: str) -> ray.data.Dataset:
-    """Return the ``ok`` pairs of what is committed now; nothing is read before it is used.
+    """Return the committed pairs with status ``ok``; data is read when it is used.
 
-    Each shard is a task of its own, which compares it with the manifest and decodes its pictures
-    as they are asked for. Rows have ``image`` uint8 (h, w, 3) RGB, ``label`` uint8 (h, w) with 255
+    Each shard is one task, which compares it with the manifest and decodes its images one by one.
+    Rows have ``image`` uint8 (h, w, 3) RGB, ``label`` uint8 (h, w) with 255
     for no class (uint16 and 65535 with over 255 classes), ``pair_id``, ``mask_name``, ``k`` and
-    ``kept``. A damaged shard fails the run with an IntegrityError.
+    ``kept``. A damaged shard fails the execution with an IntegrityError.
 
     Args:
-        uri: Of the synthetic dataset; every node must reach it.
+        uri: URI of the synthetic dataset; every node must reach it.
 
     Raises:
         ConfigError: The URI is malformed.
-        DatasetError: Nothing is committed there, or no pair is ``ok``.
+        DatasetError: Nothing is committed, or no pair is ``ok``.
         IntegrityError: The manifest is damaged.
         StoreError: The store cannot be read.
     """
@@ -40,7 +40,7 @@ def ray_dataset(uri: str) -> ray.data.Dataset:
     if not shards:
         raise DatasetError(f"{uri}: no pair is ok")
     connect()
-    # A block each: Ray joins small ones, and one task would read all shards.
+    # One block per shard: Ray joins small blocks, and one task would read all shards.
     entries = ray.data.from_items(
         [{"shard": entry} for entry in shards], override_num_blocks=len(shards)
     )
@@ -50,18 +50,18 @@ def ray_dataset(uri: str) -> ray.data.Dataset:
 
 
 class _ShardReader:
-    """Reads one shard; takes over the driver's access to the store."""
+    """Reads one shard with the driver's credentials."""
 
     def __init__(self, uri: str, manifest: ShardManifest, access: StorageCredentials) -> None:
         self._uri, self._manifest, self._access = uri, manifest, access
 
     def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        self._access.export()  # a store looks for its settings when it is opened
+        self._access.export()  # before the store is opened, which reads them
         dataset = ShardDataset(open_store(self._uri), self._manifest)
         entry: ShardEntry = row["shard"]
         classes = len(self._manifest.classes)
         for pair in dataset.read_shard(entry, columns=_COLUMNS):
             if pair.status == "ok":
                 image, label = decode_pair(pair, classes, self._uri)
-                facts = {name: getattr(pair, name) for name in _METADATA_COLUMNS}
-                yield {"pair_id": pair.pair_id, "image": image, "label": label, **facts}
+                metadata = {name: getattr(pair, name) for name in _METADATA_COLUMNS}
+                yield {"pair_id": pair.pair_id, "image": image, "label": label, **metadata}

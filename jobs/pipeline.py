@@ -25,7 +25,15 @@ from loraseg.train.closed_set.job import SegmenterTrainingTask, TaskRunner
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """The pipeline, and what each of its jobs takes on Ray."""
+    """The pipeline, and what its stages take on Ray.
+
+    Attributes:
+        pipeline: Its fields are keys of this config.
+        method: The only method so far.
+        workers: Workers of the training stages.
+        generators: Pool of the workers that generate images.
+        voters: Pool of the workers that filter labels and segment unlabelled images.
+    """
 
     pipeline: PipelineConfig = field(metadata=configuration.INLINED)
     method: Literal["matchmask_pp"] = "matchmask_pp"

@@ -1,4 +1,4 @@
-"""What a segmenter says of generated images, in the form that filters take."""
+"""Predictions of a closed-set segmenter on generated images, as the filters take them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -15,7 +15,7 @@ __all__ = ["FILTER_INPUTS", "predict_pseudo_labels"]
 
 PredictionOutput = Literal["confidence", "loss"]
 
-# What a filter looks at beside the labels.
+# What each filter needs besides the predicted labels.
 FILTER_INPUTS: Mapping[str, tuple[PredictionOutput, ...]] = {
     "none": (),
     "relative": (),
@@ -31,14 +31,14 @@ def predict_pseudo_labels(
     *,
     outputs: Sequence[PredictionOutput] = (),
 ) -> PseudoLabels:
-    """Segment the images of a mask, one by one, so that memory holds one image's classes.
+    """Segment the images of a mask one by one: memory holds the class scores of one image.
 
     Args:
-        segmenter: Of the mask's classes.
+        segmenter: Knows the classes of the mask.
         images: RGB.
-        mask: What they should show; 255 where nothing is said.
-        outputs: What a filter needs beside the labels: the largest probability of each pixel, or
-            the cross-entropy of the mask's class.
+        mask: Class ids that the images should show, or 255.
+        outputs: What to return besides the labels: the largest class probability of each pixel, or
+            the cross-entropy of the class of the mask (0 where the mask is 255).
     """
     labels = np.empty(images.shape[:3], np.uint8)
     confidence = np.empty(images.shape[:3], np.float32) if "confidence" in outputs else None
@@ -57,7 +57,7 @@ def predict_pseudo_labels(
 def _cross_entropy(
     scores: Float[Tensor, "c h w"], mask: UInt8[ndarray, "h w"]
 ) -> Float[ndarray, "h w"]:
-    """Return minus the log-probability of the mask's class; 0 where it has none."""
+    """Return the negative log-probability of the class of the mask; 0 where the mask is 255."""
     known = mask != IGNORE
     target = torch.from_numpy(np.where(known, mask, 0).astype(np.int64))
     loss = -scores.gather(0, target[None])[0].numpy()
