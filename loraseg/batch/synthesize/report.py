@@ -174,7 +174,7 @@ def _card(dataset: ShardDataset, state: SynthesisRunState, statistics: ShardStat
         'pairs = pairs[pairs.status == "ok"]  # image and label are PNG bytes',
         "```",
         "",
-        "`loraseg synth ls .` lists them, `loraseg synth replay . PAIR_ID` regenerates an image, and",
+        "`loraseg synth ls .` lists them, `loraseg synth replay . PAIR_ID` regenerates an image,",
         "`loraseg synth export` writes a dataset folder, WebDataset, COCO or Hugging Face Parquet.",
     ]
     return "\n".join(lines) + "\n"
