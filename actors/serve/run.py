@@ -16,7 +16,6 @@ from actors.resources import connect
 from actors.serve.app import build_app
 from actors.serve.logs import LOGGING
 from actors.serve.proxy_errors import CALLBACK
-from loraseg import config as configuration
 from loraseg.errors import StageError
 from loraseg.serving.config import ServiceConfig
 from loraseg.serving.listen import ListenAddress, ServeConfig, StopSignal
@@ -43,7 +42,7 @@ def serve_until_signal(serve_config: ServeConfig, on_ready: Callable[[str], None
         StageError: The application does not start.
     """
     address = serve_config.address().with_free_port()
-    config = configuration.project(serve_config, ServiceConfig)
+    config = serve_config.service()
     for name, value in {**CALLBACK, **_RAY_WORKER_ENV}.items():
         os.environ.setdefault(name, value)
     is_ours = connect(cpus=_cpus(config))

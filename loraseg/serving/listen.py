@@ -3,7 +3,7 @@
 import signal
 import socket
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import FrameType
 
@@ -75,6 +75,12 @@ class ServeConfig(ServiceConfig):
     host: str = "127.0.0.1"
     port: int = 8000
     open_to_all: bool = False
+
+    def service(self) -> ServiceConfig:
+        """Return the endpoint's settings without the address."""
+        return ServiceConfig(
+            **{item.name: getattr(self, item.name) for item in fields(ServiceConfig)}
+        )
 
     def address(self) -> ListenAddress:
         """Return the address.

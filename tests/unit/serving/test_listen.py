@@ -2,7 +2,8 @@ import signal
 
 import pytest
 
-from loraseg.serving.listen import ListenAddress, StopSignal
+from loraseg.serving.config import ServiceConfig
+from loraseg.serving.listen import ListenAddress, ServeConfig, StopSignal
 
 
 @pytest.fixture
@@ -41,3 +42,8 @@ def test_port_0_stands_for_a_free_port():
     assert address.port > 0
     with address.bind() as bound:
         assert bound.getsockname() == (address.host, address.port)
+
+
+def test_service_settings_of_a_serve_config():
+    options = {"libraries": {"main": "s3://bucket/adapters"}, "batch": 2, "tokens": "tokens.yaml"}
+    assert ServeConfig(port=1, **options).service() == ServiceConfig(**options)
