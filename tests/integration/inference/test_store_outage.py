@@ -1,4 +1,4 @@
-"""The engine over S3: the store goes away, comes back, and loses what it had promised."""
+"""The local engine over S3: the store is down, comes back, and loses a blob."""
 
 import asyncio
 import time
@@ -52,7 +52,7 @@ def wait_until(condition):
         time.sleep(0.1)
 
 
-def test_what_is_at_hand_is_served_through_an_outage_and_the_rest_after_it(
+def test_loaded_adapters_are_served_during_an_outage_and_the_others_after_it(
     proxy, uri, models, monkeypatch
 ):
     monkeypatch.setattr(LibraryWatcher, "UNREACHABLE_QUARANTINE_S", 1.0)
@@ -74,14 +74,14 @@ def test_what_is_at_hand_is_served_through_an_outage_and_the_rest_after_it(
             assert len(view.adapters) == len(DOMAINS)
         wait_until(lambda: asyncio.run(engine.catalog("main")).problem is None)
         wait_until(lambda: not asyncio.run(engine.refresh("main")).adapters[0].unavailable)
-        time.sleep(2.5)  # the segmenter, too, leaves the store alone for a moment
+        time.sleep(2.5)  # the adapter loader does not contact the store for 2 s
         after = segment(engine, "day", only={"day"}, timeout_s=60.0)
         assert [part.name for part in after.explanation.adapters] == ["day"]
         entry = Library(open_store(uri)).rollback("fog", 1)
         assert before.explanation.adapters[0].digest == entry.digest
 
 
-def test_a_blob_that_the_store_lost_takes_one_adapter_out_until_it_is_published_anew(
+def test_a_lost_blob_takes_one_adapter_out_of_service_until_it_is_published_again(
     uri, models, s3_env
 ):
     library, store = Library(open_store(uri)), open_store(uri)
@@ -92,16 +92,14 @@ def test_a_blob_that_the_store_lost_takes_one_adapter_out_until_it_is_published_
     everything = AdaptiveSettings(k=4, temperature=3.0)
     with build_local_engine(service_config(models, {"main": uri})) as engine:
         assert engine.wait_until_ready(120.0)
-        outcome = segment(engine, "day", settings=everything, timeout_s=120.0)
-        names = {part.name for part in outcome.explanation.adapters}
+        result = segment(engine, "day", settings=everything, timeout_s=120.0)
+        names = {part.name for part in result.explanation.adapters}
         assert names == set(DOMAINS) - {"day"}
-        assert [(s.name, s.reason) for s in outcome.skipped] == [
-            ("day", "a stored file is missing")
-        ]
+        assert [(s.name, s.reason) for s in result.skipped] == [("day", "a stored file is missing")]
         library.publish("day", files, card)  # restores the blob, publishes nothing new
         asyncio.run(engine.refresh("main"))
-        outcome = segment(engine, "day", settings=everything, timeout_s=120.0)
+        result = segment(engine, "day", settings=everything, timeout_s=120.0)
         known = {entry.name: entry.digest for entry in library.entries()}
-        used = {part.name: part.digest for part in outcome.explanation.adapters}
+        used = {part.name: part.digest for part in result.explanation.adapters}
         assert used == known
-        assert outcome.skipped == ()
+        assert result.skipped == ()

@@ -24,7 +24,7 @@ def encoder(models):
 
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):
-    """Nothing on this machine's disk yet."""
+    """An empty cache folder."""
     monkeypatch.setenv("LORASEG_CACHE", str(tmp_path / "cache"))
 
 
@@ -37,5 +37,5 @@ def published(tmp_path_factory, base, encoder):
 
 @pytest.fixture
 def folder(tmp_path, published, own_cache):
-    """A library of four adapters, to be spoilt at will."""
+    """A copy of a library of four adapters that a test may damage."""
     return shutil.copytree(published, tmp_path / "library")

@@ -1,4 +1,4 @@
-"""A pool of adapters to choose from, with methods B.4 in plain Python."""
+"""A retriever in plain Python: SemLA's distance-based adapter weighting."""
 
 import math
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ def softmax_of_inverse(distances, temperature):
 
 
 class NaiveRetriever:
-    """Keeps count of its searches."""
+    """Records the number of queries of each search."""
 
     def __init__(self, entries, centroids):
         self._known = list(zip(entries, centroids, strict=True))

@@ -55,7 +55,7 @@ def wait_until(condition):
     raise AssertionError("it never came true")
 
 
-def test_the_latest_stay_within_the_budget():
+def test_most_recently_used_adapters_stay_within_the_limit():
     loader = Loader()
     cache = AdapterCache(loader, limit_bytes=2 * ONE)
     for number in (0, 1, 0, 2, 0, 1):
@@ -65,12 +65,12 @@ def test_the_latest_stay_within_the_budget():
     assert len(cache) == 2
 
 
-def test_what_is_kept_is_the_very_same_adapter():
+def test_a_hit_returns_the_same_object():
     cache = AdapterCache(Loader(), limit_bytes=2 * ONE)
     assert cache(make_entry(1)) is cache(make_entry(1))
 
 
-def test_an_adapter_larger_than_the_budget_is_served():
+def test_an_adapter_larger_than_the_limit_is_returned():
     loader = Loader()
     cache = AdapterCache(loader, limit_bytes=1)
     for number in (0, 1, 1):
@@ -79,7 +79,7 @@ def test_an_adapter_larger_than_the_budget_is_served():
     assert loader.loads == ["a0", "a1"]
 
 
-def test_a_name_that_moves_on_never_yields_old_weights():
+def test_a_new_version_of_a_name_never_gives_the_old_weights():
     loader = Loader()
     cache = AdapterCache(loader)
     old, new = Entry("a1", f"{1:064x}", 1), Entry("a2", f"{2:064x}", 2)
@@ -87,7 +87,7 @@ def test_a_name_that_moves_on_never_yields_old_weights():
     assert cache(new).digest == new.digest
 
 
-def test_two_names_of_the_same_files_share_their_memory():
+def test_two_names_of_the_same_files_share_memory():
     loader = Loader()
     cache = AdapterCache(loader)
     twin = Entry("twin", make_entry(1).digest)
@@ -95,7 +95,7 @@ def test_two_names_of_the_same_files_share_their_memory():
     assert loader.loads == ["a1"]
 
 
-def test_figures_add_up():
+def test_stats_count_hits_misses_and_evictions():
     loader = Loader()
     loader.broken = {"a9"}
     cache = AdapterCache(loader, limit_bytes=2 * ONE)
@@ -110,7 +110,7 @@ def test_figures_add_up():
     assert stats.load_seconds > 0
 
 
-def test_held_adapters_are_never_evicted_and_the_rest_makes_room_afterwards():
+def test_held_adapters_are_not_evicted_until_they_are_released():
     loader = Loader()
     cache = AdapterCache(loader, limit_bytes=2 * ONE)
     with cache.hold([make_entry(n) for n in range(4)]) as adapters:
@@ -119,13 +119,13 @@ def test_held_adapters_are_never_evicted_and_the_rest_makes_room_afterwards():
         cache(make_entry(4))
         assert cache.size_bytes == 5 * ONE
         cache(make_entry(5))
-        assert cache.size_bytes == 5 * ONE, "what nobody holds goes, what is held stays"
+        assert cache.size_bytes == 5 * ONE, "held adapters stay, the others are evicted"
         assert [cache(make_entry(n)) is adapters[n] for n in range(4)] == [True] * 4
     assert cache.size_bytes == 2 * ONE
     assert len(loader.loads) == 6
 
 
-def test_an_adapter_stays_until_its_last_holder_lets_go():
+def test_an_adapter_stays_until_its_last_holder_releases_it():
     cache = AdapterCache(Loader(), limit_bytes=ONE)
     outer = ExitStack()
     [held] = outer.enter_context(cache.hold([make_entry(1)]))
@@ -138,14 +138,14 @@ def test_an_adapter_stays_until_its_last_holder_lets_go():
     assert cache(make_entry(1)) is not held
 
 
-def test_an_error_in_the_block_lets_go_too():
+def test_an_error_in_the_block_releases_the_adapters():
     cache = AdapterCache(Loader(), limit_bytes=ONE)
     with pytest.raises(ValueError, match="a bug"), cache.hold([make_entry(0), make_entry(1)]):
         raise ValueError("a bug")
     assert cache.size_bytes == ONE
 
 
-def test_all_that_cannot_be_loaded_is_told_at_once_and_nothing_stays_held():
+def test_all_failed_loads_are_reported_together_and_nothing_stays_held():
     loader = Loader()
     loader.broken = {"a1", "a3"}
     cache = AdapterCache(loader, limit_bytes=ONE)
@@ -166,7 +166,7 @@ def test_all_that_cannot_be_loaded_is_told_at_once_and_nothing_stays_held():
         assert len(adapters) == 4
 
 
-def test_the_error_travels_between_processes():
+def test_the_error_can_be_pickled():
     failure = AdapterFailure.from_error(make_entry(1), IntegrityError("other bytes"))
     error = AdapterUnavailableError([failure])
     again = pickle.loads(pickle.dumps(error))
@@ -175,7 +175,7 @@ def test_the_error_travels_between_processes():
     assert again.failures == (failure,)
 
 
-def test_threads_that_want_one_adapter_load_it_once():
+def test_threads_that_need_the_same_adapter_load_it_once():
     loader = Loader()
     cache = AdapterCache(loader)
     # The load ends only when all the others have come and wait for it.
@@ -186,7 +186,7 @@ def test_threads_that_want_one_adapter_load_it_once():
     assert all(adapter is found[0] for adapter in found)
 
 
-def test_different_adapters_load_side_by_side():
+def test_different_adapters_are_loaded_in_parallel():
     loader = Loader()
     meeting = threading.Barrier(3, timeout=TIMEOUT_S)
     loader.before = dict.fromkeys(("a1", "a2", "a3"), meeting.wait)
@@ -195,7 +195,7 @@ def test_different_adapters_load_side_by_side():
     assert [adapter.name for adapter in found] == ["a1", "a2", "a3"]
 
 
-def test_a_failed_load_is_told_to_all_who_wait_and_leaves_nothing():
+def test_a_failed_load_raises_in_all_waiting_threads_and_keeps_nothing():
     loader = Loader()
     loader.broken = {"a1"}
     cache = AdapterCache(loader)
@@ -229,7 +229,7 @@ def test_when_the_loading_thread_is_interrupted_another_takes_over():
         assert second.result(TIMEOUT_S).name == "a1"
 
 
-def test_an_adapter_that_others_wait_for_is_not_evicted_before_they_have_it():
+def test_an_adapter_is_not_evicted_before_waiting_threads_have_it():
     loader = Loader()
     cache = AdapterCache(loader, limit_bytes=1)
     loader.before["a1"] = lambda: wait_until(lambda: cache.stats().hits == 1)
@@ -249,7 +249,7 @@ def _hold_and_yield(cache):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_many_threads_in_any_order(seed):
+def test_concurrent_holds_keep_the_counters_consistent(seed):
     """Random holds in opposite orders, failing loads, a budget far too small for all of it."""
     loader = Loader()
     loader.broken = {"a11"}

@@ -30,33 +30,33 @@ def make_ref(library, name):
     return AdapterRef.from_entry("main", library.entry(name))
 
 
-def test_gives_the_published_weights_under_the_published_name(folder, library, base):
-    _, source = make_loader(folder, base)
+def test_returns_the_published_weights_under_the_published_name(folder, library, base):
+    _, loader = make_loader(folder, base)
     files, _ = library.load("fog")
     known = pack(load_adapter(files, name="fog"))
-    packed = source(make_ref(library, "fog"))
+    packed = loader(make_ref(library, "fog"))
     assert (packed.name, packed.digest, packed.base_digest) == ("fog", known.digest, base.digest)
     for shape, block in known.blocks.items():
         assert torch.equal(packed.blocks[shape].up, block.up)
         assert torch.equal(packed.blocks[shape].down, block.down)
 
 
-def test_one_that_was_fetched_needs_no_store_any_more(folder, library, base):
-    store, source = make_loader(folder, base)
-    source(make_ref(library, "fog"))
+def test_a_fetched_adapter_needs_no_store(folder, library, base):
+    store, loader = make_loader(folder, base)
+    loader(make_ref(library, "fog"))
     store.is_on = False
-    assert source(make_ref(library, "fog")).name == "fog"
+    assert loader(make_ref(library, "fog")).name == "fog"
     with pytest.raises(StoreError):
-        source(make_ref(library, "day"))
+        loader(make_ref(library, "day"))
 
 
 def test_an_older_generation_can_still_be_read(folder, library, base):
-    _, source = make_loader(folder, base)
+    _, loader = make_loader(folder, base)
     old = make_ref(library, "fog")
     files, card = library.load("day")
     library.publish("fog", files, replace(card, name="fog"))
-    assert source(old).digest == old.digest
-    assert source(make_ref(library, "fog")).digest == make_ref(library, "day").digest
+    assert loader(old).digest == old.digest
+    assert loader(make_ref(library, "fog")).digest == make_ref(library, "day").digest
 
 
 @pytest.mark.parametrize("damage", ["flipped", "short", "other"])
@@ -67,33 +67,33 @@ def test_a_blob_with_other_bytes_is_refused(folder, library, base, damage):
     assert len(other) == len(whole)
     spoiled = {"flipped": whole[:-1] + bytes([whole[-1] ^ 1]), "short": whole[:-1], "other": other}
     path.write_bytes(spoiled[damage])
-    _, source = make_loader(folder, base)
+    _, loader = make_loader(folder, base)
     with pytest.raises(IntegrityError, match="damaged"):
-        source(make_ref(library, "fog"))
-    assert source(make_ref(library, "day")).name == "day"
+        loader(make_ref(library, "fog"))
+    assert loader(make_ref(library, "day")).name == "day"
     path.write_bytes(whole)
-    assert source(make_ref(library, "fog")).name == "fog"
+    assert loader(make_ref(library, "fog")).name == "fog"
 
 
 def test_missing_blobs_and_records_are_refused(folder, library, base):
-    _, source = make_loader(folder, base)
+    _, loader = make_loader(folder, base)
     fog, day = make_ref(library, "fog"), make_ref(library, "day")
     blob_paths(folder, library, "fog")[WEIGHTS].unlink()
     (folder / "adapters" / "day" / "1.json").unlink()
     for ref in (fog, day):
         with pytest.raises(IntegrityError, match="missing"):
-            source(ref)
+            loader(ref)
 
 
 def test_an_adapter_of_another_base_is_refused_before_it_is_fetched(folder, library, base):
-    store, source = make_loader(folder, base)
+    store, loader = make_loader(folder, base)
     store.is_on = False
     ref = replace(make_ref(library, "fog"), base_digest="ff" * 32)
     with pytest.raises(AdapterMismatchError, match="'fog' was trained on base ffff"):
-        source(ref)
+        loader(ref)
 
 
-def test_what_is_whole_but_does_not_fit_the_model_is_refused(folder, library, base):
+def test_undamaged_files_that_do_not_fit_the_model_are_refused(folder, library, base):
     from loraseg.adapters.peft_io import to_peft_files
 
     _, card = library.load("fog")
@@ -104,29 +104,27 @@ def test_what_is_whole_but_does_not_fit_the_model_is_refused(folder, library, ba
         "renamed": to_peft_files(renamed, base_digest=base.digest),
         "nonsense": {"adapter_config.json": b"{}", WEIGHTS: b"nonsense"},
     }
-    _, source = make_loader(folder, base)
+    _, loader = make_loader(folder, base)
     for name, files in cases.items():
         library.publish(name, files, replace(card, name=name))
         with pytest.raises(AdapterMismatchError, match=f"'{name}'"):
-            source(make_ref(library, name))
+            loader(make_ref(library, name))
 
 
-def test_a_store_that_could_not_be_reached_is_left_alone_for_a_moment(
-    folder, library, base, monkeypatch
-):
-    store, source = make_loader(folder, base)
+def test_an_unreachable_store_is_not_contacted_again_at_once(folder, library, base, monkeypatch):
+    store, loader = make_loader(folder, base)
     store.is_on = False
     with pytest.raises(StoreError, match="refused"):
-        source(make_ref(library, "fog"))
+        loader(make_ref(library, "fog"))
     store.is_on = True
     with pytest.raises(StoreError, match="'main': its store could not be reached a moment ago"):
-        source(make_ref(library, "fog"))
+        loader(make_ref(library, "fog"))
     monkeypatch.setattr(AdapterLoader, "CIRCUIT_OPEN_S", 0.0)
-    _, source = make_loader(folder, base)
-    assert source(make_ref(library, "fog")).name == "fog"
+    _, loader = make_loader(folder, base)
+    assert loader(make_ref(library, "fog")).name == "fog"
 
 
-def test_reasons_are_words_for_clients(library):
+def test_reasons_for_clients_contain_no_locations(library):
     ref = make_ref(library, "fog")
     caused = IntegrityError("s3://bucket/key is missing")
     caused.__cause__ = ObjectNotFoundError("s3://bucket/key")
@@ -144,7 +142,7 @@ def test_reasons_are_words_for_clients(library):
     assert len({AdapterFailure.from_error(ref, error).reason for error in errors.values()}) == 4
 
 
-def test_the_error_travels_between_processes(library):
+def test_the_error_can_be_pickled(library):
     import pickle
 
     failures = tuple(

@@ -21,7 +21,7 @@ def make(number, size=64):
     return pack(Adapter(name=str(number), pairs=pairs, digest=f"{number:064x}"))
 
 
-def test_gives_back_what_was_put_to_any_process(tmp_path):
+def test_an_adapter_can_be_read_by_another_instance(tmp_path):
     folder = AdapterDiskCache(tmp_path / "packed")
     assert folder.get(make(1).digest) is None
     folder.put(make(1))
@@ -29,7 +29,7 @@ def test_gives_back_what_was_put_to_any_process(tmp_path):
     assert torch.equal(again.blocks[64, 64].down, make(1).blocks[64, 64].down)
 
 
-def test_the_longest_unused_go_first(tmp_path):
+def test_least_recently_used_files_are_deleted_first(tmp_path):
     one = AdapterDiskCache(tmp_path / "size")
     one.put(make(0))
     size = next((tmp_path / "size").iterdir()).stat().st_size
@@ -43,7 +43,7 @@ def test_the_longest_unused_go_first(tmp_path):
     assert torch.equal(kept[1].blocks[64, 64].down, make(1).blocks[64, 64].down)
 
 
-def test_a_damaged_or_exchanged_file_counts_as_missing(tmp_path, caplog):
+def test_a_damaged_or_renamed_file_counts_as_missing(tmp_path, caplog):
     folder = AdapterDiskCache(tmp_path)
     folder.put(make(1))
     path = tmp_path / f"{1:064x}.safetensors"
@@ -55,7 +55,7 @@ def test_a_damaged_or_exchanged_file_counts_as_missing(tmp_path, caplog):
     assert "not usable" in caplog.text
 
 
-def test_a_disk_that_cannot_be_written_costs_only_time(tmp_path, caplog):
+def test_without_a_writable_disk_the_adapter_stays_in_memory(tmp_path, caplog):
     (tmp_path / "packed").write_text("a file where the folder should be")
     packed = AdapterDiskCache(tmp_path / "packed").put(make(1))
     assert packed.digest == f"{1:064x}"
@@ -63,12 +63,12 @@ def test_a_disk_that_cannot_be_written_costs_only_time(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("digest", ["../../etc/passwd", "", "A" * 64, "a" * 63, "a" * 64 + "\n"])
-def test_only_digests_name_files(tmp_path, digest):
+def test_only_digests_are_file_names(tmp_path, digest):
     with pytest.raises(IntegrityError, match="64 hex digits"):
         AdapterDiskCache(tmp_path).get(digest)
 
 
-def test_what_killed_writers_left_goes_with_time(tmp_path):
+def test_old_partial_files_are_deleted(tmp_path):
     folder = AdapterDiskCache(tmp_path)
     old, new = (tmp_path / f".{2:064x}.safetensors.{end}" for end in ("old", "new"))
     for path in (old, new):
@@ -78,7 +78,7 @@ def test_what_killed_writers_left_goes_with_time(tmp_path):
     assert (old.exists(), new.exists()) == (False, True)
 
 
-def test_a_folder_that_cannot_be_written_still_serves(tmp_path, monkeypatch):
+def test_a_read_only_folder_can_be_read(tmp_path, monkeypatch):
     folder = AdapterDiskCache(tmp_path)
     folder.put(make(1))
 
@@ -92,7 +92,7 @@ def test_a_folder_that_cannot_be_written_still_serves(tmp_path, monkeypatch):
 TIMEOUT_S = 60
 ROOT = Path(__file__).parents[3]
 DIGEST = f"{1:064x}"
-# Says when it has begun to make the adapter, and makes it when its standard input is closed.
+# Prints a line, then creates the adapter when its standard input is closed.
 FETCH = """
 import sys
 from pathlib import Path
@@ -130,13 +130,13 @@ for _ in range(100):
 """
 
 
-def refuse_to_make():
-    raise AssertionError("it is there already")
+def refuse_to_create():
+    raise AssertionError("it exists already")
 
 
 @pytest.fixture
 def other_process(tmp_path):
-    """Another process that is just making adapter 1."""
+    """A process that is creating adapter 1."""
     with subprocess.Popen(
         [sys.executable, "-c", FETCH, str(tmp_path)],
         stdin=subprocess.PIPE,
@@ -164,17 +164,17 @@ def test_one_process_at_a_time_creates_an_adapter(tmp_path):
     assert (tmp_path / "counter").read_text() == str(3 * 100)
 
 
-def test_what_is_fetched_is_made_once_and_then_mapped(tmp_path):
+def test_an_adapter_is_created_once_and_then_mapped(tmp_path):
     folder = AdapterDiskCache(tmp_path / "packed")
     made = folder.get_or_create(DIGEST, lambda: make(1))
-    again = AdapterDiskCache(tmp_path / "packed").get_or_create(DIGEST, refuse_to_make)
+    again = AdapterDiskCache(tmp_path / "packed").get_or_create(DIGEST, refuse_to_create)
     for packed in (made, again):
         assert packed.digest == DIGEST
         assert torch.equal(packed.blocks[64, 64].down, make(1).blocks[64, 64].down)
     assert files(tmp_path / "packed") == [f"{DIGEST}.safetensors"]
 
 
-def test_threads_that_want_one_adapter_make_it_once(tmp_path):
+def test_threads_that_need_the_same_adapter_create_it_once(tmp_path):
     started, made = threading.Barrier(8, timeout=TIMEOUT_S), []
 
     def slowly():
@@ -192,9 +192,9 @@ def test_threads_that_want_one_adapter_make_it_once(tmp_path):
     assert made == [1]
 
 
-def test_others_wait_for_the_process_that_makes_it(tmp_path, other_process):
+def test_others_wait_for_the_process_that_creates_it(tmp_path, other_process):
     with ThreadPoolExecutor(1) as thread:
-        waiting = thread.submit(AdapterDiskCache(tmp_path).get_or_create, DIGEST, refuse_to_make)
+        waiting = thread.submit(AdapterDiskCache(tmp_path).get_or_create, DIGEST, refuse_to_create)
         other_process.stdin.close()
         assert waiting.result(TIMEOUT_S).digest == DIGEST
     assert other_process.stdout.readline() == f"fetched {DIGEST}\n"
@@ -202,17 +202,17 @@ def test_others_wait_for_the_process_that_makes_it(tmp_path, other_process):
     assert files(tmp_path) == [f"{DIGEST}.safetensors"]
 
 
-def test_other_adapters_need_not_wait(tmp_path):
+def test_other_adapters_do_not_wait(tmp_path):
     folder = AdapterDiskCache(tmp_path)
 
-    def fetch_another_meanwhile():
+    def create_another():
         assert folder.get_or_create(f"{2:064x}", lambda: make(2)).digest == f"{2:064x}"
         return make(1)
 
-    assert folder.get_or_create(DIGEST, fetch_another_meanwhile).digest == DIGEST
+    assert folder.get_or_create(DIGEST, create_another).digest == DIGEST
 
 
-def test_when_the_process_that_makes_it_is_killed_another_takes_over(tmp_path, other_process):
+def test_another_process_takes_over_when_the_creating_one_is_killed(tmp_path, other_process):
     began = threading.Event()
 
     def take_over():
@@ -228,7 +228,7 @@ def test_when_the_process_that_makes_it_is_killed_another_takes_over(tmp_path, o
     assert files(tmp_path) == [f"{DIGEST}.safetensors"]
 
 
-def test_a_process_that_is_stuck_delays_but_does_not_block(tmp_path, other_process, caplog):
+def test_a_stopped_process_delays_others_only_until_the_timeout(tmp_path, other_process, caplog):
     os.kill(other_process.pid, signal.SIGSTOP)
     folder = AdapterDiskCache(tmp_path, lock_timeout_s=0.1)
     assert folder.get_or_create(DIGEST, lambda: make(1)).digest == DIGEST
@@ -267,7 +267,7 @@ def test_an_error_while_creating_frees_the_lock(tmp_path):
         assert lock.is_locked
 
 
-def test_a_failure_is_told_and_the_next_one_tries_again(tmp_path):
+def test_an_error_is_raised_and_the_next_call_tries_again(tmp_path):
     def fail():
         raise StoreError("the store is down")
 
@@ -278,14 +278,14 @@ def test_a_failure_is_told_and_the_next_one_tries_again(tmp_path):
     assert folder.get_or_create(DIGEST, lambda: make(1)).digest == DIGEST
 
 
-def test_what_was_made_must_be_what_was_asked_for(tmp_path):
+def test_a_created_adapter_with_another_digest_is_refused(tmp_path):
     with pytest.raises(IntegrityError, match=f"got digest {2:064x}, expected {DIGEST}"):
         AdapterDiskCache(tmp_path).get_or_create(DIGEST, lambda: make(2))
     assert files(tmp_path) == []
 
 
 @pytest.mark.parametrize("place", [0, 200, -1])
-def test_a_damaged_file_is_made_anew(tmp_path, place):
+def test_a_damaged_file_is_created_again(tmp_path, place):
     folder = AdapterDiskCache(tmp_path)
     folder.put(make(1))
     path = tmp_path / f"{DIGEST}.safetensors"
@@ -294,17 +294,17 @@ def test_a_damaged_file_is_made_anew(tmp_path, place):
     path.write_bytes(content)
     made = folder.get_or_create(DIGEST, lambda: make(1))
     assert torch.equal(made.blocks[64, 64].down, make(1).blocks[64, 64].down)
-    assert folder.get_or_create(DIGEST, refuse_to_make).digest == DIGEST
+    assert folder.get_or_create(DIGEST, refuse_to_create).digest == DIGEST
 
 
-def test_without_a_disk_it_is_made_each_time(tmp_path, caplog):
+def test_without_a_disk_an_adapter_is_created_each_time(tmp_path, caplog):
     (tmp_path / "packed").write_text("a file where the folder should be")
     made = AdapterDiskCache(tmp_path / "packed").get_or_create(DIGEST, lambda: make(1))
     assert torch.equal(made.blocks[64, 64].down, make(1).blocks[64, 64].down)
     assert "not kept" in caplog.text
 
 
-def test_several_writers_together_keep_near_the_limit(tmp_path):
+def test_several_writers_stay_close_to_the_limit(tmp_path):
     AdapterDiskCache(tmp_path).put(make(0))
     size = next(tmp_path.iterdir()).stat().st_size
     writers = [AdapterDiskCache(tmp_path, limit_bytes=64 * size) for _ in range(3)]

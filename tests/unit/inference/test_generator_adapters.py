@@ -1,4 +1,4 @@
-"""Generator adapters from disk: what lies beside peft's files, and what is refused."""
+"""Generator adapters from folders and libraries, and those that are refused."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def write(folder, contents):
     return str(folder)
 
 
-def test_a_folder_with_all_that_goes_with_it(tmp_path):
+def test_a_folder_with_card_and_attention_mix(tmp_path):
     active = card(recipe={ACTIVE_ADAPTERS_KEY: ["ef" * 32]})
     place = write(tmp_path / "a", {**files(), "card.json": active.to_bytes()})
     loaded = load_generator_adapter(place, tiny_base(), weight=0.5)
@@ -46,7 +46,7 @@ def test_a_folder_with_all_that_goes_with_it(tmp_path):
     assert got.attention_mix.tensors.keys() == FUSION.keys()
 
 
-def test_a_bare_folder(tmp_path):
+def test_a_folder_with_only_peft_files(tmp_path):
     loaded = load_generator_adapter(write(tmp_path / "b", files(None, fused=False)), tiny_base())
     assert loaded.card is None
     assert loaded.adapter.attention_mix is None
@@ -70,12 +70,12 @@ def test_a_library(tmp_path):
 
 
 @pytest.mark.parametrize("spec", ["nowhere", "lib#", "#name", "lib#name@", "lib#name@-1"])
-def test_specs_that_are_none(spec):
+def test_invalid_specs_are_refused(spec):
     with pytest.raises(ConfigError, match=r"no such folder|expected a number"):
         load_generator_adapter(spec, tiny_base())
 
 
-def test_others_are_refused(tmp_path):
+def test_adapters_of_other_roles_and_bases_are_refused(tmp_path):
     other = "cd" * 32
     cases = {
         "config": (files(other), AdapterMismatchError, "trained on base cdcdcdcdcdcd"),

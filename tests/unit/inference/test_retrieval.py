@@ -21,20 +21,20 @@ def library(folder):
 
 
 @pytest.fixture
-def taste(base, encoder):
+def adapter_filter(base, encoder):
     return AdapterFilter(base_digest=base.digest, encoder_id=encoder.encoder_id)
 
 
 @pytest.fixture
-def live(library, taste):
-    live = LibraryWatcher(library, name="main", adapter_filter=taste, poll_s=60.0)
-    live.refresh()
-    return live
+def watcher(library, adapter_filter):
+    watcher = LibraryWatcher(library, name="main", adapter_filter=adapter_filter, poll_s=60.0)
+    watcher.refresh()
+    return watcher
 
 
 @pytest.fixture
-def stage(encoder, live):
-    return RetrievalStage(encoder, {"main": live})
+def stage(encoder, watcher):
+    return RetrievalStage(encoder, {"main": watcher})
 
 
 def make_request(domain="fog", *, library="main", image=None, visible=None, failed=(), **wanted):
@@ -49,13 +49,13 @@ def make_request(domain="fog", *, library="main", image=None, visible=None, fail
     )
 
 
-def make_failure(live, name, kind="damaged"):
-    entry = live.snapshot().entries[name]
+def make_failure(watcher, name, kind="damaged"):
+    entry = watcher.snapshot().entries[name]
     return AdapterFailure(name, entry.version, entry.digest, "words", kind)
 
 
-def adapter_names(picked):
-    return [part.entry.name for part in picked.adapters]
+def adapter_names(selection):
+    return [part.entry.name for part in selection.adapters]
 
 
 def retrieve_error(stage, one):
@@ -64,22 +64,22 @@ def retrieve_error(stage, one):
     return error
 
 
-def test_picks_what_the_library_retrieves(stage, library, encoder):
+def test_selects_what_the_library_retrieves(stage, library, encoder):
     retriever = AdapterRetriever(library.entries(), encoder_id=encoder.encoder_id)
     for domain in DOMAINS:
-        [picked] = stage.retrieve([make_request(domain)])
+        [selection] = stage.retrieve([make_request(domain)])
         [embedding] = encoder.encode_images([domain_images(domain, 1)[0]])
         known = retriever.retrieve(embedding, SETTINGS.k, SETTINGS.temperature)
-        assert [(p.entry.name, p.weight, p.distance) for p in picked.adapters] == [
+        assert [(p.entry.name, p.weight, p.distance) for p in selection.adapters] == [
             (near.entry.name, near.weight, near.distance) for near in known
         ]
-        assert {type(part.entry) for part in picked.adapters} == {AdapterRef}
-        assert (picked.generation, picked.attention, picked.skipped) == (4, "active", ())
-        assert set(picked.timing_ms) == {"embed", "retrieve"}
+        assert {type(part.entry) for part in selection.adapters} == {AdapterRef}
+        assert (selection.generation, selection.attention, selection.skipped) == (4, "active", ())
+        assert set(selection.timing_ms) == {"embed", "retrieve"}
 
 
-def test_an_image_gets_the_same_numbers_in_any_company(stage):
-    asks = [
+def test_a_selection_does_not_depend_on_the_batch(stage):
+    requests = [
         make_request("fog"),
         make_request("day", settings=AdaptiveSettings(k=3, temperature=1.0)),
         make_request("night", settings=AdaptiveSettings(mode="uniform")),
@@ -88,9 +88,9 @@ def test_an_image_gets_the_same_numbers_in_any_company(stage):
         make_request("fog", exclude={"fog"}),
         make_request("fog", visible=("d*",)),
     ]
-    together = stage.retrieve(asks)
-    alone = [stage.retrieve([one])[0] for one in asks]
-    assert [picked for picked in together] == [picked for picked in alone]
+    together = stage.retrieve(requests)
+    alone = [stage.retrieve([one])[0] for one in requests]
+    assert [selection for selection in together] == [selection for selection in alone]
     assert adapter_names(together[3]) == ["day", "fog"] or adapter_names(together[3]) == [
         "fog",
         "day",
@@ -101,10 +101,10 @@ def test_an_image_gets_the_same_numbers_in_any_company(stage):
     assert set(adapter_names(together[6])) == {"day", "dusk"}
 
 
-def test_embedding_together_changes_no_more_than_the_last_bits(encoder, live):
-    asks = [make_request(domain) for domain in DOMAINS]
-    apart = RetrievalStage(encoder, {"main": live}).retrieve(asks)
-    together = RetrievalStage(encoder, {"main": live}, embed_together=True).retrieve(asks)
+def test_embedding_together_changes_only_the_last_bits(encoder, watcher):
+    requests = [make_request(domain) for domain in DOMAINS]
+    apart = RetrievalStage(encoder, {"main": watcher}).retrieve(requests)
+    together = RetrievalStage(encoder, {"main": watcher}, embed_together=True).retrieve(requests)
     for one, other in zip(apart, together, strict=True):
         assert adapter_names(one) == adapter_names(other)
         for mine, theirs in zip(one.adapters, other.adapters, strict=True):
@@ -112,35 +112,36 @@ def test_embedding_together_changes_no_more_than_the_last_bits(encoder, live):
 
 
 @pytest.mark.parametrize("together", [False, True])
-def test_one_bad_ask_never_hurts_the_others(encoder, live, together):
-    stage = RetrievalStage(encoder, {"main": live}, embed_together=together)
+def test_an_invalid_request_does_not_affect_the_others(encoder, watcher, together):
+    stage = RetrievalStage(encoder, {"main": watcher}, embed_together=together)
     bad = {
         1: (make_request(image=np.zeros((4, 4), np.uint8)), DatasetError),
         2: (make_request(library="other"), ServiceError),
         4: (make_request(only={"fogg"}), AdapterNotFoundError),
     }
-    asks = [bad[i][0] if i in bad else make_request("night") for i in range(6)]
+    requests = [bad[i][0] if i in bad else make_request("night") for i in range(6)]
     [good] = stage.retrieve([make_request("night")])
-    for index, answer in enumerate(stage.retrieve(asks)):
+    for index, result in enumerate(stage.retrieve(requests)):
         if index in bad:
-            assert isinstance(answer, bad[index][1])
+            assert isinstance(result, bad[index][1])
         else:
-            assert adapter_names(answer) == adapter_names(good)
+            assert adapter_names(result) == adapter_names(good)
 
 
-def test_an_unknown_library_is_said_with_those_there_are(stage):
+def test_the_error_for_an_unknown_library_lists_the_known_ones(stage):
     error = retrieve_error(stage, make_request(library="mian"))
     assert (error.code, str(error)) == ("no_such_library", "no library 'mian'; there are 'main'")
 
 
-def test_a_library_that_is_not_loaded_yet_is_not_ready(encoder, library, taste):
-    live = LibraryWatcher(library, name="main", adapter_filter=taste, poll_s=60.0)
+def test_a_library_that_is_not_loaded_yet_is_not_ready(encoder, library, adapter_filter):
+    watcher = LibraryWatcher(library, name="main", adapter_filter=adapter_filter, poll_s=60.0)
     assert (
-        retrieve_error(RetrievalStage(encoder, {"main": live}), make_request()).code == "not_ready"
+        retrieve_error(RetrievalStage(encoder, {"main": watcher}), make_request()).code
+        == "not_ready"
     )
 
 
-def test_a_name_that_is_not_visible_is_like_one_that_is_not_there(stage):
+def test_an_invisible_name_gives_the_same_error_as_a_missing_one(stage):
     hidden = retrieve_error(stage, make_request(only={"fog"}, visible=("d*",)))
     absent = retrieve_error(stage, make_request(only={"fag"}, visible=("d*",)))
     assert isinstance(hidden, AdapterNotFoundError)
@@ -149,9 +150,9 @@ def test_a_name_that_is_not_visible_is_like_one_that_is_not_there(stage):
     assert "'fog'" in str(retrieve_error(stage, make_request(only={"fag"})))
 
 
-def test_what_failed_is_left_out_and_reported_to_all_who_may_see_it(stage, live):
+def test_failed_adapters_are_left_out_and_reported_to_clients_that_may_see_them(stage, watcher):
     [before] = stage.retrieve([make_request("fog")])
-    failure = make_failure(live, adapter_names(before)[0])
+    failure = make_failure(watcher, adapter_names(before)[0])
     [again] = stage.retrieve([make_request("fog", failed=[failure])])
     assert failure.name not in adapter_names(again)
     assert len(adapter_names(again)) == SETTINGS.k
@@ -168,25 +169,27 @@ def test_what_failed_is_left_out_and_reported_to_all_who_may_see_it(stage, live)
     assert bare.fallback is None
 
 
-def test_a_forced_adapter_that_is_out_of_service_is_not_replaced(stage, live):
-    live.quarantine(make_failure(live, "fog"))
+def test_a_requested_adapter_that_is_out_of_service_is_not_replaced(stage, watcher):
+    watcher.quarantine(make_failure(watcher, "fog"))
     error = retrieve_error(stage, make_request(only={"fog", "day"}))
     assert (error.code, error.retry_after_s) == (
         "adapters_unavailable",
         LibraryWatcher.BROKEN_QUARANTINE_S,
     )
     assert str(error) == "adapter 'fog' is out of service: words"
-    [picked] = stage.retrieve([make_request(only={"fog", "day"}, exclude={"fog"})])
-    assert adapter_names(picked) == ["day"]
+    [selection] = stage.retrieve([make_request(only={"fog", "day"}, exclude={"fog"})])
+    assert adapter_names(selection) == ["day"]
 
 
-def test_the_base_takes_over_when_all_are_broken_but_not_when_the_store_is_away(stage, live):
+def test_the_base_is_used_if_all_adapters_are_damaged_but_not_if_the_store_is_unreachable(
+    stage, watcher
+):
     for name in DOMAINS:
-        live.quarantine(make_failure(live, name))
-    [picked] = stage.retrieve([make_request()])
-    assert picked.fallback == "every adapter is excluded or out of service"
-    assert (len(picked.skipped), picked.attention) == (4, None)
-    live.quarantine(make_failure(live, "fog", "unreachable"))
+        watcher.quarantine(make_failure(watcher, name))
+    [selection] = stage.retrieve([make_request()])
+    assert selection.fallback == "every adapter is excluded or out of service"
+    assert (len(selection.skipped), selection.attention) == (4, None)
+    watcher.quarantine(make_failure(watcher, "fog", "unreachable"))
     error = retrieve_error(stage, make_request())
     assert (error.code, error.retry_after_s) == (
         "adapters_unavailable",
@@ -194,24 +197,27 @@ def test_the_base_takes_over_when_all_are_broken_but_not_when_the_store_is_away(
     )
 
 
-def test_excluding_all_falls_back_with_a_reason(stage):
-    [picked] = stage.retrieve([make_request(exclude=set(DOMAINS))])
-    assert picked.fallback == "every adapter was excluded"
-    [picked] = stage.retrieve([make_request(visible=())])
-    assert picked.fallback == "every adapter was excluded"
+def test_excluding_all_adapters_falls_back_with_a_reason(stage):
+    [selection] = stage.retrieve([make_request(exclude=set(DOMAINS))])
+    assert selection.fallback == "every adapter was excluded"
+    [selection] = stage.retrieve([make_request(visible=())])
+    assert selection.fallback == "every adapter was excluded"
 
 
-def test_an_empty_library_falls_back_without_embedding(tmp_path, taste):
+def test_an_empty_library_falls_back_without_embedding(tmp_path, adapter_filter):
     class NoEncoder:
         def encode_images(self, images):
             raise AssertionError
 
-    live = LibraryWatcher(
-        Library(open_store(str(tmp_path / "none"))), name="main", adapter_filter=taste, poll_s=60.0
+    watcher = LibraryWatcher(
+        Library(open_store(str(tmp_path / "none"))),
+        name="main",
+        adapter_filter=adapter_filter,
+        poll_s=60.0,
     )
-    live.refresh()
-    [picked] = RetrievalStage(NoEncoder(), {"main": live}).retrieve([make_request()])
-    assert (picked.generation, picked.fallback) == (0, "library 'main' is empty")
+    watcher.refresh()
+    [selection] = RetrievalStage(NoEncoder(), {"main": watcher}).retrieve([make_request()])
+    assert (selection.generation, selection.fallback) == (0, "library 'main' is empty")
 
 
 def test_a_mix_of_too_many_adapters_is_refused(stage, monkeypatch):
@@ -225,19 +231,19 @@ def test_a_mix_of_too_many_adapters_is_refused(stage, monkeypatch):
         assert len(adapter_names(stage.retrieve([make_request(**wanted)])[0])) == 3
 
 
-def test_libraries_are_kept_apart(encoder, live, taste, tmp_path, base):
+def test_libraries_are_kept_apart(encoder, watcher, adapter_filter, tmp_path, base):
     publish(tmp_path / "second", base, encoder, names=("dusk",))
     second = LibraryWatcher(
         Library(open_store(str(tmp_path / "second"))),
         name="second",
-        adapter_filter=taste,
+        adapter_filter=adapter_filter,
         poll_s=60.0,
     )
     second.refresh()
-    stage = RetrievalStage(encoder, {"main": live, "second": second})
+    stage = RetrievalStage(encoder, {"main": watcher, "second": second})
     one, other = stage.retrieve([make_request("fog"), make_request("fog", library="second")])
     assert (adapter_names(other), other.generation) == (["dusk"], 1)
     assert {part.entry.library for part in other.adapters} == {"second"}
     assert {part.entry.library for part in one.adapters} == {"main"}
-    stage.retrieve([make_request("fog", failed=[make_failure(live, "fog")])])
+    stage.retrieve([make_request("fog", failed=[make_failure(watcher, "fog")])])
     assert second.status().quarantined == ()

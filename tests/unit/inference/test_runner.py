@@ -55,10 +55,10 @@ def make_selection(packed, **weights):
     )
 
 
-def make_job(runner, image, choice=BARE, **fields):
+def make_job(runner, image, selection=BARE, **fields):
     """Return a request and its mix."""
     options = {"classes": CLASSES, "query": adapter_query(), **fields}
-    return SegmentRequest(image=image, selection=choice, **options), runner.fuse(choice)
+    return SegmentRequest(image=image, selection=selection, **options), runner.fuse(selection)
 
 
 def run(runner, *jobs):
@@ -70,7 +70,7 @@ def picture(name="day", size=(20, 24)):
 
 
 def run_to_completion(work):
-    """Run a generator; return how often it yielded, and what it returned."""
+    """Exhaust a generator; return its number of yields and its return value."""
     count = 0
     while True:
         try:
@@ -97,7 +97,7 @@ def test_fusing_keeps_order_and_weights(runner, packed):
     assert runner.fuse(AdapterSelection("base")) is None
 
 
-def test_all_adapters_that_cannot_be_used_are_told_with_their_reasons(base, packed):
+def test_all_unusable_adapters_are_reported_with_their_reasons(base, packed):
     def load(entry):
         if entry.name == "day":
             raise StoreError("no connection")
@@ -107,9 +107,9 @@ def test_all_adapters_that_cannot_be_used_are_told_with_their_reasons(base, pack
             return replace(packed["day"], name="night")
         return packed[entry.name]
 
-    choice = make_selection(packed, day=0.25, fog=0.25, night=0.25, dusk=0.25)
+    selection = make_selection(packed, day=0.25, fog=0.25, night=0.25, dusk=0.25)
     with pytest.raises(AdapterUnavailableError) as info:
-        SegmentRunner(Predictor(base), load).fuse(choice)
+        SegmentRunner(Predictor(base), load).fuse(selection)
     assert {failure.name: failure.kind for failure in info.value.failures} == {
         "day": "unreachable",
         "fog": "unfit",
@@ -136,13 +136,13 @@ def test_the_cause_of_an_unusable_adapter_is_kept(base, packed, wrong, error, me
         assert packed["day"].digest in str(info.value.__cause__)
 
 
-def test_an_adapter_that_knows_no_base_is_used(base, packed):
+def test_an_adapter_without_a_base_digest_is_used(base, packed):
     unknown = replace(packed["day"], base_digest=None)
     runner = SegmentRunner(Predictor(base), lambda entry: unknown)
     assert runner.fuse(make_selection(packed, day=1.0)).parts[0][0] is unknown
 
 
-def test_bugs_of_a_loader_are_not_hidden(base, packed):
+def test_unexpected_errors_of_a_loader_are_raised(base, packed):
     def load(entry):
         raise ZeroDivisionError
 
@@ -150,11 +150,11 @@ def test_bugs_of_a_loader_are_not_hidden(base, packed):
         SegmentRunner(Predictor(base), load).fuse(make_selection(packed, day=1.0))
 
 
-def test_the_digests_told_are_of_the_adapters_in_the_mix(runner, packed):
-    """Not those of the catalog: what was used is said, even if it should not have been."""
-    choice = make_selection(packed, day=0.6, fog=0.4)
+def test_the_explanation_has_the_digests_of_the_mixed_adapters(runner, packed):
+    """Not those of the catalog: the explanation reports the weights that were used."""
+    selection = make_selection(packed, day=0.6, fog=0.4)
     other = fuse([packed["night"], packed["dusk"]], [0.9, 0.1])
-    [result] = run(runner, (make_job(runner, picture(), choice)[0], other))
+    [result] = run(runner, (make_job(runner, picture(), selection)[0], other))
     used = result.explanation.adapters
     assert [part.digest for part in used] == [packed["night"].digest, packed["dusk"].digest]
     assert [part.weight for part in used] == [0.9, 0.1]
@@ -166,15 +166,15 @@ def test_the_digests_told_are_of_the_adapters_in_the_mix(runner, packed):
     json.dumps(result.explanation.to_json())
 
 
-def test_mode_and_fallback_of_the_choice_are_told(runner):
-    choice = AdapterSelection("uniform", (), "nothing was published yet")
-    [result] = run(runner, make_job(runner, picture(), choice))
+def test_the_explanation_has_mode_and_fallback_of_the_selection(runner):
+    selection = AdapterSelection("uniform", (), "nothing was published yet")
+    [result] = run(runner, make_job(runner, picture(), selection))
     explanation = result.explanation
     assert (explanation.mode, explanation.fallback) == ("uniform", "nothing was published yet")
     assert (explanation.mix, explanation.adapters) == (None, ())
 
 
-def test_jobs_that_differ_in_everything_give_what_each_gives_alone(runner, packed):
+def test_requests_of_a_batch_give_the_same_results_as_alone(runner, packed):
     fog = make_selection(packed, fog=1.0)
     jobs = [
         make_job(runner, picture("day"), make_selection(packed, day=0.6, night=0.4), maps=BOTH),
@@ -194,9 +194,9 @@ def test_jobs_that_differ_in_everything_give_what_each_gives_alone(runner, packe
 
 
 def test_maps_are_those_of_the_scores(base, runner, packed):
-    choice = make_selection(packed, day=0.5, fog=0.5)
-    [result] = run(runner, make_job(runner, picture(), choice, maps=BOTH, keep_scores=True))
-    [scores] = Predictor(base).predict([picture()], CLASSES, runner.fuse(choice))
+    selection = make_selection(packed, day=0.5, fog=0.5)
+    [result] = run(runner, make_job(runner, picture(), selection, maps=BOTH, keep_scores=True))
+    [scores] = Predictor(base).predict([picture()], CLASSES, runner.fuse(selection))
     expected = pixel_maps(scores, BOTH)
     np.testing.assert_array_equal(result.scores, scores.numpy())
     np.testing.assert_array_equal(result.label_map, expected.label_map)
@@ -204,11 +204,11 @@ def test_maps_are_those_of_the_scores(base, runner, packed):
     np.testing.assert_array_equal(result.entropy, expected.entropy)
 
 
-def test_no_jobs_no_results(runner):
+def test_no_requests_give_no_results(runner):
     assert runner.run([], []) == []
 
 
-def test_what_makes_no_result_is_refused(runner):
+def test_invalid_classes_maps_and_images_are_refused(runner):
     with pytest.raises(ConfigError, match="classes: "):
         run(runner, make_job(runner, picture(), classes=()))
     with pytest.raises(ConfigError, match="maps: got"):
@@ -217,13 +217,13 @@ def test_what_makes_no_result_is_refused(runner):
         run(runner, make_job(runner, picture()[..., :1]))
 
 
-def test_large_images_are_run_in_tiles(base, runner, packed):
+def test_large_images_are_segmented_in_tiles(base, runner, packed):
     image = picture(size=(40, 48))
-    choice = make_selection(packed, day=0.5, night=0.5)
-    work = runner.run_tiled(*make_job(runner, image, choice, maps=BOTH))
+    selection = make_selection(packed, day=0.5, night=0.5)
+    work = runner.run_tiled(*make_job(runner, image, selection, maps=BOTH))
     yields, result = run_to_completion(work)
     expected_yields, expected = run_to_completion(
-        segment_tiled(Predictor(base), image, CLASSES, runner.fuse(choice), BOTH)
+        segment_tiled(Predictor(base), image, CLASSES, runner.fuse(selection), BOTH)
     )
     assert yields == expected_yields > 1
     assert result.tiles == tile_count(40, 48, runner.predictor) > yields
@@ -233,7 +233,7 @@ def test_large_images_are_run_in_tiles(base, runner, packed):
     assert [used.name for used in result.explanation.adapters] == ["day", "night"]
 
 
-def test_other_images_may_run_between_the_tiles_of_a_large_one(runner, packed):
+def test_other_images_can_run_between_the_tiles_of_a_large_one(runner, packed):
     image = picture(size=(40, 48))
     large = make_job(runner, image, make_selection(packed, day=0.5, night=0.5), maps=BOTH)
     small = make_job(
@@ -262,7 +262,7 @@ def test_other_images_may_run_between_the_tiles_of_a_large_one(runner, packed):
     assert_same(results["other"], other_alone)
 
 
-def test_giving_up_between_tiles_leaves_the_model_as_it_was(base, runner, packed):
+def test_closing_between_tiles_leaves_the_model_unchanged(base, runner, packed):
     small = make_job(runner, picture())
     [before] = run(runner, small)
     large = make_job(runner, picture(size=(40, 48)), make_selection(packed, day=1.0))
@@ -288,8 +288,8 @@ def test_adapters_held_by_a_cache_are_fused_without_loading_them_again(base, pac
         return packed[entry.name]
 
     cache = AdapterCache(load, limit_bytes=1)
-    choice = make_selection(packed, day=0.5, fog=0.5)
-    with cache.hold([part.entry for part in choice.adapters]):
+    selection = make_selection(packed, day=0.5, fog=0.5)
+    with cache.hold([part.entry for part in selection.adapters]):
         runner = SegmentRunner(Predictor(base), cache)
-        assert [adapter.name for adapter, _ in runner.fuse(choice).parts] == ["day", "fog"]
+        assert [adapter.name for adapter, _ in runner.fuse(selection).parts] == ["day", "fog"]
     assert loaded == ["day", "fog"]

@@ -57,7 +57,7 @@ def segmenter(base, pool, **settings):
 
 
 @pytest.mark.parametrize("settings", [{"k": 3, "temperature": 0.6}, {"mode": "uniform"}])
-def test_equals_the_base_with_the_weighted_corrections_merged_in(base, adapters, pool, settings):
+def test_equals_the_base_with_the_weighted_updates_merged(base, adapters, pool, settings):
     results = segmenter(base, pool, **settings).segment(images(), CLASSES, keep_scores=True)
     for image, result in zip(images(), results, strict=True):
         parts = [(adapters[used.name], used.weight) for used in result.explanation.adapters]
@@ -69,7 +69,7 @@ def test_equals_the_base_with_the_weighted_corrections_merged_in(base, adapters,
         assert (result.label_map == result.scores.argmax(axis=0)).all()
 
 
-def test_every_image_gets_its_own_mix_and_says_so(base, adapters, pool):
+def test_every_image_has_its_own_mix_and_explanation(base, adapters, pool):
     day, night = segmenter(base, pool, k=2, temperature=0.3).segment(images(), CLASSES)
     assert [used.name for used in day.explanation.adapters] == ["day", "fog"]
     assert [used.name for used in night.explanation.adapters] == ["night", "dusk"]
@@ -126,12 +126,12 @@ def test_refuses_an_adapter_of_another_base(base, pool):
 
 
 @pytest.mark.parametrize("classes", [[], ["road", "car", "road"]])
-def test_refuses_class_lists_that_make_no_label_map(base, pool, classes):
+def test_refuses_invalid_class_lists(base, pool, classes):
     with pytest.raises(ConfigError, match="classes: "):
         segmenter(base, pool).segment(images(), classes)
 
 
-def test_a_stream_gives_what_single_calls_give(base, pool):
+def test_a_stream_gives_the_same_results_as_single_calls(base, pool):
     counts = (1, 2, 1)
     stream = segmenter(base, pool, k=2, temperature=0.3).segment_stream(
         (images()[:count] for count in counts), CLASSES
@@ -143,7 +143,7 @@ def test_a_stream_gives_what_single_calls_give(base, pool):
             assert (one.label_map == other.label_map).all()
 
 
-def test_a_stream_reads_the_next_batch_while_one_is_in_the_model(base, pool, monkeypatch):
+def test_a_stream_prepares_the_next_batch_while_one_is_in_the_model(base, pool, monkeypatch):
     asked = threading.Event()
 
     def batches():
@@ -177,7 +177,7 @@ def test_an_error_of_one_batch_does_not_end_the_stream(base, pool, adapters):
     assert (first[0].label_map == third[0].label_map).all()
 
 
-def test_errors_of_the_source_come_through(base, pool):
+def test_errors_of_the_source_are_raised(base, pool):
     def batches():
         yield images()
         raise ValueError("a bug")
@@ -188,7 +188,7 @@ def test_errors_of_the_source_come_through(base, pool):
         next(stream)
 
 
-def test_further_maps_come_when_asked_for(base, pool):
+def test_further_maps_are_computed_on_request(base, pool):
     [plain] = segmenter(base, pool).segment(images()[:1], CLASSES)
     assert plain.confidence is plain.entropy is None
     [result] = segmenter(base, pool).segment(
@@ -206,7 +206,7 @@ def small_window(base):
 
 
 @pytest.mark.parametrize("mode", ["plain", "sliding"])
-def test_large_images_are_cut_into_tiles_in_either_mode(small_window, adapters, pool, mode):
+def test_large_images_are_tiled_in_either_mode(small_window, adapters, pool, mode):
     predictor = Predictor(small_window, mode=mode)
     adaptive = Segmenter(predictor, ColorEncoder(), pool, AdaptiveSettings(k=2))
     side = next(n for n in range(20, 400) if needs_tiling(20, n, predictor))
@@ -228,7 +228,7 @@ def _mix_of(result, adapters):
     return fuse([adapters[part.name] for part in used], [part.weight for part in used])
 
 
-def test_tiling_is_as_asked_for(small_window, pool):
+def test_tiling_follows_the_option(small_window, pool):
     adaptive = segmenter(small_window, pool, k=2)
     large, small = domain_images("day", 1, size=(52, 40))[0], images()[0]
     assert [adaptive.segment([large], CLASSES, tiling=t)[0].tiles for t in TILINGS] == [24, 1, 24]
@@ -248,7 +248,7 @@ def test_an_image_of_one_window_is_the_same_with_and_without_tiles(small_window,
     assert tiled.explanation == plain.explanation
 
 
-def test_a_stream_knows_maps_and_tiles_too(small_window, pool):
+def test_a_stream_supports_maps_and_tiles(small_window, pool):
     large = domain_images("day", 1, size=(52, 40))[0]
     options = {"maps": ["entropy"], "tiling": "auto"}
     adaptive = segmenter(small_window, pool, k=2)
@@ -266,12 +266,12 @@ def test_a_stream_knows_maps_and_tiles_too(small_window, pool):
         ({"tiling": "always", "keep_scores": True}, "keep_scores: an image of"),
     ],
 )
-def test_options_that_make_no_result_are_refused(base, pool, options, message):
+def test_invalid_options_are_refused(base, pool, options, message):
     with pytest.raises(ConfigError, match=message):
         segmenter(base, pool).segment(images(), CLASSES, **options)
 
 
-def test_what_is_no_image_is_refused(base, pool):
+def test_invalid_images_are_refused(base, pool):
     with pytest.raises(DatasetError, match="expected uint8 RGB"):
         segmenter(base, pool, mode="base").segment([images()[0][..., 0]], CLASSES)
 

@@ -17,19 +17,19 @@ from loraseg.library.retrieve import AdapterRetriever
 from loraseg.library.snapshot import CatalogEntry as PublishedEntry
 from tests.unit.inference.naive_retriever import Entry, NaiveRetriever, softmax_of_inverse
 
-# On a line, so that distances are easy to tell: rain 1, fog 2, snow 4, night 8 from the origin.
+# Centroids on a line, at distances 1 (rain), 2 (fog), 4 (snow) and 8 (night) from the origin.
 POSITIONS = {"night": 8.0, "rain": 1.0, "snow": 4.0, "fog": 2.0}
 ORIGIN = np.zeros((1, 1))
 
 
 def make_pool():
     entries = [Entry(name, name[0] * 64) for name in POSITIONS]
-    centroids = [np.array([place]) for place in POSITIONS.values()]
+    centroids = [np.array([position]) for position in POSITIONS.values()]
     return AdapterPool(entries, _never, NaiveRetriever(entries, centroids))
 
 
 def _never(entry):
-    raise AssertionError("choosing loads nothing")
+    raise AssertionError("selecting loads nothing")
 
 
 def make_query(only=(), exclude=(), **settings):
@@ -40,51 +40,51 @@ def make_query(only=(), exclude=(), **settings):
     )
 
 
-def adapter_names(choice):
-    return [part.entry.name for part in choice.adapters]
+def adapter_names(selection):
+    return [part.entry.name for part in selection.adapters]
 
 
-def test_the_k_nearest_are_chosen_and_weighted_by_the_inverse_of_their_distance():
-    [choice] = select_adapters(make_pool(), ORIGIN, [make_query(k=3, temperature=0.5)])
-    assert adapter_names(choice) == ["rain", "fog", "snow"]
-    assert [part.distance for part in choice.adapters] == [1.0, 2.0, 4.0]
+def test_the_k_nearest_are_selected_and_weighted_by_inverse_distance():
+    [selection] = select_adapters(make_pool(), ORIGIN, [make_query(k=3, temperature=0.5)])
+    assert adapter_names(selection) == ["rain", "fog", "snow"]
+    assert [part.distance for part in selection.adapters] == [1.0, 2.0, 4.0]
     expected = softmax_of_inverse([1, 2, 4], 0.5)
-    assert [part.weight for part in choice.adapters] == pytest.approx(expected, rel=1e-12)
-    assert choice.fallback is None
+    assert [part.weight for part in selection.adapters] == pytest.approx(expected, rel=1e-12)
+    assert selection.fallback is None
 
 
-def test_only_takes_all_that_are_named_whatever_their_distance_and_k():
-    [choice] = select_adapters(
+def test_only_selects_all_named_adapters_regardless_of_distance_and_k():
+    [selection] = select_adapters(
         make_pool(), ORIGIN, [make_query(only={"night", "snow", "rain"}, k=1)]
     )
-    assert adapter_names(choice) == ["rain", "snow", "night"]
+    assert adapter_names(selection) == ["rain", "snow", "night"]
     expected = softmax_of_inverse([1, 4, 8], 1.0)
-    assert [part.weight for part in choice.adapters] == pytest.approx(expected, rel=1e-12)
+    assert [part.weight for part in selection.adapters] == pytest.approx(expected, rel=1e-12)
 
 
-def test_only_and_exclude_together_leave_what_is_in_one_and_not_in_the_other():
-    [choice] = select_adapters(
+def test_only_and_exclude_combine_to_the_difference():
+    [selection] = select_adapters(
         make_pool(), ORIGIN, [make_query(only={"night", "rain"}, exclude={"rain", "fog"})]
     )
-    assert adapter_names(choice) == ["night"]
-    assert choice.adapters[0].weight == 1.0
+    assert adapter_names(selection) == ["night"]
+    assert selection.adapters[0].weight == 1.0
 
 
 @pytest.mark.parametrize("mode", ["fused", "uniform"])
-def test_when_nothing_is_left_the_base_is_used_and_the_reason_said(mode):
-    for asked in (
+def test_without_adapters_the_base_is_used_with_a_reason(mode):
+    for queries in (
         make_query(exclude=POSITIONS, mode=mode),
         make_query({"fog"}, {"fog"}, mode=mode),
     ):
-        [choice] = select_adapters(make_pool(), ORIGIN, [asked])
-        assert choice == AdapterSelection(mode, (), "every adapter was excluded")
-    empty = AdapterPool((), _never, None, "nothing was published yet")
+        [selection] = select_adapters(make_pool(), ORIGIN, [queries])
+        assert selection == AdapterSelection(mode, (), "every adapter was excluded")
+    empty = AdapterPool((), _never, None, "no adapter is published")
     assert select_adapters(empty, None, [make_query(mode=mode)]) == [
-        AdapterSelection(mode, (), "nothing was published yet")
+        AdapterSelection(mode, (), "no adapter is published")
     ]
 
 
-def test_uniform_weighs_alike_and_measures_nothing():
+def test_uniform_gives_equal_weights_without_distances():
     everything, named = select_adapters(
         make_pool(),
         None,
@@ -96,13 +96,13 @@ def test_uniform_weighs_alike_and_measures_nothing():
     assert {(part.weight, part.distance) for part in named.adapters} == {(0.5, None)}
 
 
-def test_the_base_alone_needs_nothing_and_gives_no_reason():
-    asked = make_query(mode="base", only={"a name that nobody published"})
-    assert select_adapters(make_pool(), None, [asked]) == [AdapterSelection("base")]
+def test_mode_base_needs_no_embedding_and_gives_no_reason():
+    queries = make_query(mode="base", only={"an unpublished name"})
+    assert select_adapters(make_pool(), None, [queries]) == [AdapterSelection("base")]
 
 
 @pytest.mark.parametrize("mode", ["fused", "uniform"])
-def test_unknown_names_are_told_and_a_near_one_is_proposed(mode):
+def test_unknown_names_are_reported_with_a_similar_name(mode):
     with pytest.raises(AdapterNotFoundError, match=r"no adapter 'rian' among 4; did you.*'rain'"):
         select_adapters(
             make_pool(), ORIGIN, [make_query(mode="base"), make_query({"rian", "fog"}, mode=mode)]
@@ -114,15 +114,15 @@ def test_unknown_names_are_told_and_a_near_one_is_proposed(mode):
         select_adapters(empty, None, [make_query({"rain"}, mode=mode)])
 
 
-def test_an_excluded_name_is_never_proposed():
+def test_an_excluded_name_is_never_suggested():
     with pytest.raises(AdapterNotFoundError, match=r"^no adapter 'rian' among 3$"):
         select_adapters(make_pool(), ORIGIN, [make_query({"rian"}, exclude={"rain"})])
     assert str(adapter_not_found_error(["rian"], ["fog"])) == "no adapter 'rian' among 1"
 
 
-def test_equal_wishes_share_one_search():
+def test_equal_queries_share_one_search():
     pool = make_pool()
-    asked = [
+    queries = [
         make_query(),
         make_query({"fog", "snow"}),
         make_query(),
@@ -131,9 +131,9 @@ def test_equal_wishes_share_one_search():
         make_query(exclude={"rain"}),
         make_query(mode="base"),
     ]
-    choices = select_adapters(pool, np.repeat(ORIGIN, 7, axis=0), asked)
+    selections = select_adapters(pool, np.repeat(ORIGIN, 7, axis=0), queries)
     assert sorted(pool.retriever.searches) == [1, 1, 2, 2]
-    assert [adapter_names(choice) for choice in choices] == [
+    assert [adapter_names(selection) for selection in selections] == [
         ["rain", "fog"],
         ["fog", "snow"],
         ["rain", "fog"],
@@ -144,30 +144,30 @@ def test_equal_wishes_share_one_search():
     ]
 
 
-def test_modes_that_measure_nothing_search_nothing():
+def test_modes_without_distances_do_not_search():
     pool = make_pool()
     select_adapters(pool, None, [make_query(mode="base"), make_query(mode="uniform")])
     assert pool.retriever.searches == []
 
 
-def test_every_image_has_its_embedding():
+def test_a_wrong_number_of_embeddings_is_refused():
     for embeddings in (None, np.zeros((2, 1))):
         with pytest.raises(StageError, match="expected one for each of 1 images"):
             select_adapters(make_pool(), embeddings, [make_query()])
 
 
-def test_no_wishes_no_choices():
+def test_no_queries_give_no_selections():
     assert select_adapters(make_pool(), None, []) == []
 
 
 @pytest.fixture(scope="module")
 def published():
-    """Many adapters of several centroids each; some lie exactly alike."""
+    """Many adapters with several centroids each, some of them equal."""
     generator = np.random.default_rng(5)
-    places = generator.normal(size=(30, 6)).round(1)
-    places[7] = places[3]
+    vectors = generator.normal(size=(30, 6)).round(1)
+    vectors[7] = vectors[3]
     return AdapterPool(
-        entries := [_published(f"a{i}", places[[i, (i * 7) % 30]]) for i in range(30)],
+        entries := [_published(f"a{i}", vectors[[i, (i * 7) % 30]]) for i in range(30)],
         _never,
         AdapterRetriever(entries),
     )
@@ -195,11 +195,11 @@ def _published(name, vectors):
     )
 
 
-def test_the_company_of_a_wish_changes_nothing(published):
+def test_a_selection_does_not_depend_on_the_other_queries(published):
     generator = np.random.default_rng(6)
     embeddings = generator.normal(size=(24, 6))
     every = [entry.name for entry in published.entries]
-    asked = [
+    queries = [
         make_query(
             only=generator.choice(every, size=generator.integers(0, 4), replace=False).tolist(),
             exclude=generator.choice(every, size=2, replace=False).tolist(),
@@ -208,20 +208,20 @@ def test_the_company_of_a_wish_changes_nothing(published):
         )
         for _ in embeddings
     ]
-    together = select_adapters(published, embeddings, asked)
-    for embedding, one, choice in zip(embeddings, asked, together, strict=True):
-        assert select_adapters(published, embedding[None], [one]) == [choice]
+    together = select_adapters(published, embeddings, queries)
+    for embedding, one, selection in zip(embeddings, queries, together, strict=True):
+        assert select_adapters(published, embedding[None], [one]) == [selection]
 
 
 def test_named_adapters_have_the_distances_and_weights_of_the_formula(published):
     embedding = np.random.default_rng(7).normal(size=(1, 6))
-    asked = {"a3", "a7", "a12", "a29"}
-    [choice] = select_adapters(published, embedding, [make_query(asked, temperature=0.3)])
+    queries = {"a3", "a7", "a12", "a29"}
+    [selection] = select_adapters(published, embedding, [make_query(queries, temperature=0.3)])
     distances = published.retriever.distances(embedding)[0]
     by_name = dict(zip((e.name for e in published.entries), distances, strict=True))
-    expected = sorted(asked, key=lambda name: (by_name[name], int(name[1:])))
-    assert adapter_names(choice) == expected
-    assert [part.distance for part in choice.adapters] == [by_name[name] for name in expected]
+    expected = sorted(queries, key=lambda name: (by_name[name], int(name[1:])))
+    assert adapter_names(selection) == expected
+    assert [part.distance for part in selection.adapters] == [by_name[name] for name in expected]
     weights = softmax_of_inverse([by_name[name] for name in expected], 0.3)
-    assert [part.weight for part in choice.adapters] == pytest.approx(weights, rel=1e-12)
-    assert math.fsum(part.weight for part in choice.adapters) == pytest.approx(1, abs=1e-12)
+    assert [part.weight for part in selection.adapters] == pytest.approx(weights, rel=1e-12)
+    assert math.fsum(part.weight for part in selection.adapters) == pytest.approx(1, abs=1e-12)

@@ -18,8 +18,8 @@ def library(tmp_path):
     return Library(open_store(str(tmp_path)))
 
 
-def make_snapshot(library, taste=ADAPTER_FILTER):
-    return build_snapshot("main", library.generation(), library.entries(), taste)
+def make_snapshot(library, adapter_filter=ADAPTER_FILTER):
+    return build_snapshot("main", library.generation(), library.entries(), adapter_filter)
 
 
 def add(library, name, **fields):
@@ -27,7 +27,7 @@ def add(library, name, **fields):
     return library.publish(name, make_files(name), replace(card, **fields))
 
 
-def test_references_say_where_the_adapter_is_and_what_it_must_be(library):
+def test_references_have_the_fields_of_the_catalog_entry(library):
     entry = add(library, "rain")
     [ref] = make_snapshot(library).pool.entries
     assert (ref.library, ref.name, ref.version) == ("main", "rain", 1)
@@ -39,9 +39,9 @@ def test_distances_and_weights_are_those_of_the_library(library):
     for index in range(5):
         add(library, f"domain{index}", centroids=(make_centroid((float(index), 1.0)),))
     embeddings = np.array([[1.2, 0.5], [3.9, 1.0]])
-    found = make_snapshot(library).pool.retriever.retrieve_batch(embeddings, 3, 0.4, {"domain2"})
+    snapshot = make_snapshot(library).pool.retriever.retrieve_batch(embeddings, 3, 0.4, {"domain2"})
     known = AdapterRetriever(library.entries()).retrieve_batch(embeddings, 3, 0.4, {"domain2"})
-    for mine, theirs in zip(found, known, strict=True):
+    for mine, theirs in zip(snapshot, known, strict=True):
         assert [(n.entry.name, n.distance, n.weight) for n in mine] == [
             (n.entry.name, n.distance, n.weight) for n in theirs
         ]
@@ -59,14 +59,14 @@ def test_distances_and_weights_are_those_of_the_library(library):
         {"recipe": {"clip_attention_lora": "inert"}},
     ],
 )
-def test_one_that_does_not_fit_never_keeps_the_others_away(library, odd):
+def test_an_adapter_that_does_not_fit_does_not_hide_the_others(library, odd):
     for name in ("fog", "night"):
         add(library, name)
     add(library, "odd", **odd)
-    found = make_snapshot(library)
-    assert [entry.name for entry in found.pool.entries] == ["fog", "night"]
-    assert list(found.entries) == ["fog", "night"]
-    assert (list(found.incompatible), found.generation) == (["odd"], 3)
+    snapshot = make_snapshot(library)
+    assert [entry.name for entry in snapshot.pool.entries] == ["fog", "night"]
+    assert list(snapshot.entries) == ["fog", "night"]
+    assert (list(snapshot.incompatible), snapshot.generation) == (["odd"], 3)
 
 
 @pytest.mark.parametrize(
@@ -80,17 +80,17 @@ def test_one_that_does_not_fit_never_keeps_the_others_away(library, odd):
         ("inert", 0, "inert", 3),
     ],
 )
-def test_attention_is_that_of_most_adapters_unless_it_is_set(
+def test_attention_follows_the_majority_unless_it_is_forced(
     library, asked, inert, attention, names
 ):
     for index in range(3):
         kind = "inert" if index < inert else "active"
         add(library, f"domain{index}", recipe={"clip_attention_lora": kind})
-    found = make_snapshot(library, replace(ADAPTER_FILTER, attention=asked))
-    assert (found.attention, len(found.entries)) == (attention, names)
+    snapshot = make_snapshot(library, replace(ADAPTER_FILTER, attention=asked))
+    assert (snapshot.attention, len(snapshot.entries)) == (attention, names)
 
 
-def test_as_many_of_either_kind_act(library):
+def test_a_tie_of_attention_states_gives_active(library):
     add(library, "fog", recipe={"clip_attention_lora": "inert"})
     add(library, "night")
     assert list(make_snapshot(library).entries) == ["night"]
@@ -99,25 +99,23 @@ def test_as_many_of_either_kind_act(library):
 def test_patterns_hide_names(library):
     for name in ("rain-heavy", "rain-light", "fog"):
         add(library, name)
-    found = make_snapshot(library)
-    assert found.invisible(None) == frozenset()
-    assert found.invisible(("rain-*",)) == {"fog"}
-    assert found.invisible(("RAIN-*", "f?g")) == {"rain-heavy", "rain-light"}
-    assert found.invisible(()) == {"rain-heavy", "rain-light", "fog"}
-    assert found.invisible(("rain-*",)) is found.invisible(("rain-*",))
+    snapshot = make_snapshot(library)
+    assert snapshot.invisible(None) == frozenset()
+    assert snapshot.invisible(("rain-*",)) == {"fog"}
+    assert snapshot.invisible(("RAIN-*", "f?g")) == {"rain-heavy", "rain-light"}
+    assert snapshot.invisible(()) == {"rain-heavy", "rain-light", "fog"}
+    assert snapshot.invisible(("rain-*",)) is snapshot.invisible(("rain-*",))
 
 
-def test_what_is_remembered_of_patterns_is_bounded(library):
+def test_the_cache_of_patterns_is_bounded(library):
     add(library, "fog")
-    found = make_snapshot(library)
+    snapshot = make_snapshot(library)
     for index in range(1000):
-        assert found.invisible((f"pattern{index}",)) == {"fog"}
-    assert len(found._invisible_cache) <= 256
+        assert snapshot.invisible((f"pattern{index}",)) == {"fog"}
+    assert len(snapshot._invisible_cache) <= 256
 
 
-def test_an_empty_library_and_one_without_a_fitting_adapter_say_so_and_name_no_place(
-    library, tmp_path
-):
+def test_the_reason_of_an_empty_pool_contains_no_location(library, tmp_path):
     empty = make_snapshot(library)
     assert (empty.generation, empty.pool.retriever, empty.entries) == (0, None, {})
     assert empty.pool.empty_reason == "library 'main' is empty"

@@ -18,34 +18,34 @@ ADAPTER_FILTER = AdapterFilter(base_digest=BASE.digest, encoder_id="clip")
 
 @pytest.fixture
 def library(tmp_path):
-    """What publishers use; the service has a store of its own."""
+    """The library of the publishers; the watcher has its own store."""
     return Library(open_store(str(tmp_path)))
 
 
 @pytest.fixture
-def store_and_live(tmp_path):
+def store_and_watcher(tmp_path):
     store, library = switched_library(tmp_path)
-    live = LibraryWatcher(library, name="main", adapter_filter=ADAPTER_FILTER, poll_s=0.02)
-    yield store, live
-    live.close()
+    watcher = LibraryWatcher(library, name="main", adapter_filter=ADAPTER_FILTER, poll_s=0.02)
+    yield store, watcher
+    watcher.close()
 
 
 @pytest.fixture
-def store(store_and_live):
-    return store_and_live[0]
+def store(store_and_watcher):
+    return store_and_watcher[0]
 
 
 @pytest.fixture
-def live(store_and_live):
-    return store_and_live[1]
+def watcher(store_and_watcher):
+    return store_and_watcher[1]
 
 
 def publish(library, name, content="weights"):
     return library.publish(name, make_files(content), make_card(name))
 
 
-def served_names(live):
-    return {ref.name: ref.version for ref in live.snapshot().pool.entries}
+def served_names(watcher):
+    return {ref.name: ref.version for ref in watcher.snapshot().pool.entries}
 
 
 def make_failure(entry, kind="damaged"):
@@ -59,174 +59,176 @@ def wait_until(condition):
         time.sleep(0.01)
 
 
-def test_is_not_ready_before_the_first_generation_is_loaded(live, store):
+def test_is_not_ready_before_the_first_generation_is_loaded(watcher, store):
     with pytest.raises(ServiceError, match="'main' is not ready: it is being loaded") as caught:
-        live.snapshot()
+        watcher.snapshot()
     assert (caught.value.code, caught.value.retry_after_s) == ("not_ready", 2.0)
     store.is_on = False
-    live.refresh()
+    watcher.refresh()
     with pytest.raises(ServiceError, match=r"the store cannot be reached$"):
-        live.snapshot()
-    assert live.status().snapshot is None
+        watcher.snapshot()
+    assert watcher.status().snapshot is None
 
 
-def test_the_store_may_come_later(library, live, store):
+def test_a_store_that_is_down_at_the_start_is_read_later(library, watcher, store):
     publish(library, "fog")
     store.is_on = False
-    live.start()
-    wait_until(lambda: live.status().problem)
-    assert not live.wait(0.0)
+    watcher.start()
+    wait_until(lambda: watcher.status().problem)
+    assert not watcher.wait(0.0)
     store.is_on = True
-    assert live.wait(20.0)
-    assert served_names(live) == {"fog": 1}
-    wait_until(lambda: live.status().problem is None)
+    assert watcher.wait(20.0)
+    assert served_names(watcher) == {"fog": 1}
+    wait_until(lambda: watcher.status().problem is None)
 
 
-def test_what_is_published_and_rolled_back_is_seen_by_itself(library, live):
-    live.start()
-    assert live.wait(20.0)
-    assert served_names(live) == {}
+def test_publishing_and_rollback_are_noticed(library, watcher):
+    watcher.start()
+    assert watcher.wait(20.0)
+    assert served_names(watcher) == {}
     publish(library, "fog", "first")
-    wait_until(lambda: served_names(live) == {"fog": 1})
+    wait_until(lambda: served_names(watcher) == {"fog": 1})
     publish(library, "fog", "second")
     publish(library, "rain")
-    wait_until(lambda: served_names(live) == {"fog": 2, "rain": 1})
+    wait_until(lambda: served_names(watcher) == {"fog": 2, "rain": 1})
     library.rollback("fog", 1)
-    wait_until(lambda: served_names(live) == {"fog": 1, "rain": 1})
-    assert live.snapshot().generation == library.generation() == 4
+    wait_until(lambda: served_names(watcher) == {"fog": 1, "rain": 1})
+    assert watcher.snapshot().generation == library.generation() == 4
 
 
-def test_a_generation_in_use_never_changes(library, live):
+def test_a_snapshot_never_changes(library, watcher):
     publish(library, "fog")
-    before = live.refresh().snapshot
+    before = watcher.refresh().snapshot
     publish(library, "rain")
-    after = live.refresh().snapshot
+    after = watcher.refresh().snapshot
     assert [ref.name for ref in before.pool.entries] == ["fog"]
     assert [ref.name for ref in after.pool.entries] == ["fog", "rain"]
 
 
-def test_a_look_at_an_unchanged_library_reads_only_its_head(library, live, store):
+def test_a_check_of_an_unchanged_library_reads_only_its_head(library, watcher, store):
     publish(library, "fog")
-    live.refresh()
+    watcher.refresh()
     store.read.clear()
-    live.refresh()
+    watcher.refresh()
     assert store.read == [HEAD_KEY]
 
 
-def test_a_store_that_goes_away_leaves_what_is_loaded_and_is_reported(library, live, store):
+def test_an_unreachable_store_is_reported_and_the_snapshot_stays(library, watcher, store):
     publish(library, "fog")
-    checked_at = live.refresh().checked_at
+    checked_at = watcher.refresh().checked_at
     store.is_on = False
-    status = live.refresh()
+    status = watcher.refresh()
     assert status.problem == "the store cannot be reached"
     assert status.checked_at == checked_at
-    assert served_names(live) == {"fog": 1}
+    assert served_names(watcher) == {"fog": 1}
     store.is_on = True
-    status = live.refresh()
+    status = watcher.refresh()
     assert status.problem is None
     assert status.checked_at > checked_at
 
 
 @pytest.mark.parametrize("damage", [b"nonsense", b"", None])
-def test_a_damaged_generation_keeps_the_one_before_and_is_reported(library, live, tmp_path, damage):
+def test_a_damaged_generation_is_reported_and_the_previous_one_stays(
+    library, watcher, tmp_path, damage
+):
     publish(library, "fog")
-    live.refresh()
+    watcher.refresh()
     publish(library, "rain")
     path = tmp_path / snapshot_key(2)
     whole = path.read_bytes()
     path.unlink()
     if damage is not None:
         path.write_bytes(damage)
-    status = live.refresh()
+    status = watcher.refresh()
     assert status.problem == "the newest catalog is missing or damaged"
     assert status.snapshot.generation == 1
     path.write_bytes(whole)
-    status = live.refresh()
+    status = watcher.refresh()
     assert (status.problem, status.snapshot.generation) == (None, 2)
 
 
-def test_a_damaged_generation_is_not_read_at_every_look(library, live, store, tmp_path):
+def test_a_damaged_generation_is_not_read_at_every_check(library, watcher, store, tmp_path):
     publish(library, "fog")
     (tmp_path / snapshot_key(1)).write_bytes(b"nonsense")
-    live.start()
+    watcher.start()
     wait_until(lambda: store.read.count(HEAD_KEY) > 5)
     assert store.read.count(snapshot_key(1)) == 1
-    assert live.status().problem == "the newest catalog is missing or damaged"
+    assert watcher.status().problem == "the newest catalog is missing or damaged"
 
 
-def test_one_that_replaces_a_damaged_generation_is_taken_at_once(library, live, tmp_path):
+def test_the_successor_of_a_damaged_generation_is_loaded_at_once(library, watcher, tmp_path):
     publish(library, "fog")
-    live.start()
-    assert live.wait(20.0)
+    watcher.start()
+    assert watcher.wait(20.0)
     publish(library, "rain")
     (tmp_path / snapshot_key(2)).write_bytes(b"nonsense")
-    publish(library, "night")  # knows the generation from memory
-    wait_until(lambda: "night" in served_names(live))
+    publish(library, "night")  # does not read the damaged generation
+    wait_until(lambda: "night" in served_names(watcher))
 
 
 @pytest.mark.parametrize("head", [b"nonsense", b"", None])
-def test_a_head_that_is_damaged_or_gone_keeps_the_generation(library, live, tmp_path, head):
+def test_a_damaged_or_missing_head_keeps_the_generation(library, watcher, tmp_path, head):
     publish(library, "fog")
-    live.refresh()
+    watcher.refresh()
     (tmp_path / HEAD_KEY).unlink()
     if head is not None:
         (tmp_path / HEAD_KEY).write_bytes(head)
-    status = live.refresh()
+    status = watcher.refresh()
     assert status.problem == "the newest catalog is missing or damaged"
-    assert served_names(live) == {"fog": 1}
+    assert served_names(watcher) == {"fog": 1}
 
 
-def test_an_adapter_set_aside_is_out_of_service_for_a_while(library, live, monkeypatch):
+def test_a_quarantined_adapter_returns_after_a_time(library, watcher, monkeypatch):
     entry = publish(library, "fog")
-    live.refresh()
+    watcher.refresh()
     monkeypatch.setattr(LibraryWatcher, "BROKEN_QUARANTINE_S", 0.2)
     failure = make_failure(entry)
-    live.quarantine(failure)
-    assert live.status().quarantined == (failure,)
-    wait_until(lambda: live.status().quarantined == ())
-    assert live._quarantine == {}
+    watcher.quarantine(failure)
+    assert watcher.status().quarantined == (failure,)
+    wait_until(lambda: watcher.status().quarantined == ())
+    assert watcher._quarantine == {}
 
 
-def test_a_store_out_of_reach_takes_adapters_out_for_a_shorter_time(library, live, monkeypatch):
+def test_the_quarantine_for_an_unreachable_store_is_shorter(library, watcher, monkeypatch):
     assert LibraryWatcher.UNREACHABLE_QUARANTINE_S < LibraryWatcher.BROKEN_QUARANTINE_S
     monkeypatch.setattr(LibraryWatcher, "UNREACHABLE_QUARANTINE_S", 0.05)
     fog, rain = publish(library, "fog"), publish(library, "rain")
-    live.refresh()
-    live.quarantine(make_failure(fog))
-    live.quarantine(make_failure(rain, "unreachable"))
-    wait_until(lambda: [f.name for f in live.status().quarantined] == ["fog"])
+    watcher.refresh()
+    watcher.quarantine(make_failure(fog))
+    watcher.quarantine(make_failure(rain, "unreachable"))
+    wait_until(lambda: [f.name for f in watcher.status().quarantined] == ["fog"])
 
 
-def test_only_the_version_that_failed_is_set_aside(library, live):
+def test_only_the_failed_version_is_quarantined(library, watcher):
     publish(library, "fog", "first")
     second = publish(library, "fog", "second")
-    live.refresh()
-    live.quarantine(make_failure(second))
+    watcher.refresh()
+    watcher.quarantine(make_failure(second))
     library.rollback("fog", 1)
-    assert [f.name for f in live.quarantined(live.snapshot())] == ["fog"]
-    live._poll_once()
-    assert live.status().quarantined == ()
+    assert [f.name for f in watcher.quarantined(watcher.snapshot())] == ["fog"]
+    watcher._poll_once()
+    assert watcher.status().quarantined == ()
 
 
-def test_refreshing_tries_anew_what_was_set_aside(library, live):
+def test_refreshing_ends_the_quarantine(library, watcher):
     entry = publish(library, "fog")
-    live.refresh()
-    live.quarantine(make_failure(entry))
-    assert live.refresh().quarantined == ()
+    watcher.refresh()
+    watcher.quarantine(make_failure(entry))
+    assert watcher.refresh().quarantined == ()
 
 
-def test_setting_aside_from_many_threads_loses_none(library, live):
+def test_quarantine_from_many_threads_loses_none(library, watcher):
     entries = [publish(library, f"domain{index}") for index in range(8)]
-    live.refresh()
+    watcher.refresh()
 
     def work(entry):
         for _ in range(200):
-            live.quarantine(make_failure(entry))
-            live.quarantined(live.snapshot())
+            watcher.quarantine(make_failure(entry))
+            watcher.quarantined(watcher.snapshot())
 
     threads = [threading.Thread(target=work, args=(entry,)) for entry in entries]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(live.status().quarantined) == 8
+    assert len(watcher.status().quarantined) == 8

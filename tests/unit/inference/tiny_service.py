@@ -14,7 +14,7 @@ SETTINGS = AdaptiveSettings(k=2, temperature=3.0)
 
 
 class SwitchedStore(LocalStore):
-    """A folder that notes what is read, and is out of reach while it is off."""
+    """A folder that records reads, and is unreachable while ``is_on`` is False."""
 
     is_on = True
 
@@ -46,21 +46,19 @@ def adapter_query(*, only=(), exclude=(), settings=SETTINGS):
 
 
 def segment_request(image, *, library="main", timeout_s=30.0, classes=CLASSES, **options):
-    wanted = {
-        name: options.pop(name) for name in ("only", "exclude", "settings") if name in options
-    }
+    given = {name: options.pop(name) for name in ("only", "exclude", "settings") if name in options}
     return SegmentRequest(
         image=image,
         classes=tuple(classes),
         library=library,
-        query=adapter_query(**wanted),
+        query=adapter_query(**given),
         deadline=time.time() + timeout_s,
         **options,
     )
 
 
 def blob_paths(folder, library, name):
-    """The files of an adapter's current version, below the library's folder."""
+    """Return the paths of the files of an adapter's current version."""
     from loraseg.library.records import blob_key, read_record
 
     record = read_record(open_store(str(folder)), library.entry(name))
