@@ -1,4 +1,4 @@
-"""Few labelled images and what surrounds them: of the miniature world, or of a folder."""
+"""Data of the few-shot study, from the miniature world or from a dataset folder."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ __all__ = ["FewShotData", "from_folder", "from_world"]
 
 PairArrays = tuple[ndarray, ndarray]
 
-# Real pictures are shrunk to what the miniature's generator draws.
+# Height and width to which real images are resized, a size that the miniature generator supports.
 REAL_SIZE = (64, 80)
 _VAL, _TEST, _UNLABELLED = 64, 300, 64
 _JUDGE_STEPS = 900
@@ -42,15 +42,15 @@ _JUDGE_STEPS = 900
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class FewShotData:
-    """What a few-shot experiment works on; pairs are images (n, h, w, 3) and label maps (n, h, w).
+    """Data of a few-shot experiment; pairs are images (n, h, w, 3) and label maps (n, h, w).
 
     Attributes:
         classes: Class names by id.
         labelled: The few labelled images.
-        val: Decide which checkpoint of a segmenter is the best.
-        test: Decide the score.
-        unlabelled: Images for pseudo-masks.
-        judge: Knows the domain from many more labels; takes no part in any training.
+        val: Pairs that select the checkpoint of a segmenter.
+        test: Pairs that determine the score.
+        unlabelled: Images (n, h, w, 3) for pseudo-masks.
+        judge: Segmenter trained on many more labels; used for measurements only.
         folder: The labelled images as a dataset folder.
     """
 
@@ -64,45 +64,46 @@ class FewShotData:
 
 
 def from_world(domain: str, count: int, seed: int, folder: Path) -> FewShotData:
-    """Return scenes of the miniature world; the pretraining's judge is the judge."""
-    own = 1000 + seed
-    labelled = render(domain, count, own, "train")
-    place = _write_folder(folder / f"{domain}-{seed}-{count}", labelled, CLASSES)
+    """Return scenes of the miniature world with the shipped judge."""
+    data_seed = 1000 + seed
+    labelled = render(domain, count, data_seed, "train")
+    dataset_folder = _write_folder(folder / f"{domain}-{seed}-{count}", labelled, CLASSES)
     return FewShotData(
         classes=tuple(CLASSES),
         labelled=labelled,
-        val=render(domain, _VAL, own, "fewshot-val"),
+        val=render(domain, _VAL, data_seed, "fewshot-val"),
         test=render(domain, _TEST, 0, "fewshot-test"),
-        unlabelled=render(domain, _UNLABELLED, own, "fewshot-unlabelled")[0],
+        unlabelled=render(domain, _UNLABELLED, data_seed, "fewshot-unlabelled")[0],
         judge=load_closed_set_segmenter(WEIGHTS / "judge.safetensors"),
-        folder=place,
+        folder=dataset_folder,
     )
 
 
 def from_folder(source: Path, count: int, seed: int, folder: Path) -> FewShotData:
-    """Return images of a dataset folder, shrunk; the judge learns from its whole split "train".
+    """Return resized images of a dataset folder, with a judge trained on its whole split "train".
 
-    The labelled images are drawn from "train"; half of the others, at most 64, choose checkpoints,
-    the rest counts as unlabelled. The split "val" is the test.
+    The labelled images are drawn from "train". Half of the others, at most 64, select checkpoints;
+    the rest is unlabelled. The split "val" is the test.
 
     Raises:
-        DatasetError: It has too few images.
+        DatasetError: The split "train" has too few images.
     """
     dataset = open_dataset(source)
     train, test = _load_shrunk(dataset, "train"), _load_shrunk(dataset, "val")
     order = numpy_generator(seed, "fewshot", "folder").permutation(len(train[0]))
     if len(order) < count + 4:
         raise DatasetError(f"{source}: {len(order)} images, expected over {count + 3}")
-    own, rest = order[:count], order[count:]
-    val, free = rest[: min(_VAL, len(rest) // 2)], rest[min(_VAL, len(rest) // 2) :][:_UNLABELLED]
+    chosen, rest = order[:count], order[count:]
+    count_val = min(_VAL, len(rest) // 2)
+    val, unlabelled = rest[:count_val], rest[count_val:][:_UNLABELLED]
     names = dataset.label_space.names
-    labelled = train[0][own], train[1][own]
+    labelled = train[0][chosen], train[1][chosen]
     return FewShotData(
         classes=names,
         labelled=labelled,
         val=(train[0][val], train[1][val]),
         test=test,
-        unlabelled=train[0][free],
+        unlabelled=train[0][unlabelled],
         judge=_judge(names, train, folder / f"{source.name}-judge.safetensors"),
         folder=_write_folder(folder / f"{source.name}-{seed}-{count}", labelled, names),
     )
@@ -119,7 +120,7 @@ def _load_shrunk(dataset: Dataset, split: str) -> PairArrays:
 
 
 def _judge(names: Sequence[str], train: PairArrays, path: Path) -> ClosedSetSegmenter:
-    """Train the judge on everything once, and keep its file."""
+    """Return the judge from its file; train it on all pairs if the file does not exist."""
     if not path.is_file():
         recipe = named_segmenter_recipe(
             "unet-miniature", {"steps": _JUDGE_STEPS, "precision": "bf16", "eval_every": 300}
@@ -134,7 +135,7 @@ def _judge(names: Sequence[str], train: PairArrays, path: Path) -> ClosedSetSegm
 
 
 def _write_folder(folder: Path, pairs: PairArrays, names: Sequence[str]) -> Path:
-    """Write pairs as the split "train" of a dataset folder, unless they are there."""
+    """Write pairs as the split "train" of a dataset folder, unless it exists."""
     space = LabelSpace(tuple(names))
     if (folder / "classes.json").is_file():
         return folder

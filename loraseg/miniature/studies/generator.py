@@ -1,10 +1,11 @@
-"""How well generators follow masks: by labels, seeds, tuned layers, rank and fusion.
+"""Study of how well generators follow masks, by labels, tuned layers, rank and attention mix.
 
 python -m loraseg.miniature.studies.generator --seeds 3 --processes 2 --output study
-python -m loraseg.miniature.studies.generator table study      # the table of what is there
+python -m loraseg.miniature.studies.generator table --output study      # table of the results
 
-Each cell trains a generator on some labelled scenes, draws images for held-out masks and lets the
-judge look for the masks in them. Results are kept one file a cell; run again, it goes on.
+Each configuration trains a generator on labelled scenes, generates images of held-out masks and
+measures their agreement with the judge. Results are stored in one file per configuration; a second
+run computes the missing ones.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from loraseg.backbones.diffusion import DiffusionBase, load_diffusion
 from loraseg.data import LabelSpace, open_dataset, write_classes
 from loraseg.evaluate.agreement import measure_agreement
 from loraseg.miniature.models.weights_io import WEIGHTS
+from loraseg.miniature.studies.measures import mean_and_deviation
 from loraseg.miniature.world.canvas import CLASSES
 from loraseg.miniature.world.dataset import write_dataset
 from loraseg.miniature.world.domains import DOMAINS
@@ -65,33 +67,34 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# Stands for "all": what a world of any size would give is not far above.
+# Number of scenes that stands for "all"; more scenes would improve the results little.
 ALL_SCENES = 2048
 _MASKS = 64
 _LAYERS = 20
-# Of everything at once; pairs have the rate of their recipe.
+# Learning rate of full tuning; LoRA uses that of its recipe.
 _FULL_RATE = 1.2e-3
 SAMPLING = SamplingConfig(images=1, steps=12, guidance=1.5, scheduler="ddim", batch=32)
 _RANKED = ("probe", "least")
-# Name, seed and domain: two sets of scenes that have nothing in common, and another domain.
+# Name, seed and domain of the probes: two disjoint sets of scenes, and another domain.
 _PROBES = (("day-1", 100, "clear-day"), ("day-2", 101, "clear-day"), ("night", 100, "night"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class GeneratorStudyConfig:
-    """One trained generator.
+    """Configuration of a trained generator.
 
     Attributes:
-        labelled: Training scenes.
-        seed: Of scenes, pairs and batches.
-        tuning: "lora", "full" or "none" (the base as it is).
-        layers: A selection rule, or "probe", "least", "random": the layers that change most or
-            least when everything is tuned, or any, as many of each.
-        rank: r of the pairs.
-        fusion: Whether plain and rectified attention are mixed by learned shares.
-        rectified: Whether places look at the words of their own class, in training and sampling.
+        labelled: Number of training scenes.
+        seed: Seed of scenes, LoRA pairs and batches.
+        tuning: "lora", "full", or "none" for the base without training.
+        layers: A selection rule; or "probe", "least" or "random" for 20 layers: those that change
+            most or least in full tuning, or random ones.
+        rank: Rank r of LoRA.
+        fusion: Whether plain and rectified attention are mixed with learned shares.
+        rectified: Whether training and sampling use rectified cross-attention, in which a pixel
+            attends only to the words of its own class.
         steps: Training steps of 16 scenes.
-        domain: Whose scenes.
+        domain: Domain of the scenes.
     """
 
     labelled: int
@@ -106,57 +109,59 @@ class GeneratorStudyConfig:
 
     @property
     def name(self) -> str:
-        """A file name that tells the cell."""
+        """File name of the results."""
         parts = [self.tuning, self.layers, f"r{self.rank}", f"n{self.labelled}"]
         parts += ["fusion" if self.fusion else "hard", "on" if self.rectified else "off"]
         return "-".join([*parts, f"t{self.steps}", self.domain, f"s{self.seed}"])
 
 
 def study_configs(seeds: Sequence[int], steps: int = 400) -> list[GeneratorStudyConfig]:
-    """Return the cells of the whole study, the most telling ones first."""
-    found: list[GeneratorStudyConfig] = []
+    """Return the configurations of the whole study, the most informative ones first."""
+    configs: list[GeneratorStudyConfig] = []
     for seed in seeds:
-        one = partial(GeneratorStudyConfig, seed=seed, steps=steps)
-        found += [one(labelled=n) for n in (16, 64, 256, ALL_SCENES)]
-        found += [one(labelled=n, tuning="full", fusion=False) for n in (16, ALL_SCENES)]
-        found += [one(labelled=16, tuning="none", fusion=False)]
-        found += [one(labelled=16, fusion=False)]
+        config = partial(GeneratorStudyConfig, seed=seed, steps=steps)
+        configs += [config(labelled=n) for n in (16, 64, 256, ALL_SCENES)]
+        configs += [config(labelled=n, tuning="full", fusion=False) for n in (16, ALL_SCENES)]
+        configs += [config(labelled=16, tuning="none", fusion=False)]
+        configs += [config(labelled=16, fusion=False)]
     for seed in seeds:
-        one = partial(GeneratorStudyConfig, seed=seed, steps=steps)
-        found += [one(labelled=16, layers=rule) for rule in ("all", "probe", "random", "least")]
-        found += [one(labelled=16, rank=rank) for rank in (1, 4, 64)]
-        found += [one(labelled=n, fusion=False, rectified=False) for n in (16, ALL_SCENES)]
-        found += [one(labelled=n, tuning="full", fusion=False) for n in (64, 256)]
-    return found
+        config = partial(GeneratorStudyConfig, seed=seed, steps=steps)
+        configs += [
+            config(labelled=16, layers=rule) for rule in ("all", "probe", "random", "least")
+        ]
+        configs += [config(labelled=16, rank=rank) for rank in (1, 4, 64)]
+        configs += [config(labelled=n, fusion=False, rectified=False) for n in (16, ALL_SCENES)]
+        configs += [config(labelled=n, tuning="full", fusion=False) for n in (64, 256)]
+    return configs
 
 
 def run_study_config(
     config: GeneratorStudyConfig, folder: Path, device: str = "cpu"
 ) -> dict[str, Any]:
-    """Train and judge one cell, or read what was found before.
+    """Train and score one configuration, or read its stored results.
 
     Args:
-        config: What to do.
-        folder: Where datasets, cached latents and results lie.
-        device: Where to work.
+        config: The configuration.
+        folder: Folder of datasets, cached latents and results.
+        device: Device of training and sampling.
     """
-    place = folder / "cells" / f"{config.name}.json"
-    if place.is_file():
-        return json.loads(place.read_text())
+    path = folder / "cells" / f"{config.name}.json"
+    if path.is_file():
+        return json.loads(path.read_text())
     torch.set_num_threads(1)
     started = time.perf_counter()
     base, conditioner, adapters, parameters = train_study_generator(config, folder, device)
     trained_s = time.perf_counter() - started
-    base.to(device, torch.bfloat16)  # half the time of float32; the judge sees no difference
-    found: dict[str, Any] = {**dataclasses.asdict(config), "parameters": parameters}
+    base.to(device, torch.bfloat16)  # half the time of float32, with the same scores
+    results: dict[str, Any] = {**dataclasses.asdict(config), "parameters": parameters}
     for key, rectified in (("ruled", config.rectified), ("free", False)):
         if key == "free" and not config.rectified:
             continue
-        found[key] = _score_masks(config, base, conditioner, adapters, rectified=rectified)
-    found |= {"trained_s": round(trained_s, 1), "all_s": round(time.perf_counter() - started, 1)}
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_text(json.dumps(found, indent=1))
-    return found
+        results[key] = _score_masks(config, base, conditioner, adapters, rectified=rectified)
+    results |= {"trained_s": round(trained_s, 1), "all_s": round(time.perf_counter() - started, 1)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1))
+    return results
 
 
 def train_study_generator(
@@ -167,13 +172,13 @@ def train_study_generator(
     dataset: Path | None = None,
     size: tuple[int, int] | None = None,
 ) -> tuple[DiffusionBase, Conditioner, list[GeneratorAdapter], int]:
-    """Train the generator of a cell; return base, conditioner, adapters and trained parameters.
+    """Train a generator; return base, conditioner, adapters and the number of trained parameters.
 
     Args:
-        config: What to train.
-        folder: Of the study.
-        device: Where to train.
-        dataset: A dataset folder to learn from instead of the cell's scenes.
+        config: The configuration.
+        folder: Folder of the study.
+        device: Device of the training.
+        dataset: A dataset folder to train on instead of the scenes of the configuration.
         size: Height and width of its images.
     """
     base = load_diffusion("miniature", device=device)
@@ -196,38 +201,39 @@ def train_study_generator(
 
 
 def write_scenes(config: GeneratorStudyConfig, folder: Path) -> None:
-    """Write the labelled scenes of a cell, the first of one stream a seed, unless they are there.
+    """Write the labelled scenes of a configuration as a dataset folder, unless it exists.
 
-    The classes go by the words that the generator was pretrained with.
+    The scenes are the first ones of a stream that depends on the seed. The class names are the
+    words of the generator's pretraining.
     """
-    place = scenes_folder(config, folder)
-    if not (place / "classes.json").is_file():
-        write_dataset(config.domain, place, train=config.labelled, val=0, seed=1000 + config.seed)
-        write_classes(place / "classes.json", LabelSpace(CLASSES))
+    path = scenes_folder(config, folder)
+    if not (path / "classes.json").is_file():
+        write_dataset(config.domain, path, train=config.labelled, val=0, seed=1000 + config.seed)
+        write_classes(path / "classes.json", LabelSpace(CLASSES))
 
 
 def probe_layers(folder: Path, device: str = "cpu") -> None:
-    """Rank the layers on two halves of 64 scenes and on another domain; keep the reports."""
+    """Run the gradient probe on two disjoint sets of 32 scenes and on another domain."""
     for name, seed, domain in _PROBES:
-        place = folder / "reports" / f"{name}.json"
-        if place.is_file():
+        path = folder / "reports" / f"{name}.json"
+        if path.is_file():
             continue
-        cell = GeneratorStudyConfig(
+        config = GeneratorStudyConfig(
             labelled=32, seed=seed, tuning="full", fusion=False, domain=domain
         )
-        write_scenes(cell, folder)
+        write_scenes(config, folder)
         base = load_diffusion("miniature", device=device)
-        scenes = scenes_folder(cell, folder)
-        data, _ = _data(cell, base, _recipe(cell, base, folder), folder, scenes)
-        config = GradientProbeConfig(
+        scenes = scenes_folder(config, folder)
+        data, _ = _data(config, base, _recipe(config, base, folder), folder, scenes)
+        probe_config = GradientProbeConfig(
             learning_rate=1e-4, batch_size=2, epochs=10, stop_overlap=0.95, precision="bf16"
         )
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(gradient_probe(base, data, config).to_bytes())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gradient_probe(base, data, probe_config).to_bytes())
 
 
 def reference_scores(domain: str = "clear-day") -> dict[str, Any]:
-    """Return what the judge says of real scenes and of scenes through the codec."""
+    """Return the agreement of masks with rendered scenes, and with scenes after the codec."""
     base, (judge, names) = load_diffusion("miniature"), load_unet(WEIGHTS / "judge.safetensors")
     images, masks = render(domain, _MASKS, 0, "study-masks")
     with torch.inference_mode():
@@ -239,85 +245,89 @@ def reference_scores(domain: str = "clear-day") -> dict[str, Any]:
 
 
 def results_table(folder: Path) -> str:
-    """Return the mean and the sample deviation over seeds of each kind of cell, as Markdown."""
+    """Return a Markdown table: mean and sample deviation over seeds of each configuration."""
     kinds: dict[str, list[dict[str, Any]]] = {}
     for path in sorted((folder / "cells").glob("*.json")):
         kinds.setdefault(path.stem.rpartition("-s")[0], []).append(json.loads(path.read_text()))
     lines = [
-        "| cell | values | seeds | right mask | wrong mask | drawn without regions |",
+        "| config | values | seeds | right mask | wrong mask | drawn without regions |",
         "|---|---|---|---|---|---|",
     ]
-    for kind, found in kinds.items():
-        right = _mean_and_deviation([one["ruled"]["right"] for one in found])
-        wrong = _mean_and_deviation([one["ruled"]["wrong"] for one in found])
-        free = _mean_and_deviation([one["free"]["right"] for one in found if "free" in one])
-        count = f"{found[0]['parameters']:,}"
-        lines.append(f"| {kind} | {count} | {len(found)} | {right} | {wrong} | {free} |")
+    for kind, runs in kinds.items():
+        right = mean_and_deviation([run["ruled"]["right"] for run in runs])
+        wrong = mean_and_deviation([run["ruled"]["wrong"] for run in runs])
+        free = mean_and_deviation([run["free"]["right"] for run in runs if "free" in run])
+        count = f"{runs[0]['parameters']:,}"
+        lines.append(f"| {kind} | {count} | {len(runs)} | {right} | {wrong} | {free} |")
     return "\n".join(lines) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the study or show its table."""
+    """Run the study or print its table."""
     arguments = _parser().parse_args(argv)
     folder: Path = arguments.output
     if arguments.command == "table":
         sys.stdout.write(results_table(folder))
         return
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    work = study_configs(range(arguments.seeds), arguments.steps)[: arguments.most]
-    for cell in work:
-        write_scenes(cell, folder)
+    configs = study_configs(range(arguments.seeds), arguments.steps)[: arguments.most]
+    for config in configs:
+        write_scenes(config, folder)
     job = partial(run_study_config, folder=folder, device=arguments.device)
-    ranked = [cell for cell in work if cell.layers in _RANKED]
+    ranked = [config for config in configs if config.layers in _RANKED]
     with ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(job, cell) for cell in work if cell not in ranked]
+        futures = [pool.submit(job, config) for config in configs if config not in ranked]
         if ranked:
             probe_layers(folder, arguments.device)
-        futures += [pool.submit(job, cell) for cell in ranked]
+        futures += [pool.submit(job, config) for config in ranked]
         for number, future in enumerate(as_completed(futures), 1):
-            found = future.result()
-            cell = GeneratorStudyConfig(
-                **{f.name: found[f.name] for f in dataclasses.fields(GeneratorStudyConfig)}
+            results = future.result()
+            config = GeneratorStudyConfig(
+                **{f.name: results[f.name] for f in dataclasses.fields(GeneratorStudyConfig)}
             )
-            logger.info("%d/%d %s: %.3f", number, len(work), cell.name, found["ruled"]["right"])
+            logger.info(
+                "%d/%d %s: %.3f", number, len(configs), config.name, results["ruled"]["right"]
+            )
     (folder / "references.json").write_text(json.dumps(reference_scores(), indent=1))
     sys.stdout.write(results_table(folder))
 
 
-def _recipe(cell: GeneratorStudyConfig, base: DiffusionBase, folder: Path) -> GeneratorRecipe:
-    usual = matchmask_miniature()
-    full = cell.tuning == "full"
+def _recipe(config: GeneratorStudyConfig, base: DiffusionBase, folder: Path) -> GeneratorRecipe:
+    recipe = matchmask_miniature()
+    full = config.tuning == "full"
     return dataclasses.replace(
-        usual,
-        targets=_layers(cell, base, folder),
-        rank=cell.rank,
-        learning_rate=_FULL_RATE if full else usual.learning_rate,
-        draws=DrawConfig(regions=cell.rectified, caption_dropout=0.1),
-        fusion=AttentionMixConfig(mode="token" if cell.fusion else "off"),
-        conditioning=_conditioning(cell),
-        loop=dataclasses.replace(usual.loop, steps=cell.steps, precision="bf16"),
+        recipe,
+        targets=_layers(config, base, folder),
+        rank=config.rank,
+        learning_rate=_FULL_RATE if full else recipe.learning_rate,
+        draws=DrawConfig(regions=config.rectified, caption_dropout=0.1),
+        fusion=AttentionMixConfig(mode="token" if config.fusion else "off"),
+        conditioning=_conditioning(config),
+        loop=dataclasses.replace(recipe.loop, steps=config.steps, precision="bf16"),
     )
 
 
-def _conditioning(cell: GeneratorStudyConfig) -> ConditioningConfig:
-    return ConditioningConfig(template=f"{{classes}} {DOMAINS[cell.domain].phrases[0]}")
+def _conditioning(config: GeneratorStudyConfig) -> ConditioningConfig:
+    return ConditioningConfig(template=f"{{classes}} {DOMAINS[config.domain].phrases[0]}")
 
 
-def _layers(cell: GeneratorStudyConfig, base: DiffusionBase, folder: Path) -> str | tuple[str, ...]:
+def _layers(
+    config: GeneratorStudyConfig, base: DiffusionBase, folder: Path
+) -> str | tuple[str, ...]:
     names = [projection.name for projection in attention_projections(base.unet)]
-    if cell.layers == "random":
-        drawn = numpy_generator(cell.seed, "study", "layers").permutation(len(names))
+    if config.layers == "random":
+        drawn = numpy_generator(config.seed, "study", "layers").permutation(len(names))
         return tuple(names[index] for index in sorted(drawn[:_LAYERS]))
-    if cell.layers in _RANKED:
+    if config.layers in _RANKED:
         report = LayerReport.from_bytes((folder / "reports" / f"{_PROBES[0][0]}.json").read_bytes())
-        if cell.layers == "probe":
+        if config.layers == "probe":
             return select_from_report(report, top=_LAYERS, share=None)
         return bottom_k(report, _LAYERS)
-    return cell.layers
+    return config.layers
 
 
 def _data(
-    cell: GeneratorStudyConfig,
+    config: GeneratorStudyConfig,
     base: DiffusionBase,
     recipe: GeneratorRecipe,
     folder: Path,
@@ -325,20 +335,22 @@ def _data(
 ) -> tuple[DenoisingData, Conditioner]:
     dataset = open_dataset(dataset_folder)
     conditioner = Conditioner(base.tokenizers, dataset.label_space, recipe.conditioning)
-    keys = ("study", cell.name)
-    views = CroppedImages(dataset, dataset.samples("train"), recipe.view, seed=cell.seed, keys=keys)
+    keys = ("study", config.name)
+    views = CroppedImages(
+        dataset, dataset.samples("train"), recipe.view, seed=config.seed, keys=keys
+    )
     cache = TensorCache(open_store(str(folder / "cache")))
     conditions = CropConditions(views, conditioner)
     return DenoisingData.prepare(base, views, conditions, recipe.draws, cache), conditioner
 
 
 def scenes_folder(config: GeneratorStudyConfig, folder: Path) -> Path:
-    """Return where the labelled scenes of a cell lie."""
+    """Return the dataset folder of the labelled scenes."""
     return folder / "data" / f"{config.domain}-{config.seed}-{config.labelled}"
 
 
 def _score_masks(
-    cell: GeneratorStudyConfig,
+    config: GeneratorStudyConfig,
     base: DiffusionBase,
     conditioner: Conditioner,
     adapters: Sequence[GeneratorAdapter],
@@ -346,21 +358,14 @@ def _score_masks(
     rectified: bool,
 ) -> dict[str, Any]:
     judge, names = load_unet(WEIGHTS / "judge.safetensors")
-    _, masks = render(cell.domain, _MASKS, 0, "study-masks")
-    config = dataclasses.replace(SAMPLING, regions=rectified, precision="bf16")
-    generator = Generator(base, conditioner, adapters=adapters, config=config)
-    drawn = generator.generate([(str(index), mask) for index, mask in enumerate(masks)])
-    images = np.stack([one.image for one in drawn])
+    _, masks = render(config.domain, _MASKS, 0, "study-masks")
+    sampling = dataclasses.replace(SAMPLING, regions=rectified, precision="bf16")
+    generator = Generator(base, conditioner, adapters=adapters, config=sampling)
+    samples = generator.generate([(str(index), mask) for index, mask in enumerate(masks)])
+    images = np.stack([sample.image for sample in samples])
     return dataclasses.asdict(
         measure_agreement(partial(predict_labels, judge), images, masks, names)
     )
-
-
-def _mean_and_deviation(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    mean = f"{100 * float(np.mean(values)):.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {100 * float(np.std(values, ddof=1)):.1f}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -370,10 +375,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("command", nargs="?", choices=["run", "table"], default="run")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--most", type=int, help="only so many cells")
+    parser.add_argument("--most", type=int, help="largest number of configurations")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, default=Path("study"), help="where results lie")
+    parser.add_argument("--output", type=Path, default=Path("study"), help="folder of the results")
     return parser
 
 

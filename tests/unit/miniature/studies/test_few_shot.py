@@ -33,45 +33,45 @@ def _small(monkeypatch):
 
 
 def test_every_row_is_scored_once(tmp_path):
-    found = run_few_shot(TINY, tmp_path)
+    results = run_few_shot(TINY, tmp_path)
     rows = {"real only", "synthetic only", "++", *(f"real + {name}" for name in FILTERS)}
-    assert found["miou"].keys() == rows
-    assert all(0 <= value <= 1 for value in found["miou"].values())
-    assert found["labels"]["none"]["kept"] == 1
+    assert results["miou"].keys() == rows
+    assert all(0 <= value <= 1 for value in results["miou"].values())
+    assert results["labels"]["none"]["kept"] == 1
     assert (tmp_path / "fewshot" / f"{TINY.name}.png").is_file()
     path = tmp_path / "fewshot" / f"{TINY.name}.json"
-    kept = {**found, "miou": dict.fromkeys(rows, 0.5)}
-    path.write_text(json.dumps(kept))
+    edited = {**results, "miou": dict.fromkeys(rows, 0.5)}
+    path.write_text(json.dumps(edited))
     assert run_few_shot(TINY, tmp_path)["miou"]["++"] == 0.5
     assert "| real + relative | 50.0 |" in results_table(tmp_path)
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_mixes_are_scored_beside_their_control(tuning, tmp_path):
-    found = run_mixing_ratios(dataclasses.replace(TINY, tuning=tuning), tmp_path)
+def test_mixes_are_scored_with_their_control(tuning, tmp_path):
+    results = run_mixing_ratios(dataclasses.replace(TINY, tuning=tuning), tmp_path)
     longer = {"real only, 3 x steps", "freemask, share 0.25, 3 x steps"}
-    assert {"real only", "relative, share 0.25", *longer} < found["miou"].keys()
-    assert found["agreement"].keys() == {"right", "wrong"}
+    assert {"real only", "relative, share 0.25", *longer} < results["miou"].keys()
+    assert results["agreement"].keys() == {"right", "wrong"}
 
 
-def test_a_folder_of_real_images_is_shrunk_and_split(tmp_path):
+def test_a_folder_of_real_images_is_resized_and_split(tmp_path):
     folder = write_dataset("night", tmp_path / "real", train=9, val=2)
-    stock = from_folder(folder, 3, 0, tmp_path / "data")
-    assert stock.labelled[0].shape == (3, *REAL_SIZE, 3)
-    sets = [stock.labelled[0], stock.val[0], stock.unlabelled]
-    assert [len(one) for one in sets] == [3, 2, 2]
+    data = from_folder(folder, 3, 0, tmp_path / "data")
+    assert data.labelled[0].shape == (3, *REAL_SIZE, 3)
+    sets = [data.labelled[0], data.val[0], data.unlabelled]
+    assert [len(images) for images in sets] == [3, 2, 2]
     images = np.concatenate(sets).reshape(7, -1)
     assert len(np.unique(images, axis=0)) == 7
-    assert stock.judge.label_space.names == stock.classes
+    assert data.judge.label_space.names == data.classes
     other = from_folder(folder, 3, 1, tmp_path / "data")
-    assert not np.array_equal(other.labelled[0], stock.labelled[0])
+    assert not np.array_equal(other.labelled[0], data.labelled[0])
     with pytest.raises(DatasetError, match="9 images, expected over 11"):
         from_folder(folder, 8, 0, tmp_path / "data")
 
 
 def test_a_sheet_needs_no_segmenters(tmp_path):
     folder = write_dataset("night", tmp_path / "real", train=9, val=3)
-    setting = dataclasses.replace(TINY, data=str(folder))
-    found = run_contact_sheet(setting, tmp_path)
-    assert found.keys() == {"right", "wrong", "judge on real images"}
-    assert (tmp_path / "sheets" / f"{setting.name}.png").is_file()
+    config = dataclasses.replace(TINY, data=str(folder))
+    results = run_contact_sheet(config, tmp_path)
+    assert results.keys() == {"right", "wrong", "judge on real images"}
+    assert (tmp_path / "sheets" / f"{config.name}.png").is_file()
