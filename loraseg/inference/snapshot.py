@@ -49,7 +49,7 @@ class AdapterFilter:
     attention: AttentionLoraSetting = "as_trained"
 
     def is_for_base(self, entry: CatalogEntry) -> bool:
-        """Tell whether an entry is an adapter of this base, usable with this encoder or not."""
+        """Return whether an entry is an adapter of this base, even if unusable with the encoder."""
         return entry.card.role == "segmenter" and entry.card.base.digest == self.base_digest
 
 
@@ -113,7 +113,7 @@ def build_snapshot(
         if not adapter_filter.is_for_base(entry)
     }
     fitting = [entry for entry in published if entry.name not in incompatible]
-    # Adapters of other roles and bases are no candidates, so they are not worth a warning.
+    # Adapters of other roles and bases are no candidates: they alone cause no warning.
     others = len(incompatible)
     incompatible |= _centroid_mismatches(fitting, adapter_filter.encoder_id)
     fitting = [entry for entry in fitting if entry.name not in incompatible]
