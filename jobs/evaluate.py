@@ -1,4 +1,4 @@
-"""Score a library leave-one-out: table on the terminal, results.json and report.html.
+"""Score a library leave-one-out: print a table, write results.json and report.html.
 
 ray job submit --working-dir . -- python -m jobs.evaluate --config evaluation.yaml images=20
 """

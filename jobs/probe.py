@@ -1,9 +1,9 @@
-"""Probe which layers of a generator matter for a domain: a report, and its tables on the terminal.
+"""Probe which layers of a generator matter for a domain: write a report and print its tables.
 
 python -m jobs.probe method=gradient base=miniature gradient.learning_rate=1e-4 data=FOLDER \
     images=16 output=s3://bucket/reports/fog.json
 
-The report serves as ``targets`` of a generator's recipe. ``loraseg report show`` prints it again.
+The report can be the ``targets`` of a generator's recipe; ``loraseg report show`` prints it.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Run an evaluation: score the grid, choose K and tau across folds, score all methods."""
+"""The evaluation: score the grid, choose K and tau across folds, score all methods."""
 
 import functools
 import logging
@@ -40,7 +40,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# Applies a function to every piece of work, in order: a plain loop, or Ray.
+# Applies a function to every task and yields the results in order: ``map``, or tasks on Ray.
 OrderedMap = Callable[
     [Callable[["EvaluationTask"], Any], Sequence["EvaluationTask"]], Iterable[Any]
 ]
@@ -48,13 +48,14 @@ OrderedMap = Callable[
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationDomain:
-    """One dataset folder; its own adapter in the library has the same name.
+    """A domain to score.
 
     Attributes:
-        name: Of the domain and of its adapter.
-        data: Dataset folder.
-        family: Relatives share a family, so that they share a fold; the name if empty.
-        split: Which split is scored.
+        name: Name of the domain and of its own adapter in the library.
+        data: Dataset, a path or URI.
+        family: Related domains have the same family and therefore the same fold; empty for the
+            name of the domain.
+        split: Split that is scored.
     """
 
     name: str
@@ -65,24 +66,30 @@ class EvaluationDomain:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationConfig(SegmenterConfig):
-    """What is evaluated.
+    """Settings of an evaluation.
+
+    With ``k`` and ``temperature``, K and tau are the same for all domains; without them they are
+    chosen by cross-validation.
 
     Attributes:
         library: URI of the adapter library.
-        output: Folder for results.json, report.html and the resolved config.
-        domains: What is scored; every one in turn is the target.
-        candidates: Names of adapters that may be mixed; all if empty. Oracles are not bound by it.
-        lonely: Domains without relatives, left out of the second h-mean.
-        k: K for all domains; with ``temperature`` it replaces the choice by cross-validation.
-        temperature: tau for all domains.
-        grid: What is tried otherwise.
-        folds: Number of folds of domains; None for one a family, so that each family is scored with
-            what is best for all others.
-        tuning_images: First images of each domain that the choice looks at; None for all.
-        images: First images of each domain that are scored; None for all.
-        skip_bad: Leave out unusable images rather than stop.
+        output: Folder or store URI for results.json, table.txt and report.html.
+        domains: The domains; each is scored without its own adapter.
+        candidates: Names of the adapters that may be mixed; all if empty. The oracle may use other
+            adapters as well.
+        lonely: Domains without related ones, which the second h-mean leaves out.
+        grid: Values of K and tau for the cross-validation.
+        folds: Number of folds; None for one fold per family, so that K and tau of a family are
+            chosen on all other families.
+        tuning_images: Number of images per domain for the cross-validation; None for all.
+        images: Number of images per domain that are scored; None for all.
+        skip_bad: Leave out unusable images instead of raising an error.
         scoring: How each image is scored.
-        seed: For the order in which families are dealt to folds.
+        seed: Seed of the order in which families are assigned to folds.
+
+    Raises:
+        ConfigError: ``domains`` is empty or has duplicates, ``lonely`` has other names, or only one
+            of ``k`` and ``temperature`` is set.
     """
 
     library: str
@@ -102,25 +109,27 @@ class EvaluationConfig(SegmenterConfig):
         if not self.domains:
             raise ConfigError("domains: expected at least one")
         names = [domain.name for domain in self.domains]
-        if doubled := sorted({name for name in names if names.count(name) > 1}):
-            raise ConfigError(f"domains: {', '.join(doubled)} named twice")
+        if duplicates := sorted({name for name in names if names.count(name) > 1}):
+            raise ConfigError(f"domains: {', '.join(duplicates)} named twice")
         if unknown := sorted(set(self.lonely) - set(names)):
             raise ConfigError(f"lonely: {', '.join(unknown)} not among the domains")
         if (self.k is None) != (self.temperature is None):
-            raise ConfigError("k and temperature: give both, or none to choose them on the grid")
+            raise ConfigError("k and temperature: set both, or none to choose them on the grid")
 
     def resolved(self) -> "EvaluationConfig":
-        """Return the config with addresses that hold in any process, whatever its folder."""
+        """Return the config with absolute paths and URIs, which do not depend on the process."""
         return replace(
             self,
             library=absolute_uri(self.library),
             base=absolute_spec(self.base),
             encoder=absolute_spec(self.encoder),
-            domains=tuple(replace(item, data=absolute_uri(item.data)) for item in self.domains),
+            domains=tuple(
+                replace(domain, data=absolute_uri(domain.data)) for domain in self.domains
+            ),
         )
 
     def fixed_hyperparameters(self) -> Hyperparameters | None:
-        """Return the given K and tau, None if they are to be chosen."""
+        """Return K and tau of the config; None if they are chosen by cross-validation."""
         if self.k is None or self.temperature is None:
             return None
         return Hyperparameters(k=self.k, temperature=self.temperature)
@@ -128,9 +137,15 @@ class EvaluationConfig(SegmenterConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationTask:
-    """One domain's share: a score for every setting of the grid, or all methods at one setting.
+    """Scoring of one domain: SemLA on the whole grid, or all methods with one setting.
 
-    Self-contained and safe to run twice, so that any process of a cluster may take it.
+    A task is self-contained and safe to repeat, so it can run in any process of a cluster.
+
+    Attributes:
+        config: Settings of the evaluation, with absolute URIs.
+        domain: The domain.
+        generation: Generation of the library.
+        setting: K and tau for all methods; None for SemLA on the grid.
     """
 
     config: EvaluationConfig
@@ -143,55 +158,62 @@ def evaluate(config: EvaluationConfig, ordered_map: OrderedMap = map) -> Evaluat
     """Score all domains leave-one-out.
 
     Args:
-        config: What is evaluated.
-        ordered_map: Applies a function to every piece of work, in order; places it on a cluster.
+        config: Settings of the evaluation.
+        ordered_map: Applies a function to every task and yields the results in order.
 
     Raises:
-        ConfigError: Too few families for the folds, or a domain has no other adapter to mix.
+        ConfigError: There are too few families for the folds, or a domain has no other adapter.
         AdapterNotFoundError: A candidate is not in the library.
-        LorasegError: As raised by the store, the data, the base or the adapters.
+        LorasegError: The store, the data, the base or the adapters cannot be used.
     """
     models = load_models(config, config.library)
     _check_candidates(config, models)
     resolved = config.resolved()
-    works = [
+    tasks = [
         EvaluationTask(config=resolved, domain=domain, generation=models.generation)
         for domain in resolved.domains
     ]
-    settings, tuning = _select_hyperparameters(config, works, ordered_map)
-    scored = [replace(work, setting=settings[work.domain.name]) for work in works]
+    settings, tuning = _select_hyperparameters(config, tasks, ordered_map)
+    scoring_tasks = [replace(task, setting=settings[task.domain.name]) for task in tasks]
     return EvaluationResults(
         provenance=_provenance(config, models),
         tuning=tuning,
-        targets=tuple(ordered_map(run_evaluation_task, scored)),
+        targets=tuple(ordered_map(run_evaluation_task, scoring_tasks)),
         isolated=config.lonely,
     )
 
 
 def run_evaluation_task(task: EvaluationTask) -> Any:
-    """Score one domain: a list of the grid's mIoU without a setting, else its `TargetScores`."""
+    """Score one domain.
+
+    Returns:
+        The list of SemLA's mIoU on the grid without a setting, else ``TargetScores``.
+
+    Raises:
+        LorasegError: The store, the data, the base or the adapters cannot be used.
+    """
     started = time.perf_counter()
     config = task.config
-    # The library is pinned to a generation: all domains see the same adapters, whoever publishes.
+    # The generation is fixed, so that all domains use the same adapters during publications.
     models = _load_models_once(config, task.generation)
-    bench = EvaluationContext(
+    context = EvaluationContext(
         base=models.base,
         entries=models.pool.entries,
         load_adapter=models.pool.load,
         measure_distances=models.distances,
         candidates=frozenset(config.candidates) or None,
     )
-    scorer = TargetScorer(bench, _target_domain(config, task.domain), config.scoring)
+    scorer = TargetScorer(context, _target_domain(config, task.domain), config.scoring)
     if task.setting is None:
         result: Any = scorer.score_grid(config.grid.combinations(), config.tuning_images)
     else:
         result = scorer.score_methods(task.setting)
-    what = "grid" if task.setting is None else "all methods"
-    logger.info("%s: scored %s in %.1f s", task.domain.name, what, time.perf_counter() - started)
+    scored = "the grid" if task.setting is None else "all methods"
+    logger.info("%s: scored %s in %.1f s", task.domain.name, scored, time.perf_counter() - started)
     return result
 
 
-# A process that scores several domains, or one domain twice, reads the models once.
+# Cached, so that a process that runs several tasks loads the models once.
 @functools.lru_cache(maxsize=1)
 def _load_models_once(config: EvaluationConfig, generation: int) -> LoadedModels:
     return load_models(config, config.library, generation)
@@ -213,8 +235,8 @@ def _target_domain(config: EvaluationConfig, domain: EvaluationDomain) -> Target
 def _select_hyperparameters(
     config: EvaluationConfig, tasks: Sequence[EvaluationTask], ordered_map: OrderedMap
 ) -> tuple[dict[str, Hyperparameters], dict[str, Any]]:
-    """Return K and tau of every domain, and how they were found."""
-    names = [work.domain.name for work in tasks]
+    """Return K and tau of every domain, and the details of the cross-validation."""
+    names = [task.domain.name for task in tasks]
     if (fixed := config.fixed_hyperparameters()) is not None:
         return dict.fromkeys(names, fixed), {}
     families = {domain.name: domain.family or domain.name for domain in config.domains}
@@ -230,27 +252,27 @@ def _select_hyperparameters(
     return select_hyperparameters(scores, folds, grid), tuning
 
 
-def _check_candidates(config: EvaluationConfig, segmenter: LoadedModels) -> None:
-    known = {entry.name for entry in segmenter.pool.entries}
-    if missing := sorted(set(config.candidates) - known):
+def _check_candidates(config: EvaluationConfig, models: LoadedModels) -> None:
+    available = {entry.name for entry in models.pool.entries}
+    if missing := sorted(set(config.candidates) - available):
         raise AdapterNotFoundError(
             f"candidates {', '.join(missing)}: not among the adapters of {config.library} for "
-            f"base {segmenter.base.digest} "
-            f"({', '.join(sorted(known)) or segmenter.pool.empty_reason})"
+            f"base {models.base.digest} "
+            f"({', '.join(sorted(available)) or models.pool.empty_reason})"
         )
 
 
-def _provenance(config: EvaluationConfig, segmenter: LoadedModels) -> dict[str, Any]:
+def _provenance(config: EvaluationConfig, models: LoadedModels) -> dict[str, Any]:
     return {
         "config": configuration.to_dict(config),
         "code_revision": code_revision(),
         "seed": config.seed,
-        "base": {"name": segmenter.base.name, "digest": segmenter.base.digest},
-        "encoder": segmenter.encoder.encoder_id,
-        "clip_attention_lora": segmenter.base.clip_attention_lora,
-        "library_generation": segmenter.generation,
+        "base": {"name": models.base.name, "digest": models.base.digest},
+        "encoder": models.encoder.encoder_id,
+        "clip_attention_lora": models.base.clip_attention_lora,
+        "library_generation": models.generation,
         "adapters": {
             entry.name: {"version": entry.version, "digest": entry.digest}
-            for entry in segmenter.pool.entries
+            for entry in models.pool.entries
         },
     }

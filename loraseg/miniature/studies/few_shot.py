@@ -81,14 +81,14 @@ class FewShotStudyConfig:
     """A configuration of the study.
 
     Attributes:
-        labelled: Images with labels.
-        seed: Of images, generator and segmenters.
-        masks: Scenes that the generator learns from; ``labelled``, or more for an upper bound.
-        steps: Updates of each segmenter.
-        generator_steps: Updates of the generator.
-        domain: Whose scenes.
-        data: A dataset folder of real images instead.
-        tuning: What of the generator learns: "lora", or all its weights.
+        labelled: Number of labelled images.
+        seed: Seed of images, generator and segmenters.
+        masks: Number of scenes for the generator: ``labelled``, or more for an upper bound.
+        steps: Training steps of each segmenter.
+        generator_steps: Training steps of the generator.
+        domain: Domain of the scenes.
+        data: A dataset folder of real images, used instead of scenes.
+        tuning: "lora", or "full" to train all weights of the generator.
     """
 
     labelled: int

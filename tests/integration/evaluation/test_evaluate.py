@@ -1,4 +1,4 @@
-"""The evaluation on a real Ray: same bytes as without it, errors as they were."""
+"""The evaluation job on Ray: the same bytes as without Ray, lost workers, errors."""
 
 import os
 from dataclasses import replace
@@ -40,7 +40,7 @@ def config(tmp_path):
     return configuration.build(job.Config, values)
 
 
-def test_the_job_writes_what_a_plain_loop_would(config, ray_cluster, capsys):
+def test_the_job_writes_the_same_bytes_with_and_without_ray(config, ray_cluster, capsys):
     job.main(config)
     table = capsys.readouterr().out
     for name in DOMAINS:
@@ -53,19 +53,19 @@ def test_the_job_writes_what_a_plain_loop_would(config, ray_cluster, capsys):
     assert (out / "results.json").read_bytes() == on_cluster
 
 
-def test_a_lost_worker_is_made_up_for(ray_cluster, tmp_path):
-    spread = ordered_map(ResourceConfig(max_parallel=1), "test")
-    assert list(spread(_die_once, [_FakeWork(tmp_path, n) for n in range(3)])) == [0, 1, 2]
+def test_the_task_of_a_lost_worker_is_repeated(ray_cluster, tmp_path):
+    ray_map = ordered_map(ResourceConfig(max_parallel=1), "test")
+    assert list(ray_map(_die_once, [_FakeTask(tmp_path, n) for n in range(3)])) == [0, 1, 2]
     assert (tmp_path / "1.died").exists()
 
 
-def test_an_error_of_the_work_comes_out_as_it_was(ray_cluster, tmp_path):
+def test_an_error_of_a_task_is_raised_unchanged(ray_cluster, tmp_path):
     ray_map = ordered_map(ResourceConfig(), "test")
     with pytest.raises(DatasetError, match="no masks here"):
-        list(ray_map(_fail, [_FakeWork(tmp_path, n) for n in range(2)]))
+        list(ray_map(_fail, [_FakeTask(tmp_path, n) for n in range(2)]))
 
 
-class _FakeWork:
+class _FakeTask:
     def __init__(self, folder, number):
         self.folder, self.number = folder, number
 
@@ -74,13 +74,13 @@ class _FakeWork:
         return type("Named", (), {"name": str(self.number)})
 
 
-def _die_once(errand):
-    mark = errand.folder / f"{errand.number}.died"
-    if errand.number == 1 and not mark.exists():
-        mark.touch()
+def _die_once(task):
+    marker = task.folder / f"{task.number}.died"
+    if task.number == 1 and not marker.exists():
+        marker.touch()
         os._exit(1)
-    return errand.number
+    return task.number
 
 
-def _fail(errand):
+def _fail(task):
     raise DatasetError("no masks here")

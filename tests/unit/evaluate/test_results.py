@@ -48,7 +48,7 @@ def results():
     return EvaluationResults(provenance={"seed": 0}, tuning={}, targets=targets, isolated=("a150",))
 
 
-def test_hmeans_are_harmonic_means_of_what_there_is(results):
+def test_hmeans_are_harmonic_means_of_the_scored_domains(results):
     means = hmeans(results.targets)
     assert list(means) == ["zero_shot", "uniform", "semla", "oracle"]
     for method, column in zip(means, zip(*PUBLISHED.values(), strict=True), strict=True):
@@ -63,20 +63,20 @@ def test_the_papers_gap_is_68_per_cent():
     assert gap_closed([published]) == pytest.approx(0.68, abs=0.005)
 
 
-def test_gap_needs_an_oracle_that_gains():
+def test_gap_needs_an_oracle_that_is_better():
     assert gap_closed([scores("a", 0.5, 0.5, 0.5, 0.4)]) is None
     assert gap_closed([scores("a", 0.5, 0.5, 0.5)]) is None
     with_oracle = scores("a", 0.2, 0.3, 0.3, 0.4)
     assert gap_closed([with_oracle, scores("b", 0.9, 0.9, 0.1)]) == pytest.approx(0.5)
 
 
-def test_summary_counts_with_and_without_the_lonely(results):
+def test_summary_has_figures_with_and_without_isolated_domains(results):
     summary = results.summary()
     assert summary["hmean_without_lonely"]["semla"] == pytest.approx(harmonic_mean([0.677, 0.719]))
     assert summary["semla_ahead_of_uniform"] == 3
 
 
-def test_json_is_the_same_for_the_same_results_and_strict(results):
+def test_json_is_deterministic_and_strict(results):
     text = results.to_json()
     assert text == results.to_json()
     content = json.loads(text, parse_constant=pytest.fail)
@@ -85,7 +85,7 @@ def test_json_is_the_same_for_the_same_results_and_strict(results):
     assert content["targets"][0]["setting"] == {"k": 5, "temperature": 0.05}
 
 
-def test_table_shows_every_domain_the_means_and_the_paper(results):
+def test_table_has_rows_for_domains_means_and_paper(results):
     lines = results_table(results).splitlines()
     assert lines[0].split()[:5] == ["domain", "zero-shot", "uniform", "SemLA", "oracle"]
     row = ["acdc-rain", "46.5", "67.4", "67.7", "70.9", "5", "0.05", "cs", "0.75"]
@@ -99,7 +99,7 @@ def test_table_shows_every_domain_the_means_and_the_paper(results):
     assert len({line.rstrip().count("\t") for line in lines}) == 1
 
 
-def test_written_folder_holds_json_table_and_report(results, tmp_path):
+def test_output_has_json_table_and_report(results, tmp_path):
     report = Path(write_results(results, str(tmp_path / "out")))
     assert report == tmp_path / "out" / "report.html"
     assert sorted(path.name for path in (tmp_path / "out").glob("[!.]*")) == [
@@ -111,7 +111,7 @@ def test_written_folder_holds_json_table_and_report(results, tmp_path):
     assert "acdc-fog" in report.read_text()
 
 
-def test_spread_over_seeds(results, tmp_path):
+def test_mean_and_deviation_over_seeds(results, tmp_path):
     paths = []
     for seed, semla in enumerate((0.5, 0.6, 0.7)):
         run = EvaluationResults(
@@ -127,7 +127,7 @@ def test_spread_over_seeds(results, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"summary": {}}', '{"summary": {"hmean": {}}}'])
-def test_spread_refuses_other_files(content, tmp_path):
+def test_seed_summary_refuses_other_files(content, tmp_path):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(ConfigError, match=r"x\.json: not the results"):
         summarise_seeds([tmp_path / "x.json"])

@@ -86,13 +86,13 @@ def test_scores_every_domain_with_settings_from_the_other_fold(config):
         assert set(target.methods) == {"zero_shot", "uniform", "semla", "oracle"}
 
 
-def test_the_same_inputs_give_the_same_bytes_whatever_the_spread(config, base):
-    def backwards(function, works):
-        return [function(work) for work in works[::-1]][::-1]
+def test_equal_inputs_give_equal_bytes_in_any_order_of_execution(config, base):
+    def reversed_map(function, tasks):
+        return [function(task) for task in tasks[::-1]][::-1]
 
     first = evaluate(config)
     _load_models_once.cache_clear()
-    second = evaluate(config, backwards)
+    second = evaluate(config, reversed_map)
     assert first.to_json() == second.to_json()
     content = json.loads(first.to_json())
     assert content["config"]["domains"][0]["name"] == "day"
@@ -103,13 +103,13 @@ def test_the_same_inputs_give_the_same_bytes_whatever_the_spread(config, base):
     assert "night" in page
 
 
-def test_given_settings_skip_the_grid(config):
+def test_fixed_settings_skip_the_grid(config):
     results = evaluate(replace(config, k=2, temperature=0.5))
     assert results.tuning == {}
     assert {target.setting for target in results.targets} == {Hyperparameters(k=2, temperature=0.5)}
 
 
-def test_work_is_pinned_to_a_generation_and_knows_no_working_folder(
+def test_tasks_have_a_fixed_generation_and_absolute_paths(
     config, base, encoder, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -118,25 +118,25 @@ def test_work_is_pinned_to_a_generation_and_knows_no_working_folder(
         library="library",
         domains=tuple(replace(domain, data=domain.name) for domain in config.domains),
     )
-    seen = []
+    recorded = []
 
-    def watching(function, works):
-        seen.extend(works)
+    def recording_map(function, tasks):
+        recorded.extend(tasks)
         publish(tmp_path / "library", base, encoder, names=("day",), parents=("ef" * 32,))
         monkeypatch.chdir("/")
-        return [function(work) for work in works]
+        return [function(task) for task in tasks]
 
-    evaluate(replace(relative, k=1, temperature=1.0), watching)
-    assert {work.generation for work in seen} == {4}
-    assert all(isinstance(work, EvaluationTask) for work in seen)
-    assert seen[0].config.library == str(tmp_path / "library")
+    evaluate(replace(relative, k=1, temperature=1.0), recording_map)
+    assert {task.generation for task in recorded} == {4}
+    assert all(isinstance(task, EvaluationTask) for task in recorded)
+    assert recorded[0].config.library == str(tmp_path / "library")
 
 
 def load(models, uri, **options):
     return load_models(SegmenterConfig(base=models[0], encoder=models[1], **options), uri)
 
 
-def test_distances_are_those_to_the_centroids(config, models, encoder):
+def test_distances_are_euclidean_distances_to_the_centroids(config, models, encoder):
     loaded = load(models, config.library)
     images = list(domain_images("fog", 4))
     distances = loaded.distances(images)
@@ -148,7 +148,7 @@ def test_distances_are_those_to_the_centroids(config, models, encoder):
     assert loaded.distances([]).shape == (0, 4)
 
 
-def test_adapters_are_fetched_once_a_machine(config, models, tmp_path, monkeypatch):
+def test_adapters_are_fetched_once_per_machine(config, models, tmp_path, monkeypatch):
     monkeypatch.setenv("LORASEG_CACHE", str(tmp_path / "cache"))
     first = load(models, config.library)
     [entry, *_] = first.pool.entries
@@ -180,7 +180,7 @@ def test_adapters_of_other_bases_and_roles_are_left_out(config, models):
     assert names == ["day", "dusk", "fog", "night"]
 
 
-def test_says_why_no_adapter_fits(tmp_path, models, base, encoder):
+def test_reason_for_an_empty_pool(tmp_path, models, base, encoder):
     assert "is empty" in load(models, str(tmp_path)).pool.empty_reason
     other = replace(base, name="large", digest="ff" * 32)
     publish(tmp_path, other, encoder, names=("day",))
@@ -196,8 +196,8 @@ def test_says_why_no_adapter_fits(tmp_path, models, base, encoder):
 @pytest.mark.parametrize("kind", ["active", "inert"])
 def test_attention_follows_the_recipes(tmp_path, models, base, encoder, kind):
     publish(tmp_path, base, encoder, recipe={"clip_attention_lora": kind})
-    for asked, expected in (("as_trained", kind), ("active", "active"), ("inert", "inert")):
-        loaded = load(models, str(tmp_path), clip_attention_lora=asked)
+    for setting, expected in (("as_trained", kind), ("active", "active"), ("inert", "inert")):
+        loaded = load(models, str(tmp_path), clip_attention_lora=setting)
         assert loaded.base.model.config.clip_attention_lora == expected
         assert loaded.base.digest == base.digest
 
@@ -224,7 +224,7 @@ def test_adapters_of_another_encoder_are_refused(tmp_path, models, base):
     [
         ({"domains": ()}, "at least one"),
         ({"lonely": ("nowhere",)}, "nowhere not among"),
-        ({"k": 3}, "give both"),
+        ({"k": 3}, "set both"),
     ],
 )
 def test_config_is_checked(config, changes, message):
@@ -235,5 +235,5 @@ def test_config_is_checked(config, changes, message):
 
 
 def test_unknown_candidates_are_named(config):
-    with pytest.raises(AdapterNotFoundError, match=r"candidates nobody: .*day, dusk"):
-        evaluate(replace(config, candidates=("nobody", "day")))
+    with pytest.raises(AdapterNotFoundError, match=r"candidates absent: .*day, dusk"):
+        evaluate(replace(config, candidates=("absent", "day")))
