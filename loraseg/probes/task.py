@@ -16,11 +16,11 @@ from loraseg.storage import absolute_uri, open_parent_store, open_store, split_u
 from loraseg.synth.conditioning import Conditioner, ConditioningConfig
 from loraseg.synth.sizes import size_multiple
 from loraseg.train.core.task import task_digest
+from loraseg.train.core.threads import fixed_threads
 from loraseg.train.generator_adapters.crops import CroppedImages, ViewConfig
 from loraseg.train.generator_adapters.latents import TensorCache
 from loraseg.train.generator_adapters.report import encoders_on_device
 from loraseg.train.generator_adapters.samples import CropConditions, DenoisingData, DrawConfig
-from loraseg.train.segmenter_adapters.samples import fixed_threads
 
 __all__ = ["METHODS", "ProbeResult", "ProbeTask", "run_probe"]
 

@@ -6,7 +6,7 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from loraseg.backbones.device import best_device
 from loraseg.errors import LorasegError
-from loraseg.train.segmenter_adapters.samples import fixed_threads
+from loraseg.train.core.threads import fixed_threads
 
 __all__ = ["Executor", "LocalExecutor", "Stage", "UnitResult", "WorkUnit"]
 

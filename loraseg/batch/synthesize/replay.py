@@ -14,7 +14,7 @@ from loraseg.data.untrusted_images import decode_image
 from loraseg.errors import MALFORMED_INPUT_ERRORS, DatasetError, IntegrityError
 from loraseg.synth.generator import Generator
 from loraseg.tensor_types import UInt8, ndarray
-from loraseg.train.segmenter_adapters.samples import fixed_threads
+from loraseg.train.core.threads import fixed_threads
 
 __all__ = ["ReplayedImage", "Replayer"]
 

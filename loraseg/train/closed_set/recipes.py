@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from loraseg.errors import ConfigError
 from loraseg.segment.closed_set.networks import NetworkConfig
-from loraseg.train.segmenter_adapters.recipes import recipe_with_overrides
+from loraseg.train.core.recipes import recipe_with_overrides
 
 __all__ = ["SEGMENTER_RECIPES", "SegmenterRecipe", "lr_factor", "named_segmenter_recipe"]
 

@@ -1,8 +1,8 @@
 """Checkpoints of one training run in an object store.
 
-``<step>.safetensors`` first, then ``latest.json`` that names it with its digest: a reader finds
-the last whole checkpoint or the one before. The slot's place carries the digest of the whole task,
-so a run with another config never resumes a stale one.
+``<step>.safetensors`` is written first, then ``latest.json`` with its key and digest, so a reader
+always finds the last complete checkpoint or the one before. The prefix of the store contains the
+task digest, so a run with another config never resumes the checkpoint.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ _IMAGE_KEY = re.compile(r"pictures/(\d{9})\.png")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TrainingSnapshot:
-    """The state after ``step`` steps: tensors by name and the batches skipped so far."""
+    """The state after ``step`` steps: tensors by name, and the number of skipped batches."""
 
     step: int
     skipped_batches: int
@@ -39,22 +39,22 @@ class TrainingSnapshot:
 
 
 class CheckpointStore:
-    """Keeps the newest checkpoint of one run.
+    """The newest checkpoint of one run.
 
-    Several workers may hold the same slot, for instance when one was given up too early: they
-    write the same bytes, so whoever is behind does no harm.
+    Several workers may write to it, for instance when a slow one was replaced: equal steps have
+    equal bytes, and :meth:`save` ignores a worker that is behind.
     """
 
     def __init__(self, store: ObjectStore) -> None:
-        """Keep checkpoints at the root of ``store``."""
+        """Store checkpoints at the root of ``store``."""
         self._store = store
         self._short_timeout = store.with_retry_timeout(SHORT_RETRY_TIMEOUT_S)
 
     def save(self, snapshot: TrainingSnapshot) -> None:
-        """Write a checkpoint and forget the one before.
+        """Write a checkpoint and delete the one before.
 
-        A store that fails here for 15 s is only logged: training goes on, and a later step tries
-        again. All other calls have the store's own patience.
+        A store that fails for 15 s is only logged: training continues, and a later checkpoint is
+        tried again. The other methods use the store's own retry timeout.
         """
         key = f"{snapshot.step:09d}.safetensors"
         data = safetensors.torch.save({k: v.contiguous() for k, v in snapshot.tensors.items()})
@@ -66,17 +66,17 @@ class CheckpointStore:
         }
         try:
             if self._latest_step() > snapshot.step:
-                return  # another worker is ahead; its checkpoint must not lose its pointer
+                return  # Another worker is ahead; keep the pointer to its checkpoint.
             self._short_timeout.put(key, data)
             self._short_timeout.put(_LATEST, json.dumps(pointer, sort_keys=True).encode())
             _delete_data(self._short_timeout, before=key)
         except StoreError as error:
-            logger.warning("step %d: checkpoint not kept: %s", snapshot.step, error)
+            logger.warning("step %d: checkpoint not saved: %s", snapshot.step, error)
 
     def load(self) -> TrainingSnapshot | None:
-        """Return the newest whole checkpoint, None if there is none.
+        """Return the newest complete checkpoint, None if there is none.
 
-        A damaged one counts as none: starting again costs time, resuming it the result.
+        A damaged checkpoint counts as none: training again is slow, but correct.
 
         Raises:
             StoreError: The store cannot be read.
@@ -84,7 +84,7 @@ class CheckpointStore:
         try:
             pointer: dict[str, Any] = json.loads(self._store.get(_LATEST))
             if not _KEY.fullmatch(pointer["key"]):
-                raise ValueError(f"it names {pointer['key']!r}")
+                raise ValueError(f"its key is {pointer['key']!r}")
             data = self._store.get(pointer["key"])
             if hashlib.sha256(data).hexdigest() != pointer["sha256"]:
                 raise ValueError("its bytes differ from its digest")
@@ -93,27 +93,27 @@ class CheckpointStore:
         except ObjectNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
-            logger.warning("%s: checkpoint not usable, starting again: %s", self._store.uri, error)
+            logger.warning("%s: checkpoint damaged, starting again: %s", self._store.uri, error)
             return None
 
     def save_image(self, step: int, png: bytes) -> None:
-        """Keep a picture of the run after ``step`` steps; a store that fails is only logged."""
+        """Save an image of the run after ``step`` steps; a failure is only logged."""
         try:
             self._short_timeout.put(f"{_IMAGE_PREFIX}{step:09d}.png", png)
         except StoreError as error:
-            logger.warning("step %d: picture not kept: %s", step, error)
+            logger.warning("step %d: image not saved: %s", step, error)
 
     def load_images(self) -> dict[int, bytes]:
-        """Return the pictures that were kept, by their steps, rising.
+        """Return the saved images (PNG) by step, in increasing order.
 
         Raises:
             StoreError: The store cannot be read.
         """
-        found = (_IMAGE_KEY.fullmatch(key) for key in self._store.list(_IMAGE_PREFIX))
-        return {int(match[1]): self._store.get(match[0]) for match in found if match}
+        matches = (_IMAGE_KEY.fullmatch(key) for key in self._store.list(_IMAGE_PREFIX))
+        return {int(match[1]): self._store.get(match[0]) for match in matches if match}
 
     def clear(self) -> None:
-        """Delete everything in the slot; the pointer goes first."""
+        """Delete all checkpoints and images, the pointer first."""
         self._store.delete(_LATEST)
         _delete_data(self._store)
         for key in list(self._store.list(_IMAGE_PREFIX)):

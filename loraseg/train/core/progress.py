@@ -1,4 +1,4 @@
-"""What a running training says about itself."""
+"""Progress reports of a training run."""
 
 import dataclasses
 import time
@@ -12,7 +12,16 @@ Phase = Literal["encode", "train", "evaluate", "publish"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a run stands; ``loss`` is nan when there is none, ``step`` counts finished steps."""
+    """The state of a run.
+
+    Attributes:
+        name: Name of the adapter.
+        step: Finished steps.
+        steps: Number of steps.
+        loss: Loss of the last step; nan outside training.
+        images_per_s: Throughput; 0 outside training.
+        phase: Part of the run.
+    """
 
     name: str
     step: int
@@ -26,10 +35,17 @@ ProgressCallback = Callable[[Progress], None]
 
 
 class ProgressReporter:
-    """Turns the loop's steps into progress, with the throughput since this process took over."""
+    """Turns steps of the loop into progress, with the throughput of this process."""
 
     def __init__(self, name: str, steps: int, batch_size: int, callback: ProgressCallback) -> None:
-        """Report as ``name``, with ``steps`` in all of ``batch_size`` images each."""
+        """Prepare to report.
+
+        Args:
+            name: Name of the adapter.
+            steps: Number of steps.
+            batch_size: Images per step.
+            callback: Called with each report.
+        """
         self._name, self._steps, self._batch_size = name, steps, batch_size
         self._callback = callback
         self._images_done = 0
@@ -38,13 +54,13 @@ class ProgressReporter:
     def __call__(self, step: int, loss: float) -> None:
         """Report a finished training step."""
         self._images_done += self._batch_size
-        pace = self._images_done / max(time.monotonic() - self._started, 1e-9)
-        self._callback(Progress(self._name, step, self._steps, loss, pace, "train"))
+        throughput = self._images_done / max(time.monotonic() - self._started, 1e-9)
+        self._callback(Progress(self._name, step, self._steps, loss, throughput, "train"))
 
     def set_phase(self, phase: Phase, step: int) -> None:
-        """Report that another phase begins."""
+        """Report the start of a phase."""
         self._callback(Progress(self._name, step, self._steps, float("nan"), 0.0, phase))
 
     def restart_throughput(self) -> None:
-        """Count the throughput from now on."""
+        """Measure the throughput from now on."""
         self._images_done, self._started = 0, time.monotonic()

@@ -1,6 +1,6 @@
-"""What every running adapter is doing, kept in one place and said in one line each.
+"""The progress of all adapters of a training job, collected from their workers.
 
-Free of torch, so that the process that keeps the board stays small.
+Imports no torch, to keep the process of the tracker small.
 """
 
 import time
@@ -14,10 +14,13 @@ __all__ = ["ProgressTracker", "TaskProgress", "format_changes"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskProgress:
-    """The last word of one adapter.
+    """The latest report of one adapter.
 
-    ``worker`` is the process at work, ``restarts`` counts those lost before it. ``remaining_s`` is
-    the time that the rest of the training takes at its pace, None before there is a pace.
+    Attributes:
+        progress: The report.
+        worker: The process that trains it.
+        restarts: Number of workers that were lost before this one.
+        remaining_s: Estimated time of the remaining steps in seconds; None before two steps.
     """
 
     progress: Progress
@@ -28,7 +31,7 @@ class TaskProgress:
 
 @dataclass(slots=True)
 class _WorkerStint:
-    """One worker's stay with an adapter, and where its training began: (step, time)."""
+    """One worker's part of a training run, with its first training report: (step, time)."""
 
     worker: str
     restarts: int
@@ -37,9 +40,9 @@ class _WorkerStint:
 
 @dataclass(slots=True)
 class ProgressTracker:
-    """Takes the reports of many workers and answers where each adapter stands.
+    """Collects the reports of many workers.
 
-    Losing the board loses nothing but the display: the next reports fill it again.
+    It holds nothing that training depends on: a restarted tracker fills up with the next reports.
     """
 
     clock: Callable[[], float] = time.monotonic
@@ -47,29 +50,29 @@ class ProgressTracker:
     _latest: dict[str, TaskProgress] = field(default_factory=dict[str, TaskProgress])
 
     def put(self, progress: Progress, worker: str) -> None:
-        """Replace what is known of ``progress.name``; ``worker`` names the process that reports."""
-        track = self._stints.get(progress.name)
-        if track is None or track.worker != worker:
-            track = _WorkerStint(worker, 0 if track is None else track.restarts + 1)
-            self._stints[progress.name] = track
+        """Store a report of the process ``worker``."""
+        stint = self._stints.get(progress.name)
+        if stint is None or stint.worker != worker:
+            stint = _WorkerStint(worker, 0 if stint is None else stint.restarts + 1)
+            self._stints[progress.name] = stint
         self._latest[progress.name] = TaskProgress(
             progress=progress,
             worker=worker,
-            restarts=track.restarts,
-            remaining_s=self._remaining_s(progress, track),
+            restarts=stint.restarts,
+            remaining_s=self._remaining_s(progress, stint),
         )
 
     def read(self) -> dict[str, TaskProgress]:
-        """Return the standings by adapter name."""
+        """Return the latest report of each adapter, by name."""
         return dict(self._latest)
 
-    def _remaining_s(self, progress: Progress, track: _WorkerStint) -> float | None:
+    def _remaining_s(self, progress: Progress, stint: _WorkerStint) -> float | None:
         if progress.phase != "train":
             return None
         now = self.clock()
-        if track.first_report is None:
-            track.first_report = progress.step, now
-        first_step, first_time = track.first_report
+        if stint.first_report is None:
+            stint.first_report = progress.step, now
+        first_step, first_time = stint.first_report
         if progress.step == first_step:
             return None
         step_s = (now - first_time) / (progress.step - first_step)
@@ -79,30 +82,30 @@ class ProgressTracker:
 def format_changes(
     before: Mapping[str, TaskProgress], now: Mapping[str, TaskProgress]
 ) -> list[str]:
-    """Return one line for every adapter that went on between two readings of the board."""
+    """Return one line per adapter whose progress changed between two readings."""
     lines: list[str] = []
-    for name, standing in now.items():
+    for name, current in now.items():
         earlier = before.get(name)
-        if earlier is not None and earlier.restarts < standing.restarts:
+        if earlier is not None and earlier.restarts < current.restarts:
             lines.append(f"{name}: its worker was lost, another took over")
-        if earlier is None or _position(earlier) != _position(standing):
-            lines.append(_format_line(standing))
+        if earlier is None or _position(earlier) != _position(current):
+            lines.append(_format_line(current))
     return lines
 
 
-def _position(standing: TaskProgress) -> tuple[str, str, int]:
-    # Not the whole progress: a loss that is nan differs from itself.
-    return standing.worker, standing.progress.phase, standing.progress.step
+def _position(current: TaskProgress) -> tuple[str, str, int]:
+    # Without the loss: nan differs from itself.
+    return current.worker, current.progress.phase, current.progress.step
 
 
-def _format_line(standing: TaskProgress) -> str:
-    progress = standing.progress
+def _format_line(current: TaskProgress) -> str:
+    progress = current.progress
     words = [f"{progress.name}: {progress.phase} {progress.step}/{progress.steps}"]
     if progress.phase == "train":
         words.append(f"loss {progress.loss:.4f}")
         words.append(f"{progress.images_per_s:.1f} images/s")
-    if standing.remaining_s is not None:
-        words.append(f"{_format_duration(standing.remaining_s)} left")
+    if current.remaining_s is not None:
+        words.append(f"{_format_duration(current.remaining_s)} left")
     return "  ".join(words)
 
 

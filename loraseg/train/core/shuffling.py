@@ -1,4 +1,4 @@
-"""The order in which training data pass: in rounds, without any state between steps."""
+"""The order of training samples: shuffled epochs, without state between steps."""
 
 from collections.abc import Sequence
 
@@ -10,17 +10,23 @@ __all__ = ["require_labels", "shuffled_index"]
 
 
 def shuffled_index(position: int, count: int, seed: int, *keys: str | int) -> int:
-    """Return which of ``count`` items comes at a position of an endless sequence.
+    """Return the item at a position of an endless sequence of shuffled epochs.
 
-    Every item comes once a round, in an order drawn for that round, so that the answer is a
-    function of the arguments alone.
+    Every item occurs once per epoch, in an order drawn for that epoch. The result depends on the
+    arguments only.
+
+    Args:
+        position: Position in the sequence, from 0.
+        count: Number of items.
+        seed: The seed.
+        keys: Keys of the random stream beside the seed.
     """
-    round_, place = divmod(position, count)
-    return int(numpy_generator(seed, *keys, "order", round_).permutation(count)[place])
+    epoch, index = divmod(position, count)
+    return int(numpy_generator(seed, *keys, "order", epoch).permutation(count)[index])
 
 
 def require_labels(dataset: Dataset, samples: Sequence[Sample]) -> None:
-    """Make sure that there is something to train on.
+    """Check that there are samples and that all of them have masks.
 
     Raises:
         DatasetError: There is no sample, or one has no mask.

@@ -30,6 +30,7 @@ from loraseg.train.core.task import (
     open_samples,
     task_digest,
 )
+from loraseg.train.core.threads import fixed_threads
 from loraseg.train.generator_adapters.crops import CroppedImages
 from loraseg.train.generator_adapters.latents import TensorCache
 from loraseg.train.generator_adapters.recipes import GeneratorRecipe, SampleGridConfig
@@ -47,7 +48,6 @@ from loraseg.train.generator_adapters.training import (
     base_model_loss,
     train_generator,
 )
-from loraseg.train.segmenter_adapters.samples import fixed_threads
 
 __all__ = ["GeneratorAdapterJob"]
 

@@ -7,10 +7,10 @@ from typing import Any, Literal
 from loraseg.errors import ConfigError
 from loraseg.synth.conditioning import ConditioningConfig
 from loraseg.train.core.loop import AveragingLoopConfig
+from loraseg.train.core.recipes import recipe_with_overrides
 from loraseg.train.generator_adapters.crops import ViewConfig
 from loraseg.train.generator_adapters.denoising import LossConfig
 from loraseg.train.generator_adapters.samples import DrawConfig
-from loraseg.train.segmenter_adapters.recipes import recipe_with_overrides
 
 __all__ = [
     "GENERATOR_RECIPES",

@@ -22,11 +22,11 @@ from loraseg.tensor_types import Tensor
 from loraseg.train.core.checkpoint import CheckpointStore
 from loraseg.train.core.loop import LoopResult, StepCallback, TrainingLoop
 from loraseg.train.core.lora import apply_lora, freeze, init_pairs
+from loraseg.train.core.threads import fixed_threads
 from loraseg.train.generator_adapters.denoising import DenoisingBatch, denoising_loss
 from loraseg.train.generator_adapters.recipes import GeneratorRecipe
 from loraseg.train.generator_adapters.samples import DenoisingData, SampleDraw
 from loraseg.train.generator_adapters.targets import attention_mix_modules, generator_targets
-from loraseg.train.segmenter_adapters.samples import fixed_threads
 
 __all__ = [
     "Callbacks",

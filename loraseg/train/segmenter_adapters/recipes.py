@@ -1,32 +1,28 @@
-"""How an adapter is trained: one config, and a function for each published recipe."""
+"""Training recipes of segmenter adapters: the config, and the published settings."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeVar, cast
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
-from loraseg import config as configuration
 from loraseg.adapters.targets.catseg import TARGET_RULES
 from loraseg.data.transforms import AugmentConfig
 from loraseg.errors import ConfigError
 from loraseg.train.core.loop import LoopConfig
+from loraseg.train.core.recipes import recipe_with_overrides
 
 __all__ = [
     "RECIPES",
     "RULES_WITHOUT_CLIP",
     "AdapterRecipe",
     "DomainKind",
-    "deep_merge",
     "group_signature",
     "miniature",
     "named_recipe",
-    "recipe_with_overrides",
     "semla",
 ]
 
-RecipeT = TypeVar("RecipeT")
-
-# Rules of TARGET_RULES that adapt nothing of CLIP: its features are those of the base.
+# Rules of TARGET_RULES that adapt nothing of CLIP, so that its features are those of the base.
 RULES_WITHOUT_CLIP = frozenset({"aggregator"})
 
 DomainKind = Literal["acdc", "muses", "cs", "bdd", "mv", "a150", "idd", "pc59", "nyu", "coconutL"]
@@ -34,28 +30,28 @@ DomainKind = Literal["acdc", "muses", "cs", "bdd", "mv", "a150", "idd", "pc59", 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterRecipe:
-    """Everything that decides what an adapter becomes, apart from base, data and seed.
+    """Settings that decide an adapter, beside base, data and seed.
 
     Attributes:
-        name: Which recipe this is or was derived from; for people.
-        targets: Rule for the layers that are adapted, a key of
+        name: Name of the recipe that this is or was derived from; for information only.
+        targets: Rule that selects the adapted layers, a key of
             :data:`loraseg.adapters.targets.catseg.TARGET_RULES`.
         rank: r of every pair.
-        alpha: Scale of the update is alpha / rank.
-        learning_rate: One rate for all pairs, at its peak.
-        weight_decay: Of AdamW, on every pair.
+        alpha: The scale of the update is alpha / rank.
+        learning_rate: Peak rate of all pairs.
+        weight_decay: Weight decay of AdamW on all pairs.
         batch_size: Images per step.
         resize: (height, width) that image and mask are resized to before augmentation, both by
-            the nearest pixel; None keeps their size.
+            nearest pixel; None keeps their size.
         augment: Crop, flip and colour jitter.
-        mask_ignored: Leave ignored pixels out of the loss. The official loss (False) gives them
-            an all-zero target, which pushes every class down (methods A.6).
-        clip_attention_lora: "active" adapts q, k and v of CLIP. "inert" trains as the official
-            code, where those pairs are never called and stay zero (methods B.1).
-        pooled: Pool by two before class attention as in CAT-Seg's own training; SemLA's script
-            trains without (methods B.2).
+        mask_ignored: Leave ignored pixels out of the loss. CAT-Seg's loss (False) gives them an
+            all-zero target, which lowers the scores of all classes.
+        clip_attention_lora: "active" adapts q, k and v of CLIP. "inert" trains as SemLA's code,
+            where the forward pass never calls these pairs and they stay zero.
+        pooled: Pool by two before class attention, as CAT-Seg does in training; SemLA's
+            ``run_lora.sh`` does not.
         loop: Steps, schedule, clipping and precision.
-        threads: CPU threads while training. The last bits of a result depend on it.
+        threads: CPU threads while training; another number changes the last bits of the result.
     """
 
     name: str
@@ -95,7 +91,7 @@ class AdapterRecipe:
 
 @dataclasses.dataclass(frozen=True)
 class _PublishedRow:
-    """One row of the table in methods B.2."""
+    """Settings of one kind of domain in SemLA's training configs."""
 
     batch: int
     rate: float
@@ -106,7 +102,7 @@ class _PublishedRow:
 
 _SEMLA_TABLE: Mapping[DomainKind, _PublishedRow] = {
     "acdc": _PublishedRow(2, 1e-4, 2_000, 1e-4, 0.01),
-    # The authors changed the steps by hand because of over-fitting and do not say to what.
+    # The authors report that they reduced the steps because of over-fitting, not to which number.
     "muses": _PublishedRow(2, 1e-5, 3_000, 1e-4, 0.01),
     "cs": _PublishedRow(4, 1e-4, 20_000, 1e-5, 0.01),
     "bdd": _PublishedRow(4, 1e-4, 10_000, 1e-5, 0.01),
@@ -120,13 +116,14 @@ _SEMLA_TABLE: Mapping[DomainKind, _PublishedRow] = {
 
 
 def semla(domain_kind: DomainKind = "acdc") -> AdapterRecipe:
-    """Return SemLA's published training of one kind of domain (methods B.2).
+    """Return the settings of SemLA's training configs for one kind of domain.
 
-    Differs from the official code where that is a slip: the guidance hooks are right, and the
-    attention pairs of CLIP really train unless ``clip_attention_lora`` is set to "inert".
+    Two errors of the official code are not reproduced: its guidance features come from the wrong
+    block during training, and its pairs on CLIP's attention have no effect (the latter can be
+    reproduced by ``clip_attention_lora="inert"``).
 
     Args:
-        domain_kind: A row of the published table; "cs" images are first resized to 1024 x 512.
+        domain_kind: Kind of domain; "cs" images are first resized to 1024 x 512.
     """
     row = _SEMLA_TABLE[domain_kind]
     return AdapterRecipe(
@@ -146,10 +143,10 @@ def semla(domain_kind: DomainKind = "acdc") -> AdapterRecipe:
 
 
 def miniature() -> AdapterRecipe:
-    """Return the recipe for the miniature CAT-Seg: seconds on one CPU core.
+    """Return the recipe of the miniature CAT-Seg, which takes seconds on one CPU core.
 
-    Few steps at a low rate and half the usual scale on purpose: adapters that overshoot their own
-    domain hurt its neighbours as soon as they are fused.
+    Few steps, a low rate and half the usual scale: adapters that overfit their own domain degrade
+    neighbouring domains when they are fused.
     """
     return AdapterRecipe(
         name="miniature",
@@ -184,10 +181,10 @@ def named_recipe(name: str, *overrides: Mapping[str, Any]) -> AdapterRecipe:
 
 
 def group_signature(recipe: AdapterRecipe) -> AdapterRecipe:
-    """Return a recipe with all that adapters trained on the same batches may differ in made equal.
+    """Return the recipe with the fields normalised in which members of a group may differ.
 
-    Those are name, rank, alpha, rates, what happens to ignored pixels, and the loop but for its
-    precision.
+    These are name, rank, alpha, learning rate, weight decay, ``mask_ignored``, and the loop except
+    for its precision.
     """
     return dataclasses.replace(
         recipe,
@@ -199,36 +196,3 @@ def group_signature(recipe: AdapterRecipe) -> AdapterRecipe:
         mask_ignored=False,
         loop=LoopConfig(steps=1, precision=recipe.loop.precision),
     )
-
-
-def recipe_with_overrides(
-    recipes: Mapping[str, RecipeT], name: str, overrides: Sequence[Mapping[str, Any]]
-) -> RecipeT:
-    """Return one of some recipes with fields changed.
-
-    Args:
-        recipes: By name.
-        name: Which.
-        overrides: Plain values by field, nested fields as nested mappings; a later one wins.
-
-    Raises:
-        ConfigError: There is no such recipe or field, or a value is out of range.
-    """
-    if name not in recipes:
-        raise ConfigError(f"recipe: got {name!r}, known: {', '.join(recipes)}")
-    recipe = recipes[name]
-    values = deep_merge(configuration.to_dict(recipe), *overrides)
-    return configuration.build(type(recipe), values, where=f"recipe {name}")
-
-
-def deep_merge(values: Mapping[str, Any], *overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return plain values with some changed, nested mappings key by key; a later change wins."""
-    merged = dict(values)
-    for key, change in (item for changes in overrides for item in changes.items()):
-        old = merged.get(key)
-        if isinstance(old, Mapping) and isinstance(change, Mapping):
-            inner = cast(Mapping[str, Any], old), cast(Mapping[str, Any], change)
-            merged[key] = deep_merge(*inner)
-        else:
-            merged[key] = change
-    return merged

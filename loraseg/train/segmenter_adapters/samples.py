@@ -1,7 +1,6 @@
 """Batches of labelled images for training a segmenter, and its loss on them."""
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +20,6 @@ __all__ = [
     "TrainingImages",
     "encode_image_features",
     "encode_text",
-    "fixed_threads",
     "has_labels",
     "network_input",
     "segmentation_loss",
@@ -188,14 +186,3 @@ def _resize_nearest(pixels: ndarray, size: tuple[int, int]) -> ndarray:
         for new, old in zip(size, pixels.shape[:2], strict=True)
     )
     return pixels[rows][:, columns]
-
-
-@contextmanager
-def fixed_threads(count: int) -> Generator[None, None, None]:
-    """Compute with ``count`` CPU threads; another count changes the last bits of sums."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

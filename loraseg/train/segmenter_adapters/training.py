@@ -16,13 +16,13 @@ from loraseg.tensor_types import Tensor, ndarray
 from loraseg.train.core.checkpoint import CheckpointStore
 from loraseg.train.core.loop import LoopResult, StepCallback, TrainingLoop
 from loraseg.train.core.lora import TrainablePairs, apply_lora, freeze, init_pairs
+from loraseg.train.core.threads import fixed_threads
 from loraseg.train.segmenter_adapters.recipes import AdapterRecipe, group_signature
 from loraseg.train.segmenter_adapters.samples import (
     Precision,
     TrainingImages,
     encode_image_features,
     encode_text,
-    fixed_threads,
     has_labels,
     segmentation_loss,
 )

@@ -13,7 +13,7 @@ from loraseg import config as configuration
 from loraseg.backbones.clip import load_clip
 from loraseg.errors import DatasetError
 from loraseg.segment.open_vocabulary.base import load_base
-from loraseg.train.segmenter_adapters.samples import fixed_threads
+from loraseg.train.core.threads import fixed_threads
 from tests.unit.tiny import DOMAINS, publish, write_domain, write_models
 
 pytestmark = pytest.mark.ray

@@ -21,7 +21,7 @@ from loraseg.evaluate.leave_one_out import ScoringConfig
 from loraseg.evaluate.run import EvaluationConfig, EvaluationDomain, evaluate
 from loraseg.inference.selection import AdaptiveSettings
 from loraseg.serving.build import build_local_engine
-from loraseg.train.segmenter_adapters.samples import fixed_threads
+from loraseg.train.core.threads import fixed_threads
 from tests.unit.inference.tiny_service import segment_request, service_config
 from tests.unit.tiny import CLASSES, ColorEncoder, domain_images, publish, write_domain
 

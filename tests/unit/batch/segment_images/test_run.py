@@ -20,7 +20,7 @@ from loraseg.errors import ConfigError
 from loraseg.library import Library
 from loraseg.library.records import blob_key, read_record
 from loraseg.storage import LocalStore, open_store
-from loraseg.train.segmenter_adapters.samples import fixed_threads
+from loraseg.train.core.threads import fixed_threads
 from tests.executors import UnusedExecutor
 from tests.tiny_image_batch import (
     BAD,

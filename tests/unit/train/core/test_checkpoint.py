@@ -48,7 +48,7 @@ def test_training_goes_on_without_the_store(store, caplog):
     slot.save(snapshot(10))
     store.is_down = True
     slot.save(snapshot(20))
-    assert caplog.messages == ["step 20: checkpoint not kept: down"]
+    assert caplog.messages == ["step 20: checkpoint not saved: down"]
     store.is_down = False
     assert slot.load().step == 10
     slot.save(snapshot(30))
@@ -82,7 +82,7 @@ def test_pictures_are_kept_beside_checkpoints_until_all_is_cleared(store, caplog
     assert list(slot.load_images().items()) == [(20, b"first"), (100, b"later")]
     store.is_down = True
     slot.save_image(30, b"lost")
-    assert caplog.messages == ["step 30: picture not kept: down"]
+    assert caplog.messages == ["step 30: image not saved: down"]
     store.is_down = False
     slot.clear()
     assert list(store.list()) == []

@@ -7,11 +7,11 @@ import torch
 from loraseg.data import open_dataset
 from loraseg.data.transforms import AugmentConfig
 from loraseg.errors import DatasetError
+from loraseg.train.core.threads import fixed_threads
 from loraseg.train.segmenter_adapters.samples import (
     TrainingImages,
     encode_image_features,
     encode_text,
-    fixed_threads,
     has_labels,
     network_input,
     segmentation_loss,
