@@ -1,4 +1,4 @@
-"""The data of a segmenter's training, opened and told apart by digests."""
+"""The data of a closed-set training, and the digests of its bytes."""
 
 import hashlib
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ __all__ = ["DataSpec", "TrainingDataDigests", "select_samples"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingDataDigests:
-    """Digests of all bytes that a training sees, hex.
+    """Digests (hex) of all data of a training.
 
     Attributes:
-        real: Of the real samples to train on.
-        val: Of the validation samples.
-        synthetic: Of each synthetic dataset's manifest, which names its shards by their sha256.
+        real: Digest of the real training samples.
+        val: Digest of the validation samples.
+        synthetic: Digest of each synthetic dataset's manifest, which contains those of its shards.
     """
 
     real: str
@@ -29,7 +29,7 @@ class TrainingDataDigests:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataSpec:
-    """Where the data is; attributes as in SegmenterTrainingConfig."""
+    """Locations of the data; attributes as in SegmenterTrainingConfig."""
 
     real: str
     split: str
@@ -38,7 +38,7 @@ class DataSpec:
     synthetic: tuple[str, ...]
 
     def open(self) -> tuple[TrainingData, TrainingDataDigests]:
-        """Open the data, and read all real files for their digests.
+        """Open the data and digest all real samples.
 
         Raises:
             ConfigError: ``images`` does not fit the split.
@@ -65,21 +65,26 @@ class DataSpec:
         )
 
     def changed_sources(self, before: TrainingDataDigests, now: TrainingDataDigests) -> list[str]:
-        """Return the places whose data has another digest now."""
+        """Return the URIs of the sources whose digests differ."""
         pairs = zip(self.synthetic, before.synthetic, now.synthetic, strict=True)
-        places = [place for place, old, new in pairs if old != new]
+        changed = [uri for uri, old, new in pairs if old != new]
         if (before.real, before.val) != (now.real, now.val):
-            places.insert(0, self.real)
-        return places
+            changed.insert(0, self.real)
+        return changed
 
 
 def select_samples(
     dataset: Dataset, split: str, images: int | tuple[str, ...] | None
 ) -> tuple[Sample, ...]:
-    """Return so many samples of a split, the first by name, or some by name; None for all.
+    """Return the samples of a split to train on.
+
+    Args:
+        dataset: The dataset.
+        split: Name of the split.
+        images: Number of samples, the first by name; or names of samples; None for all.
 
     Raises:
-        ConfigError: There are fewer, or there is none of that name.
+        ConfigError: The split has fewer samples, or none of a name.
         DatasetError: The split cannot be read.
     """
     samples = dataset.samples(split)

@@ -1,9 +1,8 @@
-"""One run of the segmenter trainer: the segmenter, its real-only control, and what both scored.
+"""The closed-set training job: a segmenter, a control without synthetic data, and their scores.
 
-Everything lands in one store: ``segmenter.safetensors`` and ``control.safetensors``, each with its
-scores in ``arms/<name>.json`` once it is done; then ``results.json`` and ``report.html``. While an
-arm trains, its checkpoints are below ``checkpoints/``, in a place that carries the digest of all
-that decides what it becomes.
+One store holds ``segmenter.safetensors`` and ``control.safetensors``, the record of each finished
+run in ``arms/<name>.json``, then ``results.json`` and ``report.html``. The checkpoints of a run are
+below ``checkpoints/``, under a prefix that contains the run digest.
 """
 
 import dataclasses
@@ -47,21 +46,20 @@ _FORMAT = 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SegmenterTrainingConfig:
-    """What a segmenter is trained on, and how.
+    """Data, recipe and output of the job.
 
     Attributes:
         real: Dataset folder, a path or URI.
-        split: Its labelled images to train on.
-        val_split: Its labelled images that choose the best checkpoint.
-        images: So many of the split's images, the first by name, or the names (stems) of some;
-            None for all.
+        split: Labelled split to train on.
+        val_split: Labelled split that selects the best checkpoint.
+        images: Number of training images, the first by name; or names of images; None for all.
         synthetic: Store URIs of synthetic datasets.
         recipe: A key of :data:`~loraseg.train.closed_set.recipes.SEGMENTER_RECIPES`.
         overrides: Fields of the recipe that differ.
-        output: Store URI of what is made.
-        reuse: ``output`` of another run: an arm that it trained from the very same inputs is
-            copied, not trained again. So rounds of MatchMask++ share their control.
-        seed: Of weights, batches and augmentation.
+        output: Store URI of the results.
+        reuse: ``output`` of another job: a run with equal inputs is copied from it instead of
+            trained. Rounds of MatchMask++ share their control in this way.
+        seed: Seed of weights, batches and augmentation.
     """
 
     real: str
@@ -78,16 +76,16 @@ class SegmenterTrainingConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SegmenterTrainingTask:
-    """One arm: a unit of work that is safe to start again after a kill at any point.
+    """One run of the job. Running it again after a kill at any point is safe.
 
     Attributes:
         name: ``segmenter`` or ``control``.
-        run_digest: Digest of all that decides what it becomes, hex.
-        recipe: How to train.
-        data_spec: Where its data is; a control has no synthetic data.
-        digests: Of the data when the run began.
-        output: As in :class:`SegmenterConfig`.
-        seed: The same.
+        run_digest: Digest (hex) of everything that decides the result.
+        recipe: Network, data mix and optimisation.
+        data_spec: Locations of the data; a control has no synthetic data.
+        digests: Digests of the data when the job started.
+        output: As in :class:`SegmenterTrainingConfig`.
+        seed: As in :class:`SegmenterTrainingConfig`.
     """
 
     name: str
@@ -100,29 +98,29 @@ class SegmenterTrainingTask:
 
     @property
     def checkpoint_prefix(self) -> str:
-        """Where its checkpoints are, below the output."""
+        """Prefix of the checkpoints below the output."""
         return f"checkpoints/{self.name}-{self.run_digest[:16]}"
 
     def open_data(self) -> TrainingData:
         """Open the data.
 
         Raises:
-            DatasetError: It cannot be used.
+            DatasetError: The data cannot be used.
             IntegrityError: A manifest is damaged.
-            StageError: It is not what the run began with.
+            StageError: The data changed since the job started.
             StoreError: A store cannot be read.
         """
         data, digests = self.data_spec.open()
         if digests != self.digests:
-            places = ", ".join(self.data_spec.changed_sources(self.digests, digests))
+            changed = ", ".join(self.data_spec.changed_sources(self.digests, digests))
             raise StageError(
-                f"{self.name}: the data changed while training: {places}; run again to train on "
-                "what is there now"
+                f"{self.name}: the data changed while training: {changed}; run again to train on "
+                "the new data"
             )
         return data
 
     def write_result(self, result: TrainingResult, classes: Sequence[str]) -> None:
-        """Write the segmenter, then its scores.
+        """Write the segmenter, then its record.
 
         Raises:
             StoreError: The store cannot be written.
@@ -138,20 +136,20 @@ TaskRunner = Callable[[SegmenterTrainingTask], None]
 def train_segmenters(
     config: SegmenterTrainingConfig, run_task: TaskRunner | None = None
 ) -> dict[str, Any]:
-    """Train the segmenter and, beside synthetic data, its control; write results and report.
+    """Train the segmenter and, if there is synthetic data, its control; write results and report.
 
-    What is done already is not done again.
+    Finished runs are not trained again.
 
     Args:
-        config: What and how.
-        run_task: Trains one arm to its end, :meth:`SegmenterTrainingTask.finish` included, and
-            then forgets its checkpoints; by default :func:`run_here`.
+        config: Data, recipe and output.
+        run_task: Trains one run, calls :meth:`SegmenterTrainingTask.write_result` and deletes the
+            checkpoints; by default :func:`run_locally`.
 
     Returns:
         The content of ``results.json``.
 
     Raises:
-        ConfigError: The config is wrong, or the output holds a run of other inputs.
+        ConfigError: The config is wrong, or the output holds the results of other inputs.
         LorasegError: As in :func:`~loraseg.train.closed_set.loop.train_segmenter`.
     """
     store = open_store(config.output)
@@ -160,24 +158,26 @@ def train_segmenters(
     known = _read_json(store, RESULTS_KEY)
     if known is not None:
         if known.get("run") != digest:
-            raise ConfigError(f"output {store.uri}: holds a run of other inputs; name another one")
-        logger.info("%s: done before", store.uri)
+            raise ConfigError(
+                f"output {store.uri}: holds results of other inputs; choose another one"
+            )
+        logger.info("%s: already finished", store.uri)
         return known
     for task in tasks:
         if not (_is_finished(store, task) or _copy_finished(config.reuse, task, store)):
-            logger.info("%s: begins", task.name)
+            logger.info("%s: training starts", task.name)
             (run_task or run_locally)(task)
-    arms = {task.name: _read_finished(store, task) for task in tasks}
+    records = {task.name: _read_finished(store, task) for task in tasks}
     results = {
         "format": _FORMAT,
         "run": digest,
         "classes": list(data.label_space.names),
-        "arms": arms,
+        "arms": records,
         "settings": {**to_dict(config), "recipe": to_dict(tasks[0].recipe)},
         "code_revision": code_revision(),
     }
     page = render_training_report(
-        results, data, {name: store.get(f"{name}.safetensors") for name in arms}
+        results, data, {name: store.get(f"{name}.safetensors") for name in records}
     )
     store.put(REPORT_KEY, page.encode())
     store.put(RESULTS_KEY, _encode_json(results))
@@ -185,7 +185,7 @@ def train_segmenters(
 
 
 def run_locally(task: SegmenterTrainingTask) -> None:
-    """Train an arm in this process; its checkpoints go to the store.
+    """Train a run in this process, with checkpoints in its store.
 
     Raises:
         LorasegError: As in :func:`~loraseg.train.closed_set.loop.train_segmenter`.
@@ -216,29 +216,29 @@ def _plan_tasks(
     recipe = named_segmenter_recipe(config.recipe, config.overrides)
     if recipe.weights is not None:
         recipe = dataclasses.replace(recipe, weights=_weights_file(recipe.weights))
-    places = DataSpec(
+    data_spec = DataSpec(
         real=absolute_uri(config.real),
         split=config.split,
         val_split=config.val_split,
         images=config.images,
-        synthetic=tuple(absolute_uri(place) for place in config.synthetic),
+        synthetic=tuple(absolute_uri(uri) for uri in config.synthetic),
     )
-    data, digests = places.open()
-    arms = [("segmenter", places, digests)]
-    if places.synthetic:
-        bare = dataclasses.replace(places, synthetic=())
-        arms.append(("control", bare, dataclasses.replace(digests, synthetic=())))
+    data, digests = data_spec.open()
+    runs = [("segmenter", data_spec, digests)]
+    if data_spec.synthetic:
+        real_only = dataclasses.replace(data_spec, synthetic=())
+        runs.append(("control", real_only, dataclasses.replace(digests, synthetic=())))
     return [
         SegmenterTrainingTask(
             name=name,
-            run_digest=_run_digest(recipe, config.seed, found),
+            run_digest=_run_digest(recipe, config.seed, run_digests),
             recipe=recipe,
-            data_spec=where,
-            digests=found,
+            data_spec=run_spec,
+            digests=run_digests,
             output=absolute_uri(config.output),
             seed=config.seed,
         )
-        for name, where, found in arms
+        for name, run_spec, run_digests in runs
     ], data
 
 
@@ -248,9 +248,9 @@ def _weights_file(spec: str) -> str:
 
 
 def _run_digest(recipe: SegmenterRecipe, seed: int, data: TrainingDataDigests) -> str:
-    """Return the digest of what decides the result: recipe, seed and the bytes of the data."""
+    """Return the digest of recipe, seed and data."""
     settings = to_dict(recipe)
-    # Neither its name nor a share of nothing changes anything.
+    # The name changes nothing; without synthetic data, neither does their share.
     del settings["name"]
     if not data.synthetic:
         del settings["synthetic_share"]
@@ -295,19 +295,19 @@ def _run_record(
 
 
 def _copy_finished(reuse_from: str | None, task: SegmenterTrainingTask, store: ObjectStore) -> bool:
-    """Take a finished arm of the same inputs from another output, whatever its name there."""
+    """Copy a finished run of equal inputs from another output, under any of its names."""
     if reuse_from is None:
         return False
     other = open_store(reuse_from)
     for name in ("control", "segmenter"):
-        arm = _read_json(other, _run_key(name))
-        if arm is not None and arm.get("run") == task.run_digest:
+        record = _read_json(other, _run_key(name))
+        if record is not None and record.get("run") == task.run_digest:
             data = other.get(f"{name}.safetensors")
-            if hashlib.sha256(data).hexdigest() != arm.get("sha256"):
+            if hashlib.sha256(data).hexdigest() != record.get("sha256"):
                 raise IntegrityError(f"{other.uri}/{name}.safetensors: not what its scores are of")
             store.put(f"{task.name}.safetensors", data)
             store.put(
-                _run_key(task.name), _encode_json({**arm, "file": f"{task.name}.safetensors"})
+                _run_key(task.name), _encode_json({**record, "file": f"{task.name}.safetensors"})
             )
             logger.info("%s: copied from %s", task.name, other.uri)
             return True
@@ -315,15 +315,15 @@ def _copy_finished(reuse_from: str | None, task: SegmenterTrainingTask, store: O
 
 
 def _is_finished(store: ObjectStore, task: SegmenterTrainingTask) -> bool:
-    arm = _read_json(store, _run_key(task.name))
-    return arm is not None and arm.get("run") == task.run_digest
+    record = _read_json(store, _run_key(task.name))
+    return record is not None and record.get("run") == task.run_digest
 
 
 def _read_finished(store: ObjectStore, task: SegmenterTrainingTask) -> dict[str, Any]:
-    arm = _read_json(store, _run_key(task.name))
-    if arm is None:
+    record = _read_json(store, _run_key(task.name))
+    if record is None:
         raise IntegrityError(f"{store.uri}/{_run_key(task.name)}: missing, although it was trained")
-    return arm
+    return record
 
 
 def _run_key(name: str) -> str:

@@ -1,8 +1,8 @@
-"""Training a closed-set segmenter on real and synthetic pairs (methods b.6); plain torch.
+"""Training of a closed-set segmenter on real and synthetic pairs, as in MatchMask.
 
-What happens at step s depends on the state and s alone, so a run that is killed and resumed any
-number of times ends as one that is left alone; on the CPU in the same bytes. It runs in one process
-or in several that torch.distributed has joined, each with its share of every batch.
+Step s depends only on s and the state. A run that is killed and resumed any number of times
+therefore ends like an uninterrupted one, on the CPU in the same bytes. It runs in one process or in
+several that torch.distributed connects, each with its part of every batch.
 """
 # pyright: basic
 
@@ -30,25 +30,26 @@ from loraseg.train.closed_set.recipes import SegmenterRecipe, lr_factor
 from loraseg.train.closed_set.samples import BatchDataset, MixedSampler, PairSource, class_shares
 from loraseg.train.closed_set.state import TrainingCurves, TrainingState, decode_state, encode_state
 from loraseg.train.core.optimisation import OptimiserStep, is_due
+from loraseg.train.core.threads import fixed_threads
 
 __all__ = ["TrainingContext", "TrainingData", "TrainingResult", "train_segmenter"]
 
 logger = logging.getLogger(__name__)
 
-_LOSS_POINTS = 100  # points of the loss curve
+_LOSS_POINTS = 100  # of the loss curve
 _EVAL_PIXELS = 2**20
 _EVAL_BATCH = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingData:
-    """What is learned from, and what is scored on.
+    """Training and validation pairs.
 
     Attributes:
         label_space: The classes.
         real: Labelled real pairs.
-        synthetic: Synthetic pairs; None trains on real ones alone.
-        val: Pairs that decide which checkpoint is the best.
+        synthetic: Synthetic pairs; None trains on real pairs only.
+        val: Validation pairs, which select the best checkpoint.
     """
 
     label_space: LabelSpace
@@ -59,16 +60,16 @@ class TrainingData:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingContext:
-    """Where a training runs; by default alone in this process, without checkpoints.
+    """Process group, device and checkpoints of a run; by default one process, no checkpoints.
 
     Attributes:
-        rank: Of this process, from 0.
-        world_size: How many processes train together; over one, torch.distributed has joined them.
-        device: Where to compute.
-        num_workers: Processes that prepare this process's batches; 0 prepares them in it.
+        rank: Rank of this process, from 0.
+        world_size: Number of processes; more than one must be connected by torch.distributed.
+        device: Device of the network.
+        num_workers: Data loader processes of this process; 0 loads in the process itself.
         load_checkpoint: Returns the newest checkpoint, None if there is none.
         save_checkpoint: Called on all ranks at the same steps with (step, scores, checkpoint); the
-            checkpoint is None on all but rank 0.
+            checkpoint is None on all ranks but 0.
     """
 
     rank: int = 0
@@ -81,13 +82,13 @@ class TrainingContext:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TrainingResult:
-    """How a training ended.
+    """The best checkpoint of a run.
 
     Attributes:
-        segmenter: The best checkpoint as the bytes of a segmenter's file; the last one if the
-            validation pairs have no labelled pixel.
-        step: After how many steps it was taken.
-        confusion: Of the best checkpoint on the validation pairs.
+        segmenter: Bytes of the segmenter's file; the last checkpoint if the validation pairs have
+            no labelled pixel.
+        step: Number of steps before the checkpoint.
+        confusion: Confusion matrix of the checkpoint on the validation pairs.
         curves: Loss and validation mIoU by step.
     """
 
@@ -103,17 +104,17 @@ def train_segmenter(
     seed: int = 0,
     context: TrainingContext | None = None,
 ) -> TrainingResult:
-    """Train, evaluate every so often, and return the checkpoint with the best validation mIoU.
+    """Train with periodic evaluation and return the checkpoint with the best validation mIoU.
 
     Args:
-        recipe: How.
-        data: On what. The order of its pairs matters.
-        seed: Of the initial weights, the batches, their augmentation and the network's noise.
-        context: Where.
+        recipe: Network, data mix and optimisation.
+        data: Pairs; their order influences the result.
+        seed: Seed of initial weights, batches, augmentation and dropout.
+        context: Process group, device and checkpoints.
 
     Raises:
-        ConfigError: Recipe and number of workers do not go together.
-        DatasetError: A pair cannot be used.
+        ConfigError: The number of workers does not fit the batch size.
+        DatasetError: A pair is broken.
         IntegrityError: A shard, the pretrained weights or the checkpoint are damaged.
         StageError: The loss is not finite.
         StoreError: A store cannot be read.
@@ -127,7 +128,7 @@ def train_segmenter(
 
 
 class _SegmenterTrainer:
-    """The state of one training on one rank."""
+    """One training run on one rank."""
 
     def __init__(
         self, recipe: SegmenterRecipe, data: TrainingData, seed: int, context: TrainingContext
@@ -148,14 +149,14 @@ class _SegmenterTrainer:
         self._batches = BatchDataset(recipe, sampler, seed, context.rank, context.world_size)
 
     def resume(self) -> None:
-        """Take up the newest checkpoint."""
+        """Load the newest checkpoint, if there is one."""
         stored = self._context.load_checkpoint()
         if stored is not None:
             self._state = decode_state(stored, self._network.body, self._optimiser_step.optimiser)
             logger.info("resumed at step %d of %d", self._state.step, self._recipe.steps)
 
     def train(self) -> None:
-        """Do the steps that are left."""
+        """Make the remaining steps."""
         recipe, state = self._recipe, self._state
         model = self._wrap_distributed()
         window: list[Tensor] = []
@@ -173,7 +174,7 @@ class _SegmenterTrainer:
                 self._evaluate()
 
     def result(self) -> TrainingResult:
-        """Return the best checkpoint; on all ranks, for all have the same."""
+        """Return the best checkpoint, which is the same on all ranks."""
         best = self._state.best
         self._network.body.load_state_dict(best.tensors)
         return TrainingResult(
@@ -184,14 +185,14 @@ class _SegmenterTrainer:
         )
 
     def _train_step(self, model: nn.Module, step: int, images: Tensor, labels: Tensor) -> Tensor:
-        # Dropout, drop path and Mask2Former's points are drawn from torch's own generator.
+        # Dropout, drop path and Mask2Former's points use torch's global generator.
         torch.manual_seed(derive(self._seed, "step", step, self._context.rank))
         loss = model(images.to(self._device), labels.to(self._device), self._class_weights)
         self._optimiser_step.update(step, loss)
         return loss.detach()
 
     def _evaluate(self) -> None:
-        """Score the network, remember it if it is the best so far, and write a checkpoint."""
+        """Score the network, keep it if it is the best so far, and write a checkpoint."""
         state = self._state
         confusion = self._confusion()
         labelled = bool(confusion.counts.sum())
@@ -207,7 +208,7 @@ class _SegmenterTrainer:
     def _confusion(self) -> ConfusionMatrix:
         """Return the confusion matrix over all validation pairs, the same on all ranks.
 
-        In fp32 whatever the recipe trains in: that is how the file that is handed out computes.
+        Computed in float32 whatever the training precision, as the published file does.
         """
         context = self._context
         if context.world_size > 1:
@@ -263,7 +264,7 @@ class _SegmenterTrainer:
 
 
 class _LossModule(nn.Module):
-    """The loss as a forward pass, which is what DistributedDataParallel watches."""
+    """The loss as a forward pass, since DistributedDataParallel hooks only ``forward``."""
 
     def __init__(self, network: ClosedSetNetwork, autocast: Callable[[], Any]) -> None:
         super().__init__()
@@ -292,7 +293,7 @@ def _optimiser(recipe: SegmenterRecipe, network: ClosedSetNetwork) -> torch.opti
 def _class_weights(
     recipe: SegmenterRecipe, data: TrainingData, device: torch.device
 ) -> Tensor | None:
-    """Return the weights of the classes; the real pairs decide, also where synthetic ones train."""
+    """Return the loss weights of the classes, from the real pairs only; None if all are 1."""
     if recipe.rare_weight == 1:
         return None
     shares = torch.from_numpy(class_shares(data.real, len(data.label_space)))
@@ -301,25 +302,31 @@ def _class_weights(
 
 
 def _check_batch(recipe: SegmenterRecipe, world_size: int) -> None:
-    """Raise ConfigError if a worker would have one image and the network needs two."""
+    """Check that batch norm has at least two images per worker.
+
+    Raises:
+        ConfigError: It has fewer.
+    """
     if recipe.network.name == "deeplabv3plus-r101" and recipe.batch_size < 2 * world_size:
         raise ConfigError(
             f"batch_size {recipe.batch_size} on {world_size} workers: batch norm in "
-            f"{recipe.network.name} needs at least 2 images a worker"
+            f"{recipe.network.name} needs at least 2 images per worker"
         )
 
 
 def _val_batches(pairs: PairSource, rank: int, world_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield this rank's pairs, neighbours of one size together."""
-    places = [
-        (window, place) for window, sizes in enumerate(pairs.windows) for place in range(sum(sizes))
+    """Yield this rank's pairs in batches of consecutive pairs of one size."""
+    positions = [
+        (window, position)
+        for window, sizes in enumerate(pairs.windows)
+        for position in range(sum(sizes))
     ]
     images: list[Tensor] = []
     labels: list[Tensor] = []
-    for window, place in places[rank::world_size]:
-        image, label = (torch.from_numpy(part.copy()) for part in pairs.load(window, place))
-        most = min(_EVAL_BATCH, _EVAL_PIXELS // label.numel())
-        if images and (images[0].shape != image.shape or len(images) >= most):
+    for window, position in positions[rank::world_size]:
+        image, label = (torch.from_numpy(part.copy()) for part in pairs.load(window, position))
+        limit = min(_EVAL_BATCH, _EVAL_PIXELS // label.numel())
+        if images and (images[0].shape != image.shape or len(images) >= limit):
             yield torch.stack(images), torch.stack(labels)
             images, labels = [], []
         images.append(image)
@@ -330,11 +337,7 @@ def _val_batches(pairs: PairSource, rank: int, world_size: int) -> Iterator[tupl
 
 @contextmanager
 def _isolated_torch_state(threads: int, device: torch.device) -> Iterator[None]:
-    """Compute with so many threads; leave those and torch's generators as they were."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        torch.set_num_threads(before)
+    """Compute with ``threads`` threads; restore them and torch's generators on exit."""
+    devices = [device] if device.type == "cuda" else []
+    with fixed_threads(threads), torch.random.fork_rng(devices):
+        yield

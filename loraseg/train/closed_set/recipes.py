@@ -1,4 +1,4 @@
-"""How a closed-set segmenter is trained: one config, and the standard recipes (methods b.6)."""
+"""Training recipes of closed-set segmenters: the config, and the standard settings."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -26,38 +26,37 @@ _VALUE_RULES: Mapping[str, Callable[[Any], bool]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SegmenterRecipe:
-    """Everything that decides what a segmenter becomes, apart from data and seed.
+    """Settings that decide a segmenter, beside data and seed.
 
     Attributes:
-        name: Which recipe this is or was derived from; for people.
-        network: What is trained.
-        weights: Pretrained weights to begin with, see
-            :func:`loraseg.segment.closed_set.pretrained.load_pretrained`; None begins with random
-            ones.
+        name: Name of the recipe that this is or was derived from; for information only.
+        network: The network.
+        weights: Pretrained weights, see
+            :func:`loraseg.segment.closed_set.pretrained.load_pretrained`; None starts from random
+            weights.
         steps: Number of updates.
-        batch_size: Images a step, over all workers together.
-        synthetic_share: Share of them that are synthetic, if there is synthetic data, rounded to
-            whole images; 1 leaves the real ones out.
-        crop: Side of the square that is trained on, pixels.
-        shortest_edge: What the shorter side is resized to at scale 1; None keeps the image's own.
-        scales: Range that a scale is drawn from, evenly.
+        batch_size: Images per step, over all workers.
+        synthetic_share: Share of synthetic images in a batch, if there is synthetic data, rounded
+            to whole images; 1 uses no real images.
+        crop: Side of the training crop in pixels.
+        shortest_edge: Length of the shorter side at scale 1; None keeps that of the image.
+        scales: Range of the uniformly drawn scale.
         flip: Probability of a horizontal flip.
         jitter: Whether to jitter colours as SSD does.
-        optimiser: "sgd" has momentum 0.9.
-        betas: Of AdamW.
-        learning_rate: Peak, of the backbone.
-        head_factor: What all but the backbone learns faster by.
-        weight_decay: Of all parameters that the network lets decay.
+        optimiser: "sgd" (with momentum 0.9) or "adamw".
+        betas: Betas of AdamW.
+        learning_rate: Peak rate of the backbone.
+        head_factor: Factor of the rate for all parameters outside the backbone.
+        weight_decay: Weight decay; parameters that the network exempts have none.
         schedule: "poly" is (1 - s / S) ** 0.9, "cosine" ends at 2 %.
-        warmup_steps: Over which the rate rises linearly.
+        warmup_steps: Steps over which the rate rises linearly.
         clip_norm: Largest L2 norm of all gradients together; None does not clip.
-        rare_weight: Weight in the loss of classes that cover less than ``rare_share`` of the real
-            images' labelled pixels.
+        rare_weight: Loss weight of classes that cover less than ``rare_share`` of the labelled
+            pixels of the real images.
         rare_share: See ``rare_weight``.
         precision: "bf16" runs the forward pass under autocast; parameters stay float32.
-        eval_every: Steps between two evaluations, which also write a checkpoint; the last step has
-            one too.
-        threads: CPU threads while training. The last bits of a result depend on it.
+        eval_every: Steps between evaluations, each with a checkpoint; the last step has one too.
+        threads: CPU threads while training; another number changes the last bits of the result.
 
     Raises:
         ConfigError: A value is out of range.
@@ -106,7 +105,7 @@ class SegmenterRecipe:
 
     @property
     def synthetic_images(self) -> int:
-        """How many images of a batch are synthetic; a half is rounded up."""
+        """Number of synthetic images in a batch; a half is rounded up."""
         return math.floor(self.synthetic_share * self.batch_size + 0.5)
 
 
@@ -121,7 +120,7 @@ def lr_factor(recipe: SegmenterRecipe, step: int) -> float:
 
 
 SEGMENTER_RECIPES: Mapping[str, SegmenterRecipe] = {
-    # Seconds to minutes on one CPU core.
+    # Takes seconds to minutes on one CPU core.
     "unet-miniature": SegmenterRecipe(
         name="unet-miniature",
         steps=300,
@@ -135,8 +134,8 @@ SEGMENTER_RECIPES: Mapping[str, SegmenterRecipe] = {
         precision="bf16",
         eval_every=50,
     ),
-    # UniMatch's settings for the few-label splits of VOC, with the length of mmsegmentation's
-    # schedule, since epochs of so few images mean little.
+    # UniMatch's settings for the few-label splits of VOC. The number of steps is that of
+    # mmsegmentation's schedule: an epoch of few images is too short a unit.
     "matchmask-voc": SegmenterRecipe(
         name="matchmask-voc",
         network=NetworkConfig(name="deeplabv3plus-r101"),

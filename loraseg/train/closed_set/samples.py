@@ -1,11 +1,10 @@
-"""What closed-set segmenters learn from: labelled pairs, real and synthetic, addressed by step.
+"""Batches of real and synthetic pairs for training closed-set segmenters, addressed by step.
 
-Which pairs the batch of step s holds, and how each is cropped, follows from the seed and s alone: a
-training that is resumed at any step, on any number of workers, sees the batches that it would have
-seen. Memory holds an index and a bounded cache, however large the data.
+The pairs of step s and their augmentation depend on the seed and s only, so a run that resumes at
+any step, on any number of workers, sees the same batches. Memory holds an index and caches of
+limited size, however large the data.
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,6 +20,7 @@ from loraseg.data.shards.pictures import decode_pair
 from loraseg.data.shards.reader import ShardDataset
 from loraseg.data.shards.schema import PairRow
 from loraseg.errors import ConfigError, DatasetError
+from loraseg.lru_cache import LruCache
 from loraseg.seeding import numpy_generator
 from loraseg.tensor_types import Float, UInt8, ndarray
 from loraseg.train.closed_set.recipes import SegmenterRecipe
@@ -38,22 +38,27 @@ __all__ = [
 
 Pair = tuple[UInt8[ndarray, "h w 3"], UInt8[ndarray, "h w"]]
 _COLUMNS = ("image", "label", "height", "width")
-# Shards that are drawn from at a time, and so kept: as many as fit, at least one.
+# Size of the shards that are in memory together; at least one shard is.
 _WINDOW_BYTES = 256 * 2**20
 _CACHE_BYTES = 256 * 2**20
 
 
 @runtime_checkable
 class PairSource(Protocol):
-    """Labelled pairs in blocks; a block is what is cheap to read together."""
+    """Labelled pairs in windows, which fit into memory, of blocks, which are read at once."""
 
     @property
     def windows(self) -> Sequence[Sequence[int]]:
-        """Sizes of the blocks, grouped by what may be in memory at a time."""
+        """Sizes of the blocks of each window."""
         ...
 
     def load(self, window: int, position: int) -> Pair:
-        """Return a pair by its place among the window's, image RGB and label with 255 = ignore."""
+        """Return a pair: RGB image and label map with 255 = ignore.
+
+        Args:
+            window: Index of the window.
+            position: Position of the pair in the window.
+        """
         ...
 
 
@@ -61,10 +66,14 @@ class ArrayPairs:
     """Pairs in memory."""
 
     def __init__(self, images: Sequence[ndarray], labels: Sequence[ndarray]) -> None:
-        """Use images uint8 (h, w, 3) and as many labels uint8 (h, w) of class ids.
+        """Use the given pairs.
+
+        Args:
+            images: RGB, uint8 (h, w, 3).
+            labels: Class ids, uint8 (h, w), one label map per image.
 
         Raises:
-            DatasetError: None, or not as many of both.
+            DatasetError: There is no image, or the numbers differ.
         """
         if len(images) != len(labels) or not len(images):
             raise DatasetError(f"{len(images)} images and {len(labels)} labels: expected pairs")
@@ -78,54 +87,49 @@ class ArrayPairs:
 
 
 class FolderPairs:
-    """The labelled samples of a dataset folder; the decoded ones are kept up to 256 MiB."""
+    """Labelled samples of a dataset, with a cache of decoded pairs of up to 256 MiB."""
 
     def __init__(self, dataset: Dataset, samples: Sequence[Sample]) -> None:
-        """Use some samples of a folder.
+        """Use samples of a dataset.
 
         Raises:
-            DatasetError: There is none, or one has no mask.
+            DatasetError: There is no sample, or one has no mask.
         """
-        bare = [sample.id for sample in samples if sample.mask is None]
-        if bare or not samples:
-            what = f"sample {bare[0]!r} has no mask" if bare else "no samples"
-            raise DatasetError(f"{dataset.location}: {what}; expected labelled ones")
+        unlabelled = [sample.id for sample in samples if sample.mask is None]
+        if unlabelled or not samples:
+            problem = f"sample {unlabelled[0]!r} has no mask" if unlabelled else "no samples"
+            raise DatasetError(f"{dataset.location}: {problem}; expected labelled samples")
         self._dataset, self.samples = dataset, tuple(samples)
         self.windows = ((len(samples),),)
-        self._cache: OrderedDict[int, Pair] = OrderedDict()
-        self._cache_bytes = 0
+        self._cache: LruCache[int, Pair] = LruCache(
+            _CACHE_BYTES, lambda pair: sum(array.nbytes for array in pair)
+        )
 
     def load(self, window: int, position: int) -> Pair:
         """Return a pair.
 
         Raises:
-            DatasetError: A file of it cannot be used.
+            DatasetError: Its image or mask is broken.
         """
         del window
-        if position in self._cache:
-            self._cache.move_to_end(position)
-            return self._cache[position]
-        image, mask = load_pair(self._dataset, self.samples[position])
-        self._cache[position] = image, mask
-        self._cache_bytes += image.nbytes + mask.nbytes
-        while self._cache_bytes > _CACHE_BYTES:
-            self._cache_bytes -= sum(old.nbytes for old in self._cache.popitem(last=False)[1])
-        return image, mask
+        return self._cache.get_or_create(
+            position, lambda: load_pair(self._dataset, self.samples[position])
+        )
 
 
 class ShardPairs:
-    """The ``ok`` pairs of synthetic datasets, in the classes of the real data.
+    """The ``ok`` pairs of synthetic datasets, with the class ids of the real data.
 
-    They are drawn window by window: so many shards as fit into 256 MiB, in an order that changes
-    each epoch, so that a shard is read once an epoch and memory does not grow with the data.
+    A window is the shards that fit into 256 MiB. Pairs are drawn window by window, in an order that
+    changes each epoch: a shard is read once per epoch, and memory does not grow with the data.
     """
 
     def __init__(self, datasets: Sequence[ShardDataset], label_space: LabelSpace) -> None:
         """Use all pairs of the datasets.
 
         Args:
-            datasets: Their classes are matched by name.
-            label_space: The classes to tell; pixels of any other are ignored.
+            datasets: Datasets; their classes are matched by name.
+            label_space: The classes to train; pixels of other classes are ignored.
 
         Raises:
             DatasetError: There is no pair, or a dataset shares no class with the label space.
@@ -138,7 +142,7 @@ class ShardPairs:
             if entry.statuses["ok"]
         ]
         if not entries:
-            raise DatasetError("synthetic data: no pair that could be trained on")
+            raise DatasetError("synthetic data: no pair with status ok")
         self._windows = _group_into_windows(entries)
         self.windows = tuple(
             tuple(entry.statuses["ok"] for _, entry in window) for window in self._windows
@@ -154,7 +158,7 @@ class ShardPairs:
             StoreError: The store cannot be read.
         """
         if self._loaded_window[0] != window:
-            self._loaded_window = (-1, [])  # the old one goes before the new one comes
+            self._loaded_window = (-1, [])  # Free the old window before reading the new one.
             self._loaded_window = (window, self._read_window(window))
         index, row = self._loaded_window[1][position]
         dataset = self._datasets[index]
@@ -195,50 +199,57 @@ def _remap_table(dataset: ShardDataset, label_space: LabelSpace) -> UInt8[ndarra
 
 
 class _ShuffledStream:
-    """All pairs, again and again, each epoch in an order of its own."""
+    """An endless sequence of shuffled epochs over all pairs."""
 
     def __init__(self, pairs: PairSource, seed: int, name: str) -> None:
         self._pairs, self._seed, self._name = pairs, seed, name
         self._sizes = np.array([sum(window) for window in pairs.windows])
         self._total = int(self._sizes.sum())
-        # Of the epoch and window at hand; what comes before or after is drawn again at need.
+        # Orders of the current epoch and window; others are recomputed.
         self._epoch: tuple[int, ndarray, ndarray] | None = None
         self._window: tuple[int, int, ndarray] | None = None
 
     def pair_at(self, position: int) -> Pair:
-        """Return the pair at a position of the endless stream."""
-        epoch, place = divmod(position, self._total)
+        """Return the pair at a position of the sequence."""
+        epoch, offset = divmod(position, self._total)
         order, ends = self._window_order(epoch)
-        slot = int(np.searchsorted(ends, place, side="right"))
-        window = int(order[slot])
-        inside = place - int(ends[slot] - self._sizes[window])
-        return self._pairs.load(window, int(self._pair_order(epoch, window)[inside]))
+        rank = int(np.searchsorted(ends, offset, side="right"))
+        window = int(order[rank])
+        offset_in_window = offset - int(ends[rank] - self._sizes[window])
+        return self._pairs.load(window, int(self._pair_order(epoch, window)[offset_in_window]))
 
     def _window_order(self, epoch: int) -> tuple[ndarray, ndarray]:
-        """Return the order of the windows, and the places at which each of them ends."""
+        """Return the order of the windows, and the offset at which each of them ends."""
         if self._epoch is None or self._epoch[0] != epoch:
-            drawn = numpy_generator(self._seed, "windows", self._name, epoch)
-            order = drawn.permutation(len(self._sizes))
+            rng = numpy_generator(self._seed, "windows", self._name, epoch)
+            order = rng.permutation(len(self._sizes))
             self._epoch = (epoch, order, self._sizes[order].cumsum())
         return self._epoch[1:]
 
     def _pair_order(self, epoch: int, window: int) -> ndarray:
         if self._window is None or self._window[:2] != (epoch, window):
-            drawn = numpy_generator(self._seed, "pairs", self._name, epoch, window)
-            self._window = (epoch, window, drawn.permutation(int(self._sizes[window])))
+            rng = numpy_generator(self._seed, "pairs", self._name, epoch, window)
+            self._window = (epoch, window, rng.permutation(int(self._sizes[window])))
         return self._window[2]
 
 
 class MixedSampler:
-    """Draws real and synthetic pairs at a fixed ratio, without doubling any data (methods a.5).
+    """Draws real and synthetic pairs at a fixed ratio.
 
-    Both are endless shuffled streams; step s takes the next pairs of each.
+    Both are endless sequences of shuffled epochs; step s takes the next pairs of each.
     """
 
     def __init__(
         self, recipe: SegmenterRecipe, real: PairSource, synthetic: PairSource | None, seed: int
     ) -> None:
-        """Mix by ``recipe.synthetic_share``; without synthetic pairs every batch is real."""
+        """Mix by ``recipe.synthetic_share``.
+
+        Args:
+            recipe: Batch size and share.
+            real: Real pairs.
+            synthetic: Synthetic pairs; None makes every batch real.
+            seed: Seed of the orders.
+        """
         count = 0 if synthetic is None else recipe.synthetic_images
         self._counts = (recipe.batch_size - count, count)
         self._streams = (
@@ -251,35 +262,41 @@ class MixedSampler:
         return sum(self._counts)
 
     def is_synthetic(self, index: int) -> bool:
-        """Whether the pair at a place of any batch is synthetic."""
+        """Return whether the pair at an index of a batch is synthetic."""
         return index >= self._counts[0]
 
     def pair(self, step: int, index: int) -> Pair:
-        """Return the pair at a place of a batch, the real ones first."""
+        """Return the pair at an index of the batch of a step; real pairs come first.
+
+        Raises:
+            ConfigError: The index is beyond the batch.
+        """
         kind = int(self.is_synthetic(index))
         stream = self._streams[kind]
         if stream is None:
-            raise ConfigError(f"batch place {index}: there are {len(self)}, all of them real")
+            raise ConfigError(
+                f"batch index {index}: the batch has {len(self)} pairs, all of them real"
+            )
         return stream.pair_at(step * self._counts[kind] + index - kind * self._counts[0])
 
 
 class BatchDataset(torch.utils.data.Dataset[tuple[Any, Any]]):
-    """The share of one rank of every batch, by step: augmented, as tensors."""
+    """One rank's part of every batch, by step: augmented, as tensors."""
 
     def __init__(
         self, recipe: SegmenterRecipe, sampler: MixedSampler, seed: int, rank: int, world_size: int
     ) -> None:
-        """Take places ``rank``, ``rank + world``, ... of each batch.
+        """Take the indices ``rank``, ``rank + world_size``, ... of each batch.
 
         Raises:
-            ConfigError: The batch cannot be shared out evenly.
+            ConfigError: The workers do not divide the batch.
         """
         if len(sampler) % world_size:
             raise ConfigError(
                 f"batch_size {len(sampler)} cannot be split over {world_size} workers"
             )
         self._recipe, self._sampler, self._seed = recipe, sampler, seed
-        self._positions = range(rank, len(sampler), world_size)
+        self._indices = range(rank, len(sampler), world_size)
 
     def __len__(self) -> int:
         """Return the number of steps."""
@@ -287,30 +304,30 @@ class BatchDataset(torch.utils.data.Dataset[tuple[Any, Any]]):
 
     def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return images uint8 (b, s, s, 3) and labels int64 (b, s, s) of a step."""
-        pairs = [self._augmented_pair(step, place) for place in self._positions]
+        pairs = [self._augmented_pair(step, index) for index in self._indices]
         images = torch.from_numpy(np.stack([image for image, _ in pairs]))
         return images, torch.from_numpy(np.stack([label for _, label in pairs])).long()
 
-    def _augmented_pair(self, step: int, position: int) -> Pair:
-        recipe, drawn = self._recipe, numpy_generator(self._seed, "augment", step, position)
-        image, label = self._sampler.pair(step, position)
-        scale = drawn.uniform(*recipe.scales)
+    def _augmented_pair(self, step: int, index: int) -> Pair:
+        recipe, rng = self._recipe, numpy_generator(self._seed, "augment", step, index)
+        image, label = self._sampler.pair(step, index)
+        scale = rng.uniform(*recipe.scales)
         shortest = recipe.shortest_edge or min(label.shape)
         edge = max(1, round(scale * shortest))
         image, label = transforms.resize_shortest_edge(image, label, edge)
-        top, left = (int(drawn.integers(0, max(side - recipe.crop, 0) + 1)) for side in label.shape)
+        top, left = (int(rng.integers(0, max(side - recipe.crop, 0) + 1)) for side in label.shape)
         image, label = transforms.crop(image, label, top, left, recipe.crop)
         if recipe.jitter:
-            image = transforms.jitter_colors(image, transforms.draw_jitter(drawn))
-        if drawn.random() < recipe.flip:
+            image = transforms.jitter_colors(image, transforms.draw_jitter(rng))
+        if rng.random() < recipe.flip:
             image, label = transforms.flip(image, label)
         return transforms.pad(image, label, recipe.crop)
 
 
 def class_shares(pairs: PairSource, classes: int) -> Float[ndarray, " c"]:
-    """Return which share of all labelled pixels each class has; zeros if none is labelled."""
+    """Return the share of each class in all labelled pixels; zeros if no pixel is labelled."""
     counts = np.zeros(256, np.int64)
     for window, sizes in enumerate(pairs.windows):
-        for place in range(sum(sizes)):
-            counts += np.bincount(pairs.load(window, place)[1].ravel(), minlength=256)
+        for position in range(sum(sizes)):
+            counts += np.bincount(pairs.load(window, position)[1].ravel(), minlength=256)
     return counts[:classes] / max(1, int(counts[:classes].sum()))

@@ -1,7 +1,7 @@
-"""The state of a segmenter's training between two steps, and its bytes.
+"""The state of a closed-set training between two steps, and its file format.
 
-One safetensors file: tensors of the network, the optimiser and the best network so far; the numbers
-beside them as JSON in the header.
+One safetensors file holds the tensors of the network, the optimiser and the best network; its
+header holds all other values as JSON.
 """
 # pyright: basic
 
@@ -27,7 +27,12 @@ _CURVE_NAMES = ("losses", "scores")
 
 @dataclass(slots=True)
 class TrainingCurves:
-    """What a training looked like: (step, mean loss since the last one), (step, mIoU in [0, 1])."""
+    """Curves of a training run.
+
+    Attributes:
+        losses: (step, mean loss since the previous point).
+        scores: (step, validation mIoU in [0, 1]).
+    """
 
     losses: list[tuple[int, float]] = field(default_factory=list)
     scores: list[tuple[int, float]] = field(default_factory=list)
@@ -35,7 +40,14 @@ class TrainingCurves:
 
 @dataclass(slots=True)
 class BestCheckpoint:
-    """The best network so far: after which step, its mIoU, its tensors and its confusion matrix."""
+    """The best network so far.
+
+    Attributes:
+        step: Finished steps.
+        score: mIoU in [0, 1]; nan if nothing was scored.
+        tensors: State dict of the network's body.
+        confusion: Confusion matrix on the validation pairs.
+    """
 
     step: int
     score: float
@@ -44,12 +56,12 @@ class BestCheckpoint:
 
 
 class TrainingState:
-    """How far a training is.
+    """The state of a training run, beside network and optimiser.
 
     Attributes:
         step: Finished steps.
-        curves: So far.
-        best: The best network so far; before any was offered it has no tensors.
+        curves: Curves up to this step.
+        best: The best network so far; without tensors before the first evaluation.
     """
 
     def __init__(self, classes: int) -> None:
@@ -58,9 +70,9 @@ class TrainingState:
         self.best = BestCheckpoint(0, math.nan, {}, ConfusionMatrix(classes))
 
     def update_best(self, score: float, confusion: ConfusionMatrix, body: nn.Module) -> None:
-        """Keep a copy of the network if none scored as well before.
+        """Keep a copy of the network if it scores higher than the best one.
 
-        Without scores (nan) the newest one counts as the best.
+        Without a score (nan) the newest network counts as the best.
         """
         if math.isnan(self.best.score) or score > self.best.score:
             tensors = {name: value.detach().clone() for name, value in body.state_dict().items()}
@@ -68,7 +80,7 @@ class TrainingState:
 
 
 def encode_state(state: TrainingState, body: nn.Module, optimiser: torch.optim.Optimizer) -> bytes:
-    """Return a checkpoint of a training."""
+    """Return the bytes of a checkpoint."""
     tensors = {f"network.{name}": value for name, value in body.state_dict().items()}
     tensors |= {f"best.{name}": value for name, value in state.best.tensors.items()}
     tensors["confusion"] = torch.from_numpy(state.best.confusion.counts)
@@ -86,10 +98,10 @@ def encode_state(state: TrainingState, body: nn.Module, optimiser: torch.optim.O
 
 
 def decode_state(data: bytes, body: nn.Module, optimiser: torch.optim.Optimizer) -> TrainingState:
-    """Put a checkpoint's tensors into network and optimiser, and return the rest.
+    """Load a checkpoint into network and optimiser, and return the remaining state.
 
     Raises:
-        IntegrityError: The bytes are no checkpoint of such a training.
+        IntegrityError: The bytes are not a checkpoint of this network and optimiser.
     """
     try:
         size = int.from_bytes(data[:8], "little")
@@ -107,7 +119,7 @@ def decode_state(data: bytes, body: nn.Module, optimiser: torch.optim.Optimizer)
         state.curves = TrainingCurves(
             *([(int(s), float(v)) for s, v in numbers[k]] for k in _CURVE_NAMES)
         )
-        # Copies of their own: products round otherwise where a weight lies unaligned.
+        # Cloned for alignment: products with an unaligned weight round differently.
         best = {name: value.clone() for name, value in _with_prefix(tensors, "best.").items()}
         state.best = BestCheckpoint(
             int(numbers["best"][0]), float(numbers["best"][1]), best, confusion

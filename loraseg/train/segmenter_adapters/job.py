@@ -15,6 +15,7 @@ from loraseg.data import Dataset, Sample, digest_samples
 from loraseg.errors import LorasegError
 from loraseg.fuse import fuse
 from loraseg.library import AdapterCard, BaseModelInfo, Centroid, TrainingSet
+from loraseg.lru_cache import LruCache
 from loraseg.revision import code_revision
 from loraseg.segment.open_vocabulary.base import SegmentationBase, load_base
 from loraseg.tensor_types import ndarray
@@ -43,10 +44,9 @@ __all__ = ["SegmenterAdapterJob", "run_group"]
 # Part of every task digest: raise it when the same task would give other bytes than before.
 TRAINING_FORMAT = 3
 _EMBED_BATCH_SIZE = 32
-_MAX_CACHED_SCORES = 64
 
 # mIoU of the bare base, shared by all adapters of a domain.
-_base_scores: dict[tuple[object, ...], float] = {}
+_base_scores: LruCache[tuple[object, ...], float] = LruCache(64)
 
 
 @dataclasses.dataclass(slots=True)
@@ -170,11 +170,7 @@ class SegmenterAdapterJob:
         dataset = self.training_run.dataset
         data_digest = self.shared.get(digest_samples, dataset, samples)
         key = (self.base.digest, self.base.device, torch.get_num_threads(), data_digest)
-        if key not in _base_scores:
-            if len(_base_scores) >= _MAX_CACHED_SCORES:
-                _base_scores.pop(next(iter(_base_scores)))
-            _base_scores[key] = mean_iou(self.base, dataset, samples, None)
-        return _base_scores[key]
+        return _base_scores.get_or_create(key, lambda: mean_iou(self.base, dataset, samples, None))
 
     def build_card(self, trained: TrainedPairs, metrics: dict[str, float]) -> AdapterCard:
         """Return the card to publish with the adapter."""

@@ -15,6 +15,7 @@ from loraseg.data import digest_samples, load_pair, open_dataset
 from loraseg.errors import ConfigError, DatasetError, StageError
 from loraseg.fuse import fuse
 from loraseg.library import Library
+from loraseg.lru_cache import LruCache
 from loraseg.segment.open_vocabulary.base import load_base
 from loraseg.segment.open_vocabulary.predictor import Predictor
 from loraseg.storage import open_store
@@ -272,7 +273,7 @@ def test_a_sweep_trained_together_gives_the_bytes_of_each_alone(swept, tmp_path,
         "loraseg.train.segmenter_adapters.job.mean_iou",
         lambda *args: (scored.append(args[3]), 0.5)[1],
     )
-    monkeypatch.setattr("loraseg.train.segmenter_adapters.job._base_scores", {})
+    monkeypatch.setattr("loraseg.train.segmenter_adapters.job._base_scores", LruCache(64))
     tasks = sweep(tmp_path, 4, 1, 2)
     results = train_adapter_group(tasks)
     assert [result.digest for result in results] == [swept[task.name].digest for task in tasks]
@@ -283,7 +284,7 @@ def test_a_sweep_trained_together_gives_the_bytes_of_each_alone(swept, tmp_path,
 
 
 def test_the_kept_base_score_is_the_one_made_anew(swept, tmp_path, monkeypatch):
-    monkeypatch.setattr("loraseg.train.segmenter_adapters.job._base_scores", {})
+    monkeypatch.setattr("loraseg.train.segmenter_adapters.job._base_scores", LruCache(64))
     (result,) = train_adapter_group(sweep(tmp_path, 2))
     assert result.metrics == swept["rank-2"].metrics
 

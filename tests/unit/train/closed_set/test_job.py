@@ -75,7 +75,7 @@ def test_report_is_one_page_of_well_formed_pictures(world, tmp_path):
 def test_second_run_does_nothing(world, tmp_path):
     first = train_segmenters(_config(world, tmp_path))
     assert train_segmenters(_config(world, tmp_path), _never) == json.loads(json.dumps(first))
-    with pytest.raises(ConfigError, match="holds a run of other inputs"):
+    with pytest.raises(ConfigError, match="holds results of other inputs"):
         train_segmenters(_config(world, tmp_path, seed=1), _never)
 
 

@@ -186,7 +186,7 @@ def test_refuses_a_foreign_checkpoint():
 
 def test_batch_norm_needs_two_images_a_worker():
     recipe = _recipe(network={"name": "deeplabv3plus-r101", "backbone": "resnet18"}, batch_size=1)
-    with pytest.raises(ConfigError, match="at least 2 images a worker"):
+    with pytest.raises(ConfigError, match="at least 2 images per worker"):
         train_segmenter(recipe, _data(), 0)
 
 
