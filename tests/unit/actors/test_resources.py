@@ -1,4 +1,4 @@
-"""What one adapter takes, and how S3 settings travel. No Ray is started."""
+"""Ranges of resource configs, and S3 settings of workers. No Ray is started."""
 
 import os
 
@@ -37,15 +37,15 @@ def test_ranges_of_pools(values, message):
 
 
 @pytest.mark.parametrize(("cpus", "threads"), [(0.5, 1), (1, 1), (2.9, 2), (8, 8)])
-def test_threads_never_exceed_the_cpus_paid_for_but_are_never_none(cpus, threads):
+def test_threads_are_the_whole_cpus_and_at_least_one(cpus, threads):
     assert ResourceConfig(cpus=cpus).threads == threads
 
 
-def test_in_words():
+def test_short_description():
     assert str(ResourceConfig(cpus=2, gpus=0.5, node="trainer")) == "2 CPU, 0.5 GPU on trainer"
 
 
-def test_store_settings_reach_another_environment_and_nothing_else_does(monkeypatch):
+def test_only_store_settings_are_exported(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://localhost:9")
     monkeypatch.setenv("AWS_PROFILE", "laptop-only")
@@ -58,6 +58,6 @@ def test_store_settings_reach_another_environment_and_nothing_else_does(monkeypa
     assert "AWS_PROFILE" not in os.environ
 
 
-def test_secrets_do_not_show(monkeypatch):
+def test_secrets_are_not_in_the_representation(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
     assert "hidden" not in repr(StorageCredentials.from_environment())

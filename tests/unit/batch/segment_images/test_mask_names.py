@@ -1,4 +1,4 @@
-"""Masks keep their image's name where that is safe, and never share one."""
+"""A mask has the name of its image where every store can hold it; no two masks share a name."""
 
 import itertools
 
@@ -18,8 +18,8 @@ KEYS = st.lists(SEGMENTS, min_size=1, max_size=3).map("/".join)
 
 
 def names(keys):
-    naming = MaskNamer()
-    return {key: naming.assign(key) for key in sorted(keys)}
+    namer = MaskNamer()
+    return {key: namer.assign(key) for key in sorted(keys)}
 
 
 @pytest.mark.parametrize(
@@ -30,21 +30,21 @@ def names(keys):
         ("ein Bild mit Größe.png", "masks/ein Bild mit Größe.png"),
     ],
 )
-def test_a_mask_has_its_image_s_name(key, mask):
+def test_a_mask_has_the_name_of_its_image(key, mask):
     assert names([key]) == {key: mask}
     assert plain_name(key) == mask
 
 
-def test_of_images_that_differ_in_their_extension_the_first_has_the_name():
-    found = names(["a.png", "a.jpg", "a-b.jpg", "a.k.jpg", "a.k.png", "a/b.png"])
-    assert found["a.jpg"] == "masks/a.png"
-    assert found["a.png"] == f"masks/a~{key_id('a.png')}.png"
-    assert found["a.k.jpg"] == "masks/a.k.png"
-    assert found["a.k.png"] == f"masks/a.k~{key_id('a.k.png')}.png"
-    assert found["a/b.png"] == "masks/a/b.png"
+def test_of_two_images_that_differ_in_the_extension_the_first_gets_the_name():
+    assigned = names(["a.png", "a.jpg", "a-b.jpg", "a.k.jpg", "a.k.png", "a/b.png"])
+    assert assigned["a.jpg"] == "masks/a.png"
+    assert assigned["a.png"] == f"masks/a~{key_id('a.png')}.png"
+    assert assigned["a.k.jpg"] == "masks/a.k.png"
+    assert assigned["a.k.png"] == f"masks/a.k~{key_id('a.k.png')}.png"
+    assert assigned["a/b.png"] == "masks/a/b.png"
 
 
-def test_a_name_that_is_taken_is_left_alone():
+def test_a_taken_name_is_not_used_again():
     assert MaskNamer().assign("a.jpg", taken=True) == f"masks/a~{key_id('a.jpg')}.png"
 
 
@@ -64,20 +64,20 @@ def test_a_name_that_is_taken_is_left_alone():
         "a.png/notes.txt",
     ],
 )
-def test_a_key_that_not_every_store_holds_gets_a_digest(key):
+def test_a_key_that_not_every_store_can_hold_gets_a_digest(key):
     assert names([key]) == {key: f"masks/~{key_id(key)}.png"}
 
 
 @pytest.mark.parametrize("key", ["notes.txt", "no extension", "a.png.gz"])
-def test_a_key_that_does_not_look_like_an_image_keeps_all_of_its_name(key):
+def test_a_key_without_an_image_extension_keeps_its_whole_name(key):
     assert names([key]) == {key: f"masks/{key}~{key_id(key)}.png"}
 
 
-def test_a_key_cannot_take_the_name_of_another_one_s_digest():
+def test_a_key_cannot_imitate_the_digest_of_another():
     imitation = f"a~{key_id('a.png')}.jpg"
-    found = names(["a.jpg", "a.png", imitation, f"~{key_id('../x')}.png", "../x"])
-    assert len(set(found.values())) == 5
-    assert found[imitation] == f"masks/a~{key_id('a.png')}.jpg~{key_id(imitation)}.png"
+    assigned = names(["a.jpg", "a.png", imitation, f"~{key_id('../x')}.png", "../x"])
+    assert len(set(assigned.values())) == 5
+    assert assigned[imitation] == f"masks/a~{key_id('a.png')}.jpg~{key_id(imitation)}.png"
 
 
 @given(st.sets(KEYS, max_size=12))
@@ -86,18 +86,18 @@ def test_no_two_keys_share_a_mask_that_every_store_can_hold(keys):
     assert len(masks) == len(keys)
     for mask in masks:
         check_key(mask)
-    # As files: none is a folder of another.
-    for one, other in itertools.permutations(masks, 2):
-        assert not other.startswith(f"{one}/")
+    # As files: none is the folder of another.
+    for mask, other in itertools.permutations(masks, 2):
+        assert not other.startswith(f"{mask}/")
 
 
 @given(st.sets(KEYS, max_size=12), st.randoms())
-def test_what_is_done_before_changes_no_name_of_the_rest(keys, random):
-    whole = names(keys)
-    done = {key for key in keys if random.random() < 0.5}
-    masks_done = {whole[key] for key in done}
-    naming = MaskNamer()
+def test_completed_images_do_not_change_the_names_of_the_rest(keys, random):
+    expected = names(keys)
+    completed = {key for key in keys if random.random() < 0.5}
+    completed_masks = {expected[key] for key in completed}
+    namer = MaskNamer()
     for key in sorted(keys):
-        taken = key not in done and plain_name(key) in masks_done
-        name = naming.assign(key, taken=taken)
-        assert key in done or name == whole[key]
+        taken = key not in completed and plain_name(key) in completed_masks
+        name = namer.assign(key, taken=taken)
+        assert key in completed or name == expected[key]

@@ -1,4 +1,4 @@
-"""What is left to do: whole parts, in little memory; and the ledger that says what is done."""
+"""Planning in whole units and little memory, and the index of completed images."""
 
 import hashlib
 import tracemalloc
@@ -23,68 +23,68 @@ def listing(count):
     return (ObjectInfo(f"scene/{number:07}.jpg", 1000, None) for number in range(count))
 
 
-def commit(output, part):
+def commit(output, unit):
     rows = [
         {"key": item.key, "id": key_id(item.key), "etag": "e", "status": "ok", "mask": item.mask}
-        for item in part.items
+        for item in unit.items
     ]
-    output.put(part.id, encode_rows(rows))
+    output.put(unit.id, encode_rows(rows))
 
 
-def test_parts_are_cut_at_the_same_places_whatever_is_done(output):
-    whole = list(plan_units(listing(103), read_completed(output), 10))
-    assert [len(part.items) for part in whole] == [10] * 10 + [3]
-    done = whole[1], whole[4], whole[10]
-    for part in done:
-        commit(output, part)
+def test_units_are_cut_at_the_same_places_when_some_are_completed(output):
+    all_units = list(plan_units(listing(103), read_completed(output), 10))
+    assert [len(unit.items) for unit in all_units] == [10] * 10 + [3]
+    completed = all_units[1], all_units[4], all_units[10]
+    for unit in completed:
+        commit(output, unit)
     assert list(plan_units(listing(103), read_completed(output), 10)) == [
-        p for p in whole if p not in done
+        unit for unit in all_units if unit not in completed
     ]
 
 
-def test_markers_of_folders_are_no_images(output):
-    marked = [ObjectInfo("a/", 0, None), ObjectInfo("a/b.png", 9, None)]
-    (part,) = plan_units(marked, read_completed(output), 10)
-    assert [item.key for item in part.items] == ["a/b.png"]
+def test_markers_of_folders_are_skipped(output):
+    listed = [ObjectInfo("a/", 0, None), ObjectInfo("a/b.png", 9, None)]
+    (unit,) = plan_units(listed, read_completed(output), 10)
+    assert [item.key for item in unit.items] == ["a/b.png"]
 
 
-def test_planning_needs_memory_for_one_part(output):
-    ledger = read_completed(output)
+def test_planning_needs_memory_for_one_unit(output):
+    completed = read_completed(output)
     tracemalloc.start()
-    count = sum(len(part.items) for part in plan_units(listing(5_000), ledger, 32))
+    count = sum(len(unit.items) for unit in plan_units(listing(5_000), completed, 32))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert count == 5_000
     assert peak < 200_000
 
 
-def test_the_ledger_finds_what_a_set_would(output):
-    for part in plan_units(listing(500), read_completed(output), 32):
-        commit(output, part)
-    ledger = read_completed(output)
-    assert len(ledger.ids) == 500
+def test_the_index_finds_the_same_images_as_a_set(output):
+    for unit in plan_units(listing(500), read_completed(output), 32):
+        commit(output, unit)
+    completed = read_completed(output)
+    assert len(completed.ids) == 500
     for number in range(0, 1000, 7):
         key = f"scene/{number:07}.jpg"
-        assert (text_digest(key) in ledger) == (number < 500)
-        assert ledger.has_mask(f"masks/scene/{number:07}.png") == (number < 500)
-    etag, file = ledger.find_image(text_digest("scene/0000040.jpg"))
+        assert (text_digest(key) in completed) == (number < 500)
+        assert completed.has_mask(f"masks/scene/{number:07}.png") == (number < 500)
+    etag, file = completed.find_image(text_digest("scene/0000040.jpg"))
     assert etag == int.from_bytes(hashlib.sha256(b"e").digest()[:8], "big")
-    assert file in ledger.files
+    assert file in completed.files
 
 
-def test_half_of_a_digest_in_common_is_not_enough(output):
-    for part in plan_units(listing(4), read_completed(output), 4):
-        commit(output, part)
-    ledger = read_completed(output)
+def test_both_halves_of_a_digest_are_compared(output):
+    for unit in plan_units(listing(4), read_completed(output), 4):
+        commit(output, unit)
+    completed = read_completed(output)
     known = text_digest("scene/0000000.jpg")
-    assert known in ledger
-    assert known[:8] + bytes(8) not in ledger
-    assert bytes(8) + known[8:] not in ledger
-    assert ledger.ids.dtype == np.uint64
+    assert known in completed
+    assert known[:8] + bytes(8) not in completed
+    assert bytes(8) + known[8:] not in completed
+    assert completed.ids.dtype == np.uint64
 
 
-@pytest.mark.parametrize("data", [b"", b"PAR1", b"no table"])
-def test_a_damaged_explanation_file_is_named(output, data):
+@pytest.mark.parametrize("data", [b"", b"PAR1", b"not a table"])
+def test_a_damaged_explanation_file_is_an_error(output, data):
     output.put("explanations/broken.parquet", data)
     with pytest.raises(IntegrityError, match=r"broken.parquet: not a table of explanations"):
         read_completed(output)

@@ -1,4 +1,4 @@
-"""The whole of it without Ray: same masks as one by one, killed anywhere, changed inputs."""
+"""Segmentation of a folder without Ray: masks of the CLI, kills, changed inputs and settings."""
 
 import contextlib
 import io
@@ -47,20 +47,20 @@ def config(tmp_path):
 
 
 def rows(uri):
-    """Rows by key, over all explanation files."""
-    found = [
+    """Return the rows of all explanation files by key."""
+    all_rows = [
         row
         for key, data in read_all(uri).items()
         if key.endswith(".parquet")
         for row in pq.read_table(io.BytesIO(data)).to_pylist()
     ]
-    assert len({row["key"] for row in found}) == len(found)
-    return {row["key"]: row for row in found}
+    assert len({row["key"] for row in all_rows}) == len(all_rows)
+    return {row["key"]: row for row in all_rows}
 
 
-def test_masks_and_explanations_are_those_of_the_command_line(config, tmp_path):
+def test_masks_and_explanations_equal_those_of_the_command_line(config, tmp_path):
     segment_images(config, LocalExecutor())
-    found = rows(config.output)
+    by_key = rows(config.output)
     for name in DOMAINS:
         command = ["segment", *sorted(map(str, (tmp_path / "images" / name).glob("*.png")))]
         command += ["--classes", ", ".join(CLASSES), "--library", config.library]
@@ -68,22 +68,23 @@ def test_masks_and_explanations_are_those_of_the_command_line(config, tmp_path):
         command += ["--temperature", "0.3", "--out", str(tmp_path / "cli" / name)]
         assert loraseg(command) == 0
     for key in good_images():
-        alone = tmp_path / "cli" / key
-        assert (tmp_path / "out" / "masks" / key).read_bytes() == alone.read_bytes()
-        why, row = json.loads(alone.with_suffix(".json").read_text()), found[key]
-        assert row["shares"] == list(why["shares"].values())
-        assert (row["mix"], row["base"]) == (why["mix"], why["base"])
-        assert row["adapters"] == [{**a, "version": str(a["version"])} for a in why["adapters"]]
+        mask = tmp_path / "cli" / key
+        assert (tmp_path / "out" / "masks" / key).read_bytes() == mask.read_bytes()
+        expected, row = json.loads(mask.with_suffix(".json").read_text()), by_key[key]
+        assert row["shares"] == list(expected["shares"].values())
+        assert (row["mix"], row["base"]) == (expected["mix"], expected["base"])
+        adapters = [{**a, "version": str(a["version"])} for a in expected["adapters"]]
+        assert row["adapters"] == adapters
         assert len(row["adapters"]) == 2
 
 
 def test_every_object_has_a_row(config, tmp_path):
     summary = segment_images(config, LocalExecutor())
-    found = rows(config.output)
-    assert summary.new_images == len(found) == 16
+    by_key = rows(config.output)
+    assert summary.new_images == len(by_key) == 16
     assert summary.statuses == {"bad_image": 4, "ok": 12}
     for key in good_images():
-        row = found[key]
+        row = by_key[key]
         mask = read_mask(tmp_path / "out" / row["mask"], classes=3)
         assert (row["height"], row["width"]) == mask.shape
         counts = np.bincount(mask.reshape(-1), minlength=3)
@@ -91,10 +92,10 @@ def test_every_object_has_a_row(config, tmp_path):
         assert (row["status"], row["generation"], row["classes"]) == ("ok", 4, list(CLASSES))
         assert row["id"] == key_id(key)
     for key, status in BAD.items():
-        assert found[key]["status"] == status
-        assert found[key]["mask"] is None
-        assert "0x" not in found[key]["error"]
-    assert "30000 x 30000 pixels" in found["huge.png"]["error"]
+        assert by_key[key]["status"] == status
+        assert by_key[key]["mask"] is None
+        assert "0x" not in by_key[key]["error"]
+    assert "30000 x 30000 pixels" in by_key["huge.png"]["error"]
 
 
 def test_the_mask_is_an_indexed_png_with_the_class_colours(config, tmp_path):
@@ -116,24 +117,26 @@ def test_a_second_run_does_nothing(config, monkeypatch):
 
 
 def _forbidden(*_):
-    raise AssertionError("nothing is to be written")
+    raise AssertionError("the store is written")
 
 
 class _SimulatedKill(BaseException):
     pass
 
 
-@pytest.mark.parametrize("fatal", [0, 6, 15])
-def test_killed_before_any_write_it_ends_in_the_same_bytes(config, tmp_path, monkeypatch, fatal):
+@pytest.mark.parametrize("writes_before_kill", [0, 6, 15])
+def test_a_run_after_a_kill_writes_the_same_bytes(
+    config, tmp_path, monkeypatch, writes_before_kill
+):
     segment_images(config, LocalExecutor())
-    undisturbed = read_all(config.output)
+    expected = read_all(config.output)
     writes = 0
 
-    def dying(method):
+    def killing(method):
         def write(self, *arguments):
             nonlocal writes
             writes += 1
-            if writes > fatal:
+            if writes > writes_before_kill:
                 raise _SimulatedKill
             return method(self, *arguments)
 
@@ -142,15 +145,13 @@ def test_killed_before_any_write_it_ends_in_the_same_bytes(config, tmp_path, mon
     again = replace(config, output=str(tmp_path / "again"))
     with monkeypatch.context() as patch:
         for name in ("put", "put_if_absent", "put_if_match"):
-            patch.setattr(LocalStore, name, dying(getattr(LocalStore, name)))
-        if fatal < 18:  # the state, 12 masks, 4 files and the manifest
-            with pytest.raises(_SimulatedKill):
-                segment_images(again, LocalExecutor())
-            assert not (tmp_path / "again" / "manifest.json").exists()
-        else:
+            patch.setattr(LocalStore, name, killing(getattr(LocalStore, name)))
+        # A whole run writes 18 times: the state, 12 masks, 4 files and the manifest.
+        with pytest.raises(_SimulatedKill):
             segment_images(again, LocalExecutor())
+        assert not (tmp_path / "again" / "manifest.json").exists()
     segment_images(again, LocalExecutor())
-    assert read_all(again.output) == undisturbed
+    assert read_all(again.output) == expected
 
 
 def test_new_images_are_added(config, tmp_path):
@@ -163,13 +164,13 @@ def test_new_images_are_added(config, tmp_path):
     assert before.items() <= after.items()
     assert json.loads(manifest)["images"] == 16
     assert json.loads(after["manifest.json"])["images"] == 17
-    # It comes before the PNG of that name, which has the mask already.
+    # It sorts before the PNG of the same name, which has the plain mask name from the first run.
     assert (
         rows(config.output)["day/0 é.jpg"]["mask"] == f"masks/day/0 é~{key_id('day/0 é.jpg')}.png"
     )
 
 
-def test_a_replaced_image_is_done_anew(config, tmp_path):
+def test_a_replaced_image_is_segmented_again(config, tmp_path):
     segment_images(config, LocalExecutor())
     replaced = {"day/1 é.png": png(domain_images("night", 2)[1][:, :16])}
     store = put_all(config.images, replaced)
@@ -182,8 +183,8 @@ def test_a_replaced_image_is_done_anew(config, tmp_path):
     assert store.exists("day/1 é.png")
 
 
-@pytest.mark.parametrize("fatal", [0, 2, 5])
-def test_killed_while_it_takes_back_what_was_replaced(config, tmp_path, monkeypatch, fatal):
+@pytest.mark.parametrize("deletes_before_kill", [0, 2, 5])
+def test_a_kill_while_files_are_invalidated(config, tmp_path, monkeypatch, deletes_before_kill):
     segment_images(config, LocalExecutor())
     put_all(config.images, {"day/1 é.png": png(domain_images("night", 2)[1][:, :16])})
     deletes = 0
@@ -191,7 +192,7 @@ def test_killed_while_it_takes_back_what_was_replaced(config, tmp_path, monkeypa
     def delete(self, key, whole=LocalStore.delete):
         nonlocal deletes
         deletes += 1
-        if deletes > fatal:
+        if deletes > deletes_before_kill:
             raise _SimulatedKill
         whole(self, key)
 
@@ -209,7 +210,7 @@ def masks(config):
     return {key: data for key, data in read_all(config.output).items() if "masks" in key}
 
 
-def test_results_outlive_their_images(config, tmp_path):
+def test_results_of_deleted_images_are_kept(config, tmp_path):
     segment_images(config, LocalExecutor())
     before = read_all(config.output)
     shutil.rmtree(tmp_path / "images" / "day")
@@ -260,7 +261,7 @@ def test_the_generation_of_the_first_run_is_kept(config):
         segment_images(replace(config, generation=5), LocalExecutor())
 
 
-def test_what_a_damaged_adapter_costs_is_tried_again(config, tmp_path, monkeypatch):
+def test_images_that_failed_are_segmented_again(config, tmp_path, monkeypatch):
     whole = replace(config, output=str(tmp_path / "whole"))
     segment_images(whole, LocalExecutor())
     monkeypatch.setenv("LORASEG_CACHE", str(tmp_path / "another cache"))

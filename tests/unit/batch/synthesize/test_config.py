@@ -1,6 +1,7 @@
+"""Configs of synthesis, pseudo-labels and filters."""
+
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from loraseg.batch.core.executor import LocalExecutor
@@ -32,12 +33,12 @@ PLAIN = {"masks": "a", "output": "b", "segmenter": "s"}
         ({"sampling": SamplingConfig(images=2)}, "fewer than 3 images cannot outvote"),
     ],
 )
-def test_wrong_settings_are_named(changes, message):
+def test_wrong_settings_are_errors(changes, message):
     with pytest.raises(ConfigError, match=message):
         SynthesisConfig(**{**PLAIN, **changes})
 
 
-def test_masks_and_output_are_kept_apart(tmp_path):
+def test_masks_and_output_within_each_other_are_errors(tmp_path):
     for masks, output in (("m", "m/out"), ("m/in", "m"), ("m", "m")):
         config = SynthesisConfig(
             **{**PLAIN, "masks": str(tmp_path / masks), "output": str(tmp_path / output)}
@@ -46,49 +47,51 @@ def test_masks_and_output_are_kept_apart(tmp_path):
             config.resolved()
 
 
-def test_a_segmenter_of_other_classes_is_refused(tmp_path):
+def test_a_segmenter_of_other_classes_is_an_error(tmp_path):
     write_inputs(tmp_path, masks=1)
     config = settings(tmp_path, tmp_path / "out", classes=("a", "b", "c", "d"))
     with pytest.raises(ConfigError, match="its classes are road, sky, car, sidewalk"):
         synthesize(config, LocalExecutor())
 
 
-def test_judging_gives_confidence_and_the_loss_of_the_mask(tmp_path):
+def test_pseudo_labels_have_the_confidence_and_the_loss_of_the_mask(tmp_path):
     segmenter = load_closed_set_segmenter(write_segmenter(tmp_path / "s"))
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
-    told = mask(2)
-    judged = predict_pseudo_labels(segmenter, images, told, outputs=("confidence", "loss"))
+    labels = mask(2)
+    predicted = predict_pseudo_labels(segmenter, images, labels, outputs=("confidence", "loss"))
     scores = segmenter.log_probabilities(images).double().exp().numpy()
-    assert np.array_equal(judged.labels, scores.argmax(1))
-    assert np.allclose(judged.confidence, scores.max(1), atol=1e-6)
+    assert np.array_equal(predicted.labels, scores.argmax(1))
+    assert np.allclose(predicted.confidence, scores.max(1), atol=1e-6)
     for k in range(2):
         for y, x in np.ndindex(32, 32):
-            known = told[y, x] != 255
-            expected = -np.log(scores[k, told[y, x], y, x]) if known else 0
-            assert judged.loss[k, y, x] == pytest.approx(expected, abs=1e-5)
-    assert predict_pseudo_labels(segmenter, images, told).loss is None
+            known = labels[y, x] != 255
+            expected = -np.log(scores[k, labels[y, x], y, x]) if known else 0
+            assert predicted.loss[k, y, x] == pytest.approx(expected, abs=1e-5)
+    assert predict_pseudo_labels(segmenter, images, labels).loss is None
 
 
 @pytest.mark.parametrize("method", ["freemask", "confidence"])
-def test_other_filters_mark_what_they_should(method, tmp_path):
+def test_other_filters_keep_the_expected_pixels(method, tmp_path):
     write_inputs(tmp_path, masks=2)
     write_images(tmp_path / "masks")
     real = {"real": str(tmp_path / "masks"), "real_images": 1} if method == "freemask" else {}
-    rule = FilterConfig(method=method, min_kept=0.0, threshold=0.3)
-    config = settings(tmp_path, tmp_path / "out", filter=rule, **real)
-    synthesize(config, LocalExecutor(torch.get_num_threads()))
+    filter_config = FilterConfig(method=method, min_kept=0.0, threshold=0.3)
+    config = settings(tmp_path, tmp_path / "out", filter=filter_config, **real)
+    synthesize(config, LocalExecutor())
     segmenter = load_closed_set_segmenter(config.segmenter)
     means = resolve_models(config, LabelSpace(CLASSES)).class_loss
     for row in all_rows(tmp_path / "out"):
-        told, label = decode_mask(row.mask, where="t"), decode_mask(row.label, where="t")
+        mask_ids, label = decode_mask(row.mask, where="t"), decode_mask(row.label, where="t")
         scores = segmenter.log_probabilities(decode_image(row.image)[None])[0].numpy()
         if method == "confidence":
             keeps = np.exp(scores.max(0)) >= 0.3
         else:
-            own = np.take_along_axis(scores, np.where(told == 255, 0, told)[None].astype(int), 0)[0]
+            mask_scores = np.take_along_axis(
+                scores, np.where(mask_ids == 255, 0, mask_ids)[None].astype(int), 0
+            )[0]
             limits = np.array([np.nan if mean is None else mean for mean in means] + [np.nan] * 252)
-            keeps = -own <= 1.25 * limits[told]
-        assert np.array_equal(label, np.where(keeps & (told != 255), told, 255))
+            keeps = -mask_scores <= 1.25 * limits[mask_ids]
+        assert np.array_equal(label, np.where(keeps & (mask_ids != 255), mask_ids, 255))
 
 
 def write_images(folder):

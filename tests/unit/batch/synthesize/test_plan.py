@@ -1,3 +1,5 @@
+"""Scanning conditions and cutting them into units; plans as files."""
+
 import random
 
 import numpy as np
@@ -20,7 +22,7 @@ from loraseg.synth.lineage import mask_digest
 from tests.tiny_synthesis import CLASSES, mask, write_masks
 
 
-def scanned_masks(count, *, start=0):
+def scanned_conditions(count, *, start=0):
     return [
         ScannedCondition(ConditionRef(f"{n}.png", f"masks/{n}.png"), f"{n * 7919 % 1000:064x}")
         for n in range(start, start + count)
@@ -28,51 +30,51 @@ def scanned_masks(count, *, start=0):
 
 
 def history_with(*plans):
-    done = PlanHistory()
+    history = PlanHistory()
     for plan in plans:
-        decode_plan(encode_plan(plan), "t", done)
-    return done
+        decode_plan(encode_plan(plan), "t", history)
+    return history
 
 
-def test_parts_do_not_depend_on_the_order_of_the_masks():
-    first = list(plan_units(scanned_masks(11), 3, 4, PlanHistory()))
-    shuffled = random.Random(0).sample(scanned_masks(11), 11)
-    assert [part.id for part in plan_units(shuffled, 3, 4, PlanHistory())] == [
-        part.id for part in first
+def test_units_do_not_depend_on_the_order_of_the_conditions():
+    first = list(plan_units(scanned_conditions(11), 3, 4, PlanHistory()))
+    shuffled = random.Random(0).sample(scanned_conditions(11), 11)
+    assert [unit.id for unit in plan_units(shuffled, 3, 4, PlanHistory())] == [
+        unit.id for unit in first
     ]
-    assert [len(part.conditions) for part in first] == [4, 4, 3]
-    assert len({part.id for part in first}) == 3
+    assert [len(unit.conditions) for unit in first] == [4, 4, 3]
+    assert len({unit.id for unit in first}) == 3
 
 
-def test_what_a_plan_says_is_not_planned_again():
-    first = list(plan_units(scanned_masks(10), 3, 4, PlanHistory()))
-    done = history_with(first)
-    assert list(plan_units(scanned_masks(10), 3, 4, done)) == []
-    more = list(plan_units(scanned_masks(12), 5, 4, done))
-    fresh = [part for part in more if part.first_image == 0]
-    longer = [part for part in more if part.first_image]
-    assert [len(part.conditions) for part in fresh] == [2]
-    assert sorted(len(part.conditions) for part in longer) == [2, 4, 4]
-    assert {(part.first_image, part.last_image) for part in longer} == {(3, 4)}
-    # Each reads one older shard.
-    assert {part.earlier_shards for part in longer} == {
-        (f"shards/{part.id}.parquet",) for part in first
+def test_conditions_of_earlier_plans_are_not_planned_again():
+    first = list(plan_units(scanned_conditions(10), 3, 4, PlanHistory()))
+    history = history_with(first)
+    assert list(plan_units(scanned_conditions(10), 3, 4, history)) == []
+    more = list(plan_units(scanned_conditions(12), 5, 4, history))
+    fresh = [unit for unit in more if unit.first_image == 0]
+    longer = [unit for unit in more if unit.first_image]
+    assert [len(unit.conditions) for unit in fresh] == [2]
+    assert sorted(len(unit.conditions) for unit in longer) == [2, 4, 4]
+    assert {(unit.first_image, unit.last_image) for unit in longer} == {(3, 4)}
+    # Each reads one earlier shard.
+    assert {unit.earlier_shards for unit in longer} == {
+        (f"shards/{unit.id}.parquet",) for unit in first
     }
     again = history_with(first, more)
-    assert list(plan_units(scanned_masks(12), 5, 4, again)) == []
-    [last] = plan_units(scanned_masks(12)[:1], 6, 4, again)
+    assert list(plan_units(scanned_conditions(12), 5, 4, again)) == []
+    [last] = plan_units(scanned_conditions(12)[:1], 6, 4, again)
     assert (last.first_image, len(last.earlier_shards)) == (5, 2)
 
 
-def test_a_mask_that_cannot_be_read_is_told_once():
+def test_an_unreadable_condition_is_planned_once():
     bad = ScannedCondition(ConditionRef("bad.png", "bad.png"), None, "broken")
-    first = list(plan_units([*scanned_masks(1), bad], 3, 4, PlanHistory()))
-    assert list(plan_units([*scanned_masks(1), bad], 3, 4, history_with(first))) == []
+    first = list(plan_units([*scanned_conditions(1), bad], 3, 4, PlanHistory()))
+    assert list(plan_units([*scanned_conditions(1), bad], 3, 4, history_with(first))) == []
 
 
 @pytest.mark.parametrize("damage", ["cut", "columns", "text"])
-def test_a_damaged_plan_is_refused(damage):
-    data = encode_plan(plan_units(scanned_masks(3), 3, 4, PlanHistory()))
+def test_a_damaged_plan_is_an_error(damage):
+    data = encode_plan(plan_units(scanned_conditions(3), 3, 4, PlanHistory()))
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({"part": [1]}), sink)
     data = {"cut": data[:-9], "columns": sink.getvalue().to_pybytes(), "text": b"hello"}[damage]
@@ -80,29 +82,29 @@ def test_a_damaged_plan_is_refused(damage):
         decode_plan(data, "where", PlanHistory())
 
 
-def test_a_survey_finds_twins_and_broken_masks(tmp_path):
+def test_a_scan_finds_duplicates_and_broken_masks(tmp_path):
     folder = write_masks(tmp_path / "m", 3)
     inside = folder / "masks" / "train"
     (inside / "twin.png").write_bytes(encode_mask(mask(1)))
     (inside / "bad.png").write_bytes(b"")
     source = MaskSource(str(folder), (), "train")
-    found = scan_conditions(source, source.list_conditions(), PlanHistory())
-    assert [one.ref.name for one in found] == [
+    scanned = scan_conditions(source, source.list_conditions(), PlanHistory())
+    assert [condition.ref.name for condition in scanned] == [
         "000.png",
         "001.png",
         "002.png",
         "bad.png",
         "twin.png",
     ]
-    assert [one.reason is None for one in found] == [True, True, True, False, False]
-    assert found[4].condition_id == found[1].condition_id
-    # At another size they are other masks.
+    assert [condition.reason is None for condition in scanned] == [True, True, True, False, False]
+    assert scanned[4].condition_id == scanned[1].condition_id
+    # At another size the masks have other digests.
     source = MaskSource(str(folder), size=(16, 16))
     small = scan_conditions(source, source.list_conditions(), PlanHistory())
-    assert small[0].condition_id != found[0].condition_id
+    assert small[0].condition_id != scanned[0].condition_id
 
 
-def test_masks_lie_in_folders_lists_or_parquet(tmp_path):
+def test_masks_are_read_from_folders_lists_and_parquet(tmp_path):
     space = {"classes": CLASSES, "split": "val"}
     listed = write_masks(tmp_path / "listed", 3)
     for path in (listed / "masks" / "train").iterdir():
@@ -123,13 +125,13 @@ def test_masks_lie_in_folders_lists_or_parquet(tmp_path):
     }
     for kind, names in expected.items():
         source = MaskSource(str(tmp_path / kind), **space)
-        found = source.list_conditions()
-        assert [one.name for one in found] == names
-        for number, one in enumerate(found):
-            assert np.array_equal(source.read(one), mask(number)), kind
+        refs = source.list_conditions()
+        assert [ref.name for ref in refs] == names
+        for number, ref in enumerate(refs):
+            assert np.array_equal(source.read(ref), mask(number)), kind
 
 
-def test_a_source_without_masks_or_classes_says_so(tmp_path):
+def test_missing_masks_and_classes_are_errors(tmp_path):
     with pytest.raises(DatasetError, match=r"no masks; expected masks/train/\*\.png"):
         MaskSource(str(tmp_path), CLASSES, "train").list_conditions()
     with pytest.raises(ConfigError, match=r"no classes\.json"):
@@ -139,22 +141,24 @@ def test_a_source_without_masks_or_classes_says_so(tmp_path):
         MaskSource(str(tmp_path), CLASSES, "train").list_conditions()
     write_masks(tmp_path, 1)
     source = MaskSource(str(tmp_path), CLASSES, "train")
-    [one] = source.list_conditions()
-    (tmp_path / one.file).unlink()
+    [ref] = source.list_conditions()
+    (tmp_path / ref.file).unlink()
     with pytest.raises(DatasetError, match="no longer in"):
-        source.read(one)
+        source.read(ref)
 
 
-def test_each_mask_comes_from_its_own_file(tmp_path):
+def test_each_mask_is_read_from_its_own_file(tmp_path):
     for number in range(24):
         table = pa.table({"mask": [encode_mask(mask(number))], "name": [f"{number:02d}"]})
         pq.write_table(table, tmp_path / f"{number:02d}.parquet")
     source = MaskSource(str(tmp_path), CLASSES, "train")
-    found = scan_conditions(source, source.list_conditions(), PlanHistory())
-    assert [one.condition_id for one in found] == [mask_digest(mask(n)) for n in range(24)]
+    scanned = scan_conditions(source, source.list_conditions(), PlanHistory())
+    assert [condition.condition_id for condition in scanned] == [
+        mask_digest(mask(n)) for n in range(24)
+    ]
 
 
-def test_masks_of_one_name_are_told_apart(tmp_path):
+def test_masks_of_equal_names_are_distinguished(tmp_path):
     numbers, names = [0, 0, 1, 1, 2], ["x", "x", "x", None, None]
     table = {
         "mask": [*(encode_mask(mask(n)) for n in numbers), b"", b""],
@@ -162,8 +166,8 @@ def test_masks_of_one_name_are_told_apart(tmp_path):
     }
     pq.write_table(pa.table(table), tmp_path / "m.parquet")
     source = MaskSource(str(tmp_path), CLASSES, "train")
-    found = scan_conditions(source, source.list_conditions(), PlanHistory())
-    by_row = sorted(found, key=lambda one: one.ref.row)
+    scanned = scan_conditions(source, source.list_conditions(), PlanHistory())
+    by_row = sorted(scanned, key=lambda one: one.ref.row)
     assert [one.ref.name for one in by_row] == [
         "x",
         "x",
@@ -173,19 +177,18 @@ def test_masks_of_one_name_are_told_apart(tmp_path):
         "x",
         "x",
     ]
-    twins = "the same ids as 'x' (m.parquet, row 0)", "the same ids as 'x'"
-    # In code point order of their names, "m.parquet#3" is before "x".
-    assert [one.reason for one in by_row[:2]] == [None, twins[0]]
+    # In code point order of the names, "m.parquet#3" is before "x".
+    assert [one.reason for one in by_row[:2]] == [None, "the same ids as 'x' (m.parquet, row 0)"]
     assert [one.reason for one in by_row[2:5]] == ["the same ids as 'm.parquet#3'", None, None]
     assert {one.reason for one in by_row[5:]} == {"mask 'x': not a complete PNG or JPEG image"}
-    work = list(plan_units(found, 3, 1, PlanHistory()))
-    assert len({part.id for part in work}) == len(work) == 7
-    assert list(plan_units(found, 3, 1, history_with(work))) == []
-    # Nor has a part of the refused ones to be made when the others get more images.
-    assert len(list(plan_units(found, 4, 1, history_with(work)))) == 3
+    units = list(plan_units(scanned, 3, 1, PlanHistory()))
+    assert len({unit.id for unit in units}) == len(units) == 7
+    assert list(plan_units(scanned, 3, 1, history_with(units))) == []
+    # When the others get more images, the rejected ones are not planned again.
+    assert len(list(plan_units(scanned, 4, 1, history_with(units)))) == 3
 
 
-def test_a_name_that_is_no_text_is_told_once():
+def test_a_name_with_a_lone_surrogate_is_planned_once():
     bad = [
         ScannedCondition(ConditionRef(name, name), None, "broken")
         for name in ("a\udcff.png", "a\\udcff.png")
@@ -195,7 +198,7 @@ def test_a_name_that_is_no_text_is_told_once():
     assert len(history_with(first).rejected) == 2
 
 
-def test_a_copy_that_sorts_before_a_finished_mask_is_the_duplicate(tmp_path):
+def test_a_copy_that_sorts_before_a_used_mask_is_the_duplicate(tmp_path):
     inside = write_masks(tmp_path, 2) / "masks" / "train"
     source = MaskSource(str(tmp_path), (), "train")
     first = list(
@@ -204,17 +207,17 @@ def test_a_copy_that_sorts_before_a_finished_mask_is_the_duplicate(tmp_path):
         )
     )
     (inside / "00.png").write_bytes(encode_mask(mask(0)))
-    done = history_with(first)
-    found = scan_conditions(source, source.list_conditions(), done)
-    [added] = plan_units(found, 3, 4, done)
+    history = history_with(first)
+    scanned = scan_conditions(source, source.list_conditions(), history)
+    [added] = plan_units(scanned, 3, 4, history)
     assert [(one.ref.name, one.reason) for one in added.conditions] == [
         ("00.png", "the same ids as '000.png'")
     ]
     again = history_with(first, [added])
-    assert list(plan_units(found, 3, 4, again)) == []
-    # Where the finished one has gone, the copy stands for it.
+    assert list(plan_units(scanned, 3, 4, again)) == []
+    # If the used mask is deleted, its copy replaces it.
     (inside / "000.png").unlink()
-    found = scan_conditions(source, source.list_conditions(), again)
-    assert [one.reason for one in found] == [None, None]
-    assert list(plan_units(found, 3, 4, again)) == []
-    assert [len(part.conditions) for part in plan_units(found, 4, 4, again)] == [2]
+    scanned = scan_conditions(source, source.list_conditions(), again)
+    assert [condition.reason for condition in scanned] == [None, None]
+    assert list(plan_units(scanned, 3, 4, again)) == []
+    assert [len(unit.conditions) for unit in plan_units(scanned, 4, 4, again)] == [2]

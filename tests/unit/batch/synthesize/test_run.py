@@ -1,3 +1,5 @@
+"""Synthesis without Ray: rows, kills, growth, changed inputs and settings."""
+
 import dataclasses
 import random
 import shutil
@@ -42,42 +44,42 @@ def _one_thread():
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory):
-    return write_inputs(tmp_path_factory.mktemp("shop"))
+def inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")
-def undisturbed(shop):
-    """A run without accidents, which tests must leave as it is."""
-    synthesize(settings(shop, shop / "undisturbed"), LocalExecutor())
-    return shop / "undisturbed"
+def expected(inputs):
+    """The output of a run without kills; tests must not change it."""
+    synthesize(settings(inputs, inputs / "expected"), LocalExecutor())
+    return inputs / "expected"
 
 
 class KilledExecutor(LocalExecutor):
-    """Ends after some parts like a driver that is killed, and does them in any order."""
+    """Runs units in random order and raises after some of them, like a killed driver."""
 
-    def __init__(self, parts, seed=0):
+    def __init__(self, units, seed=0):
         super().__init__()
-        self._left, self._random = parts, random.Random(seed)
+        self._remaining, self._random = units, random.Random(seed)
 
     def run(self, stages, state, units):
         units = self._random.sample(units, len(units))
-        for outcome in super().run(stages, state, units):
-            if self._left == 0:
+        for result in super().run(stages, state, units):
+            if self._remaining == 0:
                 raise KeyboardInterrupt
-            self._left -= 1
-            yield outcome
+            self._remaining -= 1
+            yield result
 
 
-def test_rows_say_what_a_stranger_wants_to_know(undisturbed):
-    rows = all_rows(undisturbed)
+def test_rows_of_a_run(expected):
+    rows = all_rows(expected)
     assert len(rows) == 15
     assert len({row.pair_id for row in rows}) == 15
     for row in rows:
         assert (row.status, row.siblings, row.reason) == ("ok", 3, None)
         assert row.prompt
         assert row.kept == pytest.approx(_kept(row))
-    dataset = ShardDataset.open(str(undisturbed))
+    dataset = ShardDataset.open(str(expected))
     assert dataset.classes.names == ("road", "sky", "car", "sidewalk")
     assert dataset.manifest.masks == 5
 
@@ -88,77 +90,75 @@ def _kept(row):
     return float(np.mean(label[known] == mask[known]))
 
 
-def test_labels_are_the_masks_where_the_siblings_agree(undisturbed):
+def test_labels_are_the_masks_where_the_predictions_agree(expected):
     groups = {}
-    for row in all_rows(undisturbed):
+    for row in all_rows(expected):
         groups.setdefault(row.mask_id, []).append(row)
     for rows in groups.values():
         rows.sort(key=lambda row: row.k)
-        seen = np.stack([decode_mask(row.predicted, where="t") for row in rows])
+        predictions = np.stack([decode_mask(row.predicted, where="t") for row in rows])
         mask = decode_mask(rows[0].mask, where="t")
-        prototype = majority_vote(seen, mask=mask, ties="mask_first")
-        for row, own in zip(rows, seen, strict=True):
-            expected = np.where((own == prototype) & (mask != 255), mask, 255)
-            assert np.array_equal(decode_mask(row.label, where="t"), expected)
+        prototype = majority_vote(predictions, mask=mask, ties="mask_first")
+        for row, predicted in zip(rows, predictions, strict=True):
+            label = np.where((predicted == prototype) & (mask != 255), mask, 255)
+            assert np.array_equal(decode_mask(row.label, where="t"), label)
 
 
-def test_again_does_nothing(undisturbed, shop):
-    files = _bytes(undisturbed)
-    summary = synthesize(settings(shop, undisturbed), LocalExecutor())
+def test_a_second_run_changes_nothing(expected, inputs):
+    files = _bytes(expected)
+    summary = synthesize(settings(inputs, expected), LocalExecutor())
     assert summary.new_rows == 0
-    assert _bytes(undisturbed) == files
+    assert _bytes(expected) == files
 
 
-@pytest.mark.parametrize("parts", [0, 1, 2])
-def test_a_run_that_died_is_finished_by_the_next(parts, shop, undisturbed, tmp_path):
-    config = settings(shop, tmp_path / "out")
+@pytest.mark.parametrize("units", [0, 1, 2])
+def test_a_run_after_a_kill_completes_the_output(units, inputs, expected, tmp_path):
+    config = settings(inputs, tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
-        synthesize(config, KilledExecutor(parts, seed=parts))
+        synthesize(config, KilledExecutor(units, seed=units))
     with pytest.raises(DatasetError, match="no synthetic data is committed"):
         ShardDataset.open(config.output)
     synthesize(config, LocalExecutor())
-    assert _bytes(tmp_path / "out") == _bytes(undisturbed)
+    assert _bytes(tmp_path / "out") == _bytes(expected)
 
 
-def test_how_parts_are_cut_changes_no_pair(shop, undisturbed, tmp_path):
-    synthesize(settings(shop, tmp_path / "out", masks_per_shard=5), LocalExecutor())
-    assert digest(tmp_path / "out") == digest(undisturbed)
+def test_pairs_do_not_depend_on_the_size_of_units(inputs, expected, tmp_path):
+    synthesize(settings(inputs, tmp_path / "out", masks_per_shard=5), LocalExecutor())
+    assert digest(tmp_path / "out") == digest(expected)
 
 
-def test_a_part_that_is_done_is_not_done_again(shop, tmp_path):
-    config = settings(shop, tmp_path / "out")
+def test_written_shards_are_not_generated_again(inputs, tmp_path):
+    config = settings(inputs, tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
-        synthesize(
-            config, KilledExecutor(1)
-        )  # it ends after the second part, of which it is not told
-    done = _bytes(tmp_path / "out" / "shards")
-    assert len(done) == 2
-    left = []
+        synthesize(config, KilledExecutor(1))  # the second unit is written, its result is lost
+    shards = _bytes(tmp_path / "out" / "shards")
+    assert len(shards) == 2
+    remaining = []
 
-    class Counting(LocalExecutor):
+    class RecordingExecutor(LocalExecutor):
         def run(self, stages, state, units):
-            left.extend(units)
+            remaining.extend(units)
             return super().run(stages, state, units)
 
-    synthesize(config, Counting())
-    assert len(left) == 1
-    assert done.items() <= _bytes(tmp_path / "out" / "shards").items()
+    synthesize(config, RecordingExecutor())
+    assert len(remaining) == 1
+    assert shards.items() <= _bytes(tmp_path / "out" / "shards").items()
 
 
-def test_more_masks_and_more_images_are_appended(shop, undisturbed, tmp_path):
+def test_more_masks_and_more_images_are_appended(inputs, expected, tmp_path):
     more = tmp_path / "more"
-    shutil.copytree(shop / "masks", more)
+    shutil.copytree(inputs / "masks", more)
     out = tmp_path / "out"
-    shutil.copytree(undisturbed, out)
+    shutil.copytree(expected, out)
     write_masks(more, 2, start=5)
-    config = settings(shop, out, masks=str(more), images=4)
+    config = settings(inputs, out, masks=str(more), images=4)
     with pytest.raises(ConfigError, match="2 masks are new and 5 have fewer than 4 images"):
         synthesize(config, LocalExecutor())
     before = {row.pair_id: row for row in all_rows(out)}
     config = dataclasses.replace(config, append=True)
     with pytest.raises(KeyboardInterrupt):
         synthesize(config, KilledExecutor(1))
-    assert len(all_rows(out)) == 15  # readers see the generation before
+    assert len(all_rows(out)) == 15  # readers see the previous generation
     summary = synthesize(config, LocalExecutor())
     assert (summary.new_rows, summary.manifest.generation) == (5 + 2 * 4, 2)
     rows = all_rows(out)
@@ -169,25 +169,25 @@ def test_more_masks_and_more_images_are_appended(shop, undisturbed, tmp_path):
         else:
             assert row.siblings == 4
     assert synthesize(config, LocalExecutor()).new_rows == 0
-    # In one go the images are the same, and so are the labels of those that voted among all four.
+    # A single run generates the same images, and the same labels of image 3: all four vote on it.
     whole = tmp_path / "whole"
-    synthesize(settings(shop, whole, masks=str(more), images=4), LocalExecutor())
-    told = {row.pair_id: row for row in all_rows(whole)}
-    assert told.keys() == {row.pair_id for row in rows}
+    synthesize(settings(inputs, whole, masks=str(more), images=4), LocalExecutor())
+    whole_rows = {row.pair_id: row for row in all_rows(whole)}
+    assert whole_rows.keys() == {row.pair_id for row in rows}
     for row in rows:
         if row.siblings == 4 and row.k == 3:
-            assert row.label == told[row.pair_id].label
+            assert row.label == whole_rows[row.pair_id].label
 
 
-def test_what_cannot_be_used_becomes_a_row(shop, tmp_path):
+def test_unusable_masks_become_rows(inputs, tmp_path):
     masks = write_masks(tmp_path / "masks", 2)
     inside = masks / "masks" / "train"
     shutil.copy(inside / "000.png", inside / "copy.png")
-    (inside / "broken.png").write_bytes(b"no picture")
+    (inside / "broken.png").write_bytes(b"not an image")
     write_mask(inside / "wide.png", np.full((30, 32), 1, np.uint8))
     write_mask(inside / "nothing.png", np.full((32, 32), 255, np.uint8))
     write_mask(inside / "unknown.png", np.full((32, 32), 7, np.uint8))
-    summary = synthesize(settings(shop, tmp_path / "out", masks=str(masks)), LocalExecutor())
+    summary = synthesize(settings(inputs, tmp_path / "out", masks=str(masks)), LocalExecutor())
     counts = summary.manifest.statuses
     assert counts == {"ok": 6, "dropped": 0, "bad_mask": 4, "duplicate": 1}
     reasons = {row.mask_name: row.reason for row in all_rows(tmp_path / "out") if row.reason}
@@ -200,109 +200,110 @@ def test_what_cannot_be_used_becomes_a_row(shop, tmp_path):
     assert all(name in page for name in reasons)
 
 
-def test_more_images_do_not_tell_a_refusal_again(shop, tmp_path):
+def test_more_images_do_not_repeat_rejected_rows(inputs, tmp_path):
     masks = write_masks(tmp_path / "masks", 1)
     inside = masks / "masks" / "train"
-    (inside / "broken.png").write_bytes(b"no picture")
+    (inside / "broken.png").write_bytes(b"not an image")
     for number, shape in enumerate([(30, 32), (26, 32), (22, 32)]):
         write_mask(inside / f"wide{number}.png", np.full(shape, 1, np.uint8))
     write_mask(inside / "nothing.png", np.full((32, 32), 255, np.uint8))
-    config = settings(shop, tmp_path / "out", masks=str(masks), append=True, masks_per_shard=1)
+    config = settings(inputs, tmp_path / "out", masks=str(masks), append=True, masks_per_shard=1)
     for images in (3, 4, 6):
         sampling = dataclasses.replace(config.sampling, images=images)
-        found = synthesize(dataclasses.replace(config, sampling=sampling), LocalExecutor()).manifest
-        assert found.statuses == {"ok": images, "dropped": 0, "bad_mask": 5, "duplicate": 0}
+        larger = dataclasses.replace(config, sampling=sampling)
+        manifest = synthesize(larger, LocalExecutor()).manifest
+        assert manifest.statuses == {"ok": images, "dropped": 0, "bad_mask": 5, "duplicate": 0}
 
 
-@pytest.mark.parametrize("accident", ["gone", "changed", "broken"])
-def test_a_mask_that_changes_meanwhile_costs_only_a_run(accident, shop, undisturbed, tmp_path):
+@pytest.mark.parametrize("change", ["deleted", "replaced", "truncated"])
+def test_a_mask_that_changes_during_the_run_ends_it(change, inputs, expected, tmp_path):
     masks = tmp_path / "masks"
-    shutil.copytree(shop / "masks", masks)
+    shutil.copytree(inputs / "masks", masks)
     file = masks / "masks" / "train" / "001.png"
-    kept = file.read_bytes()
+    data = file.read_bytes()
 
-    class Careless(LocalExecutor):
+    class MaskChanger(LocalExecutor):
         def run(self, stages, state, units):
-            if accident == "gone":
+            if change == "deleted":
                 file.unlink()
             else:
                 other = file.with_name("002.png").read_bytes()
-                file.write_bytes(other if accident == "changed" else other[:40])
+                file.write_bytes(other if change == "replaced" else other[:40])
             return super().run(stages, state, units)
 
-    config = settings(shop, tmp_path / "out", masks=str(masks))
+    config = settings(inputs, tmp_path / "out", masks=str(masks))
     with pytest.raises(StageError, match=r"001\.png.* changed during the run"):
-        synthesize(config, Careless())
-    file.write_bytes(kept)
+        synthesize(config, MaskChanger())
+    file.write_bytes(data)
     synthesize(config, LocalExecutor())
-    assert digest(tmp_path / "out") == digest(undisturbed)
+    assert digest(tmp_path / "out") == digest(expected)
 
 
-def test_a_mask_too_large_for_any_machine_becomes_a_row(shop, tmp_path, monkeypatch):
+def test_a_mask_that_is_too_large_becomes_a_row(inputs, tmp_path, monkeypatch):
     masks = write_masks(tmp_path / "masks", 1)
     write_mask(masks / "masks" / "train" / "large.png", np.full((64, 32), 1, np.uint8))
     monkeypatch.setattr(generate_stage, "_MAX_PIXELS", 32 * 32)
-    synthesize(settings(shop, tmp_path / "out", masks=str(masks)), LocalExecutor())
+    synthesize(settings(inputs, tmp_path / "out", masks=str(masks)), LocalExecutor())
     reasons = {row.mask_name: row.reason for row in all_rows(tmp_path / "out")}
     assert reasons["large.png"].startswith("64x32 pixels, expected at most 1024 in all")
     assert reasons["000.png"] is None
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("cannot allocate memory")])
-def test_a_lack_of_memory_says_what_to_do(error, shop, tmp_path, monkeypatch):
+def test_the_error_of_exhausted_memory_names_the_settings(error, inputs, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise error
 
     monkeypatch.setattr(Generator, "generate", fail)
     with pytest.raises(StageError, match=r"mask .*32x32; set a smaller sampling\.batch"):
-        synthesize(settings(shop, tmp_path / "out"), LocalExecutor())
+        synthesize(settings(inputs, tmp_path / "out"), LocalExecutor())
 
 
-def test_votes_are_not_mixed_with_what_is_not_committed(shop, undisturbed, tmp_path):
+def test_a_changed_shard_of_an_earlier_run_is_an_error(inputs, expected, tmp_path):
     out = tmp_path / "out"
-    shutil.copytree(undisturbed, out)
+    shutil.copytree(expected, out)
     shard = sorted((out / "shards").iterdir())[0]
-    good = shard.read_bytes()
-    rows = [dataclasses.replace(row, predicted=row.mask) for row in decode_shard(good, "t")]
+    data = shard.read_bytes()
+    rows = [dataclasses.replace(row, predicted=row.mask) for row in decode_shard(data, "t")]
     shard.write_bytes(encode_shard(rows, ShardDataset.open(str(out)).manifest.classes))
-    config = settings(shop, out, images=4, append=True)
+    config = settings(inputs, out, images=4, append=True)
     with pytest.raises(IntegrityError, match=shard.name):
         synthesize(config, LocalExecutor())
     assert ShardDataset.open(str(out)).manifest.generation == 1
-    shard.write_bytes(good)
+    shard.write_bytes(data)
     assert synthesize(config, LocalExecutor()).new_rows == 5
 
 
-def test_masks_of_one_name_are_all_made_or_told_once(shop, tmp_path):
+def test_masks_of_equal_names_have_one_row_or_their_images_each(inputs, tmp_path):
     cells = [encode_mask(mask(0)), encode_mask(mask(0)), b"a", b"b", encode_mask(mask(1))]
     masks = tmp_path / "masks"
     masks.mkdir()
     write_classes(masks / "classes.json", LabelSpace(CLASSES))
     names = ["x", "x", "x", "x", None]
     pq.write_table(pa.table({"mask": cells, "name": names}), masks / "m.parquet")
-    config = settings(shop, tmp_path / "out", masks=str(masks), masks_per_shard=1)
+    config = settings(inputs, tmp_path / "out", masks=str(masks), masks_per_shard=1)
     counts = synthesize(config, LocalExecutor()).manifest.statuses
     assert counts == {"ok": 6, "dropped": 0, "bad_mask": 2, "duplicate": 1}
     assert synthesize(config, LocalExecutor()).new_rows == 0
-    more = settings(shop, tmp_path / "out", masks=str(masks), images=4, append=True)
+    more = settings(inputs, tmp_path / "out", masks=str(masks), images=4, append=True)
     assert synthesize(more, LocalExecutor()).new_rows == 2
-    told = [(row.mask_name, row.status) for row in all_rows(tmp_path / "out") if row.reason]
-    assert sorted(told) == [("x", "bad_mask"), ("x", "bad_mask"), ("x", "duplicate")]
+    rejected = [(row.mask_name, row.status) for row in all_rows(tmp_path / "out") if row.reason]
+    assert sorted(rejected) == [("x", "bad_mask"), ("x", "bad_mask"), ("x", "duplicate")]
 
 
-def test_other_settings_are_refused(shop, undisturbed):
+def test_other_settings_are_errors(inputs, expected):
     with pytest.raises(ConfigError, match=r"sampling\.steps was 2 and is 3"):
-        synthesize(settings(shop, undisturbed, steps=3), LocalExecutor())
-    plain = settings(shop, undisturbed, segmenter=None, filter=FilterConfig(method="none"))
+        synthesize(settings(inputs, expected, steps=3), LocalExecutor())
+    plain = settings(inputs, expected, segmenter=None, filter=FilterConfig(method="none"))
     with pytest.raises(ConfigError, match=r"segmenter was .* and is null"):
         synthesize(plain, LocalExecutor())
     with pytest.raises(ConfigError, match="threads was 1 and is 2"):
-        synthesize(settings(shop, undisturbed), LocalExecutor(threads=2))
+        synthesize(settings(inputs, expected), LocalExecutor(threads=2))
 
 
-def test_another_segmenter_in_the_same_place_is_noticed(shop, tmp_path):
+def test_a_replaced_segmenter_is_an_error(inputs, tmp_path):
     segmenter = write_segmenter(tmp_path / "s.safetensors")
-    config = settings(shop, tmp_path / "out", segmenter=str(segmenter))
+    config = settings(inputs, tmp_path / "out", segmenter=str(segmenter))
     with pytest.raises(KeyboardInterrupt):
         synthesize(config, KilledExecutor(0))
     write_segmenter(segmenter, seed=1)
@@ -312,42 +313,42 @@ def test_another_segmenter_in_the_same_place_is_noticed(shop, tmp_path):
         synthesize(config, LocalExecutor())
 
 
-def test_a_segmenter_may_be_moved(shop, undisturbed, tmp_path):
+def test_a_segmenter_may_be_moved(inputs, expected, tmp_path):
     moved = tmp_path / "moved.safetensors"
-    shutil.copy(shop / "segmenter.safetensors", moved)
-    config = settings(shop, tmp_path / "out")
+    shutil.copy(inputs / "segmenter.safetensors", moved)
+    config = settings(inputs, tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
         synthesize(config, KilledExecutor(1))
     synthesize(dataclasses.replace(config, segmenter=str(moved)), LocalExecutor())
-    assert digest(tmp_path / "out") == digest(undisturbed)
+    assert digest(tmp_path / "out") == digest(expected)
 
 
-def test_two_runs_that_end_together_agree(shop, undisturbed, tmp_path):
-    config = settings(shop, tmp_path / "out")
+def test_two_simultaneous_runs_write_the_same_bytes(inputs, expected, tmp_path):
+    config = settings(inputs, tmp_path / "out")
 
-    class Overtaken(LocalExecutor):
+    class OvertakenExecutor(LocalExecutor):
         def run(self, stages, state, units):
             yield from super().run(stages, state, units)
             synthesize(config, LocalExecutor())
 
-    synthesize(config, Overtaken())
-    assert _bytes(tmp_path / "out") == _bytes(undisturbed)
+    synthesize(config, OvertakenExecutor())
+    assert _bytes(tmp_path / "out") == _bytes(expected)
 
 
-def test_a_commit_of_another_run_in_between_stops_this_one(shop, tmp_path):
-    config = settings(shop, tmp_path / "out")
+def test_another_commit_during_the_run_ends_it(inputs, tmp_path):
+    config = settings(inputs, tmp_path / "out")
 
-    class Overtaken(LocalExecutor):
+    class OvertakenExecutor(LocalExecutor):
         def run(self, stages, state, units):
             yield from super().run(stages, state, units)
             open_store(config.output).put(MANIFEST_KEY, b"{}")
 
     with pytest.raises(StageError, match="another run committed"):
-        synthesize(config, Overtaken())
+        synthesize(config, OvertakenExecutor())
 
 
-def test_dropped_images_are_told_and_not_read(shop, tmp_path):
-    config = settings(shop, tmp_path / "out", filter=FilterConfig(min_kept=1.0))
+def test_dropped_images_are_reported_and_not_read(inputs, tmp_path):
+    config = settings(inputs, tmp_path / "out", filter=FilterConfig(min_kept=1.0))
     counts = synthesize(config, LocalExecutor()).manifest.statuses
     assert counts["dropped"] + counts["ok"] == 15
     assert counts["dropped"] > 0
@@ -356,8 +357,8 @@ def test_dropped_images_are_told_and_not_read(shop, tmp_path):
     assert "dropped" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_without_filter_labels_are_the_masks(shop, tmp_path):
-    config = settings(shop, tmp_path / "out", segmenter=None, filter=FilterConfig(method="none"))
+def test_without_filter_labels_are_the_masks(inputs, tmp_path):
+    config = settings(inputs, tmp_path / "out", segmenter=None, filter=FilterConfig(method="none"))
     synthesize(config, LocalExecutor())
     for row in all_rows(tmp_path / "out"):
         assert row.label == row.mask
