@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from loraseg.adapters import pack
 from loraseg.errors import AdapterMismatchError, ConfigError, DatasetError, StoreError
@@ -12,7 +11,6 @@ from loraseg.fuse.mix import fuse
 from loraseg.inference.adapter_cache import AdapterPool
 from loraseg.inference.segmenter import Segmenter, run_to_completion
 from loraseg.inference.selection import PRESETS, AdaptiveSettings, default_adaptive_settings
-from loraseg.segment.open_vocabulary.pixel_maps import label_map
 from loraseg.segment.open_vocabulary.predictor import Predictor
 from loraseg.segment.open_vocabulary.tiled_inference import needs_tiling, segment_tiled, tile_count
 from tests.unit.inference.naive_retriever import Entry, NaiveRetriever
@@ -299,13 +297,3 @@ def test_presets():
         default_adaptive_settings("ViT-L-14/openai").temperature,
     ) == (5, 0.05)
     assert default_adaptive_settings("miniature") == PRESETS["miniature"]
-
-
-def test_label_map_takes_the_first_of_equal_scores_and_grows_beyond_255_classes():
-    scores = torch.zeros(300, 2, 2)
-    scores[299, 0, 0] = 1
-    labels = label_map(scores)
-    assert labels.dtype == np.int32
-    assert labels.tolist() == [[299, 0], [0, 0]]
-    assert label_map(torch.ones(3, 2, 2)).dtype == np.uint8
-    assert label_map(torch.ones(3, 2, 2)).max() == 0

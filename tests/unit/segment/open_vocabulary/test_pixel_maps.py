@@ -100,3 +100,13 @@ def test_unknown_maps_are_refused():
         pixel_maps(random_scores(2), {"confidence", "depth"})
     with pytest.raises(ConfigError, match="depth"):
         empty_maps(2, 2, 2, {"depth"})
+
+
+def test_label_map_takes_the_first_of_equal_scores_and_grows_beyond_255_classes():
+    scores = torch.zeros(300, 2, 2)
+    scores[299, 0, 0] = 1
+    labels = label_map(scores)
+    assert labels.dtype == np.int32
+    assert labels.tolist() == [[299, 0], [0, 0]]
+    assert label_map(torch.ones(3, 2, 2)).dtype == np.uint8
+    assert label_map(torch.ones(3, 2, 2)).max() == 0
