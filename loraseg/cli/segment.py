@@ -33,16 +33,25 @@ def add(commands: Any) -> None:
         "(which adapters were used, their weights and distances) for every image.",
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="PNG or JPEG files")
-    parser.add_argument("--classes", required=True, metavar="NAMES", help='"road, car, sky"')
-    parser.add_argument("--library", metavar="URI", help="adapter library; its name at an endpoint")
+    parser.add_argument(
+        "--classes", required=True, metavar="NAMES", help='class names, e.g. "road, car, sky"'
+    )
+    parser.add_argument(
+        "--library", metavar="URI", help="adapter library; with --endpoint, its name there"
+    )
     parser.add_argument("--out", default="segmented", metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--top-k", type=int, metavar="K", help="adapters for an image")
-    parser.add_argument("--temperature", type=float, metavar="TAU", help="sharpness of weights")
+    parser.add_argument("--top-k", type=int, metavar="K", help="number of adapters per image")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        metavar="TAU",
+        help="softmax temperature of the adapter weights",
+    )
     parser.add_argument(
         "--mode",
         choices=("fused", "uniform", "base"),
         default="fused",
-        help="nearest adapters, all adapters alike, or none; default: %(default)s",
+        help="nearest adapters, all adapters with equal weights, or none; default: %(default)s",
     )
     parser.add_argument(
         "--maps",
@@ -54,19 +63,24 @@ def add(commands: Any) -> None:
         "--tiling",
         choices=("auto", "never", "always"),
         default="auto",
-        help="overlapping tiles at full resolution: for large images, never, or for all; "
-        "default: %(default)s",
+        help="cut images into overlapping tiles: large images, none, or all; default: %(default)s",
     )
     local = parser.add_argument_group("on this machine")
-    local.add_argument("--base", metavar="BASE", help="segmenter; default: miniature")
-    local.add_argument("--encoder", metavar="CLIP", help="index CLIP; default: miniature")
+    local.add_argument("--base", metavar="BASE", help="frozen segmenter; default: miniature")
+    local.add_argument(
+        "--encoder",
+        metavar="CLIP",
+        help="CLIP model that the library is indexed with; default: miniature",
+    )
     local.add_argument("--precision", choices=("fp32", "bf16"), help="default: fp32")
     local.add_argument(
-        "--sliding", action="store_const", const=True, help="overlapping windows of the base's size"
+        "--sliding", action="store_const", const=True, help="also segment overlapping windows"
     )
-    remote = parser.add_argument_group("by an endpoint")
-    remote.add_argument("--endpoint", metavar="URL", help="such as https://segment.example.org")
-    remote.add_argument("--token-file", metavar="FILE", help="holds the bearer token")
+    remote = parser.add_argument_group("with an endpoint")
+    remote.add_argument("--endpoint", metavar="URL", help="e.g. https://segment.example.org")
+    remote.add_argument(
+        "--token-file", metavar="FILE", help="file with the bearer token of the endpoint"
+    )
     parser.set_defaults(command=_segment)
 
 
