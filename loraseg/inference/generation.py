@@ -15,7 +15,6 @@ from loraseg.tensor_types import UInt8, ndarray
 
 __all__ = ["LoadedGenerator", "load_generator"]
 
-_DEFAULT_SAMPLING = SamplingConfig()
 _DEFAULT_CONDITIONING = ConditioningConfig()
 
 
@@ -89,7 +88,7 @@ def load_generator(
     adapters: Sequence[str] = (),
     *,
     weights: Sequence[float] | None = None,
-    sampling: SamplingConfig = _DEFAULT_SAMPLING,
+    sampling: SamplingConfig | None = None,
 ) -> LoadedGenerator:
     """Load a base and its adapters on the best device of this process.
 
@@ -97,7 +96,7 @@ def load_generator(
         base: As for :func:`loraseg.backbones.diffusion.load_diffusion`.
         adapters: Adapter folders, or ``LIBRARY#NAME[@VERSION]``.
         weights: One factor per adapter; None for 1 each.
-        sampling: How images are sampled.
+        sampling: How images are sampled; None for the defaults.
 
     Raises:
         AdapterMismatchError: An adapter is for another role or base.
@@ -107,6 +106,7 @@ def load_generator(
         IntegrityError: A file is missing or damaged.
         StoreError: A store cannot be read.
     """
+    sampling = sampling or SamplingConfig()
     if weights is None:
         weights = [1.0] * len(adapters)
     if len(weights) != len(adapters):

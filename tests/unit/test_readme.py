@@ -1,6 +1,7 @@
 """The Python example of the README runs as printed; its links and paths exist."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,13 @@ from loraseg.adapters.peft_io import to_peft_files
 from loraseg.adapters.targets.unet import select_projections
 from loraseg.backbones.clip import load_clip
 from loraseg.backbones.diffusion import load_diffusion
+from loraseg.inference import generation
 from loraseg.library import AdapterCard, BaseModelInfo, Library
 from loraseg.miniature.world.captions import LABEL_NAMES
 from loraseg.miniature.world.dataset import write_world
 from loraseg.segment.open_vocabulary.base import load_base
+from loraseg.synth.sampling import SamplingConfig
+from loraseg.train.segmenter_adapters.recipes import RECIPES
 from tests.unit.tiny import publish
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +28,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "loraseg").glob("*/README.md"))]
 
 @pytest.fixture
 def quickstart_folder(tmp_path, monkeypatch):
-    """The files that the example reads, at the paths that the quickstart writes them to."""
+    """The files that the example reads, at the quickstart's paths; short training and sampling."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LORASEG_CACHE", str(tmp_path / "cache"))
     write_world(tmp_path / "runs/quickstart/world", ("night", "snow"), train=16, val=2)
@@ -35,6 +39,10 @@ def quickstart_folder(tmp_path, monkeypatch):
         names=("day", "night"),
     )
     publish_generator(tmp_path / "runs/generators")
+    recipe = RECIPES["miniature"]()
+    short = replace(recipe, loop=replace(recipe.loop, steps=10, warmup_steps=2))
+    monkeypatch.setitem(RECIPES, "miniature", lambda: short)
+    monkeypatch.setattr(generation, "SamplingConfig", lambda: SamplingConfig(steps=4))
     return tmp_path
 
 

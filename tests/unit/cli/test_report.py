@@ -37,7 +37,7 @@ def test_compare(files, capsys):
 
 def test_usage_errors(files, tmp_path, capsys):
     assert main(["report", "show", str(tmp_path / "none.json")]) == 2
-    assert "no such layer report" in capsys.readouterr().err
+    assert "layer report does not exist" in capsys.readouterr().err
     assert main(["report", "compare", *files, "--top", "7"]) == 2
     assert "k = 7" in capsys.readouterr().err
     (tmp_path / "odd.json").write_text("{}")
