@@ -6,15 +6,16 @@ the order of operations of diffusers' ``StableDiffusionPipeline.__call__``. The 
 per mask, 50 steps of PLMS, guidance 2) are those of MatchMask (CVPR 2026).
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 
 from loraseg.backbones.diffusion import DiffusionBase, TextEncoding
 from loraseg.errors import ConfigError, StageError
+from loraseg.lru_cache import LruCache
 from loraseg.seeding import derive
 from loraseg.synth.region_attention import RegionControl
 from loraseg.synth.regions import Regions
@@ -113,14 +114,16 @@ class PromptCache:
 
     def __init__(self, base: DiffusionBase, limit: int = 1024) -> None:
         self._base = base
-        self._limit = limit
-        self._encodings: OrderedDict[str, TextEncoding] = OrderedDict()
+        self._encodings: LruCache[str, TextEncoding] = LruCache(limit)
         self._unconditional: TextEncoding | None = None
 
     def encode(self, prompts: Sequence[str]) -> TextEncoding:
         """Return the encodings of prompts, one row each."""
         # One call per prompt: the batch of a prompt must not change the last bits of its encoding.
-        encodings = [self._encode_one(prompt) for prompt in prompts]
+        encodings = [
+            self._encodings.get_or_create(prompt, partial(self._base.encode_text, [prompt]))
+            for prompt in prompts
+        ]
         pooled = [encoding.pooled for encoding in encodings if encoding.pooled is not None]
         return TextEncoding(
             torch.cat([encoding.hidden for encoding in encodings]),
@@ -133,14 +136,6 @@ class PromptCache:
         if self._unconditional is None:
             self._unconditional = self._base.encode_unconditional()
         return self._unconditional
-
-    def _encode_one(self, prompt: str) -> TextEncoding:
-        if prompt not in self._encodings:
-            self._encodings[prompt] = self._base.encode_text([prompt])
-            while len(self._encodings) > self._limit:
-                self._encodings.popitem(last=False)
-        self._encodings.move_to_end(prompt)
-        return self._encodings[prompt]
 
 
 @torch.no_grad()
