@@ -17,7 +17,12 @@ from actors.resources import connect_with_capacity
 from actors.train_segmenter import WorkerGroupConfig, ray_train_runner
 from loraseg import config as configuration
 from loraseg.batch.matchmask_pp.data import data_digests
-from loraseg.batch.matchmask_pp.pipeline import PipelineConfig, StageLog, matchmask_pp
+from loraseg.batch.matchmask_pp.pipeline import (
+    PipelineConfig,
+    StageLog,
+    format_result,
+    matchmask_pp,
+)
 from loraseg.batch.matchmask_pp.stages import PipelineStages
 from loraseg.storage import absolute_uri, open_store
 from loraseg.train.closed_set.job import SegmenterTrainingTask, TaskRunner
@@ -57,7 +62,7 @@ def main(config: Config) -> int:
         del settings[name]
     log = StageLog(open_store(pipeline.output))
     for name, result in matchmask_pp(pipeline, settings, data_digests(pipeline), stages, log):
-        sys.stdout.write(f"{name}: {_format_result(result)}\n")
+        sys.stdout.write(f"{name}: {format_result(result)}\n")
     return 0
 
 
@@ -67,16 +72,6 @@ def _training(workers: WorkerGroupConfig) -> TaskRunner:
         ray_train_runner(workers)(task)
 
     return train
-
-
-def _format_result(result: dict[str, object]) -> str:
-    scores = {
-        name: f"mIoU {100 * value:.1f} %"
-        for name in ("segmenter", "control")
-        if isinstance(value := result.get(f"{name}_miou"), float)
-    }
-    counts = {key: str(result[key]) for key in ("pairs", "count") if key in result}
-    return ", ".join(f"{key} {value}" for key, value in {**scores, **counts}.items())
 
 
 if __name__ == "__main__":

@@ -22,23 +22,13 @@ from loraseg.train.tables import result_table
 
 logger = logging.getLogger(__name__)
 
-_FAMILIES = ("night", "snow", "drawing", "thermal", "above")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """Settings of the run.
-
-    Attributes:
-        output: Folder of data, library and report.
-        families: Families of domains to draw.
-        train: Training images of each domain.
-        val: Validation images of each domain.
-        seed: Seed of data and training.
-    """
+    """Output folder, families of domains, images per domain for training and validation, seed."""
 
     output: str = "runs/quickstart"
-    families: tuple[str, ...] = _FAMILIES
+    families: tuple[str, ...] = ("night", "snow", "drawing", "thermal", "above")
     train: int = 60
     val: int = 16
     seed: int = 0

@@ -31,6 +31,7 @@ __all__ = [
     "PipelineDataDigests",
     "StageLog",
     "StageRunner",
+    "format_result",
     "matchmask_pp",
 ]
 
@@ -228,6 +229,17 @@ def matchmask_pp(
             number + 1, data.labelled, datasets, first["output"], runner, stage
         )
     return results
+
+
+def format_result(result: StageResult) -> str:
+    """Return the scores and counts of a stage's result on one line."""
+    scores = {
+        name: f"mIoU {100 * value:.1f} %"
+        for name in ("segmenter", "control")
+        if isinstance(value := result.get(f"{name}_miou"), float)
+    }
+    counts = {key: str(result[key]) for key in ("pairs", "count") if key in result}
+    return ", ".join(f"{key} {value}" for key, value in {**scores, **counts}.items())
 
 
 def _pseudo_mask_stage(
