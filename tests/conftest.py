@@ -1,10 +1,10 @@
-"""What every test relies on."""
+"""Settings and fixtures of all tests."""
 
 import os
 
 import pytest
 
-# Two cores: one torch thread a process leaves room for Ray workers and the S3 server.
+# One torch thread per process leaves room for Ray workers and the S3 server on two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from loraseg.compat import prepare_torchvision
@@ -14,7 +14,7 @@ prepare_torchvision()
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
-    """Keep what is cached out of the user's folder; processes that tests start inherit it."""
+    """Set a cache folder for the tests and the processes that they start."""
     before = os.environ.get("LORASEG_CACHE")
     os.environ["LORASEG_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     yield

@@ -1,4 +1,4 @@
-"""A tiny library and a folder of images, good and hostile, for the bulk job."""
+"""A tiny library and a folder of valid and invalid images for jobs.segment_images."""
 
 import io
 
@@ -11,8 +11,6 @@ from loraseg.segment.open_vocabulary.base import load_base
 from loraseg.storage import open_store
 from tests.unit.tiny import CLASSES, DOMAINS, domain_images, publish, write_models
 
-# Keys in the order of the listing, of which the last is what a bucket may hold besides.
-GOOD = tuple(f"{name}/{number} é.png" for name in sorted(DOMAINS) for number in range(3))
 BAD = {
     "cut.jpg": "bad_image",
     "empty.png": "bad_image",
@@ -28,7 +26,7 @@ def png(image, kind="PNG"):
 
 
 def good_images(names=tuple(DOMAINS), count=3):
-    """PNG bytes by key."""
+    """Return PNG bytes by key."""
     return {
         f"{name}/{number} é.png": png(image)
         for name in names
@@ -38,7 +36,7 @@ def good_images(names=tuple(DOMAINS), count=3):
 
 def bad_images():
     jpeg = png(domain_images("day", 1)[0], "JPEG")
-    # The header of an image of 30,000 x 30,000 pixels.
+    # A header that claims 30,000 x 30,000 pixels.
     huge = bytearray(png(np.zeros((1, 1), dtype=np.uint8)))
     huge[16:24] = (30_000).to_bytes(4, "big") * 2
     return {
@@ -76,6 +74,6 @@ def write_inputs(folder, images, output, **changes):
 
 
 def read_all(uri):
-    """All objects of a store."""
+    """Return all objects of a store by key."""
     store = open_store(uri)
     return {key: store.get(key) for key in store.list()}

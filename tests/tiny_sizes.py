@@ -1,4 +1,4 @@
-"""The sizes of the smallest CAT-Seg that has every part, for tests."""
+"""Sizes of the smallest CAT-Seg that has all parts."""
 
 from loraseg.segment.open_vocabulary.catseg.config import CATSegConfig
 

@@ -1,4 +1,4 @@
-"""A tiny data factory: pipeline, masks and segmenter as files, so that a run takes a second."""
+"""Inputs of tiny syntheses: pipeline, masks and segmenter as files. A run takes a second."""
 
 import dataclasses
 
@@ -19,16 +19,16 @@ STATUSES = ("ok", "dropped", "bad_mask", "duplicate")
 
 
 def mask(number, size=(32, 32)):
-    """Return a mask of blocks, some pixels ignored."""
+    """Return a mask of blocks with some ignored pixels."""
     random = np.random.default_rng(number)
     blocks = random.integers(0, 2 + number % 3, (size[0] // 4, size[1] // 4)).astype(np.uint8)
-    made = np.kron(blocks, np.ones((4, 4), dtype=np.uint8))
-    made[:2, :3] = 255
-    return made
+    ids = np.kron(blocks, np.ones((4, 4), dtype=np.uint8))
+    ids[:2, :3] = 255
+    return ids
 
 
 def write_masks(folder, count, *, start=0):
-    """Write masks as a dataset folder without images."""
+    """Write masks as a dataset folder without images; return it."""
     inside = folder / "masks" / "train"
     inside.mkdir(parents=True, exist_ok=True)
     for number in range(start, start + count):
@@ -44,7 +44,7 @@ def write_segmenter(path, seed=0):
 
 
 def write_inputs(folder, masks=5):
-    """Write pipeline, masks and segmenter below a folder, unless they are there."""
+    """Write pipeline, masks and segmenter below a folder, unless they exist; return it."""
     if not (folder / "pipeline").exists():
         write_pipeline(folder / "pipeline")
         write_segmenter(folder / "segmenter.safetensors")
@@ -53,11 +53,14 @@ def write_inputs(folder, masks=5):
 
 
 def settings(folder, output, **changes):
-    """Return a config of a run from what :func:`furnish` wrote; ``images`` and ``steps`` too."""
+    """Return a config for the inputs in ``folder``.
+
+    ``changes`` are fields of the config, or ``images`` and ``steps`` of its sampling.
+    """
     sampling = SamplingConfig(
         images=changes.pop("images", 3), steps=changes.pop("steps", 2), scheduler="ddim"
     )
-    usual = SynthesisConfig(
+    config = SynthesisConfig(
         masks=str(folder / "masks"),
         output=str(output),
         base=str(folder / "pipeline"),
@@ -66,11 +69,11 @@ def settings(folder, output, **changes):
         filter=FilterConfig(min_kept=0.0),
         masks_per_shard=2,
     )
-    return dataclasses.replace(usual, **changes)
+    return dataclasses.replace(config, **changes)
 
 
 def all_rows(output):
-    """Return every committed row, refused ones too."""
+    """Return all committed rows of all statuses."""
     return list(ShardDataset.open(str(output)).rows(statuses=STATUSES))
 
 

@@ -1,6 +1,6 @@
-"""A driver that does what the training job does, and lets its workers find and kill it.
+"""A driver that runs the training job with a kill schedule, and tells its workers its process id.
 
-Arguments: the manifest, and a file with the pickled ambush.
+Arguments: the manifest, and a file with the pickled schedule.
 """
 
 import os
@@ -15,8 +15,8 @@ from loraseg import config as configuration
 
 if __name__ == "__main__":
     config = configuration.load(job.Config, Path(sys.argv[1]))
-    ambush = pickle.loads(Path(sys.argv[2]).read_bytes())
+    schedule = pickle.loads(Path(sys.argv[2]).read_bytes())
     connect()
-    ambush.driver_file.write_text(str(os.getpid()))
-    outcomes = list(train_adapters(config.tasks(), config.resources, runner=ambush))
+    schedule.driver_file.write_text(str(os.getpid()))
+    outcomes = list(train_adapters(config.tasks(), config.resources, runner=schedule))
     sys.exit(any(outcome.result is None for outcome in outcomes))

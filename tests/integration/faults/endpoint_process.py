@@ -1,4 +1,4 @@
-"""An endpoint as people start it, in front of a library of tiny adapters that may change."""
+"""``jobs.serve`` as a process, in front of a library of tiny adapters that tests change."""
 
 import contextlib
 import io
@@ -36,9 +36,10 @@ def png(image):
 
 @dataclass
 class SampleLibrary:
-    """Tiny models, and a library of adapters around the images' domains.
+    """Tiny models, and a library whose centroids are near the embeddings of the images.
 
-    ``published`` holds every adapter ever published, by digest, as it must act.
+    Attributes:
+        published: Every published adapter by digest.
     """
 
     folder: object
@@ -53,7 +54,7 @@ class SampleLibrary:
         self.embeddings = [self.encoder.encode_images([image])[0] for image in self.images]
 
     def publish(self, numbers, *, seed=0):
-        """Publish adapters ``numbers`` in one generation, in a new version for another seed."""
+        """Publish adapters in one generation; another seed gives a new version."""
         self.library.publish_all([self._make_adapter(number, seed) for number in numbers])
 
     def _make_adapter(self, number, seed):
@@ -62,12 +63,12 @@ class SampleLibrary:
         files = to_peft_files(pairs, base_digest=base.digest)
         adapter = pack(load_adapter(files, name=name))
         self.published[adapter.digest] = adapter
-        near = self.embeddings[number % len(self.embeddings)].astype(np.float64)
-        noise = numpy_generator(number, "centroid").normal(0, 0.05, near.shape)
+        embedding = self.embeddings[number % len(self.embeddings)].astype(np.float64)
+        noise = numpy_generator(number, "centroid").normal(0, 0.05, embedding.shape)
         centroid = Centroid(
             encoder_id=self.encoder.encoder_id,
             normalised=False,
-            vector=near + noise,
+            vector=embedding + noise,
             count=None,
             spread=None,
         )
@@ -81,10 +82,10 @@ class SampleLibrary:
         return name, files, card
 
     def nearest_adapters(self):
-        """The names of adapters that images are nearest to, the most frequent first."""
+        """Names of the adapters nearest to the images, the most frequent first."""
         retriever = AdapterRetriever(self.library.entries())
-        found = retriever.retrieve_batch(np.stack(self.embeddings), 1, TEMPERATURE)
-        return [name for name, _ in Counter(near[0].entry.name for near in found).most_common()]
+        retrieved = retriever.retrieve_batch(np.stack(self.embeddings), 1, TEMPERATURE)
+        return [name for name, _ in Counter(near[0].entry.name for near in retrieved).most_common()]
 
     @property
     def adapter_bytes(self):
@@ -92,13 +93,13 @@ class SampleLibrary:
 
 
 class EndpointProcess:
-    """``python -m jobs.serve`` in a process of its own, with a disk cache of its own."""
+    """``python -m jobs.serve`` as a process with its own disk cache."""
 
-    def __init__(self, stock, folder, environment, **options):
+    def __init__(self, library, folder, environment, **options):
         config = {
-            "libraries": {"main": stock.uri},
-            "base": stock.models[0],
-            "encoder": stock.models[1],
+            "libraries": {"main": library.uri},
+            "base": library.models[0],
+            "encoder": library.models[1],
             "k": K,
             "temperature": TEMPERATURE,
             "poll_s": 0.5,
@@ -130,29 +131,29 @@ class EndpointProcess:
         raise AssertionError(f"the endpoint did not start: {self._log.read_text()[-2000:]}")
 
     def __exit__(self, *_):
-        family = self._child_processes()
+        children = self._child_processes()
         self._process.terminate()
-        _, stubborn = psutil.wait_procs(
-            [psutil.Process(self._process.pid), *family], _STOP_TIMEOUT_S
+        _, remaining = psutil.wait_procs(
+            [psutil.Process(self._process.pid), *children], _STOP_TIMEOUT_S
         )
-        for process in stubborn:
+        for process in remaining:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self._process.wait()
         self._process.stdout.close()
 
     def replicas(self, deployment):
-        """The processes of a deployment's replicas."""
-        found = []
+        """Return the processes of a deployment's replicas."""
+        processes = []
         for process in self._child_processes():
             with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
                 title = " ".join(process.cmdline())
                 if title.startswith("ray::ServeReplica:") and f":{deployment}" in title:
-                    found.append(process)
-        return found
+                    processes.append(process)
+        return processes
 
     def memory_bytes(self):
-        """Resident memory of all replicas together."""
+        """Return the resident memory of all replicas."""
         kinds = ("Gateway", "Retrieval", "Segmenter")
         return sum(p.memory_info().rss for kind in kinds for p in self.replicas(kind))
 

@@ -1,4 +1,4 @@
-"""A proxy in front of a real S3 server that spoils a share of all requests."""
+"""A proxy in front of a real S3 server that disturbs a share of all requests."""
 
 import contextlib
 import http.client
@@ -11,18 +11,18 @@ from loraseg.seeding import numpy_generator
 from tests.integration.storage.faulty_server import FaultyServer
 
 FAULTS = ("drop", "lose", "fail", "cut", "delay", 500, 503, 429)
-# Of one hop, or replaced by the proxy's own.
-_NOT_PASSED_ON = set(
+# Headers of one hop, and headers that the proxy sets.
+_NOT_FORWARDED = set(
     ["connection", "keep-alive", "expect", "content-length", "transfer-encoding", "date", "server"]
 )
 
 
 class FlakyProxy(FaultyServer):
-    """Spoils ``share`` of the requests; the n-th request's fate depends on seed and n alone.
+    """Disturbs ``share`` of the requests; the fault of request n depends on seed and n only.
 
-    Faults in ``faults`` come first, as from the server that this one extends. Clients sign for the
-    proxy's address, and their Host header is passed on as it is: the signature covers it, and the
-    server checks it against what it is told, not against its own address.
+    Faults in ``faults`` come first, as in the base class. Clients sign for the proxy's address.
+    Their Host header is forwarded unchanged: the server checks the signature against the header,
+    not against its own address.
     """
 
     def __init__(self, upstream, *, share=0.0, seed=0):
@@ -32,7 +32,7 @@ class FlakyProxy(FaultyServer):
         self._random = numpy_generator(seed, "proxy")
         self._lock = threading.Lock()
         self._idle = []
-        self._dead = False
+        self._is_down = False
         self.counts = Counter()
 
     @contextlib.contextmanager
@@ -44,9 +44,9 @@ class FlakyProxy(FaultyServer):
 
     @contextlib.contextmanager
     def outage(self):
-        """Close the port, and with it all connections, as long as the context lasts."""
+        """Close the port and all connections while the context lasts."""
         address, handler = self._server.server_address, self._server.RequestHandlerClass
-        self._dead = True
+        self._is_down = True
         self._server.shutdown()
         self._server.server_close()
         try:
@@ -54,13 +54,13 @@ class FlakyProxy(FaultyServer):
         finally:
             self._server = ThreadingHTTPServer(address, handler)
             self._server.daemon_threads = True
-            self._dead = False
+            self._is_down = False
             threading.Thread(target=self._server.serve_forever, args=(0.05,)).start()
 
     def _next_fault(self, request):
         with self._lock:
             fault = self.faults.pop(0) if self.faults else self._draw()
-            if self._dead:
+            if self._is_down:
                 fault = "drop"
             self.counts["requests"] += 1
             if fault is not None:
@@ -68,21 +68,21 @@ class FlakyProxy(FaultyServer):
         return fault
 
     def _draw(self):
-        spoilt, which = self._random.random(), int(self._random.integers(len(FAULTS)))
-        return FAULTS[which] if spoilt < self._share else None
+        value, index = self._random.random(), int(self._random.integers(len(FAULTS)))
+        return FAULTS[index] if value < self._share else None
 
     def _handle(self, request, body):
-        headers = {k: v for k, v in request.headers.items() if k.lower() not in _NOT_PASSED_ON}
+        headers = {k: v for k, v in request.headers.items() if k.lower() not in _NOT_FORWARDED}
         if body or request.command in ("PUT", "POST"):
             headers["Content-Length"] = str(len(body))
         try:
-            status, answer, found = self._forward(request, body, headers)
+            status, content, response_headers = self._forward(request, body, headers)
         except (OSError, http.client.HTTPException):
             with self._lock:
                 self.counts["no answer"] += 1
             return 502, b"", {}
-        passed_on = {k: v for k, v in found if k.lower() not in _NOT_PASSED_ON}
-        return status, answer, passed_on
+        forwarded = {k: v for k, v in response_headers if k.lower() not in _NOT_FORWARDED}
+        return status, content, forwarded
 
     def _forward(self, request, body, headers):
         with contextlib.ExitStack() as cleanup:
@@ -98,7 +98,7 @@ class FlakyProxy(FaultyServer):
                 connection.putheader(name, value)
             connection.endheaders(body or None)
             response = connection.getresponse()
-            answer = response.status, response.read(), response.getheaders()
+            result = response.status, response.read(), response.getheaders()
             cleanup.pop_all()
             self._idle.append(connection)
-            return answer
+            return result

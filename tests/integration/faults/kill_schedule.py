@@ -1,4 +1,4 @@
-"""SIGKILL at chosen moments; Ray's workers import this by name."""
+"""SIGKILL at scheduled training steps; Ray's workers import this by name."""
 
 import threading
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from loraseg.seeding import numpy_generator
 from loraseg.train.tasks import train_adapter_group
 from tests.integration.process_kills import claim_once, find_target, log_and_kill, read_kill_log
 
-_MAX_DELAY_S = 0.4  # long enough to meet checkpoints, scoring and publishing as well
+_MAX_DELAY_S = 0.4  # long enough to hit checkpoints, scoring and publishing as well
 
 
 @dataclass(frozen=True)
 class ScheduledKill:
-    """Kill ``delay_s`` after ``adapter`` reported ``step`` for the first time."""
+    """Kills the target ``delay_s`` after ``adapter`` first reports ``step``."""
 
-    victim: Literal["worker", "driver", "node"]
+    target: Literal["worker", "driver", "node"]
     adapter: str
     step: int
     delay_s: float
@@ -24,48 +24,50 @@ class ScheduledKill:
 
 @dataclass(frozen=True)
 class KillSchedule:
-    """Runs the tasks and strikes; each strike happens once, whoever takes over the adapter.
+    """Trains adapters and executes each kill once, in whichever worker reaches its step.
 
-    ``folder`` remembers which have happened, and holds the driver's process number.
+    Attributes:
+        kills: The planned kills.
+        folder: Counts the kills of all workers, and holds the driver's process id.
     """
 
     kills: tuple[ScheduledKill, ...]
     folder: Path
 
     def __call__(self, tasks, report):
-        def report_and_strike(progress):
+        def report_and_kill(progress):
             report(progress)
-            for number, strike in enumerate(self.kills):
-                is_due = strike.adapter == progress.name and progress.step >= strike.step
+            for number, kill in enumerate(self.kills):
+                is_due = kill.adapter == progress.name and progress.step >= kill.step
                 if is_due and claim_once(self.folder, number):
-                    threading.Timer(strike.delay_s, self._kill, (strike,)).start()
+                    threading.Timer(kill.delay_s, self._kill, (kill,)).start()
 
-        return train_adapter_group(tasks, report_and_strike)
+        return train_adapter_group(tasks, report_and_kill)
 
     @property
     def driver_file(self):
         return self.folder / "driver"
 
     def log_lines(self):
-        """Return a line for every strike that has happened."""
+        """Return one line per kill."""
         return read_kill_log(self.folder)
 
     def kill_count(self):
-        """Return how many died of it."""
+        """Return the number of processes that were killed."""
         return sum(" killed " in line for line in self.log_lines())
 
-    def _kill(self, strike):
-        process = find_target(strike.victim, self.driver_file, "tests.integration.faults.driver")
-        when = f"{strike.delay_s:.3f} s after step {strike.step} of {strike.adapter}"
-        log_and_kill(process, strike.victim, when, self.folder)
+    def _kill(self, kill):
+        process = find_target(kill.target, self.driver_file, "tests.integration.faults.driver")
+        when = f"{kill.delay_s:.3f} s after step {kill.step} of {kill.adapter}"
+        log_and_kill(process, kill.target, when, self.folder)
 
 
-def plan_kills(victim, adapters, steps, count, *seed):
-    """Draw ``count`` strikes that no worker or driver can survive."""
-    random = numpy_generator(seed[0], "strikes", victim, *seed[1:])
+def plan_kills(target, adapters, steps, count, *seed):
+    """Draw ``count`` kills at random steps."""
+    random = numpy_generator(seed[0], "strikes", target, *seed[1:])
     return tuple(
         ScheduledKill(
-            victim,
+            target,
             adapters[int(random.integers(len(adapters)))],
             int(random.integers(1, steps + 1)),
             float(random.uniform(0, _MAX_DELAY_S)),

@@ -1,4 +1,4 @@
-"""Clients that ask without pause, what they were told, and whether it was true."""
+"""Clients that send requests without pause, and checks of all responses."""
 
 import base64
 import io
@@ -20,13 +20,13 @@ from tests.integration.faults.endpoint_process import TEMPERATURE, K, png
 from tests.unit.tiny import CLASSES
 
 CLIENTS = 16
-# Refusals that an accident may cause; each is documented, and says when to ask again.
+# Errors that a fault may cause; each is documented and says when to retry.
 DOCUMENTED_ERRORS = {"replica_lost", "overloaded", "not_ready", "adapters_unavailable", "deadline"}
 
 
 @dataclass(frozen=True)
 class LoadResponse:
-    """One answer: of image ``image``, ``sent_at_s`` seconds after the crowd began."""
+    """A response for image ``image``, requested ``sent_at_s`` seconds after the start."""
 
     image: int
     sent_at_s: float
@@ -37,11 +37,11 @@ class LoadResponse:
 
 
 class LoadGenerator:
-    """Sixteen clients, each asking as soon as it was answered, as long as the context lasts."""
+    """Clients that send a request as soon as the last one is answered, while the context lasts."""
 
-    def __init__(self, endpoint, stock, clients=CLIENTS):
+    def __init__(self, endpoint, library, clients=CLIENTS):
         self._url, self._clients = endpoint.url, clients
-        self._pngs = [png(image) for image in stock.images]
+        self._pngs = [png(image) for image in library.images]
         self._stop = threading.Event()
         self.responses = []
 
@@ -64,9 +64,13 @@ class LoadGenerator:
         return time.monotonic() - self._started_at
 
     def newest_generation(self):
-        """The newest generation that an answer named."""
-        named = [told.body.get("generation") for told in self.responses[-50:] if told.status == 200]
-        return max(filter(None, named), default=0)
+        """Return the newest generation in the last responses; 0 if there is none."""
+        generations = [
+            response.body.get("generation")
+            for response in self.responses[-50:]
+            if response.status == 200
+        ]
+        return max(filter(None, generations), default=0)
 
     def _run_client(self, turn):
         limits = httpx2.Limits(max_keepalive_connections=1)
@@ -94,55 +98,58 @@ class LoadGenerator:
         return LoadResponse(image, started - self._started_at, now - started, status, code, body)
 
 
-def check_responses(crowd, stock, chronicle):
-    """Check every answer against the catalog and against the models in this process."""
-    refusals = Counter(told.code for told in crowd.told if told.status != 200)
-    answered = [told for told in crowd.told if told.status == 200]
-    report_load(crowd, answered, refusals, chronicle)
-    unknown = {code: n for code, n in refusals.items() if code not in DOCUMENTED_ERRORS}
-    examples = [told for told in crowd.told if told.code in unknown][:3]
+def check_responses(load, library, fault_log):
+    """Compare every response with the catalog and with the models in this process."""
+    errors = Counter(response.code for response in load.responses if response.status != 200)
+    answered = [response for response in load.responses if response.status == 200]
+    report_load(load, answered, errors, fault_log)
+    unknown = {code: n for code, n in errors.items() if code not in DOCUMENTED_ERRORS}
+    examples = [response for response in load.responses if response.code in unknown][:3]
     assert not unknown, examples
-    truth = _ExpectedResults(stock)
-    wrong = [(told, why) for told in answered if (why := truth.mismatch(told)) is not None]
+    expected = _ExpectedResults(library)
+    wrong = [
+        (response, reason)
+        for response in answered
+        if (reason := expected.mismatch(response)) is not None
+    ]
     assert not wrong, (len(wrong), wrong[0][1], wrong[0][0])
-    chronicle.append(
-        f"{truth.checked_count} different answers recomputed; {truth.ties} of {truth.pixels} "
-        f"pixels, all "
-        "of them ties within 1e-5, went to the other class"
+    fault_log.append(
+        f"{expected.checked_count} different responses recomputed; {expected.ties} of "
+        f"{expected.pixels} pixels have the other class of a tie within 1e-5"
     )
 
 
-def report_load(crowd, answered, refusals, chronicle):
-    seconds = np.array([told.seconds for told in answered])
+def report_load(load, answered, errors, fault_log):
+    seconds = np.array([response.latency_s for response in answered])
     p50, p99 = np.percentile(seconds, [50, 99])
-    chronicle.append(
-        f"{len(crowd.told)} requests in {crowd.seconds:.0f} s, {len(answered)} answered "
-        f"(p50 {1e3 * p50:.0f}, p99 {1e3 * p99:.0f} ms), refused {dict(refusals)}"
+    fault_log.append(
+        f"{len(load.responses)} requests in {load.elapsed_s:.0f} s, {len(answered)} answered "
+        f"(p50 {1e3 * p50:.0f}, p99 {1e3 * p99:.0f} ms), errors {dict(errors)}"
     )
 
 
 class _ExpectedResults:
-    """What the right answer is, worked out offline once for each image, generation and mix."""
+    """Computes the expected response once per image, generation and mix."""
 
-    def __init__(self, stock):
-        self._stock, self._predictor = stock, Predictor(stock.base)
+    def __init__(self, library):
+        self._library, self._predictor = library, Predictor(library.base)
         self._entries, self._retrievers = {}, {}
-        self._verdicts = {}
+        self._mismatches = {}
         self.pixels = self.ties = 0
 
     @property
     def checked_count(self):
-        return len(self._verdicts)
+        return len(self._mismatches)
 
     def mismatch(self, response):
-        """Why an answer is wrong; None if it is right."""
+        """Return why a response is wrong; None if it is correct."""
         body = response.body
         used = tuple((a["name"], a["version"], a["digest"], a["weight"]) for a in body["adapters"])
         skipped = frozenset(adapter["name"] for adapter in body["skipped"])
         key = (response.image, body["generation"], skipped, used, body["segmentation_mask"])
-        if key not in self._verdicts:
-            self._verdicts[key] = self._find_mismatch(response.image, body, used, skipped)
-        return self._verdicts[key]
+        if key not in self._mismatches:
+            self._mismatches[key] = self._find_mismatch(response.image, body, used, skipped)
+        return self._mismatches[key]
 
     def _find_mismatch(self, image, body, used, skipped):
         entries, retriever = self._catalog(body["generation"])
@@ -150,30 +157,30 @@ class _ExpectedResults:
             if (entries[name].version, entries[name].digest) != (version, digest):
                 return f"{name} is version {entries[name].version}, {entries[name].digest}"
         [nearest] = retriever.retrieve_batch(
-            self._stock.embeddings[image][None], K, TEMPERATURE, exclude=skipped
+            self._library.embeddings[image][None], K, TEMPERATURE, exclude=skipped
         )
         weights = {near.entry.name: near.weight for near in nearest}
         if list(weights) != [name for name, *_ in used]:
             return f"the nearest are {list(weights)}"
         if any(abs(weights[name] - weight) > 1e-6 for name, _, _, weight in used):
             return f"the weights are {weights}"
-        mix = fuse([self._stock.published[d] for _, _, d, _ in used], [w for *_, w in used])
-        [scores] = self._predictor.predict([self._stock.images[image]], CLASSES, mix)
-        shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(body["segmentation_mask"]))))
-        return self._compare(shown, scores.numpy())
+        mix = fuse([self._library.published[d] for _, _, d, _ in used], [w for *_, w in used])
+        [scores] = self._predictor.predict([self._library.images[image]], CLASSES, mix)
+        labels = np.asarray(Image.open(io.BytesIO(base64.b64decode(body["segmentation_mask"]))))
+        return self._compare(labels, scores.numpy())
 
-    def _compare(self, shown, scores):
-        """A batch of other images rounds otherwise, which decides where two classes tie."""
+    def _compare(self, labels, scores):
+        """Allow another class only where scores tie: rounding depends on the batch."""
         best = scores.max(axis=0)
-        lost = best - np.take_along_axis(scores, shown[None].astype(np.int64), axis=0)[0]
-        self.pixels += shown.size
-        self.ties += int((shown != label_map(torch.from_numpy(scores))).sum())
-        wrong = int((lost > 1e-5).sum())
+        margin = best - np.take_along_axis(scores, labels[None].astype(np.int64), axis=0)[0]
+        self.pixels += labels.size
+        self.ties += int((labels != label_map(torch.from_numpy(scores))).sum())
+        wrong = int((margin > 1e-5).sum())
         return f"{wrong} pixels differ" if wrong else None
 
     def _catalog(self, generation):
         if generation not in self._entries:
-            entries = self._stock.library.entries(generation)
+            entries = self._library.library.entries(generation)
             self._entries[generation] = {entry.name: entry for entry in entries}
             self._retrievers[generation] = AdapterRetriever(entries)
         return self._entries[generation], self._retrievers[generation]

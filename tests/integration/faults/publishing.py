@@ -1,4 +1,4 @@
-"""What publishing and reading processes do, and a way to start many of them at little cost."""
+"""Processes that publish to a library or read it, started cheaply from a fork server."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ from loraseg.seeding import numpy_generator
 from loraseg.storage import open_store
 from tests.integration.library.publishers import files_of, publish
 
-# Imports torch once for all: two cores would need a minute to do so for every process.
+# Imports torch once: on two cores the imports of all processes would take a minute.
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload([__name__])
 
@@ -25,7 +25,7 @@ _READS = ("get", "get_with_etag", "exists", "list")
 
 @dataclasses.dataclass(frozen=True)
 class PublisherEnvironment:
-    """Where all of a test's processes work: a library, its server, and a folder for reports."""
+    """What the processes of a test share: a library, its server, and a folder for reports."""
 
     uri: str
     environment: dict[str, str]
@@ -39,7 +39,7 @@ class PublisherEnvironment:
         return process
 
     def via_proxy(self, url):
-        """Return the same place for processes that reach its server at another address."""
+        """Return the same environment with another address of the server."""
         environment = {**self.environment, "AWS_ENDPOINT_URL": url}
         return dataclasses.replace(self, environment=environment)
 
@@ -55,15 +55,15 @@ class PublisherEnvironment:
 
     @property
     def finished(self):
-        """The file that tells readers that all is published."""
+        """The file that signals to readers that all adapters are published."""
         return self.folder / "finished"
 
 
 class CrashingStore:
-    """Counts what is asked of a store; dies by SIGKILL before or after write number ``dies_at``."""
+    """Counts the calls of a store; kills its process before or after write number ``kill_at``."""
 
-    def __init__(self, store, dies_at=None, before=False):
-        self._store, self._dies_at, self._before = store, dies_at, before
+    def __init__(self, store, kill_at=None, before=False):
+        self._store, self._kill_at, self._before = store, kill_at, before
         self._writes = 0
         self.counts = Counter()
         store._client.meta.events.register("before-send.s3", self._count_request)
@@ -83,21 +83,21 @@ class CrashingStore:
             self._maybe_crash(before=False)
         key = arguments[0] if arguments else ""
         kind = "HEAD" if key.endswith("HEAD") else key.partition("/")[0]
-        refused = " refused" if result is False and name in _WRITES else ""
-        self.counts[f"{name} {kind}{refused}"] += 1
+        failed = " refused" if result is False and name in _WRITES else ""
+        self.counts[f"{name} {kind}{failed}"] += 1
         return result
 
     def _maybe_crash(self, *, before):
-        if self._writes == self._dies_at and self._before is before:
+        if self._writes == self._kill_at and self._before is before:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def _count_request(self, request, **_):
         self.counts["requests"] += 1
 
 
-def publish_many(environment, name, count, dies_at=None, before=False):
-    """Publish ``count`` adapters one by one; what is published already stays as it is."""
-    store = CrashingStore(open_store(environment.uri), dies_at, before)
+def publish_many(environment, name, count, kill_at=None, before=False):
+    """Publish ``count`` adapters one by one; published ones are kept."""
+    store = CrashingStore(open_store(environment.uri), kill_at, before)
     library = Library(store)
     seconds = []
     for number in range(count):
@@ -112,10 +112,10 @@ def adapter_name(publisher, number):
 
 
 def read_until_finished(environment, name):
-    """List and load until all is published; every generation must be whole, none older than the
-    one before.
+    """List and load adapters until all are published.
 
-    What was verified once is not read again in every later generation, but one of them is.
+    Generations must increase and keep all entries. In each generation the new adapters and one
+    known adapter are loaded and compared.
     """
     library = Library(open_store(environment.uri))
     random = numpy_generator(environment.seed, name)
@@ -127,12 +127,12 @@ def read_until_finished(environment, name):
         if generation > last:
             entries = {entry.name: entry for entry in library.entries(generation)}
             assert known.items() <= entries.items(), f"generation {generation} lost an entry"
-            fresh = [entry for key, entry in entries.items() if key not in known]
+            new = [entry for key, entry in entries.items() if key not in known]
             old = [known[key] for key in random.permutation(sorted(known))[:1]]
-            for entry in (*fresh, *old):
+            for entry in (*new, *old):
                 assert library.load_entry(entry)[0] == files_of(entry.name), entry.name
             last, known = generation, entries
-            generations, loaded = generations + 1, loaded + len(fresh) + len(old)
+            generations, loaded = generations + 1, loaded + len(new) + len(old)
         elif finished:
             break
         else:

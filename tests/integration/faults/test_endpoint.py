@@ -1,4 +1,4 @@
-"""The endpoint under load while its processes, its store and its library suffer accidents."""
+"""The endpoint under load while processes are killed, the store fails, and the library changes."""
 
 import time
 
@@ -26,144 +26,146 @@ _RECOVERY_TIMEOUT_S = 60
 
 
 @pytest.fixture
-def stock(durable_env, tmp_path):
+def library(durable_env, tmp_path):
     folder = tmp_path / "models"
     folder.mkdir()
-    stock = SampleLibrary(folder, f"{durable_env.uri}/library")
-    stock.publish(_ADAPTERS)
-    return stock
+    library = SampleLibrary(folder, f"{durable_env.uri}/library")
+    library.publish(_ADAPTERS)
+    return library
 
 
-def wait_for_share(crowd, share):
-    """Wait until a share of the time under load is over."""
-    time.sleep(max(0.0, share * LOAD_S - crowd.seconds))
+def wait_for_share(load, share):
+    """Wait until a share of the time under load has passed."""
+    time.sleep(max(0.0, share * LOAD_S - load.elapsed_s))
 
 
-def append_note(chronicle, crowd, words):
-    chronicle.append(f"{crowd.seconds:5.1f} s: {words}")
+def append_note(fault_log, load, text):
+    fault_log.append(f"{load.elapsed_s:5.1f} s: {text}")
 
 
-def wait_for_generation(crowd, stock):
-    """Wait until an answer names the newest generation; return how long that took."""
-    started, newest = time.monotonic(), stock.library.generation()
-    while crowd.newest_generation() < newest:
-        assert time.monotonic() - started < _REFRESH_TIMEOUT_S, f"generation {newest} is not seen"
+def wait_for_generation(load, library):
+    """Wait until a response has the newest generation; return the seconds."""
+    started, newest = time.monotonic(), library.library.generation()
+    while load.newest_generation() < newest:
+        assert time.monotonic() - started < _REFRESH_TIMEOUT_S, (
+            f"no response has generation {newest}"
+        )
         time.sleep(0.1)
     return time.monotonic() - started
 
 
-def test_replicas_are_killed(stock, durable_env, chronicle, tmp_path):
+def test_killed_replicas(library, durable_env, fault_log, tmp_path):
     random = numpy_generator(SEED, "replicas")
     environment = durable_env.endpoint.environment
     with (
-        EndpointProcess(stock, tmp_path / "served", environment) as endpoint,
-        LoadGenerator(endpoint, stock) as crowd,
+        EndpointProcess(library, tmp_path / "served", environment) as endpoint,
+        LoadGenerator(endpoint, library) as load,
     ):
         for share, kind in ((0.15, "Segmenter"), (0.4, "Retrieval"), (0.65, "Gateway")):
-            wait_for_share(crowd, share)
-            victims = endpoint.replicas(kind)
-            victim = victims[int(random.integers(len(victims)))]
-            victim.kill()
-            append_note(chronicle, crowd, f"killed 1 of {len(victims)} {kind}, pid {victim.pid}")
-        wait_for_share(crowd, 1.0)
-        while {told.status for told in crowd.responses[-2 * CLIENTS :]} != {200}:
-            assert crowd.elapsed_s < LOAD_S + _RECOVERY_TIMEOUT_S, "it recovers"
+            wait_for_share(load, share)
+            replicas = endpoint.replicas(kind)
+            target = replicas[int(random.integers(len(replicas)))]
+            target.kill()
+            append_note(fault_log, load, f"killed 1 of {len(replicas)} {kind}, pid {target.pid}")
+        wait_for_share(load, 1.0)
+        while {response.status for response in load.responses[-2 * CLIENTS :]} != {200}:
+            assert load.elapsed_s < LOAD_S + _RECOVERY_TIMEOUT_S, "the endpoint does not recover"
             time.sleep(0.1)
-    check_responses(crowd, stock, chronicle)
+    check_responses(load, library, fault_log)
 
 
 @full_suite_only
-def test_the_store_is_down_for_a_while(stock, durable_env, chronicle, tmp_path):
+def test_an_outage_of_the_store(library, durable_env, fault_log, tmp_path):
     with FlakyProxy(durable_env.endpoint.url).running() as proxy:
         environment = {**durable_env.endpoint.environment, "AWS_ENDPOINT_URL": proxy.url}
         with (
-            EndpointProcess(stock, tmp_path / "served", environment) as endpoint,
-            LoadGenerator(endpoint, stock) as crowd,
+            EndpointProcess(library, tmp_path / "served", environment) as endpoint,
+            LoadGenerator(endpoint, library) as load,
         ):
-            wait_for_share(crowd, 0.2)
-            append_note(chronicle, crowd, f"nothing is reached for {OUTAGE_S} s")
+            wait_for_share(load, 0.2)
+            append_note(fault_log, load, f"outage of {OUTAGE_S} s")
             with proxy.outage():
                 time.sleep(OUTAGE_S)
-                during = crowd.responses[-CLIENTS:]
-            append_note(chronicle, crowd, "back")
-            stock.publish(range(100, 104))
+                during = load.responses[-CLIENTS:]
+            append_note(fault_log, load, "the store is back")
+            library.publish(range(100, 104))
             append_note(
-                chronicle, crowd, f"news seen after {wait_for_generation(crowd, stock):.1f} s"
+                fault_log, load, f"new generation after {wait_for_generation(load, library):.1f} s"
             )
-            wait_for_share(crowd, 1.0)
-    check_responses(crowd, stock, chronicle)
-    assert any(told.status == 200 for told in during), "what is on the machine is served on"
+            wait_for_share(load, 1.0)
+    check_responses(load, library, fault_log)
+    assert any(response.status == 200 for response in during), "cached adapters are not served"
 
 
 @full_suite_only
-def test_adapters_come_and_go(stock, durable_env, chronicle, tmp_path):
-    published, retired, rolled = CHANGES
-    few = 4 * stock.adapter_bytes
-    stock.publish(range(8), seed=1)
+def test_adapters_are_published_retired_and_rolled_back(library, durable_env, fault_log, tmp_path):
+    published, retired, rolled_back = CHANGES
+    size = 4 * library.adapter_bytes
+    library.publish(range(8), seed=1)
     environment = durable_env.endpoint.environment
     with (
-        EndpointProcess(stock, tmp_path / "served", environment, cache_bytes=few) as endpoint,
-        LoadGenerator(endpoint, stock) as crowd,
+        EndpointProcess(library, tmp_path / "served", environment, cache_bytes=size) as endpoint,
+        LoadGenerator(endpoint, library) as load,
     ):
         names = [f"a{number:03d}" for number in _ADAPTERS]
         changes = [
-            *((stock.publish, ([200 + n],)) for n in range(published)),
-            *((stock.library.retire, (name,)) for name in names[8 : 8 + retired]),
-            *((stock.library.rollback, (name, 1)) for name in names[:rolled]),
+            *((library.publish, ([200 + n],)) for n in range(published)),
+            *((library.library.retire, (name,)) for name in names[8 : 8 + retired]),
+            *((library.library.rollback, (name, 1)) for name in names[:rolled_back]),
         ]
         order = numpy_generator(SEED, "changes").permutation(len(changes))
-        for done, index in enumerate(order):
-            wait_for_share(crowd, 0.1 + 0.7 * done / len(changes))
+        for count, index in enumerate(order):
+            wait_for_share(load, 0.1 + 0.7 * count / len(changes))
             change, arguments = changes[index]
             change(*arguments)
-        append_note(chronicle, crowd, f"{len(changes)} changes, last seen after "
-             f"{wait_for_generation(crowd, stock):.1f} s")  # fmt: skip
-        wait_for_share(crowd, 1.0)
-    check_responses(crowd, stock, chronicle)
-    generations = {told.body["generation"] for told in crowd.responses if told.status == 200}
-    chronicle.append(f"{len(generations)} generations seen, memory for 4 adapters of many")
+        seconds = wait_for_generation(load, library)
+        append_note(fault_log, load, f"{len(changes)} changes, the last one after {seconds:.1f} s")
+        wait_for_share(load, 1.0)
+    check_responses(load, library, fault_log)
+    generations = {r.body["generation"] for r in load.responses if r.status == 200}
+    fault_log.append(f"{len(generations)} generations, a cache for 4 adapters")
     assert len(generations) > 3
 
 
-def test_blobs_rot(stock, durable_env, chronicle, tmp_path):
-    store = open_store(stock.uri)
-    stock.publish(_ADAPTERS, seed=2)
-    rotten = stock.nearest()[:2]
-    for name in rotten:
-        stock.library.rollback(name, 1)
+def test_damaged_blobs(library, durable_env, fault_log, tmp_path):
+    store = open_store(library.uri)
+    library.publish(_ADAPTERS, seed=2)
+    damaged = library.nearest_adapters()[:2]
+    for name in damaged:
+        library.library.rollback(name, 1)
     with (
-        EndpointProcess(stock, tmp_path / "served", durable_env.endpoint.environment) as endpoint,
-        LoadGenerator(endpoint, stock) as crowd,
+        EndpointProcess(library, tmp_path / "served", durable_env.endpoint.environment) as endpoint,
+        LoadGenerator(endpoint, library) as load,
     ):
-        wait_for_share(crowd, 0.2)
-        # Version 2 of these was never fetched, so it has to be now.
-        sound = {}
-        for name, rot in zip(rotten, (_cut, _same_size), strict=True):
-            key = _weights_blob(stock, name, version=2)
-            sound[key] = store.get(key)
-            store.put(key, rot(sound[key]))
-            stock.library.rollback(name, 2)
+        wait_for_share(load, 0.2)
+        # Version 2 of these adapters is in no cache.
+        original = {}
+        for name, damage in zip(damaged, (_cut, _same_size), strict=True):
+            key = _weights_blob(library, name, version=2)
+            original[key] = store.get(key)
+            store.put(key, damage(original[key]))
+            library.library.rollback(name, 2)
             append_note(
-                chronicle,
-                crowd,
-                f"{name} points to a version whose weights are spoilt ({rot.__name__})",
+                fault_log,
+                load,
+                f"{name} has a version with damaged weights ({damage.__name__})",
             )
-        wait_for_share(crowd, 0.5)
-        for key, data in sound.items():
+        wait_for_share(load, 0.5)
+        for key, data in original.items():
             store.put(key, data)
-        append_note(chronicle, crowd, "both are restored")
-        wait_for_share(crowd, 1.0)
-    check_responses(crowd, stock, chronicle)
-    answered = [told for told in crowd.responses if told.status == 200]
-    skipped = {(s["name"], s["reason"]) for told in answered for s in told.body["skipped"]}
-    chronicle.append(f"reported: {sorted(skipped)}")
-    assert {name for name, _ in skipped} == set(rotten)
-    used = {(a["name"], a["version"]) for told in answered[-500:] for a in told.body["adapters"]}
-    chronicle.append(f"back in service: {sorted(set(used) & {(name, 2) for name in rotten})}")
+        append_note(fault_log, load, "both are restored")
+        wait_for_share(load, 1.0)
+    check_responses(load, library, fault_log)
+    answered = [response for response in load.responses if response.status == 200]
+    skipped = {(s["name"], s["reason"]) for r in answered for s in r.body["skipped"]}
+    fault_log.append(f"skipped: {sorted(skipped)}")
+    assert {name for name, _ in skipped} == set(damaged)
+    used = {(a["name"], a["version"]) for r in answered[-500:] for a in r.body["adapters"]}
+    fault_log.append(f"used again: {sorted(set(used) & {(name, 2) for name in damaged})}")
 
 
-def _weights_blob(stock, name, *, version):
-    record = read_record(open_store(stock.uri), stock.library.entry(name, version))
+def _weights_blob(library, name, *, version):
+    record = read_record(open_store(library.uri), library.library.entry(name, version))
     return blob_key(record.files["adapter_model.safetensors"].sha256)
 
 
@@ -176,19 +178,19 @@ def _same_size(data):
 
 
 @full_suite_only
-def test_memory_stays_where_it_was(stock, durable_env, chronicle, tmp_path):
-    """Mixes rotate from request to request; what is kept of them must not pile up."""
+def test_memory_is_bounded(library, durable_env, fault_log, tmp_path):
+    """Every request has another mix; caches of mixes must not grow without limit."""
     first, last = 500, 10_000
     with (
-        EndpointProcess(stock, tmp_path / "served", durable_env.endpoint.environment) as endpoint,
-        LoadGenerator(endpoint, stock) as crowd,
+        EndpointProcess(library, tmp_path / "served", durable_env.endpoint.environment) as endpoint,
+        LoadGenerator(endpoint, library) as load,
     ):
         sizes = []
         for count in (first, last):
-            while len(crowd.responses) < count:
+            while len(load.responses) < count:
                 time.sleep(0.05)
             sizes.append(endpoint.memory_bytes())
-    check_responses(crowd, stock, chronicle)
+    check_responses(load, library, fault_log)
     growth = sizes[1] / sizes[0] - 1
-    chronicle.append(f"{sizes[0] / 1e6:.0f} MB after {first}, {100 * growth:+.1f} % after {last}")
+    fault_log.append(f"{sizes[0] / 1e6:.0f} MB after {first}, {100 * growth:+.1f} % after {last}")
     assert growth < 0.05

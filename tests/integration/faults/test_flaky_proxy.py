@@ -1,4 +1,4 @@
-"""The store behind a proxy that spoils requests of a real server, one scripted fault at a time."""
+"""The S3 store behind the flaky proxy, one scripted fault at a time."""
 
 import threading
 
@@ -11,22 +11,22 @@ from tests.integration.faults.flaky_proxy import FAULTS, FlakyProxy
 
 @pytest.fixture(params=["moto", pytest.param("durable", marks=pytest.mark.durable)])
 def proxy(request, monkeypatch):
-    space = request.getfixturevalue("s3_env" if request.param == "moto" else "durable_env")
-    with FlakyProxy(space.endpoint.url).running() as proxy:
+    environment = request.getfixturevalue("s3_env" if request.param == "moto" else "durable_env")
+    with FlakyProxy(environment.endpoint.url).running() as proxy:
         proxy.delay_s = 0.1
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        proxy.store = open_store(f"{space.uri}/prefix")
+        proxy.store = open_store(f"{environment.uri}/prefix")
         yield proxy
 
 
-def test_a_signature_for_the_proxys_address_is_good_for_the_server(proxy):
+def test_the_server_accepts_signatures_for_the_proxys_address(proxy):
     assert proxy.store.put_if_absent("key", b"data")
     assert proxy.store.get("key") == b"data"
     assert proxy.counts["requests"] == 2
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_each_fault_is_survived_by_each_call(proxy, fault):
+def test_each_call_survives_each_fault(proxy, fault):
     store = proxy.store
     calls = [
         lambda: store.put("key", b"data"),
@@ -46,7 +46,7 @@ def test_each_fault_is_survived_by_each_call(proxy, fault):
     assert results[1:] == [b"data", True, False, True, True, False, ["key", "new"], None]
 
 
-def test_a_closed_port_is_waited_for(proxy):
+def test_a_closed_port_is_retried(proxy):
     outage = proxy.outage()
     outage.__enter__()
     threading.Timer(1.0, outage.__exit__, (None, None, None)).start()
@@ -56,11 +56,11 @@ def test_a_closed_port_is_waited_for(proxy):
 
 @pytest.mark.parametrize("number", range(5))
 @pytest.mark.parametrize("fault", ["lose", "fail", "drop", "cut"])
-def test_each_request_of_an_upload_in_parts_may_fail(proxy, monkeypatch, fault, number):
+def test_each_request_of_a_multipart_upload_may_fail(proxy, monkeypatch, fault, number):
     monkeypatch.setattr(s3, "MULTIPART_THRESHOLD_BYTES", 2**20)
     monkeypatch.setattr(s3, "_PART_THREADS", 1)
     data = bytes(s3.PART_BYTES) + b"last part"
-    # Created, two parts, completed, looked up.
+    # Requests: create, two parts, complete, look up.
     proxy.faults = [None] * number + [fault]
     etag = proxy.store.put("key", data)
     assert proxy.store.get_with_etag("key") == (data, etag)

@@ -1,4 +1,4 @@
-"""Workers, drivers and nodes die by SIGKILL while adapters train; nothing is lost or doubled."""
+"""Training while workers, drivers and nodes are killed: each adapter is published once."""
 
 import pickle
 import signal
@@ -18,87 +18,89 @@ pytestmark = [pytest.mark.ray, pytest.mark.durable, pytest.mark.faults]
 
 
 @pytest.fixture
-def ambush(request, chronicle, tmp_path):
-    """Return a function: (victim, run) -> Ambush. What happened is told in the chronicle."""
-    laid = []
+def plan_schedule(request, fault_log, tmp_path):
+    """Return a function (target, run) -> KillSchedule; its kills are logged."""
+    schedules = []
 
-    def lay(victim, run):
-        strikes = plan_kills(victim, ADAPTERS, STEPS, KILLS, SEED, run)
-        chronicle.extend(f"planned: {strike}" for strike in strikes)
-        folder = tmp_path / "ambush"
+    def plan(target, run):
+        kills = plan_kills(target, ADAPTERS, STEPS, KILLS, SEED, run)
+        fault_log.extend(f"planned: {kill}" for kill in kills)
+        folder = tmp_path / "kills"
         folder.mkdir()
-        laid.append(KillSchedule(strikes, folder))
-        return laid[0]
+        schedules.append(KillSchedule(kills, folder))
+        return schedules[0]
 
-    yield lay
-    for ambush in laid:
-        chronicle.extend(ambush.log_lines())
+    yield plan
+    for schedule in schedules:
+        fault_log.extend(schedule.log_lines())
 
 
 @pytest.fixture
-def training(workshop, durable_env, tmp_path):
+def training(inputs, durable_env, tmp_path):
     """A manifest whose stores are on the durable server, and its config."""
-    return workshop.manifest(tmp_path / "manifest.yaml", durable_env.uri)
+    return inputs.manifest(tmp_path / "manifest.yaml", durable_env.uri)
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_workers(ray_cluster, training, undisturbed, ambush, chronicle, run):
+def test_killed_workers(ray_cluster, training, expected, plan_schedule, fault_log, run):
     _, config = training
-    trap = ambush("worker", run)
-    outcomes = list(train_adapters(config.tasks(), config.resources, runner=trap))
-    assert trap.kill_count()
+    schedule = plan_schedule("worker", run)
+    outcomes = list(train_adapters(config.tasks(), config.resources, runner=schedule))
+    assert schedule.kill_count()
     assert [outcome.error for outcome in outcomes] == [None] * len(ADAPTERS)
-    chronicle.append(f"resumed from steps {[o.result.resumed_from_step for o in outcomes]}")
-    check_library(config.library, undisturbed)
+    fault_log.append(f"resumed from steps {[o.result.resumed_from_step for o in outcomes]}")
+    check_library(config.library, expected)
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_drivers(ray_cluster, durable_env, training, undisturbed, ambush, chronicle, tmp_path, run):
+def test_killed_drivers(
+    ray_cluster, durable_env, training, expected, plan_schedule, fault_log, tmp_path, run
+):
     manifest, config = training
-    trap = ambush("driver", run)
-    trap_file = tmp_path / "ambush.pickle"
-    trap_file.write_bytes(pickle.dumps(trap))
+    schedule = plan_schedule("driver", run)
+    schedule_file = tmp_path / "schedule.pickle"
+    schedule_file.write_bytes(pickle.dumps(schedule))
     environment = {**ray_cluster.environment, **durable_env.environment}
-    command = [sys.executable, "-m", "tests.integration.faults.driver", manifest, trap_file]
-    deaths = 0
+    command = [sys.executable, "-m", "tests.integration.faults.driver", manifest, schedule_file]
+    kills = 0
     while (status := subprocess.run(command, env=environment, check=False).returncode) != 0:
         assert status == -signal.SIGKILL
-        deaths += 1
-        assert deaths <= KILLS
-    assert deaths
-    chronicle.append(f"the driver was started {deaths + 1} times")
-    check_library(config.library, undisturbed)
+        kills += 1
+        assert kills <= KILLS
+    assert kills
+    fault_log.append(f"the driver was started {kills + 1} times")
+    check_library(config.library, expected)
     job = [sys.executable, "-m", "jobs.train_adapters", "--config", manifest]
-    done = subprocess.run(job, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-    assert done.stdout.count("skipped") >= len(ADAPTERS)
-    check_library(config.library, undisturbed)
+    completed = subprocess.run(job, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    assert completed.stdout.count("skipped") >= len(ADAPTERS)
+    check_library(config.library, expected)
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_nodes(ray_cluster, training, undisturbed, ambush, chronicle, run):
-    """All training is on two nodes beside the driver's; each one lost is replaced."""
+def test_killed_nodes(ray_cluster, training, expected, plan_schedule, fault_log, run):
+    """Train on two nodes other than the driver's; a lost node is replaced."""
     _, config = training
-    trap = ambush("node", run)
+    schedule = plan_schedule("node", run)
     with SpotNodes(ray_cluster, 2, resource="spot") as nodes:
-        placement = ResourceConfig(node="spot", retries=10)
-        outcomes = list(train_adapters(config.tasks(), placement, runner=trap))
-        chronicle.append(f"{nodes.replaced} nodes were replaced while the training ran")
-    assert trap.kill_count()
+        resources = ResourceConfig(node="spot", retries=10)
+        outcomes = list(train_adapters(config.tasks(), resources, runner=schedule))
+        fault_log.append(f"{nodes.replaced} nodes were replaced during the training")
+    assert schedule.kill_count()
     assert [outcome.error for outcome in outcomes] == [None] * len(ADAPTERS)
-    chronicle.append(f"resumed from steps {[o.result.resumed_from_step for o in outcomes]}")
-    check_library(config.library, undisturbed)
+    fault_log.append(f"resumed from steps {[o.result.resumed_from_step for o in outcomes]}")
+    check_library(config.library, expected)
 
 
-# Two workers that are killed are in the short form already.
+# The short form has test_killed_workers with two workers.
 @pytest.mark.parametrize(
-    ("workers", "strikes"), [(1, 0), (2, 0), *([(1, 3), (2, 3)] if FULL else [])]
+    ("workers", "kills"), [(1, 0), (2, 0), *([(1, 3), (2, 3)] if FULL else [])]
 )
-def test_the_number_of_workers_changes_no_byte(
-    ray_cluster, training, undisturbed, ambush, chronicle, workers, strikes
+def test_adapters_do_not_depend_on_the_number_of_workers(
+    ray_cluster, training, expected, plan_schedule, fault_log, workers, kills
 ):
     _, config = training
-    trap = ambush("worker", f"{workers} at once") if strikes else KillSchedule((), None)
-    placement = ResourceConfig(max_parallel=workers, retries=10)
-    outcomes = list(train_adapters(config.tasks(), placement, runner=trap))
+    schedule = plan_schedule("worker", f"{workers} at once") if kills else KillSchedule((), None)
+    resources = ResourceConfig(max_parallel=workers, retries=10)
+    outcomes = list(train_adapters(config.tasks(), resources, runner=schedule))
     assert [outcome.error for outcome in outcomes] == [None] * len(ADAPTERS)
-    check_library(config.library, undisturbed)
+    check_library(config.library, expected)

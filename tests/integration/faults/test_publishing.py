@@ -1,4 +1,4 @@
-"""Many processes publish at once while others list and load; publishers die now and then."""
+"""Many processes publish at once while others list and load; some publishers are killed."""
 
 import hashlib
 import subprocess
@@ -20,57 +20,57 @@ from tests.integration.library.publishers import files_of
 
 pytestmark = [pytest.mark.durable, pytest.mark.faults, pytest.mark.timeout(1500)]
 
-# Of a publication: two blobs, the record, the snapshot, HEAD. The first one probes the store with
-# five writes before.
-_WRITES_OF_ONE = 5
-_BLOBS_WRITTEN = 5 + 2
+# Writes of a publication: two blobs, the record, the snapshot, HEAD. Five writes before the first
+# one probe the store.
+_WRITES_PER_ADAPTER = 5
+_WRITES_UNTIL_BLOBS = 5 + 2
 
 
-def test_publishers_and_readers(workplace, chronicle):
-    readers = start_readers(workplace)
+def test_publishers_and_readers(environment, fault_log):
+    readers = start_readers(environment)
     started = time.perf_counter()
-    publishers = [workplace.start(publish_many, name, ADAPTERS) for name in names()]
+    publishers = [environment.start(publish_many, name, ADAPTERS) for name in names()]
     check_exit_codes(publishers)
     seconds = time.perf_counter() - started
-    finish(workplace, readers)
-    log_summary(chronicle, workplace, seconds)
+    finish(environment, readers)
+    log_summary(fault_log, environment, seconds)
     expected = {adapter_name(name, number) for name in names() for number in range(ADAPTERS)}
-    check_library(workplace.uri, expected)
-    assert verify(workplace)[-1].endswith("objects checked, ok")
-    assert Library(open_store(workplace.uri)).generation() == len(expected)
+    check_library(environment.uri, expected)
+    assert verify(environment)[-1].endswith("objects checked, ok")
+    assert Library(open_store(environment.uri)).generation() == len(expected)
 
 
-def test_dying_publishers_and_readers(workplace, chronicle):
-    """The first dies after its blobs and for good, the others at random; half of them come back."""
-    readers = start_readers(workplace)
+def test_killed_publishers_and_readers(environment, fault_log):
+    """The first is killed after its blobs, the others at random; every second one runs again."""
+    readers = start_readers(environment)
     random = numpy_generator(SEED, "dying publishers")
-    strikes = [(_BLOBS_WRITTEN, False)]
+    kills = [(_WRITES_UNTIL_BLOBS, False)]
     for _ in names()[1:]:
-        at = int(random.integers(5, 5 + ADAPTERS * _WRITES_OF_ONE))
-        strikes.append((at + 1, bool(random.integers(2))))
+        write = int(random.integers(5, 5 + ADAPTERS * _WRITES_PER_ADAPTER))
+        kills.append((write + 1, bool(random.integers(2))))
     publishers = []
-    for name, (dies_at, before) in zip(names(), strikes, strict=True):
-        chronicle.append(f"{name} dies {'before' if before else 'after'} its write {dies_at}")
-        publishers.append(workplace.start(publish_many, name, ADAPTERS, dies_at, before))
-    back = []
+    for name, (kill_at, before) in zip(names(), kills, strict=True):
+        fault_log.append(f"{name} is killed {'before' if before else 'after'} write {kill_at}")
+        publishers.append(environment.start(publish_many, name, ADAPTERS, kill_at, before))
+    restarted = []
     for number, process in enumerate(publishers):
         process.join()
         assert process.exitcode in (0, -9)
         if number % 2:
-            back.append(workplace.start(publish_many, process.name, ADAPTERS))
-    check_exit_codes(back)
-    finish(workplace, readers)
-    chronicle.append(f"killed: {sum(process.exitcode == -9 for process in publishers)}")
-    whole = {adapter_name(p.name, number) for p in back for number in range(ADAPTERS)}
-    library = Library(open_store(workplace.uri))
-    found = {entry.name for entry in library.entries()}
-    assert found >= whole
-    check_library(workplace.uri, found)
-    lines = verify(workplace)
-    chronicle.append(f"verify: {lines[-1].split(': ')[1]}, {len(lines) - 1} unused")
+            restarted.append(environment.start(publish_many, process.name, ADAPTERS))
+    check_exit_codes(restarted)
+    finish(environment, readers)
+    fault_log.append(f"killed: {sum(process.exitcode == -9 for process in publishers)}")
+    complete = {adapter_name(p.name, number) for p in restarted for number in range(ADAPTERS)}
+    library = Library(open_store(environment.uri))
+    published = {entry.name for entry in library.entries()}
+    assert published >= complete
+    check_library(environment.uri, published)
+    lines = verify(environment)
+    fault_log.append(f"verify: {lines[-1].split(': ')[1]}, {len(lines) - 1} unused")
     assert all(line.startswith("unused: ") for line in lines[:-1])
-    assert adapter_name("p00", 0) not in found
-    assert f"unused: {orphan_of('p00')}" in lines
+    assert adapter_name("p00", 0) not in published
+    assert f"unused: {weights_key('p00')}" in lines
 
 
 def names():
@@ -88,7 +88,7 @@ def check_exit_codes(processes):
 
 
 def finish(place, readers):
-    """Tell the readers that all is published; each must have seen it all, and nothing half."""
+    """Signal that all adapters are published, and check that each reader saw all of them."""
     place.finished.touch()
     check_exit_codes(readers)
     count = len(Library(open_store(place.uri)).entries())
@@ -105,32 +105,33 @@ def check_library(uri, expected):
 
 
 def verify(place):
-    """Return what the command line tool prints; it ends well."""
+    """Return the output lines of ``loraseg library verify``, which must succeed."""
     command = [str(Path(sys.executable).with_name("loraseg")), "library", "verify", place.uri]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return done.stdout.splitlines()
+    completed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return completed.stdout.splitlines()
 
 
-def orphan_of(publisher):
-    """Return where the weights of a publisher's first adapter are."""
+def weights_key(publisher):
+    """Return the key of the weights of a publisher's first adapter."""
     name = adapter_name(publisher, 0)
     weights = files_of(name)["adapter_model.safetensors"]
     return blob_key(hashlib.sha256(weights).hexdigest())
 
 
-def log_summary(chronicle, place, seconds):
+def log_summary(fault_log, place, seconds):
     reports = place.reports("p")
-    each = np.concatenate([report["seconds"] for report in reports])
+    durations = np.concatenate([report["seconds"] for report in reports])
     counts = sum((Counter(report["counts"]) for report in reports), Counter())
     attempts = counts["exists catalog"]
-    chronicle.append(
-        f"{each.size} adapters in {seconds:.1f} s; one takes median {np.median(each):.2f} s, "
-        f"longest {each.max():.2f} s, {1e3 * sum(r['cpu_s'] for r in reports) / each.size:.0f} ms "
-        f"of CPU, {counts['requests'] / each.size:.1f} requests, "
-        f"{attempts / each.size - 1:.2f} lost attempts"
+    cpu_ms = 1e3 * sum(report["cpu_s"] for report in reports) / durations.size
+    fault_log.append(
+        f"{durations.size} adapters in {seconds:.1f} s; median {np.median(durations):.2f} s, "
+        f"maximum {durations.max():.2f} s, {cpu_ms:.0f} ms "
+        f"of CPU, {counts['requests'] / durations.size:.1f} requests, "
+        f"{attempts / durations.size - 1:.2f} retries"
     )
     readers = place.reports("reader")
-    chronicle.append(
+    fault_log.append(
         f"{len(readers)} readers saw {sum(r['generations'] for r in readers)} generations and "
         f"loaded {sum(r['loaded'] for r in readers)} adapters"
     )

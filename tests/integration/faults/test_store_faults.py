@@ -1,4 +1,4 @@
-"""A store that drops, delays, truncates and refuses, and whose server is killed and restarted."""
+"""Training and publishing while the store fails requests, is restarted, or cannot be reached."""
 
 import subprocess
 import threading
@@ -27,19 +27,19 @@ pytestmark = [pytest.mark.durable, pytest.mark.faults, pytest.mark.timeout(1500)
 
 
 @pytest.fixture
-def proxy(durable_env, chronicle):
-    """The durable server behind a proxy that spoils a share of all requests."""
+def proxy(durable_env, fault_log):
+    """The durable server behind a proxy that disturbs a share of all requests."""
     with FlakyProxy(durable_env.endpoint.url, share=FAULT_SHARE, seed=SEED).running() as proxy:
         yield proxy
     counts = dict(sorted(proxy.counts.items()))
-    chronicle.append(f"the proxy: {counts}")
+    fault_log.append(f"the proxy: {counts}")
 
 
 @pytest.fixture
-def restart(durable_env, chronicle):
-    """Kill the server hard and start it again."""
+def restart(durable_env, fault_log):
+    """Return a function that kills the server and starts it again."""
     if not durable_env.endpoint.restart:
-        pytest.skip("LORASEG_TEST_S3_RESTART does not say how to kill and restart the server")
+        pytest.skip("LORASEG_TEST_S3_RESTART has no command that restarts the server")
 
     def restart():
         started = time.monotonic()
@@ -47,13 +47,15 @@ def restart(durable_env, chronicle):
             durable_env.endpoint.restart, shell=True, check=True, stdout=subprocess.DEVNULL
         )
         seconds = time.monotonic() - started
-        chronicle.append(f"{time.strftime('%H:%M:%S')} killed the server, back in {seconds:.1f} s")
+        fault_log.append(
+            f"{time.strftime('%H:%M:%S')} killed the server, restarted after {seconds:.1f} s"
+        )
 
     return restart
 
 
 class ScheduledFaults:
-    """Runs each action once when ``progress`` has reached its share, beside what is tested."""
+    """Runs each action once, in a thread, when ``progress`` reaches its share."""
 
     def __init__(self, progress, actions):
         self._progress, self._actions = progress, dict(actions)
@@ -79,66 +81,66 @@ class ScheduledFaults:
 
 
 @pytest.mark.ray
-def test_training_outlives_faults_and_restarts(
-    ray_cluster, workshop, undisturbed, durable_env, proxy, restart, chronicle, tmp_path
+def test_training_survives_faults_and_restarts(
+    ray_cluster, inputs, expected, durable_env, proxy, restart, fault_log, tmp_path
 ):
-    _, config = workshop.manifest(tmp_path / "manifest.yaml", durable_env.uri)
-    train_through(proxy, config, {0.1: restart, 0.6: restart})
+    _, config = inputs.manifest(tmp_path / "manifest.yaml", durable_env.uri)
+    train_with_faults(proxy, config, {0.1: restart, 0.6: restart})
     assert proxy.counts["no answer"] > 0
-    check_library(config.library, undisturbed)
+    check_library(config.library, expected)
 
 
 @pytest.mark.ray
-def test_training_outlives_an_outage(
-    ray_cluster, workshop, undisturbed, durable_env, proxy, chronicle, tmp_path
+def test_training_survives_an_outage(
+    ray_cluster, inputs, expected, durable_env, proxy, fault_log, tmp_path
 ):
-    _, config = workshop.manifest(tmp_path / "manifest.yaml", durable_env.uri)
+    _, config = inputs.manifest(tmp_path / "manifest.yaml", durable_env.uri)
 
     def outage():
-        chronicle.append(f"{time.strftime('%H:%M:%S')} nothing is reached for {OUTAGE_S} s")
+        fault_log.append(f"{time.strftime('%H:%M:%S')} outage of {OUTAGE_S} s")
         with proxy.outage():
             time.sleep(OUTAGE_S)
 
-    train_through(proxy, config, {0.2: outage})
-    check_library(config.library, undisturbed)
+    train_with_faults(proxy, config, {0.2: outage})
+    check_library(config.library, expected)
 
 
-def test_publishing_outlives_faults_and_restarts(workplace, proxy, restart, chronicle):
-    direct = Library(open_store(workplace.uri))
-    spoilt = workplace.via_proxy(proxy.url)
-    readers = publishing.start_readers(spoilt)
+def test_publishing_survives_faults_and_restarts(environment, proxy, restart, fault_log):
+    direct = Library(open_store(environment.uri))
+    proxied = environment.via_proxy(proxy.url)
+    readers = publishing.start_readers(proxied)
     started = time.perf_counter()
-    publishers = [spoilt.start(publish_many, name, PUBLICATIONS) for name in publishing.names()]
+    publishers = [proxied.start(publish_many, name, PUBLICATIONS) for name in publishing.names()]
     expected = {
         adapter_name(name, number) for name in publishing.names() for number in range(PUBLICATIONS)
     }
     with ScheduledFaults(
         lambda: direct.generation() / len(expected), {0.2: restart, 0.6: restart}
-    ) as disasters:
+    ) as faults:
         publishing.check_exit_codes(publishers)
     seconds = time.perf_counter() - started
-    assert len(disasters.done) == 2
-    publishing.finish(spoilt, readers)
-    publishing.log_summary(chronicle, workplace, seconds)
-    publishing.check_library(workplace.uri, expected)
-    (line,) = publishing.verify(workplace)
+    assert len(faults.done) == 2
+    publishing.finish(proxied, readers)
+    publishing.log_summary(fault_log, environment, seconds)
+    publishing.check_library(environment.uri, expected)
+    (line,) = publishing.verify(environment)
     assert line.endswith("objects checked, ok")
 
 
-def train_through(proxy, config, actions):
+def train_with_faults(proxy, config, actions):
     """Train all adapters with the store behind the proxy."""
-    seen = {}
+    steps = {}
     outcomes = []
     with (
         pytest.MonkeyPatch.context() as patch,
-        ScheduledFaults(lambda: sum(seen.values()) / (STEPS * len(ADAPTERS)), actions) as disasters,
+        ScheduledFaults(lambda: sum(steps.values()) / (STEPS * len(ADAPTERS)), actions) as faults,
     ):
         patch.setenv("AWS_ENDPOINT_URL", proxy.url)
         outcomes += train_adapters(
             config.tasks(),
             ResourceConfig(max_parallel=2),
-            on_progress=lambda now: seen.update({k: v.progress.step for k, v in now.items()}),
+            on_progress=lambda now: steps.update({k: v.progress.step for k, v in now.items()}),
             poll_interval_s=0.2,
         )
     assert [outcome.error for outcome in outcomes] == [None] * len(ADAPTERS)
-    assert len(disasters.done) == len(actions)
+    assert len(faults.done) == len(actions)

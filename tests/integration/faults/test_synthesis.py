@@ -83,15 +83,15 @@ def plan_kill(target, run, stage, folder, *, times=1):
 
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("stage", ["generate", "filter"])
-def test_killed_workers(ray_cluster, config, expected, chronicle, tmp_path, stage, run):
+def test_killed_workers(ray_cluster, config, expected, fault_log, tmp_path, stage, run):
     fault = plan_kill("worker", run, stage, tmp_path, times=2)
     synthesize(config, StageReplacer(RayExecutor(GENERATORS, VOTERS), **{stage: fault}))
-    chronicle.extend(fault.log_lines())
+    fault_log.extend(fault.log_lines())
     check(config, expected)
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_killed_drivers(ray_cluster, durable_env, config, expected, chronicle, tmp_path, run):
+def test_killed_drivers(ray_cluster, durable_env, config, expected, fault_log, tmp_path, run):
     fault = plan_kill("driver", run, "filter", tmp_path)
     (tmp_path / "fault").write_bytes(pickle.dumps(fault))
     values = configuration.to_dict(
@@ -109,22 +109,22 @@ def test_killed_drivers(ray_cluster, durable_env, config, expected, chronicle, t
         with contextlib.suppress(DatasetError):
             # Killed just after its commit, or before it: then readers see no dataset.
             assert digest(config.output) == expected
-    chronicle.extend([*fault.log_lines(), f"the driver was killed {kills} times"])
+    fault_log.extend([*fault.log_lines(), f"the driver was killed {kills} times"])
     check(config, expected)
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_killed_nodes(ray_cluster, config, expected, chronicle, tmp_path, run):
+def test_killed_nodes(ray_cluster, config, expected, fault_log, tmp_path, run):
     fault = plan_kill("node", run, "generate", tmp_path)
     executor = RayExecutor(replace(GENERATORS, node="spot"), VOTERS)
     with SpotNodes(ray_cluster, 2, resource="spot") as nodes:
         synthesize(config, StageReplacer(executor, generate=fault))
-        chronicle.extend([*fault.log_lines(), f"{nodes.replaced} nodes were replaced"])
+        fault_log.extend([*fault.log_lines(), f"{nodes.replaced} nodes were replaced"])
     check(config, expected)
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_a_killed_server(ray_cluster, config, expected, restart, chronicle, run):
+def test_a_killed_server(ray_cluster, config, expected, restart, fault_log, run):
     output = open_store(config.output)
     share = float(numpy_generator(SEED, "strikes", "synthesis", "server", run).uniform(0.1, 0.8))
 
@@ -138,13 +138,13 @@ def test_a_killed_server(ray_cluster, config, expected, restart, chronicle, run)
             synthesize(config, RayExecutor(GENERATORS, VOTERS))
         except StoreError as error:
             # Ceph may delay requests beyond the retry timeout; written shards are kept.
-            chronicle.append(f"the first run ended: {error}")
+            fault_log.append(f"the first run ended: {error}")
             synthesize(config, RayExecutor(GENERATORS, VOTERS))
-    chronicle.append(f"the server was killed at {share:.2f} of the units: {bool(faults.done)}")
+    fault_log.append(f"the server was killed at {share:.2f} of the units: {bool(faults.done)}")
     check(config, expected)
 
 
-def test_a_proxy_that_disturbs_requests(ray_cluster, durable_env, config, expected, chronicle):
+def test_a_proxy_that_disturbs_requests(ray_cluster, durable_env, config, expected, fault_log):
     with (
         FlakyProxy(durable_env.endpoint.url, share=FAULT_SHARE, seed=SEED).running() as proxy,
         pytest.MonkeyPatch.context() as patch,
@@ -152,6 +152,6 @@ def test_a_proxy_that_disturbs_requests(ray_cluster, durable_env, config, expect
         patch.setenv("AWS_ENDPOINT_URL", proxy.url)
         synthesize(config, RayExecutor(GENERATORS, VOTERS))
         counts = dict(sorted(proxy.counts.items()))
-    chronicle.append(f"the proxy: {counts}")
+    fault_log.append(f"the proxy: {counts}")
     assert sum(counts.values()) > counts.get("passed", 0)
     check(config, expected)

@@ -1,4 +1,4 @@
-"""Four small adapters to be trained, and what must have become of them."""
+"""Data and manifest of four small adapters, and checks of the published ones."""
 
 import hashlib
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from loraseg.storage import open_store
 from tests.tiny_training import write_domain, write_manifest, write_models
 
 STEPS = 60
-# The two of fog share work, and so are trained side by side in one Ray task.
+# The adapters of one domain share frozen work, so one Ray task trains them together.
 _KINDS = {
     "fog-small": ("fog", {"targets": "aggregator", "rank": 4}),
     "fog-large": ("fog", {"targets": "aggregator", "rank": 8}),
@@ -23,7 +23,7 @@ ADAPTERS = tuple(_KINDS)
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """Data and models in ``folder``, the same for all trainings."""
+    """Data and models in ``folder``, shared by all trainings."""
 
     folder: Path
 
@@ -57,7 +57,7 @@ class TrainingInputs:
 
 
 def published_digests(uri):
-    """Return the sha256 of every file of every adapter, all read and verified."""
+    """Read and verify all adapters; return the sha256 of each file."""
     library = Library(open_store(uri))
     return {
         (entry.name, file): hashlib.sha256(data).hexdigest()
@@ -67,7 +67,7 @@ def published_digests(uri):
 
 
 def check_library(uri, expected):
-    """Everything published exactly once, byte by byte as without any disturbance."""
+    """Check that each adapter is published once, with the bytes of a run without faults."""
     library = Library(open_store(uri))
     assert {name: len(library.versions(name)) for name in ADAPTERS} == dict.fromkeys(ADAPTERS, 1)
     assert library.generation() == len(ADAPTERS)

@@ -1,4 +1,4 @@
-"""A worker that dies in training; Ray's workers import this by name."""
+"""A training that kills one of its workers; Ray's workers import this by name."""
 
 import dataclasses
 import os
@@ -11,27 +11,35 @@ from loraseg.train.closed_set.loop import train_segmenter
 
 @dataclass(frozen=True)
 class KillAfterCheckpoint:
-    """Kills one worker, once, after the checkpoint of a step; writes down where others took up."""
+    """Kills one worker once, after the checkpoint of a step, and records which workers resume.
+
+    Attributes:
+        rank: The worker.
+        step: The step.
+        folder: Holds the records as empty files.
+    """
 
     rank: int
     step: int
     folder: Path
 
     def __call__(self, recipe, data, seed, context):
-        (self.folder / f"world-{context.world}-{context.device}").touch()
+        (self.folder / f"world-{context.world_size}-{context.device}").touch()
 
-        def load():
-            found = context.load()
-            if found is not None:
+        def load_checkpoint():
+            checkpoint = context.load_checkpoint()
+            if checkpoint is not None:
                 (self.folder / f"resumed-{context.rank}").touch()
-            return found
+            return checkpoint
 
-        def save(step, scores, state):
-            context.save(step, scores, state)
-            marker = self.folder / "died"
+        def save_checkpoint(step, scores, state):
+            context.save_checkpoint(step, scores, state)
+            marker = self.folder / "killed"
             if (context.rank, step) == (self.rank, self.step) and not marker.exists():
                 marker.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        lives = dataclasses.replace(context, load=load, save=save)
-        return train_segmenter(recipe, data, seed, lives)
+        changed = dataclasses.replace(
+            context, load_checkpoint=load_checkpoint, save_checkpoint=save_checkpoint
+        )
+        return train_segmenter(recipe, data, seed, changed)

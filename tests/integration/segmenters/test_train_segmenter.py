@@ -1,4 +1,4 @@
-"""Segmenters on real Ray Train: two workers, one of which is killed."""
+"""Segmenters on Ray Train: two workers, one of which is killed."""
 
 import json
 
@@ -23,48 +23,46 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return write_datasets(tmp_path_factory.mktemp("world"))
+def datasets(tmp_path_factory):
+    return write_datasets(tmp_path_factory.mktemp("datasets"))
 
 
-def _config(world, output, **changes):
-    values = {"real": str(world / "real"), "overrides": TINY_RECIPE, "output": output}
+def _config(datasets, output, **changes):
+    values = {"real": str(datasets / "real"), "overrides": TINY_RECIPE, "output": output}
     return SegmenterTrainingConfig(**{**values, **changes})
 
 
-def test_two_workers_survive_the_loss_of_one(ray_cluster, world, tmp_path, s3_env):
-    """Two workers on S3: one dies after a checkpoint, and the result is as without that."""
+def test_two_workers_survive_the_loss_of_one(ray_cluster, datasets, tmp_path, s3_env):
+    """One of two workers is killed after a checkpoint; the training resumes from it."""
     del ray_cluster
     workers = WorkerGroupConfig(count=2, resources=ResourceConfig(retries=2))
     uri = f"{s3_env.uri}/killed run"
-    accident = KillAfterCheckpoint(rank=1, step=2, folder=tmp_path)
-    config = _config(world, uri, synthetic=(str(world / "synthetic"),))
-    arm, alone = (
-        _segmenter_arm(config, run) for run in (ray_train_runner(workers, accident), None)
-    )
-    assert (tmp_path / "died").exists()
+    fault = KillAfterCheckpoint(rank=1, step=2, folder=tmp_path)
+    config = _config(datasets, uri, synthetic=(str(datasets / "synthetic"),))
+    arm, local = (_segmenter_arm(config, run) for run in (ray_train_runner(workers, fault), None))
+    assert (tmp_path / "killed").exists()
     assert (tmp_path / "world-2-cpu").exists()
-    # pyarrow keeps an empty object for the folder itself.
+    # pyarrow leaves an empty object for the folder.
     assert list(open_store(uri).list("checkpoints/")) == ["checkpoints/"]
     assert [step for step, _ in arm["scores"]] == [2, 4, 6]
-    # One process sees the same batches; its sums are in another order.
-    assert [step for step, _ in arm["losses"]] == [step for step, _ in alone["losses"]]
-    losses = [[loss for _, loss in one["losses"]] for one in (arm, alone)]
+    # One process has the same batches, but adds in another order.
+    assert [step for step, _ in arm["losses"]] == [step for step, _ in local["losses"]]
+    losses = [[loss for _, loss in one["losses"]] for one in (arm, local)]
     np.testing.assert_allclose(*losses, rtol=0.02)
 
 
 def _segmenter_arm(config, run):
-    """Train the first arm alone, by ``run`` or in this process; return its scores."""
-    done = []
+    """Train the first arm only, with ``run`` or in this process; return its scores."""
+    started = []
 
-    def once(task):
-        if done:
+    def run_first(task):
+        if started:
             raise StageError("the control is left out")
-        done.append(task.name)
+        started.append(task.name)
         (run or run_locally)(task)
 
     with pytest.raises(StageError, match="left out"):
-        train_segmenters(config, once)
+        train_segmenters(config, run_first)
     store = open_store(config.output)
     arm = json.loads(store.get("arms/segmenter.json"))
     assert (
@@ -74,9 +72,9 @@ def _segmenter_arm(config, run):
     return arm
 
 
-def test_job_trains_once(ray_cluster, world, tmp_path, capsys):
+def test_job_trains_once(ray_cluster, datasets, tmp_path, capsys):
     del ray_cluster
-    config = job.Config(training=_config(world, str(tmp_path)))
+    config = job.Config(training=_config(datasets, str(tmp_path)))
     job.main(config)
     assert "segmenter: mIoU" in capsys.readouterr().out
     first = (tmp_path / "results.json").read_bytes()
@@ -87,12 +85,12 @@ def test_job_trains_once(ray_cluster, world, tmp_path, capsys):
     assert list(json.loads(first)["arms"]) == ["segmenter"]
 
 
-def test_an_error_of_a_worker_is_told_as_it_is(ray_cluster, world, tmp_path):
+def test_an_error_of_a_worker_is_raised_unchanged(ray_cluster, datasets, tmp_path):
     del ray_cluster
     overrides = {**TINY_RECIPE, "learning_rate": 1e30, "clip_norm": None, "warmup_steps": 0}
     workers = WorkerGroupConfig(resources=ResourceConfig(retries=0))
     with pytest.raises(StageError, match="the loss is"):
         train_segmenters(
-            _config(world, str(tmp_path), overrides=overrides),
+            _config(datasets, str(tmp_path), overrides=overrides),
             ray_train_runner(workers, train_segmenter),
         )
