@@ -38,7 +38,7 @@ class BatchedRng:
         return np.clip(np.asarray(base) + hue + brightness, 0, 1).astype(np.float32)
 
     def normal(self, shape: tuple[int, ...], deviation: float) -> ndarray:
-        """Draw normal noise of mean 0 and the given shape."""
+        """Draw normal noise of mean 0 and any shape, such as (n, h, w, 3)."""
         return self.generator.standard_normal(shape, dtype=np.float32) * np.float32(deviation)
 
 

@@ -38,9 +38,11 @@ class _Camera:
 
     @property
     def ground(self) -> ndarray:
+        """Height of the ground in the image, (n,)."""
         return SIZE - self.horizon
 
     def has(self, name: str) -> ndarray:
+        """Return (n,) booleans, the scenes with a class."""
         return self.present[:, class_id(name)]
 
     def ground_position(self, rng: BatchedRng, near: float, far: float) -> tuple[ndarray, ndarray]:

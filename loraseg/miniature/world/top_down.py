@@ -35,6 +35,7 @@ class _StreetPlan:
     present: ndarray
 
     def has(self, name: str) -> ndarray:
+        """Return (n,) booleans, the scenes with a class."""
         return self.present[:, class_id(name)]
 
     def band(self, centre: ndarray, half: ndarray, upright: ndarray) -> ndarray:

@@ -11,6 +11,7 @@ from numpy import ndarray
 
 from loraseg.miniature.world.batched_rng import BatchedRng
 from loraseg.miniature.world.canvas import CLASSES, ROW, SIZE, Scene, class_id
+from loraseg.tensor_types import Float
 
 __all__ = [
     "Effect",
@@ -31,7 +32,7 @@ __all__ = [
     "thermal",
 ]
 
-Effect = Callable[[Scene, BatchedRng], ndarray]
+Effect = Callable[[Scene, BatchedRng], Float[ndarray, "n h w 3"]]
 
 # Apparent temperature of each class, in [0, 1].
 _WARMTH_BY_CLASS = {
@@ -76,7 +77,7 @@ def _class_mask(scene: Scene, *names: str) -> ndarray:
     return np.isin(scene.labels, [class_id(name) for name in names])[..., None]
 
 
-def overcast(scene: Scene, rng: BatchedRng) -> ndarray:
+def overcast(scene: Scene, rng: BatchedRng) -> Float[ndarray, "n h w 3"]:
     """Desaturate the light and cover the sky with clouds."""
     image = blend(scene.image, grey(scene.image), 0.45) * np.float32(0.85)
     return np.where(_class_mask(scene, "sky"), _colour(0.7, 0.72, 0.74), image)
@@ -85,7 +86,7 @@ def overcast(scene: Scene, rng: BatchedRng) -> ndarray:
 def fog(density: float) -> Effect:
     """Return an effect that veils distant objects; a density of about 1 hides the horizon."""
 
-    def effect(scene: Scene, rng: BatchedRng) -> ndarray:
+    def effect(scene: Scene, rng: BatchedRng) -> Float[ndarray, "n h w 3"]:
         veil = rng.uniform(0.85, 1.15)[:, None, None] * np.float32(density) * scene.distance**1.5
         veil = np.clip(veil + np.float32(0.12 * density), 0, 0.97)[..., None]
         return blend(scene.image, _colour(0.78, 0.79, 0.8), veil)
@@ -96,7 +97,7 @@ def fog(density: float) -> Effect:
 def rain(darkness: float, streaks: float) -> Effect:
     """Return an effect with dull light, reflections on the ground and slanted streaks."""
 
-    def effect(scene: Scene, rng: BatchedRng) -> ndarray:
+    def effect(scene: Scene, rng: BatchedRng) -> Float[ndarray, "n h w 3"]:
         image = blend(scene.image, grey(scene.image), 0.5) * np.float32(darkness)
         haze = (scene.distance * np.float32(0.45))[..., None]
         image = blend(image, _colour(0.5, 0.53, 0.57), haze)
@@ -110,7 +111,7 @@ def rain(darkness: float, streaks: float) -> Effect:
     return effect
 
 
-def snow(scene: Scene, rng: BatchedRng) -> ndarray:
+def snow(scene: Scene, rng: BatchedRng) -> Float[ndarray, "n h w 3"]:
     """Cover the ground and upper edges with snow, whiten the sky and add flakes."""
     image = blend(scene.image, grey(scene.image), 0.35)
     white = blend(image, _colour(0.93, 0.94, 0.97), 0.85)
@@ -131,7 +132,7 @@ def snow(scene: Scene, rng: BatchedRng) -> ndarray:
 def dusk(tint: tuple[float, float, float], darkness: float) -> Effect:
     """Return an effect that tints the scene under a violet to orange sky."""
 
-    def effect(scene: Scene, rng: BatchedRng) -> ndarray:
+    def effect(scene: Scene, rng: BatchedRng) -> Float[ndarray, "n h w 3"]:
         image = scene.image * _colour(*tint) * np.float32(darkness)
         height = np.clip(ROW[..., None] / (SIZE - 1) * np.float32(2.4), 0, 1)
         sky = blend(_colour(0.3, 0.25, 0.5), _colour(1.0, 0.55, 0.25), height) * np.float32(0.9)
@@ -143,7 +144,7 @@ def dusk(tint: tuple[float, float, float], darkness: float) -> Effect:
 def night(brightness: float) -> Effect:
     """Return an effect that darkens to blue; lamps and lit windows stay bright and glow."""
 
-    def effect(scene: Scene, rng: BatchedRng) -> ndarray:
+    def effect(scene: Scene, rng: BatchedRng) -> Float[ndarray, "n h w 3"]:
         image = scene.image * _colour(0.5, 0.55, 0.85) * np.float32(brightness)
         bright = (scene.image.max(-1, keepdims=True) > 0.75) & scene.lights[..., None]
         source = np.where(bright, scene.image, np.float32(0))
@@ -160,32 +161,32 @@ def _edges(scene: Scene) -> ndarray:
     return np.clip((across + down) * 4, 0, 1)
 
 
-def sketch(scene: Scene, rng: BatchedRng) -> ndarray:
+def sketch(scene: Scene, rng: BatchedRng) -> Float[ndarray, "n h w 3"]:
     """Draw pencil outlines on white paper."""
     tone = (grey(scene.image) - 0.5) * np.float32(0.12)
     lines = np.float32(0.97) - np.float32(0.85) * _edges(scene) + tone
     return np.repeat(lines, 3, -1) + rng.normal(scene.image.shape, 0.02)
 
 
-def charcoal(scene: Scene, rng: BatchedRng) -> ndarray:
+def charcoal(scene: Scene, rng: BatchedRng) -> Float[ndarray, "n h w 3"]:
     """Draw soft outlines and shading on grey paper."""
     tone = np.float32(0.25) * (grey(scene.image) - 0.5)
     return np.clip(sketch(scene, rng) * np.float32(0.62) + tone, 0, 1)
 
 
-def sepia(scene: Scene, rng: BatchedRng) -> ndarray:
+def sepia(scene: Scene, rng: BatchedRng) -> Float[ndarray, "n h w 3"]:
     """Convert to brown monochrome with film grain."""
     tone = grey(scene.image) * np.float32(0.85) + np.float32(0.08)
     return tone * _colour(1.07, 0.88, 0.62) + rng.normal(scene.image.shape, 0.03)
 
 
-def noir(scene: Scene, rng: BatchedRng) -> ndarray:
+def noir(scene: Scene, rng: BatchedRng) -> Float[ndarray, "n h w 3"]:
     """Convert to black and white of high contrast with film grain."""
     tone = np.clip((grey(scene.image) - 0.5) * np.float32(1.5) + np.float32(0.45), 0, 1)
     return np.repeat(tone, 3, -1) + rng.normal(scene.image.shape, 0.03)
 
 
-def thermal(scene: Scene, rng: BatchedRng) -> ndarray:
+def thermal(scene: Scene, rng: BatchedRng) -> Float[ndarray, "n h w 3"]:
     """Show the temperature of the classes instead of light, blurred and noisy."""
     tone = _WARMTH[scene.labels][..., None] + np.float32(0.25) * (grey(scene.image) - 0.5)
     tone = blur(tone) + rng.normal(tone.shape, 0.03)
@@ -195,13 +196,13 @@ def thermal(scene: Scene, rng: BatchedRng) -> ndarray:
 def dim(gain: float, offset: float) -> Effect:
     """Return an effect that computes ``gain * image + offset``."""
 
-    def effect(scene: Scene, rng: BatchedRng) -> ndarray:
+    def effect(scene: Scene, rng: BatchedRng) -> Float[ndarray, "n h w 3"]:
         return scene.image * np.float32(gain) + np.float32(offset)
 
     return effect
 
 
-def pixelate(scene: Scene, rng: BatchedRng) -> ndarray:
+def pixelate(scene: Scene, rng: BatchedRng) -> Float[ndarray, "n h w 3"]:
     """Halve the resolution, quantise each channel to nine levels and add noise."""
     half = SIZE // 2
     image = scene.image.reshape(-1, half, 2, half, 2, 3).mean((2, 4))
@@ -212,12 +213,12 @@ def pixelate(scene: Scene, rng: BatchedRng) -> ndarray:
 def grain(deviation: float) -> Effect:
     """Return an effect that adds sensor noise."""
 
-    def effect(scene: Scene, rng: BatchedRng) -> ndarray:
+    def effect(scene: Scene, rng: BatchedRng) -> Float[ndarray, "n h w 3"]:
         return scene.image + rng.normal(scene.image.shape, deviation)
 
     return effect
 
 
-def negative(scene: Scene, rng: BatchedRng) -> ndarray:
+def negative(scene: Scene, rng: BatchedRng) -> Float[ndarray, "n h w 3"]:
     """Invert every channel, as in a film negative."""
     return 1 - scene.image
