@@ -1,19 +1,23 @@
-"""Training: recipes, the loop, checkpoints, and adapters as units of work.
+"""Training of adapters, of base segmenters and of closed-set segmenters.
 
-Why the loop is our own: a step must depend on nothing but its number and the state in the
-checkpoint, so that adapters come out the same however often a worker is lost.
+:mod:`~loraseg.train.core` holds what all trainings share, the other packages one kind each;
+:mod:`~loraseg.train.roles` lists the roles of adapters, :mod:`~loraseg.train.tasks` plans and runs
+their tasks.
 
-Why pairs act through a product of our own and not through peft's layers: a step takes a sixth less
-time, and several adapters can take turns on one frozen model. Gradients are those of peft, which
-the tests compare in float64; files are peft's own.
+Why an own loop: a step must depend only on its number and the state in the checkpoint, so that the
+result is the same however often a worker is lost.
 
-Why one unit of work an adapter unless they share frozen work: Ray keeps its workers, so the start
-of a process is paid once a worker either way. A sweep over one dataset that leaves CLIP as it is
-shares CLIP's features.
+Why LoRA is applied by an own autograd function instead of peft's layers: a step takes a sixth less
+time, and several adapters can alternate on one frozen model. Tests compare the gradients with
+peft's in float64; the files are peft's.
 
-Why generators keep latents and encoded prompts in the store: they never change, a VAE and two text
-encoders would cost more time and memory than the adapter's own step, and every recipe, rank and
-seed on the same images finds them there.
+Why one task per adapter, unless adapters share frozen work: Ray reuses its workers, so grouping
+saves no process starts. A sweep over one dataset that adapts nothing of CLIP shares CLIP's
+features.
+
+Why generators cache latents and encoded prompts in a store: they never change, VAE and text
+encoders would cost more time and memory than the training step itself, and all recipes, ranks and
+seeds on the same images share them.
 """
 
 __all__: list[str] = []

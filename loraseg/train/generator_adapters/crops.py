@@ -1,4 +1,4 @@
-"""What a generator is shown of labelled images: whole ones resized, or a few crops of each."""
+"""Training images of a generator: whole images resized, or a few crops of each."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ __all__ = ["Crop", "CroppedImages", "ViewConfig"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ViewConfig:
-    """How images and masks are brought to one size.
+    """Size of the training images.
 
     Attributes:
         size: (height, width) in pixels.
-        fit: "resize" brings the whole image to the size, its aspect not kept (methods b.1).
-            "crop" cuts the size out; an image that is smaller is enlarged first.
+        fit: "resize" resizes the whole image without keeping its aspect ratio, as FreestyleNet.
+            "crop" takes crops of the size; a smaller image is enlarged first.
         crops: Number of crops of each image, drawn once by seed so that their latents can be
-            kept; "resize" has one view.
+            cached; "resize" takes one.
     """
 
     size: tuple[int, int] = (512, 512)
@@ -47,14 +47,14 @@ class ViewConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Crop:
-    """One view of a sample; ``index`` counts the sample's crops."""
+    """One crop of a sample; ``index`` counts the crops of the sample."""
 
     sample: Sample
     index: int = 0
 
 
 class CroppedImages:
-    """Loads the views of samples; the same arguments always give the same pixels."""
+    """Loads crops of samples; equal arguments always give equal pixels."""
 
     def __init__(
         self,
@@ -65,15 +65,15 @@ class CroppedImages:
         seed: int = 0,
         keys: tuple[str | int, ...] = (),
     ) -> None:
-        """Prepare to load; nothing is read yet.
+        """Prepare to load; reads nothing yet.
 
         Args:
-            dataset: Where the samples are from.
-            samples: All with masks.
+            dataset: The dataset of the samples.
+            samples: Samples with masks.
             config: Size and fit.
-            seed: Draws the crops; with the keys, what is drawn of the views.
-            keys: What the views are for. Crops do not depend on them, so that all adapters of a
-                seed share their latents.
+            seed: Seed of the crops and, with the keys, of the batches.
+            keys: Keys of the batches' random streams. Crops do not depend on them, so that all
+                adapters of a seed share their latents.
 
         Raises:
             DatasetError: There is no sample, or one has no mask.
@@ -85,7 +85,7 @@ class CroppedImages:
         self.crops = tuple(Crop(sample, crop) for sample in samples for crop in range(crops))
 
     def load(self, crop: Crop) -> tuple[UInt8[ndarray, "h w 3"], UInt8[ndarray, "h w"]]:
-        """Return image and mask of a view.
+        """Return image and mask of a crop.
 
         Raises:
             DatasetError: A file is broken.
@@ -103,7 +103,7 @@ class CroppedImages:
         return np.ascontiguousarray(image[part]), np.ascontiguousarray(mask[part])
 
     def fingerprint(self, crop: Crop) -> dict[str, Any]:
-        """Return JSON values that decide the pixels of a view's image.
+        """Return JSON values that decide the pixels of a crop's image.
 
         Raises:
             DatasetError: The image cannot be read.
@@ -115,12 +115,12 @@ class CroppedImages:
             "fit": self.config.fit,
         }
         if self.config.fit == "crop":
-            # The corner may depend on the mask, see below.
+            # The position of the crop may depend on the mask, see _corner.
             values |= {"mask": mask_digest, "draw": [self.seed, crop.sample.id, crop.index]}
         return values
 
     def _corner(self, view: Crop, mask: ndarray) -> tuple[int, int]:
-        """Draw where a crop begins; one without a labelled pixel is moved to where there is one."""
+        """Draw the top left corner of a crop; move a crop without labelled pixels to one."""
         generator = numpy_generator(self.seed, "crop", view.sample.id, view.index)
         ranges = [have - want for have, want in zip(mask.shape, self.config.size, strict=True)]
         corner = [int(generator.integers(0, room + 1)) for room in ranges]

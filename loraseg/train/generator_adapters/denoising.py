@@ -1,4 +1,4 @@
-"""The loss that diffusion models are trained by, for adapters and for whole models alike."""
+"""The denoising loss of diffusion models, for adapters and for full fine-tuning."""
 # pyright: basic
 
 import dataclasses
@@ -20,12 +20,12 @@ Precision = Literal["fp32", "bf16"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
-    """How errors at different noise levels are weighed.
+    """Weights of the noise levels.
 
     Attributes:
-        weighting: "none" is the plain mean square. "min_snr" gives every level the weight of
-            min(SNR, gamma) in terms of the clean latents (Hang et al. 2023).
-        gamma: Where the weight stops to grow.
+        weighting: "none" weights all levels equally. "min_snr" weights the error of the clean
+            latents by min(SNR, gamma) (Hang et al., Min-SNR Weighting, ICCV 2023).
+        gamma: Largest weight.
     """
 
     weighting: Literal["none", "min_snr"] = "none"
@@ -46,15 +46,15 @@ _PLAIN = LossConfig()
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class DenoisingBatch:
-    """All that the loss of b samples depends on besides the model; on the model's device.
+    """Inputs of the loss for b samples, on the model's device.
 
     Attributes:
-        latents: Clean and scaled.
-        text: Encoded prompts, a row a sample.
-        regions: What each place may look at; None for plain attention.
-        timesteps: In [0, T).
-        noise: Standard normal.
-        size: Height and width of the images in pixels (SDXL is told).
+        latents: Clean, scaled latents.
+        text: Encoded prompts, one row per sample.
+        regions: Classes of pixels and tokens for rectified attention; None for plain attention.
+        timesteps: Noise levels in [0, T).
+        noise: Standard normal noise.
+        size: Height and width of the images in pixels, a condition of SDXL.
     """
 
     latents: Float[Tensor, "b c y x"]
@@ -80,14 +80,14 @@ def denoising_loss(
     config: LossConfig = _PLAIN,
     precision: Precision = "fp32",
 ) -> Float[Tensor, ""]:
-    """Return the mean square error of the UNet's prediction, over all pixels (methods b.4).
+    """Return the mean squared error of the UNet's prediction over all latent pixels, as MatchMask.
 
     Args:
-        base: Its UNet is run as it is, with whatever has been put into it.
-        batch: Samples, noise and levels.
-        control: Its processors are installed; needed for regions. With gradient checkpointing the
-            caller sets the batch's regions around forward and backward once more.
-        config: Weighting.
+        base: The generator, with the adapters that are applied to its UNet.
+        batch: Samples, noise and noise levels.
+        control: The installed attention control; required for regions. With gradient checkpointing
+            the caller must also set the batch's regions around forward and backward.
+        config: Weights of the noise levels.
         precision: "bf16" runs the UNet under autocast; parameters and the loss stay float32.
 
     Raises:
@@ -97,9 +97,9 @@ def denoising_loss(
         raise ConfigError("denoising: a batch with regions needs a RegionControl, got none")
     dtype = base.dtype
     noisy = base.add_noise(batch.latents, batch.noise, batch.timesteps)
-    acting = control.regions(batch.regions, latent=batch.latent_size) if control else nullcontext()
+    regions = control.regions(batch.regions, latent=batch.latent_size) if control else nullcontext()
     low = torch.autocast(base.device.type, torch.bfloat16, enabled=precision == "bf16")
-    with acting, low:
+    with regions, low:
         predicted = base.unet(
             noisy.to(dtype),
             batch.timesteps,
@@ -115,17 +115,17 @@ def denoising_loss(
 def loss_weights(
     base: DiffusionBase, timesteps: Int[Tensor, " b"], config: LossConfig
 ) -> Float[Tensor, " b"]:
-    """Return each sample's weight, for errors in what the UNet predicts.
+    """Return the weight of each sample's squared error in the space of the UNet's prediction.
 
-    With SNR = a / (1 - a), an error of epsilon is 1 / SNR as large an error of the clean latents,
-    one of v 1 / (SNR + 1): so min(SNR, gamma) becomes min(SNR, gamma) / SNR and
-    min(SNR, gamma) / (SNR + 1).
+    With SNR = a / (1 - a), a squared error of epsilon is SNR times that of the clean latents, and
+    one of v is SNR + 1 times that. The weight min(SNR, gamma) of the latter thus becomes
+    min(SNR, gamma) / SNR for epsilon and min(SNR, gamma) / (SNR + 1) for v.
     """
     if config.weighting == "none":
         return torch.ones(len(timesteps), device=timesteps.device)
     signal = base.alphas_cumprod.to(timesteps.device)[timesteps].float()
     snr = signal / (1 - signal)
     if base.prediction_type == "epsilon":
-        return (config.gamma / snr).clamp(max=1.0)  # also where the SNR is zero
+        return (config.gamma / snr).clamp(max=1.0)  # Also right where the SNR is zero.
     capped = snr.clamp(max=config.gamma)
     return capped if base.prediction_type == "sample" else capped / (snr + 1)

@@ -1,7 +1,7 @@
-"""Latents and encoded prompts, computed once and kept in a store for every later run.
+"""A cache of latents and encoded prompts in a store, shared by all runs.
 
-Kept as float32, so that a resumed run computes with the very numbers of the first: 64 KB an image
-of 512 x 512 and flip, a quarter of a megabyte a prompt of SD 1.
+Stored as float32, so that a resumed run uses identical values: 64 KB per image of 512 x 512 and
+flip, a quarter of a megabyte per prompt of SD 1.
 """
 
 import hashlib
@@ -26,43 +26,42 @@ __all__ = ["TensorCache", "cached_latents", "cached_text"]
 
 logger = logging.getLogger(__name__)
 
-# Part of every key: raise it when the same images or prompts would give other numbers.
+# Part of every key: raise it when the same images or prompts would give other values.
 _FORMAT = 1
 _CHUNK_SIZE = 32
 
 
 class TensorCache:
-    """Tensors by what they were made from. A store that fails costs time, never the run.
+    """Tensors by the values that decide them. A failing store only makes them be recomputed.
 
-    Any number of workers may use one store: whole objects are written, and all of them write the
-    same.
+    Any number of workers may share a store: objects are written atomically, with equal content.
     """
 
     def __init__(self, store: ObjectStore) -> None:
-        """Keep what is made below the root of ``store``."""
+        """Store tensors below the root of ``store``."""
         self._store = store.with_retry_timeout(SHORT_RETRY_TIMEOUT_S)
 
     def get_or_compute(
         self, kind: str, key_values: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """Return what ``compute`` returns, from the store if it is there and whole.
+        """Return the tensors of a key, computed and stored if they are missing or damaged.
 
         Args:
             kind: First part of the key.
             key_values: JSON values that decide the result.
-            compute: Called when there is nothing to find; its tensors are stored from the CPU.
+            compute: Computes the tensors; they are returned and stored on the CPU.
         """
         text = json.dumps(key_values, sort_keys=True, separators=(",", ":"))
         digest = hashlib.sha256(text.encode()).hexdigest()
         key = f"{kind}/{digest[:2]}/{digest}.safetensors"
-        found = self._load(key)
-        if found is not None:
-            return found
+        stored = self._load(key)
+        if stored is not None:
+            return stored
         tensors = {name: tensor.detach().cpu() for name, tensor in compute().items()}
         try:
             self._store.put(key, _pack(tensors))
         except StoreError as error:
-            logger.warning("%s: not kept: %s", key, error)
+            logger.warning("%s: not stored: %s", key, error)
         return tensors
 
     def _load(self, key: str) -> dict[str, Tensor] | None:
@@ -72,9 +71,9 @@ class TensorCache:
         except ObjectNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
-            logger.warning("%s: damaged, computed anew: %s", key, error)
+            logger.warning("%s: damaged, computed again: %s", key, error)
         except StoreError as error:
-            logger.warning("%s: cannot be read, computed anew: %s", key, error)
+            logger.warning("%s: cannot be read, computed again: %s", key, error)
         return None
 
 
@@ -86,50 +85,50 @@ def cached_latents(
     *,
     flips: bool,
 ) -> Float[Tensor, "n f c y x"]:
-    """Return the latents of views on the CPU: the posterior's mode, as they are and flipped.
+    """Return the latents of crops on the CPU: the mode of the VAE's posterior.
 
-    Each image is encoded alone, so that its latents depend on no other.
+    Each crop is encoded alone, so that its latents do not depend on other crops.
 
     Args:
-        cache: Where they are kept.
-        base: Its VAE is where it encodes.
-        images: What the views are of.
-        crops: At least one.
-        flips: Whether flipped ones are wanted too (f = 2), else f = 1.
+        cache: The cache.
+        base: The generator; its VAE encodes on its device.
+        images: Loads the crops.
+        crops: At least one crop.
+        flips: Also return the latents of mirror images (f = 2 instead of 1).
     """
     shards: list[Tensor] = []
     for start in range(0, len(crops), _CHUNK_SIZE):
         part = crops[start : start + _CHUNK_SIZE]
 
-        def make(part: Sequence[Crop] = part) -> dict[str, Tensor]:
-            return {"latents": torch.stack([_encode(base, images, one, flips) for one in part])}
+        def encode(part: Sequence[Crop] = part) -> dict[str, Tensor]:
+            return {"latents": torch.stack([_encode(base, images, crop, flips) for crop in part])}
 
-        made_of = {
+        key_values = {
             **_encoder_key(base),
-            "views": [images.fingerprint(view) for view in part],
+            "views": [images.fingerprint(crop) for crop in part],
             "flips": flips,
         }
-        shards.append(cache.get_or_compute("latents", made_of, make)["latents"])
+        shards.append(cache.get_or_compute("latents", key_values, encode)["latents"])
     return torch.cat(shards)
 
 
 def cached_text(cache: TensorCache, base: DiffusionBase, prompts: Sequence[str]) -> TextEncoding:
-    """Return the encodings of prompts on the CPU, after them the row of no prompt.
+    """Return the encodings of prompts on the CPU, with a last row for the empty prompt.
 
     Args:
-        cache: Where they are kept.
-        base: Its text encoders are where they encode.
-        prompts: Distinct.
+        cache: The cache.
+        base: The generator; its text encoders encode on their device.
+        prompts: Distinct prompts.
     """
     shards: list[dict[str, Tensor]] = []
     for start in range(0, len(prompts), _CHUNK_SIZE):
         part = prompts[start : start + _CHUNK_SIZE]
 
-        def make(part: Sequence[str] = part) -> dict[str, Tensor]:
+        def encode(part: Sequence[str] = part) -> dict[str, Tensor]:
             return _concatenate([_text_tensors(base.encode_text([prompt])) for prompt in part])
 
-        made_of = {**_encoder_key(base), "prompts": list(part)}
-        shards.append(cache.get_or_compute("text", made_of, make))
+        key_values = {**_encoder_key(base), "prompts": list(part)}
+        shards.append(cache.get_or_compute("text", key_values, encode))
     empty = cache.get_or_compute(
         "text",
         {**_encoder_key(base), "prompts": None},
@@ -140,13 +139,13 @@ def cached_text(cache: TensorCache, base: DiffusionBase, prompts: Sequence[str])
 
 
 def _encoder_key(base: DiffusionBase) -> dict[str, Any]:
-    # A GPU rounds otherwise: what it made must not reach a run on the CPU.
+    # A GPU rounds differently: its tensors must not reach a run on the CPU.
     kind = {"device": base.device.type, "dtype": str(base.dtype)}
     return {"format": _FORMAT, "base": base.digest, **kind}
 
 
-def _encode(base: DiffusionBase, views: CroppedImages, view: Crop, flips: bool) -> Tensor:
-    image = torch.from_numpy(views.load(view)[0])[None]
+def _encode(base: DiffusionBase, images: CroppedImages, crop: Crop, flips: bool) -> Tensor:
+    image = torch.from_numpy(images.load(crop)[0])[None]
     forms = (image, image.flip(2)) if flips else (image,)
     return torch.cat([base.encode_images(form, None).float().cpu() for form in forms])
 
@@ -161,15 +160,15 @@ def _concatenate(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _pack(tensors: Mapping[str, Tensor]) -> bytes:
-    """Return a safetensors file that holds the sha256 of its own values."""
+    """Return a safetensors file with the sha256 of its values in the header."""
     values = _payload(encode_safetensors(tensors, {}))
     return encode_safetensors(tensors, {"sha256": hashlib.sha256(values).hexdigest()})
 
 
 def _unpack(data: bytes) -> dict[str, Tensor]:
     size = int.from_bytes(data[:8], "little")
-    stated = json.loads(data[8 : 8 + size])["__metadata__"]["sha256"]
-    if hashlib.sha256(_payload(data)).hexdigest() != stated:
+    expected = json.loads(data[8 : 8 + size])["__metadata__"]["sha256"]
+    if hashlib.sha256(_payload(data)).hexdigest() != expected:
         raise ValueError("its values differ from their digest")
     return safetensors.torch.load(data)
 

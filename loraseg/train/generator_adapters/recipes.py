@@ -1,4 +1,4 @@
-"""How a generator's adapter is trained: one config, and a function for each published recipe."""
+"""Training recipes of generator adapters: the config, and the published settings."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -25,12 +25,12 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionMixConfig:
-    """The layers that mix plain with rectified attention (methods b.2).
+    """Layers that mix plain and rectified cross-attention (MatchMask's layer-adaptive fusion).
 
     Attributes:
-        mode: One share for each query "token", one for each sample ("pooled"), or "off": every
-            place looks at the words of its own class only.
-        initial_bias: Shares start at its sigmoid; -2 gives 0.12.
+        mode: One share per query ("token"), one per sample ("pooled"), or "off": rectified
+            attention only.
+        initial_bias: The initial share is its sigmoid; -2 gives 0.12.
     """
 
     mode: Literal["token", "pooled", "off"] = "token"
@@ -39,13 +39,14 @@ class AttentionMixConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SampleGridConfig:
-    """Pictures made in the course of training, for people; they change nothing about the result.
+    """Images generated during training, for the report. They do not change the result.
 
     Attributes:
         every: Steps between two grids; 0 makes none.
-        masks: Number of masks, the first ones of the validation split or else of the training's.
-        steps: Sampling steps of each picture, by DDIM.
-        guidance: Strength of classifier-free guidance.
+        masks: Number of masks, the first of the validation split or, without one, of the training
+            split.
+        steps: DDIM sampling steps per image.
+        guidance: Scale of classifier-free guidance.
     """
 
     every: int = 0
@@ -70,32 +71,32 @@ class SampleGridConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class GeneratorRecipe:
-    """Everything that decides what an adapter becomes, apart from base, data and seed.
+    """Settings that decide an adapter, beside base, data and seed.
 
     Attributes:
-        name: Which recipe this is or was derived from; for people.
-        targets: The layers that are adapted: a rule of
-            :data:`loraseg.adapters.targets.unet.SELECTIONS`, the place of a layer report (a path or
-            URI), or a list of full names.
-        top: Take so many projections from the top of the report.
-        share: Take this share of all projections from the top of the report, in (0, 1].
+        name: Name of the recipe that this is or was derived from; for information only.
+        targets: The adapted layers: a rule of
+            :data:`loraseg.adapters.targets.unet.SELECTION_RULES`, a layer report (a path or URI),
+            or a list of full names.
+        top: Number of projections taken from the top of the layer report.
+        share: Share of all projections taken from the top of the layer report, in (0, 1].
         rank: r of every pair.
-        alpha: Scale of the update is alpha / rank; None is the rank, scale 1.
-        learning_rate: One rate for all that trains, at its peak.
-        weight_decay: Of AdamW, on the pairs; fusion layers have none, which would draw their
-            shares to a half.
+        alpha: The scale of the update is alpha / rank; None is the rank, scale 1.
+        learning_rate: Peak rate of all parameters.
+        weight_decay: Weight decay of AdamW on the pairs. Attention-mix layers have none, since it
+            would pull their shares towards one half.
         batch_size: Images per step.
-        accumulate: Parts that a step's images go through one after the other, to save memory; the
-            gradient is that of the whole up to rounding.
+        accumulate: Number of microbatches per step, to save memory; the gradient is that of the
+            whole batch up to rounding.
         view: Size of the images.
-        draws: Flips, dropped captions and whether regions are used.
-        fusion: Fusion layers of the cross attention that holds an adapted projection.
-        loss: Weights of noise levels.
+        draws: Flips, dropped captions and the use of regions.
+        fusion: Attention-mix layers of the cross-attention modules that have an adapted projection.
+        loss: Weights of the noise levels.
         conditioning: Prompts from class names.
-        recompute: Gradient checkpointing: less memory for a third more time.
-        grid: Sample pictures.
+        recompute: Use gradient checkpointing, which takes less memory and a third more time.
+        grid: Images generated during training.
         loop: Steps, schedule, average, clipping and precision.
-        threads: CPU threads while training. The last bits of a result depend on it.
+        threads: CPU threads while training; another number changes the last bits of the result.
     """
 
     name: str
@@ -138,14 +139,14 @@ class GeneratorRecipe:
         if not 0 <= self.weight_decay < float("inf"):
             raise ConfigError(f"weight_decay: got {self.weight_decay}, expected at least 0")
         if not self.targets:
-            raise ConfigError("targets: got nothing, expected a rule, a report or layer names")
+            raise ConfigError("targets: got none, expected a rule, a layer report or layer names")
 
 
 def matchmask() -> GeneratorRecipe:
-    """Return MatchMask's training on SD 1.4 as far as it is known (methods b.4).
+    """Return MatchMask's training on SD 1.4, as far as the paper states it.
 
-    706,560 values in pairs of rank 16 and 4,810 in fusion layers on SD 1.4. The rate is the printed
-    one, not times the batch.
+    The paper states 0.7 M trained values and no rank; rank 16 gives 706,560 values in pairs and
+    4,810 in attention-mix layers. The rate is the stated one, not multiplied by the batch size.
     """
     return GeneratorRecipe(
         name="matchmask",
@@ -156,7 +157,7 @@ def matchmask() -> GeneratorRecipe:
 
 
 def matchmask_miniature() -> GeneratorRecipe:
-    """Return the recipe for the miniature generator: minutes on one CPU core."""
+    """Return the recipe of the miniature generator, which takes minutes on one CPU core."""
     return GeneratorRecipe(
         name="matchmask-miniature",
         targets="cross",

@@ -46,10 +46,10 @@ class SampleGrid:
     frozen_adapters: Sequence[GeneratorAdapter] = ()
     seed: int = 0
 
-    def render(self, kept: TrainedGenerator) -> bytes:
+    def render(self, trained: TrainedGenerator) -> bytes:
         """Return a PNG with a row for each mask: the mask, its image, generated images."""
         recipe = self.recipe
-        adapters = [*self.frozen_adapters, kept.adapter(self.base, recipe)]
+        adapters = [*self.frozen_adapters, trained.adapter(self.base, recipe)]
         config = SamplingConfig(
             images=_IMAGES,
             steps=recipe.grid.steps,

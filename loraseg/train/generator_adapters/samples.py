@@ -1,4 +1,4 @@
-"""Batches for denoising: each a pure function of (seed, keys, step)."""
+"""Batches of the denoising loss, each a pure function of (seed, keys, step)."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -24,12 +24,13 @@ _CACHE_BYTES = 2 * 2**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DrawConfig:
-    """What is drawn anew each time that a view comes up.
+    """Random choices for every sample of a batch.
 
     Attributes:
         flip: Probability of a horizontal flip.
-        caption_dropout: Probability that a sample has the empty prompt and no regions.
-        regions: Whether places look at the words of their own class only (methods b.1).
+        caption_dropout: Probability of the empty prompt without regions.
+        regions: Use rectified attention: pixels attend to the words of their own class only
+            (FreestyleNet, which MatchMask builds on).
     """
 
     flip: float = 0.5
@@ -49,9 +50,14 @@ class DrawConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SampleDraw:
-    """One sample of a batch: which view, how, at which noise level, with which noise.
+    """The random choices of one sample.
 
-    ``keys`` are those of the noise's stream.
+    Attributes:
+        crop: Index of the crop.
+        flipped: Whether it is flipped horizontally.
+        captioned: Whether it has its prompt; otherwise the empty one.
+        timestep: Noise level.
+        keys: Keys of the noise's random stream.
     """
 
     crop: int
@@ -62,23 +68,23 @@ class SampleDraw:
 
 
 class CropConditions:
-    """The prompts and regions of views. Regions stay in memory up to 2 GiB, else are made anew."""
+    """Prompts and regions of crops. Regions beyond 2 GiB of memory are recomputed on each use."""
 
-    def __init__(self, views: CroppedImages, conditioner: Conditioner) -> None:
-        """Look at every mask, so that one that cannot be used shows before long work starts.
+    def __init__(self, crops: CroppedImages, conditioner: Conditioner) -> None:
+        """Read every mask, so that unusable ones fail before anything is encoded.
 
         Raises:
-            DatasetError: A file is broken, or a mask holds unknown ids or no labelled pixel.
+            DatasetError: A file is broken, or a mask has unknown ids or no labelled pixel.
         """
-        self._crops, self._conditioner = views, conditioner
+        self._crops, self._conditioner = crops, conditioner
         self.downsampling: Downsampling = conditioner.config.downsampling
         numbers: dict[str, int] = {}
         self._prompts: list[int] = []
         self._tokens: list[ndarray] = []
         self._cache: dict[int, ndarray] = {}
         kept_bytes = 0
-        for index, view in enumerate(views.crops):
-            condition = conditioner(views.load(view)[1], where=_mask_name(view))
+        for index, crop in enumerate(crops.crops):
+            condition = conditioner(crops.load(crop)[1], where=_mask_name(crop))
             self._prompts.append(numbers.setdefault(condition.prompt, len(numbers)))
             self._tokens.append(condition.token_classes)
             if kept_bytes + condition.regions.nbytes <= _CACHE_BYTES:
@@ -87,25 +93,25 @@ class CropConditions:
         self.prompts = tuple(numbers)
 
     def prompt_index(self, crop: int) -> int:
-        """Return the place of a view's prompt in :attr:`prompts`."""
+        """Return the index of a crop's prompt in :attr:`prompts`."""
         return self._prompts[crop]
 
     def token_classes(self, crop: int, *, captioned: bool) -> ndarray:
-        """Return the class of each token of the prompt, or of the empty one."""
+        """Return the class id (or -1) of each token of the prompt, or of the empty prompt."""
         tokens = self._tokens[crop]
         return tokens if captioned else np.full_like(tokens, -1)
 
     def regions(self, crop: int, *, flipped: bool) -> UInt8[ndarray, "h w"]:
-        """Return the classes of a view's places."""
-        found = self._cache.get(crop)
-        if found is None:
-            which = self._crops.crops[crop]
-            found = self._conditioner(self._crops.load(which)[1], where=_mask_name(which)).regions
-        return np.ascontiguousarray(found[:, ::-1]) if flipped else found
+        """Return the class id of each pixel of a crop."""
+        regions = self._cache.get(crop)
+        if regions is None:
+            key = self._crops.crops[crop]
+            regions = self._conditioner(self._crops.load(key)[1], where=_mask_name(key)).regions
+        return np.ascontiguousarray(regions[:, ::-1]) if flipped else regions
 
 
 class DenoisingData:
-    """Latents, encoded prompts and regions of views, in host memory, and the batches of steps."""
+    """Latents, encoded prompts and regions of crops in host memory; makes the batches of steps."""
 
     def __init__(
         self,
@@ -116,14 +122,14 @@ class DenoisingData:
         draw_config: DrawConfig,
         noise_levels: int,
     ) -> None:
-        """Take what :meth:`prepare` has made.
+        """Take the results of :meth:`prepare`.
 
         Args:
-            latents: Of each view as it is and, with f = 2, flipped.
-            text: A row for each of the conditions' prompts and, last, one for no prompt.
-            conditions: Of the same views.
-            crops: Their seed and keys decide the batches.
-            draw_config: What is drawn for each sample.
+            latents: Latents of each crop and, with f = 2, of its mirror image.
+            text: One row per prompt of the conditions and a last one for the empty prompt.
+            conditions: Prompts and regions of the crops.
+            crops: The crops; their seed and keys decide the batches.
+            draw_config: Random choices for every sample.
             noise_levels: Number of noise levels.
         """
         self._latents, self._text, self._conditions = latents, text, conditions
@@ -138,10 +144,12 @@ class DenoisingData:
         draw_config: DrawConfig,
         cache: TensorCache,
     ) -> "DenoisingData":
-        """Encode what the cache does not hold; afterwards neither VAE nor text encoder is needed.
+        """Encode crops and prompts, or read them from the cache.
+
+        Training needs neither VAE nor text encoder afterwards.
 
         Raises:
-            DatasetError: A file is broken, or the views' sides do not suit the VAE.
+            DatasetError: A file is broken, or the size of the crops does not fit the VAE.
         """
         latents = cached_latents(cache, base, crops, crops.crops, flips=draw_config.flip > 0)
         text = cached_text(cache, base, conditions.prompts)
@@ -152,7 +160,7 @@ class DenoisingData:
 
     @property
     def seed(self) -> int:
-        """The seed that decides the batches."""
+        """The seed of the batches."""
         return self._crops.seed
 
     def batch(self, step: int, size: int, device: torch.device | str = "cpu") -> DenoisingBatch:
@@ -169,27 +177,27 @@ class DenoisingData:
             yield self.collate(draws[start : start + length], device)
 
     def draw_samples(self, step: int, size: int) -> list[SampleDraw]:
-        """Draw what the samples of one step are; each depends on its own position only."""
+        """Draw the samples of one step; each depends on its position in the stream only."""
         return [self._draw_sample(position) for position in range(step * size, (step + 1) * size)]
 
     def fixed_samples(self, count: int, max_crops: int) -> list[SampleDraw]:
-        """Return the first views at ``count`` evenly spread noise levels, the noise always equal.
+        """Return the first crops at evenly spaced noise levels, with the same noise at every call.
 
         Args:
-            count: Number of levels.
-            max_crops: Most views.
+            count: Number of noise levels.
+            max_crops: Largest number of crops.
         """
-        steps = [int((place + 0.5) * self._noise_levels / count) for place in range(count)]
+        steps = [int((index + 0.5) * self._noise_levels / count) for index in range(count)]
         return [
-            SampleDraw(view, flipped=False, captioned=True, timestep=t, keys=("levels", view, t))
-            for view in range(min(max_crops, len(self)))
+            SampleDraw(crop, flipped=False, captioned=True, timestep=t, keys=("levels", crop, t))
+            for crop in range(min(max_crops, len(self)))
             for t in steps
         ]
 
     def collate(
         self, draws: Sequence[SampleDraw], device: torch.device | str = "cpu"
     ) -> DenoisingBatch:
-        """Put samples together, on a device."""
+        """Return the batch of some samples on a device."""
         shape = self._latents.shape[2:]
         noise = [
             torch.randn(shape, generator=torch_generator(self._crops.seed, *draw.keys))
@@ -239,5 +247,5 @@ class DenoisingData:
         )
 
 
-def _mask_name(view: Crop) -> str:
-    return str(view.sample.mask)
+def _mask_name(crop: Crop) -> str:
+    return str(crop.sample.mask)

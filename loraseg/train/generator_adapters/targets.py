@@ -1,4 +1,4 @@
-"""Which layers of a UNet a generator's recipe trains, and how many values that makes."""
+"""The layers of a UNet that a generator recipe adapts, and the number of trained values."""
 
 from torch import nn
 
@@ -18,14 +18,14 @@ __all__ = [
 
 
 def generator_targets(unet: nn.Module, recipe: GeneratorRecipe) -> tuple[str, ...]:
-    """Return the full names of the linear layers that get pairs; the meta device will do.
+    """Return the full names of the adapted linear layers; the UNet may be on the meta device.
 
     Raises:
-        ConfigError: There is neither a rule nor a report of that name, or ``top`` and ``share`` do
+        ConfigError: ``targets`` is neither a rule nor a layer report, or ``top`` and ``share`` do
             not fit it.
         IntegrityError: The report is damaged.
         AdapterMismatchError: The UNet has no such linear layer.
-        StoreError: The report's store cannot be reached.
+        StoreError: The store of the report cannot be reached.
     """
     targets, cut = recipe.targets, (recipe.top, recipe.share)
     by_report = isinstance(targets, str) and targets not in SELECTION_RULES
@@ -41,12 +41,12 @@ def generator_targets(unet: nn.Module, recipe: GeneratorRecipe) -> tuple[str, ..
     else:
         names = select_projections(unet, targets)
     modules = dict(unet.named_modules())
-    odd = [name for name in names if not isinstance(modules.get(name), nn.Linear)]
-    if odd or len(set(names)) != len(names):
+    unknown = [name for name in names if not isinstance(modules.get(name), nn.Linear)]
+    if unknown or len(set(names)) != len(names):
         raise AdapterMismatchError(
-            f"targets: {type(unet).__name__} has no linear layer {odd[0]!r} ({len(odd)} of "
-            f"{len(names)} names)"
-            if odd
+            f"targets: {type(unet).__name__} has no linear layer {unknown[0]!r} "
+            f"({len(unknown)} of {len(names)} names)"
+            if unknown
             else "targets: a layer is named twice"
         )
     return names
@@ -55,17 +55,19 @@ def generator_targets(unet: nn.Module, recipe: GeneratorRecipe) -> tuple[str, ..
 def attention_mix_modules(
     unet: nn.Module, recipe: GeneratorRecipe, names: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """Return the attention modules that get a fusion layer beside the pairs of ``names``."""
+    """Return the attention modules of the adapted layers that get an attention-mix layer."""
     if recipe.fusion.mode == "off" or not recipe.draws.regions:
         return ()
     return alpha_modules(unet, names)
 
 
 def count_generator_parameters(unet: nn.Module, recipe: GeneratorRecipe) -> tuple[int, int]:
-    """Return how many values pairs and fusion layers hold; the meta device will do.
+    """Return the numbers of values of pairs and of attention-mix layers.
+
+    The UNet may be on the meta device.
 
     Raises:
-        ConfigError: As in :func:`generator_targets`, like the others.
+        LorasegError: As in :func:`generator_targets`.
     """
     names = generator_targets(unet, recipe)
     sizes = {name: unet.get_submodule(name).get_parameter("weight").shape for name in names}
@@ -77,7 +79,7 @@ def count_generator_parameters(unet: nn.Module, recipe: GeneratorRecipe) -> tupl
 
 
 def absolute_targets(targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
-    """Return targets that mean the same in any folder: a report's path becomes absolute."""
+    """Return the targets with the path of a layer report made absolute."""
     if not isinstance(targets, str) or targets in SELECTION_RULES:
         return targets
     return absolute_uri(targets)
@@ -87,8 +89,8 @@ def _from_report(uri: str, recipe: GeneratorRecipe) -> tuple[str, ...]:
     report = find_layer_report(uri)
     if report is None:
         raise ConfigError(
-            f"targets: got {uri!r}, which is neither a rule ({', '.join(SELECTION_RULES)}) nor the "
-            "place of a layer report"
+            f"targets: got {uri!r}, which is neither a rule ({', '.join(SELECTION_RULES)}) nor a "
+            "layer report"
         )
     if (recipe.top is None) == (recipe.share is None):
         raise ConfigError(

@@ -11,7 +11,7 @@ from tests.tiny_training import write_domain, write_manifest, write_models
 
 @pytest.fixture(scope="session")
 def domains(tmp_path_factory):
-    """Folders by name: two good ones, one with a truncated image, and one that is not there."""
+    """Folders by name: two valid ones, one with a truncated image, and a missing one."""
     root = tmp_path_factory.mktemp("domains")
     folders = {name: write_domain(root / name, name) for name in ("fog", "night")}
     broken = write_domain(root / "broken", "fog")

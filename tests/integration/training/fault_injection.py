@@ -1,4 +1,4 @@
-"""Ways for a worker to go, at a step that the test chooses; Ray's workers import this by name."""
+"""Kills workers at a step that the test chooses; Ray's workers import this module by name."""
 
 import os
 import signal
@@ -11,9 +11,9 @@ from loraseg.train.tasks import train_adapter_group
 
 @dataclass(frozen=True)
 class KillAtStep:
-    """Runs the tasks and, the first time that ``step`` is reported, loses worker or node.
+    """Runs the tasks and kills its worker or node once, at ``step``.
 
-    ``marker`` is a file that remembers that it happened; ``only`` names the one adapter it befalls.
+    ``marker`` is a file that exists after the kill; ``only`` limits the kill to one adapter.
     """
 
     step: int
@@ -22,26 +22,26 @@ class KillAtStep:
     only: str | None = None
 
     def __call__(self, tasks, report):
-        def report_or_die(progress):
+        def report_or_kill(progress):
             report(progress)
-            unlucky = self.only in (None, progress.name) and not self.marker.exists()
-            if unlucky and progress.step >= self.step:
+            due = self.only in (None, progress.name) and not self.marker.exists()
+            if due and progress.step >= self.step:
                 self.marker.touch()
                 self._kill()
 
-        return train_adapter_group(tasks, report_or_die)
+        return train_adapter_group(tasks, report_or_kill)
 
     def _kill(self):
         if self.node:
-            # A worker is a child of its node's raylet. Without it the node is lost to the cluster;
-            # the worker must not get on with its work while it has not noticed yet.
+            # A worker is a child of its node's raylet, whose death removes the node from the
+            # cluster. The worker must not continue until it is killed as well.
             os.kill(os.getppid(), signal.SIGKILL)
             time.sleep(60)
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def fail_with_environment(tasks, report):
-    """Fail with what the worker sees of the secret key, backwards."""
+    """Raise an error with the secret key that the worker sees, reversed."""
     raise RuntimeError(
         f"{tasks[0].name} sees {os.environ.get('AWS_SECRET_ACCESS_KEY', 'nothing')[::-1]}"
     )

@@ -1,4 +1,4 @@
-"""Generator adapters on a real Ray: broken data, a killed worker, the plan, done again."""
+"""Generator adapters on Ray: broken data, a killed worker, the plan, a repeated job."""
 
 import pytest
 import yaml
@@ -29,10 +29,10 @@ def pipeline(tmp_path_factory):
 
 @pytest.fixture
 def make(tmp_path, domains, pipeline):
-    """Return a function: place and domain names -> (manifest file, its config)."""
+    """Return a function: folder and domain names -> (manifest file, its config)."""
 
-    def manifest(place, *names):
-        folder = tmp_path / place
+    def manifest(name, *names):
+        folder = tmp_path / name
         folder.mkdir()
         values = {
             "role": "generator",
@@ -80,13 +80,11 @@ def test_a_manifest_trains_generators_and_a_broken_domain_fails_alone(ray_cluste
     assert published(config) == entries
 
 
-def test_a_killed_worker_costs_nothing_but_the_steps_since_its_checkpoint(
-    ray_cluster, make, tmp_path
-):
+def test_a_killed_worker_loses_only_the_steps_since_its_checkpoint(ray_cluster, make, tmp_path):
     _, config = make("killed", "fog")
-    accident = KillAtStep(step=15, marker=tmp_path / "struck")
-    (outcome,) = train_adapters(config.tasks(), ResourceConfig(), runner=accident)
-    assert (tmp_path / "struck").exists()
+    runner = KillAtStep(step=15, marker=tmp_path / "interrupted")
+    (outcome,) = train_adapters(config.tasks(), ResourceConfig(), runner=runner)
+    assert (tmp_path / "interrupted").exists()
     assert outcome.error is None
     assert outcome.result.resumed_from_step == 10
     _, undisturbed = make("undisturbed", "fog")

@@ -1,4 +1,4 @@
-"""A sweep over one dataset on a real Ray: trained together, failing apart, found done again."""
+"""A sweep over one dataset on Ray: trained together, isolated failures, a repeated job."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ SHARED = {"targets": "aggregator", "batch_size": 2, "loop": {"steps": 12, "check
 
 
 def sweep(config, **changes):
-    """One task for each rank, and one that cannot learn."""
+    """One task for each rank, and one whose loss diverges."""
     (task,) = config.tasks()
     recipes = {
         "one": {"rank": 1},
@@ -34,7 +34,7 @@ def sweep(config, **changes):
     ]
 
 
-def test_one_worker_trains_them_together_and_a_bad_one_fails_alone(
+def test_one_worker_trains_the_group_and_a_diverging_task_fails_alone(
     ray_cluster, make_manifest, tmp_path
 ):
     _, config = make_manifest("fog")

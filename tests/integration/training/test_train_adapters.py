@@ -1,4 +1,4 @@
-"""The training job on a real Ray: broken data, killed workers, nodes and drivers."""
+"""The training job on Ray: broken data; killed workers, nodes and drivers."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ def run_job(manifest, *overrides):
 
 
 def table(capsys):
-    """The lines printed by their first word."""
+    """The printed lines by their first word."""
     lines = capsys.readouterr().out.splitlines()
     return {line.split()[0]: line for line in lines if line.strip()}
 
@@ -39,7 +39,7 @@ def published(config):
     return {entry.name: entry for entry in Library(open_store(config.library)).entries()}
 
 
-def test_a_broken_domain_fails_alone_and_a_second_run_skips_the_rest(
+def test_a_broken_domain_fails_alone_and_a_second_run_skips_published_ones(
     ray_cluster, make_manifest, capsys
 ):
     manifest, config = make_manifest("fog", "night", "broken")
@@ -58,15 +58,15 @@ def test_a_broken_domain_fails_alone_and_a_second_run_skips_the_rest(
     assert published(config) == first
 
 
-def test_a_killed_worker_costs_nothing_but_the_steps_since_its_checkpoint(
+def test_a_killed_worker_loses_only_the_steps_since_its_checkpoint(
     ray_cluster, make_manifest, tmp_path
 ):
     _, config = make_manifest("fog", "night")
     outcomes = train_adapters(
-        config.tasks(), ResourceConfig(), runner=KillAtStep(step=15, marker=tmp_path / "struck")
+        config.tasks(), ResourceConfig(), runner=KillAtStep(step=15, marker=tmp_path / "killed")
     )
     results = {outcome.name: outcome.result for outcome in outcomes}
-    assert (tmp_path / "struck").exists()
+    assert (tmp_path / "killed").exists()
     assert sorted(result.resumed_from_step for result in results.values()) == [0, 10]
 
     _, undisturbed = make_manifest("fog", "night")
@@ -81,28 +81,28 @@ def digests(config):
 
 def test_a_worker_lost_too_often_fails_alone(ray_cluster, make_manifest, tmp_path):
     _, config = make_manifest("fog", "night")
-    accident = KillAtStep(step=1, marker=tmp_path / "struck", only="fog")
-    outcomes = train_adapters(config.tasks(), ResourceConfig(retries=0), runner=accident)
+    runner = KillAtStep(step=1, marker=tmp_path / "killed", only="fog")
+    outcomes = train_adapters(config.tasks(), ResourceConfig(retries=0), runner=runner)
     found = {outcome.name: outcome for outcome in outcomes}
     assert found["fog"].result is None
     assert "WorkerCrashedError" in found["fog"].error
     assert found["night"].error is None
 
 
-def test_a_lost_node_hands_its_adapter_to_another(ray_cluster, make_manifest, tmp_path):
+def test_an_adapter_of_a_lost_node_trains_on_another(ray_cluster, make_manifest, tmp_path):
     _, config = make_manifest("fog")
     with SpotNodes(ray_cluster, 2, resource="spot"):
         (outcome,) = train_adapters(
             config.tasks(),
             ResourceConfig(node="spot"),
-            runner=KillAtStep(step=15, marker=tmp_path / "struck", node=True),
+            runner=KillAtStep(step=15, marker=tmp_path / "killed", node=True),
         )
-    assert (tmp_path / "struck").exists()
+    assert (tmp_path / "killed").exists()
     assert outcome.error is None
     assert outcome.result.resumed_from_step == 10
 
 
-def test_a_killed_driver_loses_and_doubles_nothing(ray_cluster, make_manifest):
+def test_a_restarted_driver_publishes_each_adapter_once(ray_cluster, make_manifest):
     manifest, config = make_manifest("fog", "night")
     command = [sys.executable, "-m", "jobs.train_adapters", "--config", str(manifest)]
     driver = subprocess.Popen(command, env=ray_cluster.environment)
@@ -121,7 +121,7 @@ def test_a_killed_driver_loses_and_doubles_nothing(ray_cluster, make_manifest):
     assert not report.corrupt
 
 
-def test_secrets_reach_the_workers_but_no_log_of_ray(ray_cluster, make_manifest, monkeypatch):
+def test_secrets_reach_the_workers_but_not_rays_logs(ray_cluster, make_manifest, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "unlikely-7f3a9")
     _, config = make_manifest("fog")
     (outcome,) = train_adapters(config.tasks(), ResourceConfig(), runner=fail_with_environment)
@@ -133,7 +133,7 @@ def test_secrets_reach_the_workers_but_no_log_of_ray(ray_cluster, make_manifest,
     assert found.stdout == ""
 
 
-def test_progress_is_told_while_it_runs(ray_cluster, make_manifest):
+def test_progress_is_reported_during_training(ray_cluster, make_manifest):
     _, config = make_manifest("fog")
     seen = []
     (outcome,) = train_adapters(
@@ -149,7 +149,7 @@ def test_progress_is_told_while_it_runs(ray_cluster, make_manifest):
     assert any(0 < step < 30 for step in steps)
 
 
-def test_the_plan_is_printed_without_a_cluster(make_manifest, capsys, monkeypatch):
+def test_a_dry_run_needs_no_cluster(make_manifest, capsys, monkeypatch):
     def refuse():
         raise AssertionError("the plan needs no Ray")
 
@@ -167,7 +167,7 @@ def test_an_adapter_too_large_for_every_node_is_refused(ray_cluster):
         check_capacity(ResourceConfig(cpus=64), may_grow=False)
 
 
-def test_stages_that_cannot_run_at_the_same_time_are_refused(ray_cluster):
+def test_stages_that_do_not_fit_together_are_refused(ray_cluster):
     first, second = ResourceConfig(cpus=1.5), ResourceConfig(cpus=0.5)
     check_total_capacity([(first, 1), (second, 1)], may_grow=False)
     with pytest.raises(ConfigError, match=r"takes 2\.5 CPU and 0 GPU; .* has 2 and 0"):
@@ -177,15 +177,13 @@ def test_stages_that_cannot_run_at_the_same_time_are_refused(ray_cluster):
 @pytest.mark.parametrize(
     "server", ["s3_env", pytest.param("durable_env", marks=pytest.mark.durable)]
 )
-def test_a_bucket_serves_as_well_as_a_folder(
+def test_a_bucket_gives_the_same_adapters_as_a_folder(
     ray_cluster, make_manifest, tmp_path, request, server, capsys
 ):
     bucket = request.getfixturevalue(server)
     manifest, config = make_manifest("fog", "broken", uri=bucket.uri)
-    accident = KillAtStep(step=15, marker=tmp_path / "struck")
-    outcomes = {
-        o.name: o for o in train_adapters(config.tasks(), ResourceConfig(), runner=accident)
-    }
+    runner = KillAtStep(step=15, marker=tmp_path / "killed")
+    outcomes = {o.name: o for o in train_adapters(config.tasks(), ResourceConfig(), runner=runner)}
     assert outcomes["fog"].result.resumed_from_step == 10
     assert outcomes["broken"].error.startswith("DatasetError")
     assert not list(open_store(config.checkpoints).list())

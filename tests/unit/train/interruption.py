@@ -1,4 +1,4 @@
-"""A run that ends in the middle, as by SIGKILL but within the process."""
+"""Interrupts a training run within the process."""
 
 
 class Interrupted(Exception):

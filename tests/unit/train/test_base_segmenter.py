@@ -40,7 +40,7 @@ def weights(path):
     return load_base(str(path)).model.state_dict()
 
 
-def test_trains_what_the_freeze_rules_say_and_keeps_the_header(task):
+def test_the_unfrozen_parameters_train_and_the_header_stays(task):
     result = train_base(task)
     before, after = weights(task.base), weights(result.path)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
@@ -55,7 +55,7 @@ def test_trains_what_the_freeze_rules_say_and_keeps_the_header(task):
     assert result.digest == new.digest != old.digest
 
 
-def test_ends_in_the_same_weights_when_killed_and_skips_when_done(task, tmp_path):
+def test_a_killed_run_gives_the_same_weights_and_a_finished_one_is_skipped(task, tmp_path):
     plain = dataclasses.replace(task, checkpoints=None, output=str(tmp_path / "plain.safetensors"))
     train_base(plain)
 
@@ -77,14 +77,14 @@ def test_ends_in_the_same_weights_when_killed_and_skips_when_done(task, tmp_path
     assert not train_base(dataclasses.replace(task, seed=1)).skipped
 
 
-def test_frozen_clip_stays(task):
+def test_frozen_clip_does_not_change(task):
     recipe = dataclasses.replace(RECIPE, clip="frozen")
     train_base(dataclasses.replace(task, recipe=recipe))
     before, after = weights(task.base), weights(task.output)
     assert all(torch.equal(before[n], after[n]) for n in before if ".clip_model." in n)
 
 
-def test_refuses_what_cannot_be():
+def test_invalid_settings_are_refused():
     with pytest.raises(ConfigError, match=r"expected a file x\.safetensors"):
         BaseTrainingTask(output="x.pth", data="d")
     with pytest.raises(ConfigError, match="batch_size 0"):

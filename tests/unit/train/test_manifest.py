@@ -1,4 +1,4 @@
-"""From a manifest file to units of work."""
+"""From a manifest to tasks."""
 
 from pathlib import Path
 
@@ -25,13 +25,13 @@ def manifest(**changes):
     return configuration.build(TrainingManifest, {**values, **changes})
 
 
-def test_a_domain_overrides_what_all_share():
+def test_a_domain_overrides_the_common_settings():
     fog, rain = manifest().tasks()
     assert (fog.images, fog.split) == (8, "train")
     assert (rain.images, rain.split) == (3, "all")
 
 
-def test_addresses_hold_in_any_folder(tmp_path, monkeypatch):
+def test_paths_are_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("base.safetensors").touch()
     fog, rain = manifest(base="base.safetensors").tasks()
@@ -41,12 +41,12 @@ def test_addresses_hold_in_any_folder(tmp_path, monkeypatch):
     assert (rain.data, rain.library) == ("s3://bucket/rain", "s3://bucket/library")
 
 
-def test_names_of_models_are_no_paths():
+def test_names_of_models_are_not_paths():
     fog, _ = manifest(encoder="ViT-L-14/openai").tasks()
     assert (fog.base, fog.encoder) == ("miniature", "ViT-L-14/openai")
 
 
-def test_a_home_folder_is_spelt_out():
+def test_a_home_folder_is_expanded():
     assert absolute_uri("~/library") == str(Path.home() / "library")
 
 
@@ -65,7 +65,7 @@ def test_fields_of_the_recipe_can_be_set():
         ({"domains": [{"name": "fog", "dat": "a"}]}, "did you mean 'domains.0.data'"),
     ],
 )
-def test_mistakes_are_named(changes, message):
+def test_mistakes_are_reported(changes, message):
     with pytest.raises(ConfigError, match=message):
         manifest(**changes).tasks()
 
@@ -83,7 +83,7 @@ def test_a_sweep_over_one_dataset_is_a_manifest_of_overrides():
     assert group_tasks((small, long), max_size=2) == [(0, 1)]
 
 
-def test_the_role_decides_what_is_trained():
+def test_the_role_selects_the_task_class():
     assert all(isinstance(task, SegmenterAdapterTask) for task in manifest().tasks())
     fog, rain = manifest(role="generator").tasks()
     assert isinstance(fog, GeneratorAdapterTask)
@@ -93,7 +93,7 @@ def test_the_role_decides_what_is_trained():
     assert fog.cache_uri == f"{fog.checkpoints}/_cache"
 
 
-def test_a_generators_addresses_hold_in_any_folder(tmp_path, monkeypatch):
+def test_paths_of_a_generator_are_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sd").mkdir()
     (tmp_path / "sd" / "model_index.json").touch()
@@ -123,6 +123,6 @@ def test_a_generators_addresses_hold_in_any_folder(tmp_path, monkeypatch):
         ({"role": "painter"}, "role"),
     ],
 )
-def test_mistakes_about_roles_are_named(changes, message):
+def test_mistakes_about_roles_are_reported(changes, message):
     with pytest.raises(ConfigError, match=message):
         manifest(**changes).tasks()

@@ -10,7 +10,7 @@ def planned(name, *, published):
     )
 
 
-def test_the_plan_tells_what_is_new_what_is_done_and_what_is_broken():
+def test_the_plan_lists_new_published_and_broken_adapters():
     plans = [
         TrainingPlan(
             name="fog", images=8, parameters=12345, steps=40, digest="d" * 64, published=False
@@ -28,7 +28,7 @@ def test_the_plan_tells_what_is_new_what_is_done_and_what_is_broken():
     assert snow.endswith("broken: snow/classes.json: no such file")
 
 
-def test_the_summary_names_the_failed_and_why():
+def test_the_results_list_failures_with_their_reason():
     results = [
         TaskResult(
             name="fog",

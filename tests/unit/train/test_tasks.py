@@ -42,7 +42,7 @@ def published(task):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """One finished task, shared by the tests that only look at it."""
+    """A finished task with its result and progress reports, shared by tests that only read it."""
     task = tiny_task(tmp_path_factory.mktemp("done"))
     reports = []
     return task, train_adapter(task, reports.append), reports
@@ -122,7 +122,7 @@ def test_stock_peft_gives_the_logits_of_the_slots(done, tmp_path):
 
 
 @pytest.mark.parametrize("kills", [(1,), (3, 5)])
-def test_ends_in_the_same_bytes_whatever_kills_it(done, tmp_path, kills):
+def test_a_killed_task_resumes_to_the_same_bytes(done, tmp_path, kills):
     task = tiny_task(tmp_path)
     for step in kills:
         with pytest.raises(Interrupted):
@@ -134,7 +134,7 @@ def test_ends_in_the_same_bytes_whatever_kills_it(done, tmp_path, kills):
     assert list(open_store(task.checkpoints).list()) == []
 
 
-def test_is_skipped_when_done_and_run_again_when_anything_changed(tmp_path):
+def test_a_published_task_is_skipped_unless_something_changed(tmp_path):
     task = tiny_task(tmp_path)
     assert not plan_task(task).published
     first = train_adapter(task)
@@ -152,7 +152,7 @@ def test_is_skipped_when_done_and_run_again_when_anything_changed(tmp_path):
     assert train_adapter(task).version == 1
 
 
-def test_killed_while_scoring_it_does_not_train_again(done, tmp_path):
+def test_a_task_killed_while_scoring_does_not_train_again(done, tmp_path):
     task = tiny_task(tmp_path)
 
     def kill_when_scoring(progress):
@@ -172,22 +172,22 @@ def test_broken_validation_images_are_found_before_training(tmp_path):
         train_adapter(task, interrupt_at(1))
 
 
-def test_a_changed_config_never_resumes_a_stale_run(tmp_path):
+def test_a_changed_config_does_not_resume_old_checkpoints(tmp_path):
     task = tiny_task(tmp_path)
     with pytest.raises(Interrupted):
         train_adapter(task, interrupt_at(5))
     assert train_adapter(dataclasses.replace(task, seed=1)).resumed_from_step == 0
 
 
-def test_a_plan_says_what_will_be_done(tmp_path):
+def test_a_plan_describes_the_task(tmp_path):
     task = tiny_task(tmp_path, images=3)
-    todo = plan_task(task)
-    # 3 CLIP blocks of width 16 and one aggregator layer, r = 2: see methods B.1 for the list.
+    plan = plan_task(task)
+    # 3 CLIP blocks of width 16 and one aggregator layer, r = 2, with the layers of SemLA.
     clip = 3 * (3 * (16 + 16) + 2 * (16 + 64))
     swin = 2 * (2 * (16 + 8 + 16) + 2 * (16 + 16) + 2 * (16 + 64))
     attention = 2 * (16 + 8 + 16) + (16 + 16) + 2 * (16 + 64)
-    assert todo.parameters == 2 * (clip + swin + attention)
-    assert (todo.name, todo.images, todo.steps) == ("fog", 3, 6)
+    assert plan.parameters == 2 * (clip + swin + attention)
+    assert (plan.name, plan.images, plan.steps) == ("fog", 3, 6)
 
 
 def test_without_a_validation_split_there_are_no_metrics(tmp_path):
@@ -227,14 +227,14 @@ def test_images_without_masks_are_refused(tmp_path):
         train_adapter(task)
 
 
-def test_bad_images_are_left_out_on_request(tmp_path):
+def test_skip_bad_leaves_out_broken_images(tmp_path):
     task = tiny_task(tmp_path, skip_bad=True)
     (tmp_path / "fog" / "images" / "train" / "1.png").write_bytes(b"not an image")
     assert plan_task(task).images == 3
     assert train_adapter(task).version == 1
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
+def test_an_infinite_loss_is_an_error_with_the_step(tmp_path):
     task = tiny_task(tmp_path, recipe={**RECIPE, "learning_rate": 1e38, "alpha": 1e8})
     with pytest.raises(StageError, match=r"step [0-9]+: the (loss|gradient norm) is"):
         train_adapter(task)
@@ -244,14 +244,14 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
     ("changes", "reason"),
     [({"name": "../x"}, "name: "), ({"name": "A"}, "name: "), ({"images": 0}, "images: got 0")],
 )
-def test_refuses_a_task_that_cannot_be(tmp_path, changes, reason):
+def test_invalid_names_and_counts_are_refused(tmp_path, changes, reason):
     task = tiny_task(tmp_path)
     with pytest.raises(ConfigError, match=reason):
         dataclasses.replace(task, **changes)
 
 
 def sweep(folder, *ranks, **changes):
-    """Tasks on one dataset that differ by name and rank."""
+    """Tasks on one dataset that differ in name and rank."""
     task = tiny_task(folder, data_order="per_dataset", **changes)
     rules = {rank: {**RECIPE, "targets": "aggregator", "rank": rank} for rank in ranks}
     return [
@@ -262,12 +262,12 @@ def sweep(folder, *ranks, **changes):
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
-    """Digests of a sweep, each trained alone."""
+    """Results of a sweep whose tasks are trained one by one, by name."""
     tasks = sweep(tmp_path_factory.mktemp("swept"), 1, 2, 4)
     return {task.name: train_adapter(task) for task in tasks}
 
 
-def test_a_sweep_trained_together_gives_the_bytes_of_each_alone(swept, tmp_path, monkeypatch):
+def test_a_group_gives_the_bytes_of_each_task_alone(swept, tmp_path, monkeypatch):
     scored = []
     monkeypatch.setattr(
         "loraseg.train.segmenter_adapters.job.mean_iou",
@@ -278,18 +278,18 @@ def test_a_sweep_trained_together_gives_the_bytes_of_each_alone(swept, tmp_path,
     results = train_adapter_group(tasks)
     assert [result.digest for result in results] == [swept[task.name].digest for task in tasks]
     assert len({result.digest for result in results}) == 3
-    # The bare base is scored once for all.
+    # The bare base is scored once.
     assert scored.count(None) == 1
     assert len(scored) == 4
 
 
-def test_the_kept_base_score_is_the_one_made_anew(swept, tmp_path, monkeypatch):
+def test_the_cached_base_score_equals_a_new_one(swept, tmp_path, monkeypatch):
     monkeypatch.setattr("loraseg.train.segmenter_adapters.job._base_scores", LruCache(64))
     (result,) = train_adapter_group(sweep(tmp_path, 2))
     assert result.metrics == swept["rank-2"].metrics
 
 
-def test_a_killed_group_goes_on_in_any_other_grouping(swept, tmp_path):
+def test_a_killed_group_resumes_in_another_grouping(swept, tmp_path):
     tasks = sweep(tmp_path, 1, 2, 4)
     with pytest.raises(Interrupted):
         train_adapter_group(tasks, interrupt_at(5))
@@ -301,7 +301,7 @@ def test_a_killed_group_goes_on_in_any_other_grouping(swept, tmp_path):
     assert list(open_store(tasks[0].checkpoints).list()) == []
 
 
-def test_a_failing_task_of_a_group_fails_alone(swept, tmp_path):
+def test_an_error_of_one_task_does_not_end_its_group(swept, tmp_path):
     tasks = sweep(tmp_path, 1, 2)
     wild = {"learning_rate": 1e38, "alpha": 1e8}
     tasks[0] = dataclasses.replace(tasks[0], recipe=dataclasses.replace(tasks[0].recipe, **wild))

@@ -1,4 +1,4 @@
-"""A tiny base, encoder and task as files, so that whole units of work run in a second."""
+"""A tiny base, encoder and task as files, so that a whole task runs in a second."""
 
 import functools
 import json
@@ -62,7 +62,7 @@ def write_clip(path):
 
 @functools.cache
 def _weights():
-    """Write each file once: safetensors orders header strings anew every time."""
+    """Write each file once: the order of header strings differs between writes."""
     with tempfile.TemporaryDirectory() as folder:
         base = write_base(Path(folder) / "base.safetensors")
         clip = write_clip(Path(folder) / "clip.safetensors")
@@ -70,7 +70,7 @@ def _weights():
 
 
 def tiny_task(folder, name="fog", recipe=RECIPE, **changes):
-    """Write everything below ``folder`` that is not there yet and return a task for it."""
+    """Write the missing files below ``folder`` and return a task on them."""
     if not (folder / "base.safetensors").exists():
         for file_name, data in _weights().items():
             (folder / file_name).write_bytes(data)

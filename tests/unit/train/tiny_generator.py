@@ -1,4 +1,4 @@
-"""A tiny generator with its data at hand, or as files for whole units of work."""
+"""A tiny generator with its data in memory, or as files for whole tasks."""
 
 import functools
 import tempfile
@@ -37,7 +37,7 @@ def tiny_generator(kind="sd", prediction="epsilon"):
 
 
 def denoising_data(folder, base, recipe, *, split="train", seed=0, keys=("t",)):
-    """Data of the domain in a folder, which is written if it is not there."""
+    """Data of the domain in a folder, which is written if it is missing."""
     if not (folder / "fog").exists():
         write_domain(folder / "fog", "fog")
     dataset = open_dataset(folder / "fog")
@@ -68,7 +68,7 @@ def write_pipeline(folder):
 
 
 def tiny_generator_task(folder, name="fog", *, recipe=None, **changes):
-    """Write everything below ``folder`` that is not there yet and return a task for it."""
+    """Write the missing files below ``folder`` and return a task on them."""
     if not (folder / "pipeline").exists():
         write_pipeline(folder / "pipeline")
     if not (folder / "fog").exists():

@@ -1,4 +1,4 @@
-"""Checkpoints and a store that fails: saving is tried, loading must not be guessed."""
+"""Checkpoints in a store that fails."""
 
 import json
 
@@ -11,13 +11,13 @@ from loraseg.train.core.checkpoint import CheckpointStore, TrainingSnapshot
 
 
 class FailingStore(LocalStore):
-    """Fails every call while ``is_down``; ``patience_s`` is what was asked for last."""
+    """Fails every call while ``is_down``; ``retry_timeout_s`` is the last requested timeout."""
 
     is_down = False
-    patience_s = None
+    retry_timeout_s = None
 
-    def with_retry_timeout(self, patience_s):
-        self.patience_s = patience_s
+    def with_retry_timeout(self, retry_timeout_s):
+        self.retry_timeout_s = retry_timeout_s
         return self
 
     def get(self, key):
@@ -42,9 +42,9 @@ def store(tmp_path):
     return FailingStore(tmp_path)
 
 
-def test_training_goes_on_without_the_store(store, caplog):
+def test_training_continues_without_the_store(store, caplog):
     slot = CheckpointStore(store)
-    assert store.patience_s == SHORT_RETRY_TIMEOUT_S
+    assert store.retry_timeout_s == SHORT_RETRY_TIMEOUT_S
     slot.save(snapshot(10))
     store.is_down = True
     slot.save(snapshot(20))
@@ -55,7 +55,7 @@ def test_training_goes_on_without_the_store(store, caplog):
     assert slot.load().step == 30
 
 
-def test_a_store_that_fails_is_not_taken_for_an_empty_one(store):
+def test_a_failing_store_is_not_an_empty_one(store):
     slot = CheckpointStore(store)
     slot.save(snapshot(10))
     store.is_down = True
@@ -63,7 +63,7 @@ def test_a_store_that_fails_is_not_taken_for_an_empty_one(store):
         slot.load()
 
 
-def test_a_pointer_that_leads_elsewhere_counts_as_damaged(tmp_path, caplog):
+def test_a_pointer_to_another_key_counts_as_damaged(tmp_path, caplog):
     store = LocalStore(tmp_path)
     for key in ("../other.safetensors", "latest.json", 7):
         pointer = {"key": key, "sha256": "", "step": 1, "skipped_batches": 0}
@@ -72,7 +72,7 @@ def test_a_pointer_that_leads_elsewhere_counts_as_damaged(tmp_path, caplog):
     assert caplog.text.count("starting again") == 3
 
 
-def test_pictures_are_kept_beside_checkpoints_until_all_is_cleared(store, caplog):
+def test_images_are_stored_until_everything_is_cleared(store, caplog):
     slot = CheckpointStore(store)
     slot.save(snapshot(10))
     slot.save_image(100, b"later")

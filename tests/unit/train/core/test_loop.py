@@ -20,7 +20,7 @@ CONFIG = LoopConfig(steps=12, warmup_steps=3, clip_norm=0.5, checkpoint_every=4)
 
 
 class Problem:
-    """A small regression whose batch depends on the step alone."""
+    """A small regression whose batch depends on the step only."""
 
     def __init__(self, skip=()):
         self.layer = nn.Linear(3, 2)
@@ -74,7 +74,7 @@ def test_matches_adamw_written_out():
 
 
 @pytest.mark.parametrize("kills", [(1,), (4,), (5, 7), (9, 9, 10), (11,)])
-def test_ends_in_the_same_bits_whatever_kills_it(tmp_path, kills):
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, kills):
     whole = Problem(skip=(2,))
     plain = whole.run()
     slot = CheckpointStore(open_store(str(tmp_path)))
@@ -89,7 +89,7 @@ def test_ends_in_the_same_bits_whatever_kills_it(tmp_path, kills):
     assert result.resumed_from_step == max(kills) // 4 * 4 == last.seen[0]
 
 
-def test_checkpoints_change_nothing_and_only_the_last_is_kept(tmp_path):
+def test_checkpoints_do_not_change_the_result_and_only_the_last_stays(tmp_path):
     store = open_store(str(tmp_path))
     slot = CheckpointStore(store)
     with_slot, without = Problem(), Problem()
@@ -102,7 +102,7 @@ def test_checkpoints_change_nothing_and_only_the_last_is_kept(tmp_path):
     assert slot.load() is None
 
 
-def test_a_worker_that_is_behind_leaves_the_newest_checkpoint(tmp_path):
+def test_a_slow_worker_does_not_replace_a_newer_checkpoint(tmp_path):
     slot = CheckpointStore(open_store(str(tmp_path)))
     ahead, behind = (
         TrainingSnapshot(step, 0, {"value/w": torch.ones(1) * step}) for step in (40, 20)
@@ -149,7 +149,7 @@ def test_a_checkpoint_of_other_parameters_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_stops_at_a_loss_that_is_not_finite(bad):
+def test_an_infinite_loss_is_an_error(bad):
     problem = Problem()
     inner = problem.loss_of
     problem.loss_of = lambda step: inner(step) * (bad if step == 5 else 1.0)
@@ -157,14 +157,14 @@ def test_stops_at_a_loss_that_is_not_finite(bad):
         problem.run()
 
 
-def test_stops_at_a_gradient_that_is_not_finite():
+def test_an_infinite_gradient_is_an_error():
     problem = Problem()
     problem.loss_of = lambda step: problem.layer.weight.sum().sub(1.5).square().sqrt()
     with pytest.raises(StageError, match="step 0: the gradient norm is nan"):
         problem.run()
 
 
-def test_reports_skips_and_refuses_to_learn_nothing():
+def test_skipped_batches_are_counted_and_may_not_be_all():
     losses = []
     result = Problem(skip=(0, 3)).run(on_step=lambda done, loss: losses.append(loss))
     assert result.skipped_batches == 2
@@ -191,7 +191,7 @@ def test_rate_rises_linearly_and_falls_to_zero():
         ({"steps": 1, "clip_norm": 0.0}, "clip_norm: got 0"),
     ],
 )
-def test_refuses_settings_out_of_range(values, reason):
+def test_settings_out_of_range_are_refused(values, reason):
     with pytest.raises(ConfigError, match=reason):
         LoopConfig(**values)
 
@@ -219,7 +219,7 @@ def test_the_average_is_the_one_written_out():
 
 
 @pytest.mark.parametrize("kills", [(1,), (5, 7), (11,)])
-def test_the_average_survives_kills_bit_by_bit(tmp_path, kills):
+def test_a_killed_run_resumes_the_average_to_the_same_bits(tmp_path, kills):
     def averaged(problem, **options):
         run = TrainingLoop(problem.parameters, problem.groups, AVERAGING, **options)
         for step in range(run.first_step, AVERAGING.steps):
@@ -253,7 +253,7 @@ def test_a_loss_in_parts_is_their_sum():
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_a_constant_rate_stays_after_the_warm_up():
+def test_a_constant_rate_stays_constant_after_the_warm_up():
     factors = [lr_factor(AVERAGING, step) for step in range(12)]
     assert factors[:3] == pytest.approx([0.01, 0.34, 0.67])
     assert factors[3:] == [1.0] * 9
@@ -263,6 +263,6 @@ def test_a_constant_rate_stays_after_the_warm_up():
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, math.nan])
-def test_refuses_an_average_that_is_none(decay):
+def test_decays_out_of_range_are_refused(decay):
     with pytest.raises(ConfigError, match="ema_decay: got"):
         AveragingLoopConfig(steps=1, ema_decay=decay)

@@ -19,7 +19,7 @@ CLASSES = ["sky", "road", "car"]
 
 
 def random_pairs(base, rule="semla", dtype=torch.float32):
-    """Pairs that are not at rest, so that every gradient is there."""
+    """Random pairs, whose gradients are all non-zero."""
     pairs = init_pairs(base.model, target_modules(base.model, rule), rank=3, alpha=1.5, seed=0)
     generator = torch.Generator().manual_seed(1)
     for parameter in pairs.parameters().values():
@@ -77,7 +77,7 @@ def test_loss_and_gradients_are_those_of_stock_peft(rule, monkeypatch):
     assert set(found) == set(expected)
     for name, gradient in expected.items():
         if gradient is None or found[name] is None:
-            # Methods A.3: the last vision block has values but no attention.
+            # The last vision block of CAT-Seg has values but no attention.
             assert gradient is found[name] is None
             assert ".resblocks.1.attn." in name
         else:
@@ -98,7 +98,7 @@ def test_in_bf16_the_gradients_are_as_near_to_the_exact_ones_as_pefts():
     assert 0 < error(found) < 1.2 * error(theirs)
 
 
-def test_fresh_pairs_change_nothing_and_start_as_in_the_reference():
+def test_initial_pairs_change_nothing_and_follow_the_reference():
     base = tiny_base()
     names = target_modules(base.model)
     x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -121,7 +121,7 @@ def test_fresh_pairs_change_nothing_and_start_as_in_the_reference():
     assert pairs.scale == 8.0 / 64
 
 
-def test_several_take_turns_and_the_base_stays_as_it_was():
+def test_several_sets_alternate_and_the_base_stays_unchanged():
     base = tiny_base()
     state = copy.deepcopy(base.model.state_dict())
     images, _ = inputs()
@@ -134,7 +134,7 @@ def test_several_take_turns_and_the_base_stays_as_it_was():
     assert all(torch.equal(value, state[key]) for key, value in base.model.state_dict().items())
 
 
-def test_only_one_set_of_pairs_acts_at_a_time():
+def test_only_one_set_of_pairs_can_be_applied():
     base = tiny_base()
     pairs = random_pairs(base)
     with (
@@ -145,7 +145,7 @@ def test_only_one_set_of_pairs_acts_at_a_time():
         pass
 
 
-def test_freezing_is_undone():
+def test_freeze_restores_the_model():
     model = tiny_base().model
     model.upsample1.requires_grad_(True)
     before = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -157,7 +157,7 @@ def test_freezing_is_undone():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_kept_features_give_the_bits_of_features_made_anew(precision):
+def test_cached_features_give_the_bits_of_new_features(precision):
     base = tiny_base()
     pairs = random_pairs(base, "aggregator")
     images, labels = inputs()

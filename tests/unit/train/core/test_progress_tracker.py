@@ -1,4 +1,4 @@
-"""The progress board with a clock of our own."""
+"""The progress tracker with a fake clock."""
 
 import pytest
 
@@ -23,62 +23,62 @@ def clock():
     return Clock()
 
 
-def test_the_time_left_follows_the_pace_of_the_present_worker(clock):
-    board = ProgressTracker(clock)
-    board.put(at(0, phase="evaluate"), "a")
+def test_the_remaining_time_follows_the_speed_of_the_current_worker(clock):
+    tracker = ProgressTracker(clock)
+    tracker.put(at(0, phase="evaluate"), "a")
     clock.now = 1000.0
-    board.put(at(40), "a")
-    assert board.read()["fog"].remaining_s is None
+    tracker.put(at(40), "a")
+    assert tracker.read()["fog"].remaining_s is None
     clock.now = 1005.0
-    board.put(at(50), "a")
-    # 10 steps in 5 s leave 50 steps for 25 s: neither the 40 steps of an earlier run nor the
-    # evaluation before the training count.
-    assert board.read()["fog"].remaining_s == pytest.approx(25.0)
+    tracker.put(at(50), "a")
+    # 10 steps in 5 s: the remaining 50 take 25 s. The 40 steps of an earlier run and the evaluation
+    # do not count.
+    assert tracker.read()["fog"].remaining_s == pytest.approx(25.0)
 
 
-def test_another_worker_is_a_takeover_and_starts_its_own_pace(clock):
-    board = ProgressTracker(clock)
-    board.put(at(60), "a")
+def test_another_worker_counts_as_a_restart_and_has_its_own_speed(clock):
+    tracker = ProgressTracker(clock)
+    tracker.put(at(60), "a")
     clock.now = 100.0
-    board.put(at(30), "b")
-    standing = board.read()["fog"]
-    assert (standing.restarts, standing.remaining_s) == (1, None)
+    tracker.put(at(30), "b")
+    current = tracker.read()["fog"]
+    assert (current.restarts, current.remaining_s) == (1, None)
     clock.now = 110.0
-    board.put(at(50), "b")
-    assert board.read()["fog"].remaining_s == pytest.approx(25.0)
+    tracker.put(at(50), "b")
+    assert tracker.read()["fog"].remaining_s == pytest.approx(25.0)
 
 
-def test_adapters_do_not_mix(clock):
-    board = ProgressTracker(clock)
-    board.put(at(10, name="fog"), "a")
-    board.put(at(20, name="rain"), "b")
-    steps = {name: standing.progress.step for name, standing in board.read().items()}
+def test_adapters_are_independent(clock):
+    tracker = ProgressTracker(clock)
+    tracker.put(at(10, name="fog"), "a")
+    tracker.put(at(20, name="rain"), "b")
+    steps = {name: current.progress.step for name, current in tracker.read().items()}
     assert steps == {"fog": 10, "rain": 20}
 
 
-def test_only_changes_are_told(clock):
-    board = ProgressTracker(clock)
-    board.put(at(10, name="fog"), "a")
-    board.put(at(20, name="rain"), "b")
-    before = board.read()
+def test_only_changes_are_listed(clock):
+    tracker = ProgressTracker(clock)
+    tracker.put(at(10, name="fog"), "a")
+    tracker.put(at(20, name="rain"), "b")
+    before = tracker.read()
     clock.now = 2.0
-    board.put(at(40, name="rain"), "b")
-    (line,) = format_changes(before, board.read())
+    tracker.put(at(40, name="rain"), "b")
+    (line,) = format_changes(before, tracker.read())
     assert line == "rain: train 40/100  loss 0.5000  20.0 images/s  0:00:06 left"
 
 
-def test_a_lost_worker_is_told(clock):
-    board = ProgressTracker(clock)
-    board.put(at(60), "a")
-    before = board.read()
-    board.put(at(0, phase="evaluate"), "b")
-    lines = format_changes(before, board.read())
+def test_a_lost_worker_is_listed(clock):
+    tracker = ProgressTracker(clock)
+    tracker.put(at(60), "a")
+    before = tracker.read()
+    tracker.put(at(0, phase="evaluate"), "b")
+    lines = format_changes(before, tracker.read())
     assert lines == ["fog: its worker was lost, another took over", "fog: evaluate 0/100"]
 
 
-def test_standing_still_is_not_told_twice(clock):
-    board = ProgressTracker(clock)
-    board.put(at(100, phase="evaluate"), "a")
-    before = board.read()
-    board.put(at(100, phase="evaluate"), "a")
-    assert format_changes(before, board.read()) == []
+def test_unchanged_progress_is_listed_once(clock):
+    tracker = ProgressTracker(clock)
+    tracker.put(at(100, phase="evaluate"), "a")
+    before = tracker.read()
+    tracker.put(at(100, phase="evaluate"), "a")
+    assert format_changes(before, tracker.read()) == []

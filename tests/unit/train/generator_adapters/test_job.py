@@ -1,4 +1,4 @@
-"""Generator adapters as units of work: planned, killed, resumed, published, reported."""
+"""Generator tasks: plan, run, kill, resume, publish, report."""
 
 import dataclasses
 import io
@@ -49,7 +49,7 @@ def published(task):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """One finished task with pictures, shared by the tests that only look at it."""
+    """A finished task with sample grids, shared by tests that only read it."""
     recipe = tiny_recipe(grid={"every": 3, "masks": 2, "steps": 2})
     task = tiny_generator_task(tmp_path_factory.mktemp("done"), recipe=recipe)
     reports = []
@@ -114,7 +114,7 @@ def test_the_report_shows_the_grids_and_needs_no_network(done):
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
-    """A finished task without pictures and without a validation split, its report elsewhere."""
+    """A finished task without sample grids or validation split, with its report elsewhere."""
     folder = tmp_path_factory.mktemp("bare")
     recipe = tiny_recipe(loop={"steps": 2, "warmup_steps": 1})
     task = tiny_generator_task(folder, recipe=recipe, output=str(folder / "out"))
@@ -122,7 +122,7 @@ def bare(tmp_path_factory):
     return folder / "out", train_adapter(task)
 
 
-def test_pictures_are_left_out_of_a_report_without_any(bare):
+def test_a_report_without_sample_grids_says_so(bare):
     page = open_store(str(bare[0])).get("fog.html").decode()
     assert "None: the recipe sets no interval (grid.every)." in page
 
@@ -160,7 +160,7 @@ def test_a_grid_of_crops_shows_each_image_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kills", [(1,), (3, 5)])
-def test_ends_in_the_same_bytes_whatever_kills_it(done, tmp_path, kills):
+def test_a_killed_task_resumes_to_the_same_bytes(done, tmp_path, kills):
     task = tiny_generator_task(tmp_path)
     for step in kills:
         with pytest.raises(Interrupted):
@@ -173,7 +173,7 @@ def test_ends_in_the_same_bytes_whatever_kills_it(done, tmp_path, kills):
     assert not list(open_store(task.checkpoints).list("fog/"))
 
 
-def test_killed_while_scoring_it_does_not_train_again(done, tmp_path):
+def test_a_task_killed_while_scoring_does_not_train_again(done, tmp_path):
     task = tiny_generator_task(tmp_path)
 
     def kill_when_scoring(progress):
@@ -187,7 +187,7 @@ def test_killed_while_scoring_it_does_not_train_again(done, tmp_path):
     assert result.metrics == done[1].metrics
 
 
-def test_is_skipped_when_done_and_run_again_when_anything_changed(done):
+def test_a_published_task_is_skipped_unless_something_changed(done):
     task, first, _ = done
     again = train_adapter(task, interrupt_at(1))
     assert (again.skipped, again.version, again.digest) == (True, 1, first.digest)
@@ -199,10 +199,10 @@ def test_is_skipped_when_done_and_run_again_when_anything_changed(done):
     assert not plan_task(dataclasses.replace(task, recipe=fusion)).published
 
 
-def test_a_plan_says_what_will_be_done(done):
+def test_a_plan_describes_the_task(done):
     task, _, _ = done
-    todo = plan_task(dataclasses.replace(task, images=3, name="other"))
-    assert (todo.name, todo.images, todo.parameters, todo.steps, todo.published) == (
+    plan = plan_task(dataclasses.replace(task, images=3, name="other"))
+    assert (plan.name, plan.images, plan.parameters, plan.steps, plan.published) == (
         "other",
         3,
         PARAMETERS,
@@ -241,7 +241,7 @@ def test_nothing_is_encoded_twice(done, monkeypatch):
 
 @pytest.fixture(scope="module")
 def with_active(done, tmp_path_factory):
-    """A finished task on an active adapter without fusion layers, in a library of its own."""
+    """A finished task on a frozen adapter without attention mix, in a separate library."""
     folder = tmp_path_factory.mktemp("active")
     shutil.copytree(done[0].data, folder / "fog")
     plain = tiny_recipe(draws={"regions": False}, targets="self")
@@ -255,7 +255,7 @@ def with_active(done, tmp_path_factory):
     return task, train_adapter(task)
 
 
-def test_the_card_says_what_was_active(with_active, done):
+def test_the_card_lists_the_frozen_adapters(with_active, done):
     task, result = with_active
     style = Library(open_store(task.library)).entry("style")
     card = published(task)[1]
@@ -270,12 +270,12 @@ def test_the_card_says_what_was_active(with_active, done):
     assert card.metrics["val_loss"] != pytest.approx(card.metrics["val_loss_base"], abs=1e-9)
 
 
-def test_pictures_show_what_is_active_too(with_active):
+def test_sample_grids_are_drawn_with_frozen_adapters(with_active):
     page = open_store(with_active[0].report_uri).get("control.html").decode()
     assert page.count("data:image/png") == 1
 
 
-def test_what_cannot_be_active_is_refused(with_active):
+def test_adapters_that_cannot_be_frozen_are_refused(with_active):
     for name, error, reason in (
         ("absent", AdapterNotFoundError, "no adapter 'absent'"),
         ("control", ConfigError, "has attention-mix layers of its own"),
@@ -297,7 +297,7 @@ def spoil(folder, name, mask):
         ("train", np.zeros((32, 64), np.uint8), "64 x 32 pixels"),
     ],
 )
-def test_bad_masks_stop_it_before_anything_is_encoded(tmp_path, split, mask, reason):
+def test_broken_masks_fail_before_anything_is_encoded(tmp_path, split, mask, reason):
     task = tiny_generator_task(tmp_path)
     spoil(tmp_path, split, mask)
     reports = []
@@ -307,7 +307,7 @@ def test_bad_masks_stop_it_before_anything_is_encoded(tmp_path, split, mask, rea
     assert reports == []
 
 
-def test_a_failing_task_fails_alone(tmp_path):
+def test_an_error_is_the_outcome_of_its_task(tmp_path):
     task = tiny_generator_task(tmp_path)
     bad = dataclasses.replace(task, recipe=tiny_recipe(view={"size": [33, 32]}))
     with pytest.raises(ConfigError, match="multiples of 4"):

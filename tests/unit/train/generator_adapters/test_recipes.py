@@ -148,7 +148,7 @@ def test_a_reports_path_holds_in_any_folder(tmp_path, monkeypatch):
         ({"learning_rate": 0.0}, "learning_rate: got 0"),
         ({"alpha": -1.0}, "alpha: got -1"),
         ({"weight_decay": -1.0}, "weight_decay: got -1"),
-        ({"targets": ""}, "targets: got nothing"),
+        ({"targets": ""}, "targets: got none"),
         ({"fusion": {"mode": "on"}}, "fusion.mode"),
         ({"grid": {"every": -1}}, "grid: every -1"),
         ({"grid": {"guidance": 0.5}}, "grid.guidance: got 0.5, expected at least 1"),
@@ -156,7 +156,7 @@ def test_a_reports_path_holds_in_any_folder(tmp_path, monkeypatch):
         ({"view": {"sise": [8, 8]}}, "did you mean 'view.size'"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(changes, reason):
+def test_invalid_settings_are_refused(changes, reason):
     with pytest.raises(ConfigError, match=reason):
         named_generator_recipe("matchmask-miniature", changes)
 

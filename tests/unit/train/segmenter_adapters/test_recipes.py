@@ -12,7 +12,7 @@ from loraseg.train.segmenter_adapters.recipes import (
     semla,
 )
 
-# Methods B.2, typed in anew: batch, rate, iterations, weight decay, warm-up factor.
+# SemLA's training configs, copied by hand: batch, rate, iterations, weight decay, warm-up factor.
 TABLE = """
 acdc 2 1e-4 2000 1e-4 .01
 muses 2 1e-5 3000 1e-4 .01

@@ -29,7 +29,7 @@ def dataset(tmp_path_factory):
 
 
 def loss_of(base, classes, batch, precision="fp32", **options):
-    """The loss on a batch of images and labels, from pixels and words on."""
+    """The loss on a batch, from pixels and class names."""
     images, labels = batch
     text = encode_text(base, base.tokenize(classes), precision)
     side = encode_image_features(base, images, precision)
@@ -40,7 +40,7 @@ def batches(dataset, augmentation=FULL, **options):
     return TrainingImages(dataset, dataset.samples("train"), augmentation, **options)
 
 
-def test_a_batch_depends_on_seed_keys_and_step_alone(dataset):
+def test_a_batch_depends_on_seed_keys_and_step_only(dataset):
     images, again = batches(dataset, keys=("a",)), batches(dataset, keys=("a",))
     later = [again.batch(step, 3) for step in (4, 0, 2)]
     for step, expected in zip((4, 0, 2), later, strict=True):
@@ -53,14 +53,14 @@ def test_a_batch_depends_on_seed_keys_and_step_alone(dataset):
         assert not np.array_equal(first, batches(dataset, **other).batch(0, 3)[0])
 
 
-def test_every_image_comes_once_a_round(dataset):
+def test_every_image_occurs_once_per_epoch(dataset):
     images = batches(dataset, PLAIN)
     originals = {dataset.load_image(s).tobytes(): s.id for s in dataset.samples("train")}
     seen = [originals[i.tobytes()] for step in range(6) for i in images.batch(step, 5)[0]]
     rounds = [seen[start : start + 5] for start in range(0, 30, 5)]
     assert all(sorted(ids) == ["0", "1", "2", "3", "4"] for ids in rounds)
     assert len({tuple(ids) for ids in rounds}) > 1
-    # The batch size only cuts the same sequence elsewhere.
+    # Another batch size divides the same sequence.
     assert [originals[i.tobytes()] for step in range(10) for i in images.batch(step, 3)[0]] == seen
 
 
@@ -87,7 +87,7 @@ def test_first_resize_takes_the_nearest_pixel_of_image_and_mask(dataset, size):
         assert np.array_equal(new[:, : size[0], : size[1]], expected)
 
 
-def test_refuses_images_without_masks(dataset):
+def test_images_without_masks_are_refused(dataset):
     samples = [dataclasses.replace(s, mask=None) for s in dataset.samples("train")]
     with pytest.raises(DatasetError, match="5 images, 5 without a mask"):
         TrainingImages(dataset, samples, PLAIN)
@@ -138,14 +138,14 @@ def test_images_of_clips_own_size_are_not_resampled():
     assert torch.equal(network_input(base, images), expected)
 
 
-def test_images_go_where_the_model_is():
+def test_images_move_to_the_device_of_the_model():
     base = tiny_base()
     base.model.to("meta")
     images = np.zeros((1, 24, 24, 3), dtype=np.uint8)
     assert network_input(base, images).device == base.device == torch.device("meta")
 
 
-def test_threads_are_given_back():
+def test_the_number_of_threads_is_restored():
     before = torch.get_num_threads()
     with fixed_threads(before + 1):
         assert torch.get_num_threads() == before + 1

@@ -36,7 +36,7 @@ def images(dataset):
 
 @pytest.fixture(scope="module")
 def plain(images):
-    """What the recipe of most tests makes of a fresh base."""
+    """Pairs trained with the recipe of most tests."""
     return train(tiny_base(), images).pairs
 
 
@@ -44,7 +44,7 @@ def train(base, images, **changes):
     return train_lora(base, images, LABELS.names, named_recipe("miniature", {**RECIPE, **changes}))
 
 
-def test_the_base_is_afterwards_as_it_was(images):
+def test_the_base_is_unchanged_afterwards(images):
     base = tiny_base()
     before = {name: value.clone() for name, value in base.model.state_dict().items()}
     modules = {name: type(module) for name, module in base.model.named_modules()}
@@ -57,7 +57,7 @@ def test_the_base_is_afterwards_as_it_was(images):
     assert not any(p.requires_grad for p in base.model.parameters())
 
 
-def test_all_pairs_train_and_the_loss_falls(images):
+def test_all_pairs_train_and_the_loss_decreases(images):
     losses = []
     recipe = named_recipe(
         "miniature",
@@ -88,7 +88,7 @@ def test_inert_and_active_must_agree(images):
         train(tiny_base(), images, clip_attention_lora="inert")
 
 
-def test_counted_is_what_trains():
+def test_the_count_is_the_number_of_trained_values():
     base, recipe = tiny_base(), named_recipe("miniature", {"rank": 3})
     names = target_modules(base.model, recipe.targets)
     parameters = init_pairs(base.model, names, rank=3, alpha=1.0, seed=0).parameters()
@@ -96,7 +96,7 @@ def test_counted_is_what_trains():
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_twice_gives_the_same_bits(images, precision):
+def test_two_runs_give_the_same_bits(images, precision):
     loop = {**RECIPE["loop"], "steps": 4, "precision": precision}
     first, second = (train(tiny_base(), images, loop=loop).pairs for _ in range(2))
     for name, pair in first.items():
@@ -104,7 +104,7 @@ def test_twice_gives_the_same_bits(images, precision):
         assert torch.equal(pair.up, second[name].up)
 
 
-def test_the_seed_of_the_batches_decides_the_start(dataset, plain):
+def test_the_seed_of_the_batches_decides_the_initial_pairs(dataset, plain):
     other = TrainingImages(
         dataset, dataset.samples("train"), named_recipe("miniature", RECIPE).augment, seed=1
     )
@@ -137,7 +137,7 @@ def same(first, second):
 
 @pytest.fixture(scope="module")
 def alone(images):
-    """What each member becomes on its own."""
+    """The pairs of each member trained alone."""
     return {
         name: train_group(tiny_base(), images, LABELS.names, [member(name)])[0] for name in GROUP
     }
@@ -213,7 +213,7 @@ def test_members_must_agree_on_what_they_share(images):
 
 
 @pytest.mark.parametrize("rule", TARGET_RULES)
-def test_the_list_of_rules_that_leave_clip_alone_is_right(rule):
+def test_rules_without_clip_adapt_neither_encoder(rule):
     base = tiny_base()
     names = base.target_modules(rule)
     assert base.adapts_images(names) == (rule not in RULES_WITHOUT_CLIP)
