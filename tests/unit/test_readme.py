@@ -1,6 +1,8 @@
-"""The Python example of the README runs as printed; its links and paths exist."""
+"""The Python example of the README runs as printed; commands, links and paths are valid."""
 
+import importlib
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from loraseg import config
 from loraseg.adapters.adapter import LoraPair
 from loraseg.adapters.peft_io import to_peft_files
 from loraseg.adapters.targets.unet import select_projections
 from loraseg.backbones.clip import load_clip
 from loraseg.backbones.diffusion import load_diffusion
+from loraseg.cli import entry
 from loraseg.inference import generation
 from loraseg.library import AdapterCard, BaseModelInfo, Library
 from loraseg.miniature.world.captions import LABEL_NAMES
@@ -91,6 +95,30 @@ def test_links_and_named_files_exist(page):
     jobs = {f"jobs/{name}.py" for name in re.findall(r"\bjobs\.([a-z_]+)\b", text)} - {"jobs/x.py"}
     paths = [*local, *(ROOT / name for name in named | jobs)]
     assert [str(path) for path in paths if not path.exists()] == []
+
+
+def shell_commands(page):
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text("utf-8"), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            yield shlex.split(line, comments=True)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_job_commands_have_known_settings(page):
+    for words in shell_commands(page):
+        name = next((word for word in words if word.startswith("jobs.")), None)
+        if name is None:
+            continue
+        known = config._keys(importlib.import_module(name).Config)
+        given = [word.partition("=")[0].partition(".")[0] for word in words if "=" in word]
+        assert [key for key in given if key not in known] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_loraseg_commands_are_valid(page):
+    for words in shell_commands(page):
+        if words and words[0].endswith("loraseg"):
+            assert callable(entry._parser().parse_args(words[1:]).command)
 
 
 def test_the_readme_is_short():
