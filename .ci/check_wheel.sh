@@ -29,6 +29,7 @@ for name in ("merges.txt", "vocab.json", "tokenizer.json"):
 load_unet(weights / "judge.safetensors")
 for name in ("page.html.j2", "blocks.html.j2", "style.css.j2"):
     assert (importlib.resources.files("loraseg.reports") / "templates" / name).is_file(), name
+assert not (importlib.resources.files("loraseg.miniature") / "studies").is_dir()
 assert (importlib.resources.files("loraseg.serving") / "static" / "index.html").is_file()
 assert (importlib.resources.files("jobs") / "grafana_dashboard.json").is_file()
 print("wheel: weights and templates found, base, encoder, generator and judge load")
