@@ -33,7 +33,7 @@ from loraseg.backbones.weights import parse_hub_spec, split_pin
 from loraseg.cache_dir import cache_dir, publish_directory
 from loraseg.compat import prepare_torchvision
 from loraseg.errors import ConfigError, IntegrityError
-from loraseg.storage import open_store
+from loraseg.storage import local_path, open_store
 
 __all__ = ["PipelineSource", "load_parts", "resolve_pipeline"]
 
@@ -172,7 +172,7 @@ def _resolve_folder(name: str) -> Path:
         return _from_hub(name)
     if name == "miniature":
         return Path(__file__).parents[1] / "miniature" / "weights" / "generator"
-    return Path(name.removeprefix("file://")).expanduser()
+    return local_path(name)
 
 
 def _from_cache(name: str, digest: str) -> PipelineSource | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from loraseg.cache_dir import cache_dir, publish_file
 from loraseg.errors import ConfigError, IntegrityError
-from loraseg.storage import open_store
+from loraseg.storage import local_path, open_parent_store
 
 __all__ = [
     "HubSpec",
@@ -60,7 +60,7 @@ def resolve_weights(spec: str, *, miniature: str = "catseg") -> WeightSource:
         folder = Path(__file__).parents[1] / "miniature" / "weights"
         source = _from_path(name, folder / f"{miniature}.safetensors")
     else:
-        source = _from_path(name, Path(name.removeprefix("file://")).expanduser())
+        source = _from_path(name, local_path(name))
     if digest not in (None, source.digest):
         raise IntegrityError(f"{name}: sha256 is {source.digest}, pinned {digest}")
     return source
@@ -122,10 +122,8 @@ def _from_cache(uri: str, digest: str | None) -> WeightSource | None:
 
 
 def _download(uri: str) -> WeightSource:
-    prefix, _, key = uri.rpartition("/")
-    if not key or prefix in ("s3:", "s3:/"):
-        raise ConfigError(f"weights {uri!r}: expected s3://bucket/key")
-    data = open_store(prefix).get(key)
+    store, key = open_parent_store(uri)
+    data = store.get(key)
     digest = hashlib.sha256(data).hexdigest()
     path = cache_dir("weights") / digest / key
     publish_file(path, data)

@@ -9,7 +9,9 @@ from typing import Any
 from loraseg.cli.console import print_line, write_files
 from loraseg.data.labels import LabelSpace
 from loraseg.inference.selection import AdaptiveSettings
-from loraseg.segment.render import encode_png, grey_png, overlay_with_legend, palette_png
+from loraseg.data.drawing import encode_png
+from loraseg.data.masks import encode_mask
+from loraseg.segment.render import grey_png, overlay_with_legend
 from loraseg.tensor_types import ndarray
 
 __all__ = ["SegmentWriter"]
@@ -59,7 +61,7 @@ class SegmentWriter:
             **explanation,
         }
         files = {
-            f"{path.stem}.png": palette_png(labels, space),
+            f"{path.stem}.png": encode_mask(labels, space),
             f"{path.stem}_overlay.png": encode_png(overlay_with_legend(image, labels, space)),
             f"{path.stem}.json": (
                 json.dumps(summary, indent=1, ensure_ascii=False) + "\n"

@@ -1,4 +1,4 @@
-"""Open-vocabulary segmentation: the frozen base, its loss, prediction, metrics."""
+"""Segmentation: open-vocabulary and closed-set models, losses, metrics and rendering."""
 
 __all__ = [
     "ConfusionMatrix",

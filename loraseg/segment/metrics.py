@@ -12,32 +12,40 @@ __all__ = ["ConfusionMatrix", "hmean"]
 
 
 class ConfusionMatrix:
-    """Pixel counts by labelled and predicted class, summed over all images of a data set.
+    """Pixel counts by labelled and predicted class, summed over the images of a dataset.
 
-    Policy, as in the scorers of the benchmarks (methods B.6):
+    ``IoU_c = TP_c / (TP_c + FP_c + FN_c)``. As in detectron2's ``SemSegEvaluator`` and the scorer
+    of Cityscapes:
 
-    - pixels labelled ``ignore_index`` count nowhere;
+    - pixels labelled ``ignore_index`` are not counted;
     - a prediction of ``ignore_index`` (no class) on a labelled pixel is a miss of its class;
-    - the IoU of a class is nan if it is neither labelled nor predicted anywhere, and 0 if it is
-      predicted but never labelled;
-    - the mean IoU runs over the classes that occur in the labels, and over no other.
+    - the IoU of a class is NaN if it is neither labelled nor predicted in any image, and 0 if it
+      is predicted but never labelled;
+    - the mean IoU is taken over the classes that occur in the labels.
 
     Attributes:
         counts: (n, n + 1) int64; rows are labels, columns predictions, the last one "no class".
+
+    Raises:
+        DatasetError: There is no class, or ``ignore_index`` is a class id.
     """
 
     def __init__(self, classes: int, *, ignore_index: int = 255) -> None:
         if classes < 1 or 0 <= ignore_index < classes:
             raise DatasetError(
                 f"{classes} classes with ignore_index {ignore_index}: expected at least one class "
-                "and an ignore_index outside of them"
+                "and an ignore_index that is not a class id"
             )
         self.classes = classes
         self.ignore_index = ignore_index
         self.counts: Int[ndarray, "n m"] = np.zeros((classes, classes + 1), dtype=np.int64)
 
     def add(self, label: ndarray, pred: ndarray) -> None:
-        """Count the pixels of one image or batch: two arrays of class ids, of one shape.
+        """Count the pixels of one image or batch.
+
+        Args:
+            label: Integer class ids or ``ignore_index``, of any shape such as (h, w).
+            pred: Predicted ids of the same shape.
 
         Raises:
             DatasetError: Shapes differ, an array is not of integers, or a counted pixel has an id
@@ -51,13 +59,13 @@ class ConfusionMatrix:
         rows = label[counted].astype(np.int64)
         columns = pred[counted].astype(np.int64)
         columns = np.where(columns == self.ignore_index, self.classes, columns)
-        for what, ids, last in (
+        for name, ids, last in (
             ("label", rows, self.classes - 1),
             ("prediction", columns, self.classes),
         ):
             if ids.size and not 0 <= ids.min() <= ids.max() <= last:
                 raise DatasetError(
-                    f"{what} ids from {ids.min()} to {ids.max()}; expected 0 to "
+                    f"{name} ids from {ids.min()} to {ids.max()}; expected 0 to "
                     f"{self.classes - 1} or {self.ignore_index}"
                 )
         width = self.classes + 1
@@ -65,7 +73,7 @@ class ConfusionMatrix:
         self.counts += pairs.reshape(self.classes, width)
 
     def merge(self, other: "ConfusionMatrix") -> "ConfusionMatrix":
-        """Return the matrix of both sets of images together.
+        """Return the matrix of both sets of images.
 
         Raises:
             DatasetError: The matrices differ in classes or ignore_index.
@@ -80,7 +88,7 @@ class ConfusionMatrix:
         return merged
 
     def iou(self) -> Float[ndarray, " n"]:
-        """Return the IoU of each class in [0, 1]; nan where neither labelled nor predicted."""
+        """Return the IoU of each class in [0, 1]; NaN if neither labelled nor predicted."""
         hits = np.diagonal(self.counts)
         union = self.counts.sum(axis=1) + self.counts[:, : self.classes].sum(axis=0) - hits
         return np.divide(hits, union, out=np.full(self.classes, np.nan), where=union > 0)
@@ -94,7 +102,7 @@ class ConfusionMatrix:
         return float(self.iou()[self._classes_present()].mean())
 
     def pixel_accuracy(self) -> float:
-        """Return the share of labelled pixels that are predicted right.
+        """Return the share of labelled pixels with the right prediction, in [0, 1].
 
         Raises:
             StageError: No labelled pixel has been counted.
@@ -106,24 +114,26 @@ class ConfusionMatrix:
         """Return the ids of the classes that occur in the labels."""
         present = np.flatnonzero(self.counts.sum(axis=1))
         if not present.size:
-            raise StageError("no labelled pixel was counted: there is nothing to score")
+            raise StageError("no labelled pixel was counted, so there is no score")
         return present
 
 
 def hmean(values: Sequence[float]) -> float:
-    """Return the harmonic mean n / sum(1 / x), and 0 if any value is 0 (methods B.6).
+    """Return the harmonic mean ``n / sum(1 / x)``; 0 if any value is 0.
+
+    SemLA (arXiv 2503.21780) reports it over its 20 domains as "h-mean".
 
     Args:
-        values: Scores, none negative; the unit is kept.
+        values: Non-negative scores; the result has their unit.
 
     Raises:
-        StageError: There is no value, or one is nan, infinite or negative.
+        StageError: There are no values, or one is NaN, infinite or negative.
     """
-    wrong = [value for value in values if not (math.isfinite(value) and value >= 0)]
-    if wrong or not values:
+    invalid = [value for value in values if not (math.isfinite(value) and value >= 0)]
+    if invalid or not values:
         raise StageError(f"a harmonic mean needs finite scores >= 0, got {list(values)}")
     if min(values) == 0:
         return 0.0
-    # Divided by the smallest score first: 1 / x of a denormal x would be infinite.
-    least = min(values)
-    return len(values) * least / math.fsum(least / value for value in values)
+    # Scaled by the smallest score: 1 / x of a denormal x would be infinite.
+    smallest = min(values)
+    return len(values) * smallest / math.fsum(smallest / value for value in values)

@@ -1,50 +1,28 @@
-"""Label maps as pictures: indexed PNG, overlay on the image, legend."""
+"""Label maps as images: indexed PNG, overlay, legend."""
 
 import numpy as np
 
-from loraseg.data.drawing import (
-    colorize,
-    draw_legend,
-    encode_png,
-    legend_entries,
-    pad_to_same_width,
-)
+from loraseg.data.drawing import colorize, draw_legend, legend_entries, pad_to_same_width
 from loraseg.data.labels import LabelSpace
 from loraseg.data.masks import encode_mask
 from loraseg.errors import DatasetError
 from loraseg.tensor_types import Float, UInt8, ndarray
 
-__all__ = [
-    "colorize",
-    "encode_png",
-    "grey_png",
-    "overlay",
-    "overlay_with_legend",
-    "palette_png",
-]
-
-
-def palette_png(labels: UInt8[ndarray, "h w"], label_space: LabelSpace) -> bytes:
-    """Return an indexed PNG: pixel values are class ids, the palette holds the class colours.
-
-    Raises:
-        DatasetError: An id is neither in the label space nor 255.
-    """
-    return encode_mask(labels, label_space)
+__all__ = ["grey_png", "overlay", "overlay_with_legend"]
 
 
 def grey_png(values: Float[ndarray, "h w"]) -> bytes:
-    """Return a map such as confidence as a grey PNG of 8 bits.
+    """Return a map such as confidence as an 8-bit grey PNG.
 
     Args:
-        values: In [0, 1]; a grey level is 255 times that, rounded, halves to even.
+        values: In [0, 1]; the grey level is 255 times the value, rounded half to even.
 
     Raises:
-        DatasetError: A value is outside [0, 1] or not a number.
+        DatasetError: A value is outside [0, 1] or NaN.
     """
     if values.size and not (values.min() >= 0 and values.max() <= 1):
         raise DatasetError(f"map: values from {values.min()} to {values.max()}; expected 0 to 1")
-    # In float64 the product is exact, so that no half is made or lost by rounding twice.
+    # The product is exact in float64, so that rounding happens only once.
     return encode_mask(np.rint(values * np.float64(255)).astype(np.uint8))
 
 
@@ -55,11 +33,11 @@ def overlay(
     *,
     opacity: float = 0.55,
 ) -> UInt8[ndarray, "h w 3"]:
-    """Lay class colours over an image; ignored pixels show the image alone.
+    """Blend class colours into an image; ignored pixels show only the image.
 
     Args:
         image: RGB.
-        labels: Class ids, 255 = ignore, of the image's size.
+        labels: Class ids, 255 = ignore, at the size of the image.
         label_space: The classes.
         opacity: Share of the class colour, in [0, 1].
 
@@ -80,13 +58,13 @@ def overlay_with_legend(
     *,
     opacity: float = 0.55,
 ) -> UInt8[ndarray, "h2 w2 3"]:
-    """Return the overlay with the classes that occur listed below it, largest area first.
+    """Return the overlay with a legend of the classes that occur below, largest area first.
 
-    The picture becomes as wide as the longest entry needs; the image keeps its size.
+    The result is widened if a legend entry is wider than the image; the image is not resized.
 
     Raises:
         DatasetError: The sizes differ.
     """
     picture = overlay(image, labels, label_space, opacity=opacity)
-    below = draw_legend(legend_entries(labels, label_space), label_space, picture.shape[1])
-    return np.concatenate(pad_to_same_width(picture, below))
+    legend = draw_legend(legend_entries(labels, label_space), label_space, picture.shape[1])
+    return np.concatenate(pad_to_same_width(picture, legend))

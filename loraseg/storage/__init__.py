@@ -11,6 +11,7 @@ from loraseg.storage.store import (
 )
 from loraseg.storage.uri import (
     absolute_uri,
+    local_path,
     open_parent_store,
     open_store,
     probe_conditional_writes,
@@ -26,6 +27,7 @@ __all__ = [
     "ObjectStore",
     "absolute_uri",
     "backoff_s",
+    "local_path",
     "open_parent_store",
     "open_store",
     "probe_conditional_writes",

@@ -12,6 +12,7 @@ from loraseg.storage.store import ObjectStore
 
 __all__ = [
     "absolute_uri",
+    "local_path",
     "open_parent_store",
     "open_store",
     "probe_conditional_writes",
@@ -71,6 +72,17 @@ def split_uri(uri: str) -> tuple[str, str]:
     if name in ("", ".", "..") or folder.endswith(("://", ":/")):
         raise ConfigError(f"{uri!r}: expected a file, such as reports/fog.json")
     return folder or "/", name
+
+
+def local_path(spec: str) -> Path:
+    """Return the path that a plain path or a ``file://`` URI denotes.
+
+    Raises:
+        ConfigError: The ``file://`` URI is malformed.
+    """
+    if spec.startswith("file://"):
+        return _file_path(spec.removeprefix("file://"))
+    return Path(spec).expanduser()
 
 
 def open_parent_store(uri: str) -> tuple[ObjectStore, str]:

@@ -30,7 +30,7 @@ from loraseg.errors import (
 from loraseg.inference.loading import load_models
 from loraseg.inference.request import SegmentResult
 from loraseg.inference.segmenter import Segmenter
-from loraseg.segment.render import palette_png
+from loraseg.data.masks import encode_mask
 from loraseg.storage import ObjectNotFoundError, open_store
 from loraseg.storage.store import key_error
 from loraseg.tensor_types import UInt8, ndarray
@@ -174,7 +174,7 @@ class SegmentImagesStage:
             return None, error_columns("gone", "the object was deleted after it was listed")
 
     def _write(self, item: ImageItem, result: SegmentResult) -> str:
-        data = palette_png(result.label_map, self._label_space)
+        data = encode_mask(result.label_map, self._label_space)
         self._output.put(item.mask, data)
         return hashlib.sha256(data).hexdigest()
 

@@ -1,7 +1,8 @@
-"""The file of a closed-set segmenter, and the frozen segmenter that is read from it.
+"""Files of closed-set segmenters, and the frozen segmenter that is loaded from one.
 
-One safetensors file: the tensors under the names of the library that the network comes from, and a
-header that tells the network, its classes and the format. Nothing else is needed to use it.
+A file is a single safetensors file: the tensors, named as in the library that the network comes
+from, and a header with the network config, the class names and the format. The judge of the
+miniature has an older header with the width of a U-Net; it is still read.
 """
 
 import hashlib
@@ -9,8 +10,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
-
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -20,7 +19,7 @@ from loraseg.config import build, to_dict
 from loraseg.data.labels import LabelSpace
 from loraseg.errors import MALFORMED_INPUT_ERRORS, ConfigError, IntegrityError
 from loraseg.segment.closed_set.networks import ClosedSetNetwork, NetworkConfig, build_network
-from loraseg.storage import open_store
+from loraseg.storage import local_path, open_parent_store
 from loraseg.storage.safetensors_io import encode_safetensors
 from loraseg.tensor_types import Float, UInt8, ndarray
 
@@ -29,7 +28,6 @@ __all__ = [
     "decode_closed_set_segmenter",
     "encode_closed_set_segmenter",
     "load_closed_set_segmenter",
-    "save_closed_set_segmenter",
 ]
 
 _FORMAT = "loraseg-segmenter-1"
@@ -39,14 +37,14 @@ _FORMAT = "loraseg-segmenter-1"
 class ClosedSetSegmenter:
     """A trained segmenter, frozen.
 
-    Images go through it one by one, so that what it says of an image does not depend on the images
-    beside it and memory stays at one image's classes.
+    Images are processed one by one, so that a prediction does not depend on other images and
+    memory is limited to the class maps of one image.
 
     Attributes:
-        network: In evaluation mode.
-        name: The network's name.
-        digest: sha256 of the file's bytes, hex.
-        label_space: Its classes.
+        network: The network, in evaluation mode.
+        name: Name of the network.
+        digest: Sha256 (hex) of the file.
+        label_space: The classes.
     """
 
     network: ClosedSetNetwork
@@ -55,7 +53,7 @@ class ClosedSetSegmenter:
     label_space: LabelSpace
 
     def log_probabilities(self, images: UInt8[ndarray, "n h w 3"]) -> Float[Tensor, "n c h w"]:
-        """Return the logarithm of each class's probability at each pixel, float32.
+        """Return the log-probability of each class at each pixel, float32.
 
         Args:
             images: RGB; any height and width.
@@ -66,7 +64,7 @@ class ClosedSetSegmenter:
         return torch.stack(maps)
 
     def labels(self, images: UInt8[ndarray, "n h w 3"]) -> UInt8[ndarray, "n h w"]:
-        """Return the likeliest class of each pixel; the lowest id among equally likely ones."""
+        """Return the most probable class of each pixel; the lowest id on ties."""
         labels = torch.empty(images.shape[:3], dtype=torch.uint8)
         for i, image in enumerate(images):
             labels[i] = self._log_softmax(image).argmax(0)
@@ -78,12 +76,19 @@ class ClosedSetSegmenter:
             return self.network(pixels)[0].float().log_softmax(0)
 
 
-def encode_closed_set_segmenter(network: ClosedSetNetwork, class_names: Sequence[str]) -> bytes:
+def encode_closed_set_segmenter(
+    network: ClosedSetNetwork, class_names: Sequence[str], *, dtype: torch.dtype | None = None
+) -> bytes:
     """Return the bytes of a segmenter's file; equal networks give equal bytes.
 
+    Args:
+        network: The network.
+        class_names: One name per class.
+        dtype: Stored dtype of floating-point tensors; None keeps theirs.
+
     Raises:
-        ConfigError: The names are not as many as the network's classes.
-        DatasetError: They are no label space.
+        ConfigError: The number of names differs from the number of classes.
+        DatasetError: The names are not a valid label space.
     """
     names = LabelSpace(tuple(class_names)).names
     if len(names) != network.classes:
@@ -93,42 +98,26 @@ def encode_closed_set_segmenter(network: ClosedSetNetwork, class_names: Sequence
         "network": json.dumps(to_dict(network.config), sort_keys=True),
         "classes": json.dumps(names, ensure_ascii=False),
     }
-    return encode_safetensors(network.body.state_dict(), header)
-
-
-def save_closed_set_segmenter(
-    network: ClosedSetNetwork, class_names: Sequence[str], path: str | Path
-) -> str:
-    """Write a segmenter's file whole, then rename it into place.
-
-    Returns:
-        The sha256 of its bytes, hex.
-
-    Raises:
-        ConfigError: The names are not as many as the network's classes.
-        DatasetError: They are no label space.
-    """
-    data = encode_closed_set_segmenter(network, class_names)
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    part.replace(path)
-    return hashlib.sha256(data).hexdigest()
+    tensors = {
+        name: value.to(dtype) if dtype and value.is_floating_point() else value
+        for name, value in network.body.state_dict().items()
+    }
+    return encode_safetensors(tensors, header)
 
 
 def load_closed_set_segmenter(
     spec: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> ClosedSetSegmenter:
-    """Read a segmenter from a file or a store.
+    """Load a segmenter from a file or a store.
 
     Args:
         spec: A path, ``file:///path`` or ``s3://bucket/key``.
-        device: Where to put it.
-        dtype: What to compute in.
+        device: Device of the network.
+        dtype: Dtype of the network.
 
     Raises:
-        ConfigError: There is no such file.
-        IntegrityError: It is no segmenter's file.
+        ConfigError: The file does not exist, or the spec is malformed.
+        IntegrityError: The file is not a segmenter.
         StoreError: The store cannot be reached or lacks the object.
     """
     return decode_closed_set_segmenter(_read_bytes(str(spec)), str(spec), device, dtype)
@@ -137,19 +126,16 @@ def load_closed_set_segmenter(
 def decode_closed_set_segmenter(
     data: bytes, where: str, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> ClosedSetSegmenter:
-    """Make a segmenter of the bytes of its file.
-
-    Files of :func:`loraseg.segment.closed_set.unet.unet_bytes`, such as the miniature's judge, are
-    understood as well.
+    """Decode the bytes of a segmenter's file.
 
     Args:
-        data: What :func:`segmenter_bytes` returned.
-        where: Named in errors.
-        device: Where to put it.
-        dtype: What to compute in.
+        data: The bytes of :func:`encode_closed_set_segmenter`.
+        where: Name of the file in error messages.
+        device: Device of the network.
+        dtype: Dtype of the network.
 
     Raises:
-        IntegrityError: The bytes are no segmenter's file, or some number is not finite.
+        IntegrityError: The bytes are not a segmenter, or a value is not finite.
     """
     try:
         header = _header(data)
@@ -170,17 +156,17 @@ def decode_closed_set_segmenter(
 
 
 def _check_fit(config: NetworkConfig, classes: int, state: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless the tensors are those of the network, and finite.
-
-    Built without memory first: what a header claims is cheap, what the file holds must fit it.
-    """
+    """Raise ValueError unless the tensors fit the network and are finite."""
+    # On the meta device, so that a malicious config cannot allocate memory.
     with torch.device("meta"):
         expected = build_network(config, classes).body.state_dict()
-    if odd := sorted(expected.keys() ^ state.keys()):
-        raise ValueError(f"tensor {odd[0]!r} is missing or unknown")
+    if unmatched := sorted(expected.keys() ^ state.keys()):
+        raise ValueError(f"tensor {unmatched[0]!r} is missing or unknown")
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:
-            raise ValueError(f"{name} is {tuple(tensor.shape)}, not {tuple(expected[name].shape)}")
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
+            )
         if tensor.is_floating_point() != expected[name].is_floating_point():
             raise ValueError(f"{name} is {tensor.dtype}, expected {expected[name].dtype}")
         if not tensor.isfinite().all():
@@ -215,11 +201,9 @@ def _names(header: Mapping[str, str]) -> tuple[str, ...]:
 
 def _read_bytes(spec: str) -> bytes:
     if spec.startswith("s3://"):
-        prefix, _, key = spec.rpartition("/")
-        if not key or prefix in ("s3:", "s3:/"):
-            raise ConfigError(f"segmenter {spec!r}: expected s3://bucket/key")
-        return open_store(prefix).get(key)
-    path = Path(unquote(urlsplit(spec).path) if spec.startswith("file://") else spec).expanduser()
+        store, key = open_parent_store(spec)
+        return store.get(key)
+    path = local_path(spec)
     try:
         return path.read_bytes()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Mask2Former as a network of class logits, by transformers."""
+"""Mask2Former (arXiv 2112.01527) with class logits as output, based on transformers."""
 
 from typing import Any
 
@@ -12,8 +12,8 @@ from loraseg.tensor_types import Float, Int
 
 __all__ = ["Mask2Former", "build_mask2former"]
 
-# Channels, blocks a stage, attention window and picture size of the pretrained Swin transformers;
-# the last one is for tests. 32 channels a head; drop path as in Mask2Former's own settings.
+# Channels, blocks per stage, attention window, image size and channels per head of the pretrained
+# Swin transformers; the last one is for tests. Drop path as in Mask2Former's configs.
 _SWIN_VARIANTS = {
     "swin-t": (96, (2, 2, 6, 2), 7, 224, 32),
     "swin-s": (96, (2, 2, 18, 2), 7, 224, 32),
@@ -25,7 +25,7 @@ _STAGES = ["stage1", "stage2", "stage3", "stage4"]
 
 
 class Mask2Former(nn.Module):
-    """Turns the masks of queries into one map a class.
+    """Combines the masks of the queries into one map per class.
 
     Attributes:
         network: ``Mask2FormerForUniversalSegmentation`` of transformers.
@@ -36,21 +36,22 @@ class Mask2Former(nn.Module):
         self.network = network
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c h w"]:
-        """Return log(S_c / sum S) with S_c = sum_q softmax(class)_qc sigmoid(mask_q).
+        """Return ``log(S_c / sum S)`` with ``S_c = sum_q softmax(class)_qc sigmoid(mask_q)``.
 
-        Masks are resized to the image before the sigmoid, as in Mask2Former's own inference.
+        Masks are resized to the image before the sigmoid, as in Mask2Former's semantic inference
+        (``mask2former/maskformer_model.py``, ``MaskFormer.semantic_inference``).
         """
         out = self.network(pixel_values=images)
-        shares = out.class_queries_logits.float().softmax(-1)[..., :-1]
+        probabilities = out.class_queries_logits.float().softmax(-1)[..., :-1]
         maps: list[Tensor] = []
-        # One image at a time: a hundred full-size masks of each are plenty.
-        for share, masks in zip(shares, out.masks_queries_logits.float(), strict=True):
-            large = functional.interpolate(
+        # One image at a time limits memory: each has a hundred full-size masks.
+        for probability, masks in zip(probabilities, out.masks_queries_logits.float(), strict=True):
+            resized = functional.interpolate(
                 masks[None], images.shape[-2:], mode="bilinear", align_corners=False
             )[0]
-            semantic = torch.einsum("qc,qhw->chw", share, large.sigmoid())
-            least = torch.finfo(semantic.dtype).tiny
-            maps.append(semantic.clamp(min=least).log().log_softmax(0))
+            semantic = torch.einsum("qc,qhw->chw", probability, resized.sigmoid())
+            tiny = torch.finfo(semantic.dtype).tiny
+            maps.append(semantic.clamp(min=tiny).log().log_softmax(0))
         return torch.stack(maps)
 
     def loss(
@@ -59,7 +60,7 @@ class Mask2Former(nn.Module):
         targets: Int[Tensor, "b h w"],
         weights: Float[Tensor, " c"] | None,
     ) -> Float[Tensor, ""]:
-        """Return the set loss over the classes that each image shows, see :mod:`mask_loss`."""
+        """Return the set loss over the classes in each image, see :mod:`mask_loss`."""
         out = self.network(pixel_values=images, output_auxiliary_logits=True)
         layers = [(out.class_queries_logits, out.masks_queries_logits)]
         layers += [
@@ -67,28 +68,28 @@ class Mask2Former(nn.Module):
             for layer in out.auxiliary_logits
         ]
         # The last weight is that of "no object".
-        own = self.network.criterion.empty_weight
+        class_weights = self.network.criterion.empty_weight
         if weights is not None:
-            own = torch.cat([weights.to(own.dtype), own[-1:]])
+            class_weights = torch.cat([weights.to(class_weights.dtype), class_weights[-1:]])
         with torch.autocast(images.device.type, enabled=False):
-            return set_loss(layers, targets, own.float(), self.network.config)
+            return set_loss(layers, targets, class_weights.float(), self.network.config)
 
 
 def build_mask2former(classes: int, width: int, backbone: str) -> Mask2Former:
-    """Make a Mask2Former with fresh weights.
+    """Build a Mask2Former with randomly initialised weights.
 
     Args:
-        classes: How many.
-        width: Of the queries; the feed-forward layers are four and eight times as wide.
+        classes: Number of classes.
+        width: Width of the queries; the feed-forward layers are four and eight times as wide.
         backbone: ``swin-t``, ``swin-s``, ``swin-b``, ``swin-l``, or ``swin-nano`` for tests.
     """
     prepare_torchvision()
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
-    # Keywords of the base class, which pyright cannot see.
-    more: dict[str, Any] = {"num_labels": classes}
+    # Keywords of the base class, which pyright does not know.
+    base_kwargs: dict[str, Any] = {"num_labels": classes}
     config = Mask2FormerConfig(
-        **more,
+        **base_kwargs,
         backbone_config=_swin_config(backbone),
         feature_size=width,
         mask_feature_size=width,
@@ -98,7 +99,7 @@ def build_mask2former(classes: int, width: int, backbone: str) -> Mask2Former:
     )
     network = Mask2FormerForUniversalSegmentation(config)
     for name, parameter in network.named_parameters():
-        # Swin's last norm, which a backbone never calls: DistributedDataParallel would wait for it.
+        # Swin's last norm is unused in a backbone; DistributedDataParallel would wait for it.
         if name.endswith(("encoder.swin.layernorm.weight", "encoder.swin.layernorm.bias")):
             parameter.requires_grad_(False)
     return Mask2Former(network)
@@ -108,9 +109,9 @@ def _swin_config(name: str) -> Any:
     from transformers import SwinConfig
 
     channels, depths, window, size, head = _SWIN_VARIANTS[name]
-    more: dict[str, Any] = {"out_features": _STAGES}
+    base_kwargs: dict[str, Any] = {"out_features": _STAGES}
     return SwinConfig(
-        **more,
+        **base_kwargs,
         embed_dim=channels,
         depths=list(depths),
         num_heads=[channels * 2**stage // head for stage in range(4)],

@@ -1,8 +1,8 @@
-"""Segmenters with a fixed list of classes behind one interface (methods b.6).
+"""Closed-set segmentation networks behind one interface.
 
-The networks themselves are kept by others: DeepLabV3+ by segmentation_models_pytorch, Mask2Former
-by transformers. What differs between them (the pixels they expect, the sizes they take, their
-losses, which part is the pretrained backbone) is settled here once.
+DeepLabV3+ comes from segmentation_models_pytorch, Mask2Former from transformers (the networks of
+MatchMask's experiments, CVPR 2026). This module hides their differences: pixel normalisation,
+supported sizes, losses, and which parameters are the pretrained backbone.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,18 +29,18 @@ _MAX_WIDTH = 4096
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NetworkConfig:
-    """Which network; all that is needed to build it besides its classes.
+    """Everything that defines a network, except for its classes.
 
     Attributes:
-        name: One of :data:`NAMES`.
-        width: Channels at full resolution of the U-Net (24), of DeepLabV3+'s decoder (256) or of
-            Mask2Former's queries (256); a multiple of 8, of Mask2Former's 32. None is the number
-            in brackets.
+        name: A key of :data:`NETWORKS`.
+        width: Channels at full resolution of the U-Net (24), of the decoder of DeepLabV3+ (256) or
+            of the queries of Mask2Former (256); a multiple of 8, or of 32 for Mask2Former. None
+            for the number in brackets.
         backbone: ``resnet18`` to ``resnet101``, or ``swin-t``, ``swin-s``, ``swin-b``, ``swin-l``,
-            ``swin-nano``; None is the one that the name tells. The U-Net has none.
+            ``swin-nano``; None for the one in the name. The U-Net has none.
 
     Raises:
-        ConfigError: A value is out of range, or no such backbone goes with the network.
+        ConfigError: A value is out of range, or the network has no such backbone.
     """
 
     name: Literal["unet-small", "deeplabv3plus-r101", "mask2former-swin-b"] = "unet-small"
@@ -50,30 +50,31 @@ class NetworkConfig:
     def __post_init__(self) -> None:
         if self.name not in NETWORKS:
             raise ConfigError(f"network {self.name!r}; known: {', '.join(NETWORKS)}")
-        unit, known = NETWORKS[self.name].width_multiple, NETWORKS[self.name].backbones
-        if self.width is not None and self.width not in range(unit, _MAX_WIDTH + 1, unit):
+        multiple, backbones = NETWORKS[self.name].width_multiple, NETWORKS[self.name].backbones
+        if self.width is not None and self.width not in range(multiple, _MAX_WIDTH + 1, multiple):
             raise ConfigError(
-                f"{self.name}: width {self.width}; expected a multiple of {unit} to {_MAX_WIDTH}"
+                f"{self.name}: width {self.width}; expected a multiple of {multiple} up to "
+                f"{_MAX_WIDTH}"
             )
-        if self.backbone is not None and self.backbone not in known:
+        if self.backbone is not None and self.backbone not in backbones:
             raise ConfigError(
-                f"{self.name}: backbone {self.backbone!r}; known: {', '.join(known) or 'none'}"
+                f"{self.name}: backbone {self.backbone!r}; known: {', '.join(backbones) or 'none'}"
             )
 
 
 @dataclass(frozen=True, slots=True)
 class _NetworkSpec:
-    """What differs between the networks.
+    """The properties in which the networks differ.
 
     Attributes:
-        build: Makes the body of (classes, width, backbone).
-        mean: Subtracted from pixels in [0, 1]; one value a channel.
-        std: Divides them then.
-        stride: Sides are padded to multiples of it.
-        default_width: The usual one.
-        width_multiple: Widths are multiples of it.
-        backbones: Names of backbones, the usual one first.
-        backbone_prefix: Prefix of the backbone's parameters in the body; "" if there is none.
+        build: Builds the body from (classes, width, backbone).
+        mean: Mean of pixels in [0, 1], one value per channel.
+        std: Standard deviation of pixels in [0, 1], one value per channel.
+        stride: Sides are padded to multiples of this.
+        default_width: Default of ``NetworkConfig.width``.
+        width_multiple: Widths are multiples of this.
+        backbones: Names of backbones, the default one first.
+        backbone_prefix: Prefix of the backbone's parameters in the body; "" without a backbone.
     """
 
     build: Callable[[int, int, str], nn.Module]
@@ -87,26 +88,26 @@ class _NetworkSpec:
 
 
 class ClosedSetNetwork(nn.Module):
-    """A segmenter of ``classes`` classes on images of any size.
+    """A segmentation network for images of any size.
 
     Attributes:
-        config: What it was built from.
-        classes: How many classes.
-        body: The network itself; its ``state_dict`` has the keys of the library it comes from.
+        config: The config that it was built from.
+        classes: Number of classes.
+        body: The wrapped network; its ``state_dict`` has the keys of the library it comes from.
     """
 
     def __init__(self, config: NetworkConfig, classes: int) -> None:
         super().__init__()
-        kind = NETWORKS[config.name]
-        backbone = config.backbone or next(iter(kind.backbones), "")
+        spec = NETWORKS[config.name]
+        backbone = config.backbone or next(iter(spec.backbones), "")
         self.config, self.classes = config, classes
-        self.body = kind.build(classes, config.width or kind.default_width, backbone)
-        self._spec = kind
+        self.body = spec.build(classes, config.width or spec.default_width, backbone)
+        self._spec = spec
 
     def normalise(self, images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b 3 h w"]:
-        """Return pixels as the network expects them, on its device and in its precision."""
+        """Return normalised pixels on the device and in the dtype of the network."""
         parameter = next(self.parameters())
-        # In float32, whatever the network computes in: eight bits do not fit into bfloat16.
+        # In float32 for every dtype of the network: eight bits do not fit into bfloat16.
         pixels = images.to(parameter.device).permute(0, 3, 1, 2).float() / 255
         mean = torch.tensor(self._spec.mean, device=parameter.device)[:, None, None]
         std = torch.tensor(self._spec.std, device=parameter.device)[:, None, None]
@@ -116,11 +117,11 @@ class ClosedSetNetwork(nn.Module):
         """Return logits at the size of the images.
 
         Args:
-            images: From :meth:`normalise`; any height and width.
+            images: Pixels from :meth:`normalise`; any height and width.
 
         Returns:
-            Numbers whose softmax over the classes is their probability. Those of Mask2Former are
-            the logarithm of its semantic map, normalised to sum to one.
+            Logits whose softmax over the classes gives probabilities. For Mask2Former the log of
+            its semantic map, normalised to sum 1.
         """
         height, width = images.shape[-2:]
         return self.body(self._pad(images))[..., :height, :width]
@@ -131,13 +132,13 @@ class ClosedSetNetwork(nn.Module):
         targets: Int[Tensor, "b h w"],
         weights: Float[Tensor, " c"] | None = None,
     ) -> Float[Tensor, ""]:
-        """Return the loss that the network is trained with, a mean over the batch.
+        """Return the training loss of the network, averaged over the batch.
 
         Args:
-            images: From :meth:`normalise`.
-            targets: int64 class ids; 255 counts nowhere.
-            weights: Of the classes, or None for equal ones. In Mask2Former they weigh the
-                classification of the queries.
+            images: Pixels from :meth:`normalise`.
+            targets: Int64 class ids; pixels of 255 are ignored.
+            weights: Class weights; None for equal ones. For Mask2Former, weights of the
+                classification of queries.
         """
         if isinstance(self.body, Mask2Former):
             padded = self._pad(images)
@@ -145,46 +146,46 @@ class ClosedSetNetwork(nn.Module):
             targets = functional.pad(targets, (0, right, 0, bottom), value=IGNORE)
             return self.body.loss(padded, targets, weights)
         logits = self(images).float()
-        # Divided by hand: the mean of no pixel at all is not a number, and its gradient neither.
+        # Explicit division: the built-in mean over no pixels is NaN, and so is its gradient.
         total = functional.cross_entropy(
             logits, targets, weights, ignore_index=IGNORE, reduction="sum"
         )
         counted = targets != IGNORE
         if weights is None:
             return total / counted.sum().clamp(min=1)
-        share = weights[torch.where(counted, targets, 0)] * counted
-        return total / share.sum().clamp(min=torch.finfo(torch.float32).tiny)
+        pixel_weights = weights[torch.where(counted, targets, 0)] * counted
+        return total / pixel_weights.sum().clamp(min=torch.finfo(torch.float32).tiny)
 
     def parameter_groups(self, rate: float, head_factor: float = 1.0) -> list[dict[str, Any]]:
-        """Return groups for an optimiser: the backbone at ``rate``, all else ``head_factor`` times.
+        """Return optimiser groups: the backbone at ``rate``, the rest at ``rate * head_factor``.
 
-        Norms and embeddings of Mask2Former do not decay, as in its authors' recipe. A network
-        without backbone learns at ``rate`` as a whole.
+        Norms and embeddings of Mask2Former have no weight decay, as in its official training. All
+        parameters of a network without backbone have the learning rate ``rate``.
 
         Args:
             rate: Learning rate of the backbone.
-            head_factor: What the rest learns faster by.
+            head_factor: Factor of the learning rate of other parameters.
         """
-        still = self._no_decay_names() if isinstance(self.body, Mask2Former) else set()
+        no_decay = self._no_decay_names() if isinstance(self.body, Mask2Former) else set()
         groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
         for name, parameter in self.body.named_parameters():
             head = self._spec.backbone_prefix and not name.startswith(self._spec.backbone_prefix)
-            key = (rate * head_factor if head else rate, name in still)
+            key = (rate * head_factor if head else rate, name in no_decay)
             groups.setdefault(key, []).append(parameter)
         return [
-            {"params": members, "lr": lr, **({"weight_decay": 0.0} if bare else {})}
-            for (lr, bare), members in groups.items()
+            {"params": parameters, "lr": lr, **({"weight_decay": 0.0} if undecayed else {})}
+            for (lr, undecayed), parameters in groups.items()
         ]
 
     def backbone_prefix(self) -> str:
-        """Return what the names of the backbone's parameters in ``body`` start with."""
+        """Return the prefix of the backbone's parameter names in ``body``."""
         return self._spec.backbone_prefix
 
     def _pad(self, images: Tensor) -> Tensor:
         bottom, right = (-side % self._spec.stride for side in images.shape[-2:])
         if not bottom and not right:
             return images
-        # The edge goes on: black would be an object to a network, and mirroring needs big images.
+        # Replication: black could look like an object, and reflection needs larger images.
         return functional.pad(images, (0, right, 0, bottom), mode="replicate")
 
     def _no_decay_names(self) -> set[str]:
@@ -196,7 +197,7 @@ class ClosedSetNetwork(nn.Module):
 
 
 def build_network(config: NetworkConfig, classes: int) -> ClosedSetNetwork:
-    """Make a network with fresh weights, drawn from torch's global generator; nothing is fetched.
+    """Build a network with weights drawn from torch's global generator; nothing is downloaded.
 
     Raises:
         ConfigError: The number of classes is out of range.
@@ -215,7 +216,7 @@ def _build_deeplab(classes: int, width: int, backbone: str) -> nn.Module:
     prepare_torchvision()
     import segmentation_models_pytorch
 
-    # Output stride 16, as UniMatch's DeepLabV3+ (methods b.6).
+    # Output stride 16, as in UniMatch (arXiv 2208.09910), whose VOC setting MatchMask uses.
     return segmentation_models_pytorch.DeepLabV3Plus(
         backbone, encoder_weights=None, decoder_channels=width, classes=classes
     )

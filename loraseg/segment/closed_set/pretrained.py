@@ -1,4 +1,4 @@
-"""Pretrained weights of a segmenter, or of its backbone, from a file that the user has."""
+"""Pretrained weights of a network or its backbone, from a local file."""
 
 import logging
 from collections.abc import Mapping
@@ -18,39 +18,41 @@ __all__ = ["load_pretrained"]
 logger = logging.getLogger(__name__)
 
 _PIXEL_MODULE_PREFIX = "model.pixel_level_module."
-# Norms behind the backbone's stages, which no file of a backbone alone has.
+# Norms after the stages of the backbone, which backbone-only files do not contain.
 _STAGE_NORMS = "hidden_states_norms."
 
 
 def load_pretrained(network: ClosedSetNetwork, path: str | Path) -> None:
-    """Put weights from a file into a network: those of all of it, or those of its backbone.
+    """Load the weights of a complete network or of its backbone from a file.
 
-    A head for another number of classes is left as it is.
+    Tensors of another shape, such as a head for another number of classes, are skipped outside
+    the backbone.
 
     Args:
-        network: Changed in place.
-        path: A safetensors file, or a folder with ``model.safetensors``. ResNets have the names of
-            torchvision and timm, Swin transformers and Mask2Former those of transformers; whole
-            DeepLabV3+ those of segmentation_models_pytorch.
+        network: The network; changed in place.
+        path: A safetensors file, or a folder with ``model.safetensors``. Names are those of
+            torchvision and timm for ResNets, of transformers for Swin and Mask2Former, and of
+            segmentation_models_pytorch for complete DeepLabV3+ networks.
 
     Raises:
-        ConfigError: There is no such file, or the network has no backbone.
-        IntegrityError: It cannot be read as safetensors, lacks a tensor of the backbone or has one
-            of another shape.
+        ConfigError: The file does not exist, or the network has no backbone.
+        IntegrityError: The file cannot be read as safetensors, or a tensor of the backbone is
+            missing or has another shape.
     """
     prefix = network.backbone_prefix()
     if not prefix:
         raise ConfigError(f"weights {str(path)!r}: {network.config.name} has no backbone")
     state = _read(Path(path).expanduser())
-    named = (
-        _to_mask2former_names(network.body, state)
-        if isinstance(network.body, Mask2Former)
-        else state
-    )
-    if not any(name.startswith(prefix) for name in named):
-        named = {prefix + name: value for name, value in named.items()}
-    own = network.body.state_dict()
-    fitting = {name: v for name, v in named.items() if name in own and own[name].shape == v.shape}
+    if isinstance(network.body, Mask2Former):
+        state = _to_mask2former_names(network.body, state)
+    if not any(name.startswith(prefix) for name in state):
+        state = {prefix + name: value for name, value in state.items()}
+    target = network.body.state_dict()
+    fitting = {
+        name: value
+        for name, value in state.items()
+        if name in target and target[name].shape == value.shape
+    }
     missing = [
         name
         for name, _ in network.body.named_parameters()
@@ -58,17 +60,17 @@ def load_pretrained(network: ClosedSetNetwork, path: str | Path) -> None:
     ]
     if missing:
         raise IntegrityError(
-            f"{path}: lacks {missing[0]} of shape {tuple(own[missing[0]].shape)} and "
-            f"{len(missing) - 1} more of the backbone of {network.config.name}"
+            f"{path}: lacks {missing[0]} of shape {tuple(target[missing[0]].shape)} and "
+            f"{len(missing) - 1} more tensors of the backbone of {network.config.name}"
         )
     network.body.load_state_dict(fitting, strict=False)
-    logger.info("%s: %d of %d tensors used", path, len(fitting), len(own))
+    logger.info("%s: loaded %d of %d tensors", path, len(fitting), len(target))
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     file = path / "model.safetensors" if path.is_dir() else path
     try:
-        # Copies of their own: products round otherwise where a weight lies unaligned.
+        # Copied: the rounding of products depends on the alignment of the weights.
         return {k: v.clone() for k, v in safetensors.torch.load_file(file).items()}
     except OSError as error:
         raise ConfigError(f"weights: cannot read {file}: {error.strerror}") from error
@@ -77,31 +79,32 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _to_mask2former_names(body: Mask2Former, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors under the names that the installed transformers gives them in memory.
+    """Return the tensors under the parameter names of the installed transformers.
 
-    Those differ from the names in files, and from release to release; transformers knows both.
+    They differ from the names in files and between releases; transformers converts them on load.
     """
     from transformers import SwinBackbone
-    from transformers.utils import logging as chatter
+    from transformers.utils import logging as hf_logging
 
-    whole = any(name.startswith(_PIXEL_MODULE_PREFIX) for name in state)
-    kind: Any = type(body.network) if whole else SwinBackbone
-    own: Any = body.network if whole else body.network.model.pixel_level_module.encoder
-    level, bar = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
-    chatter.set_verbosity_error()
-    chatter.disable_progress_bar()
+    is_complete = any(name.startswith(_PIXEL_MODULE_PREFIX) for name in state)
+    encoder = body.network.model.pixel_level_module.encoder
+    cls: Any = type(body.network) if is_complete else SwinBackbone
+    config = body.network.config if is_complete else encoder.config
+    level, progress_bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
     try:
-        made, report = kind.from_pretrained(
+        loaded, report = cls.from_pretrained(
             None,
-            config=own.config,
+            config=config,
             state_dict=dict(state),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
     finally:
-        chatter.set_verbosity(level)
-        if bar:
-            chatter.enable_progress_bar()
+        hf_logging.set_verbosity(level)
+        if progress_bar:
+            hf_logging.enable_progress_bar()
     unset = {name for name in report["missing_keys"]} | {n for n, *_ in report["mismatched_keys"]}
-    start = "network." if whole else "network.model.pixel_level_module.encoder."
-    return {start + name: v for name, v in made.state_dict().items() if name not in unset}
+    prefix = "network." if is_complete else "network.model.pixel_level_module.encoder."
+    return {prefix + name: v for name, v in loaded.state_dict().items() if name not in unset}

@@ -1,1 +1,1 @@
-"""Segmenters that take any list of class names: CAT-Seg, inference on large images, losses."""
+"""Open-vocabulary segmentation: CAT-Seg, prediction, tiled inference, losses."""

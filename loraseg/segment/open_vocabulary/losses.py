@@ -1,4 +1,4 @@
-"""The training loss of CAT-Seg (methods A.6)."""
+"""The training loss of CAT-Seg."""
 
 import torch
 from torch import Tensor, nn
@@ -16,30 +16,30 @@ def catseg_bce(
     *,
     mask_ignored: bool = False,
 ) -> Float[Tensor, ""]:
-    """Return the mean binary cross-entropy of every class at every pixel.
+    """Return the binary cross-entropy averaged over images, classes and pixels.
 
     Logits are resized to the label (bilinear, align_corners False) and compared with the one-hot
-    label.
+    label. Official code: ``cat_seg/cat_seg_model.py``, ``CATSeg.forward``.
 
     Args:
-        logits: One map a class.
+        logits: One map per class.
         label: Class ids in [0, t), or ``ignore_index``.
-        ignore_index: Id of ignored pixels; may not be a class id.
-        mask_ignored: False is the official loss: an ignored pixel has an all-zero target, counts,
-            and pushes every class down. True leaves ignored pixels out of the mean.
+        ignore_index: Id of ignored pixels; must not be a class id.
+        mask_ignored: False for the official loss, in which an ignored pixel has an all-zero target
+            and lowers every class. True excludes ignored pixels from the mean.
 
     Raises:
         DatasetError: A label id is neither a class nor ``ignore_index``.
-        StageError: Ignored pixels are left out and no other is there.
+        StageError: ``mask_ignored`` is set and every pixel is ignored.
     """
     classes = logits.shape[1]
     label = label.long()
     valid = label != ignore_index
-    known = (label >= 0) & (label < classes)
-    if bool((valid & ~known).any()):
-        wrong = torch.unique(label[valid & ~known]).tolist()
+    unknown = valid & ((label < 0) | (label >= classes))
+    if bool(unknown.any()):
+        ids = torch.unique(label[unknown]).tolist()
         raise DatasetError(
-            f"label ids {wrong[:5]}: expected 0 to {classes - 1} or {ignore_index} (ignored)"
+            f"label ids {ids[:5]}: expected 0 to {classes - 1} or {ignore_index} (ignored)"
         )
     resized = nn.functional.interpolate(
         logits, label.shape[-2:], mode="bilinear", align_corners=False
@@ -50,6 +50,6 @@ def catseg_bce(
         return nn.functional.binary_cross_entropy_with_logits(resized, target)
     count = int(valid.sum()) * classes
     if not count:
-        raise StageError("every pixel of the batch is ignored: there is nothing to learn from")
-    each = nn.functional.binary_cross_entropy_with_logits(resized, target, reduction="none")
-    return (each * valid[:, None]).sum() / count
+        raise StageError("every pixel of the batch is ignored, so the loss is undefined")
+    losses = nn.functional.binary_cross_entropy_with_logits(resized, target, reduction="none")
+    return (losses * valid[:, None]).sum() / count

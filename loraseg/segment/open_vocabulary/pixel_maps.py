@@ -1,4 +1,4 @@
-"""From score maps to what is kept of them for each pixel: class, confidence, entropy."""
+"""Reduction of score maps to per-pixel class, confidence and entropy."""
 
 import math
 from collections.abc import Collection
@@ -14,19 +14,19 @@ from loraseg.tensor_types import Float, ndarray
 __all__ = ["MAPS", "PixelMaps", "check_maps", "empty_maps", "label_map", "pixel_maps"]
 
 MAPS = ("confidence", "entropy")
-# Scores that the entropy works on at once: its two copies of them then stay in the cache.
+# Scores per block of the entropy, whose two temporaries then stay in the cache.
 _BLOCK_SCORES = 2**18
 
 
 @dataclass(frozen=True, slots=True)
 class PixelMaps:
-    """What is kept of an image's scores.
+    """Per-pixel results of an image.
 
     Attributes:
-        label_map: A class index per pixel (h, w): uint8 up to 255 classes, else int32.
-        confidence: Score of the shown class, float32 (h, w) in [0, 1], if asked for.
-        entropy: Of the scores brought to sum one, over log(classes): float32 (h, w) in [0, 1], if
-            asked for; 0 where one class has it all, or is the only one; 1 where all are alike.
+        label_map: Class index of each pixel (h, w): uint8 for up to 255 classes, else int32.
+        confidence: Score of that class, float32 (h, w) in [0, 1]; None if not requested.
+        entropy: Entropy of the scores normalised to sum 1, divided by log(classes): float32 (h, w)
+            in [0, 1], 0 with a single class; None if not requested.
     """
 
     label_map: ndarray
@@ -35,14 +35,14 @@ class PixelMaps:
 
 
 def pixel_maps(scores: Float[Tensor, "t h w"], maps: Collection[str] = ()) -> PixelMaps:
-    """Reduce score maps to the label map and further maps.
+    """Reduce score maps to the label map and the requested maps.
 
     Args:
         scores: In [0, 1], float32.
-        maps: Any of ``MAPS``.
+        maps: Names from ``MAPS``.
 
     Raises:
-        ConfigError: A map is none of ``MAPS``.
+        ConfigError: A name is not in ``MAPS``.
     """
     check_maps(maps)
     return PixelMaps(
@@ -53,10 +53,10 @@ def pixel_maps(scores: Float[Tensor, "t h w"], maps: Collection[str] = ()) -> Pi
 
 
 def empty_maps(height: int, width: int, classes: int, maps: Collection[str]) -> PixelMaps:
-    """Return maps that are yet to be filled in, block by block.
+    """Return uninitialised maps (h, w), to be filled block by block.
 
     Raises:
-        ConfigError: A map is none of ``MAPS``.
+        ConfigError: A name is not in ``MAPS``.
     """
     check_maps(maps)
     confidence, entropy = (
@@ -69,7 +69,7 @@ def check_maps(maps: Collection[str]) -> None:
     """Check the names of maps.
 
     Raises:
-        ConfigError: A map is none of ``MAPS``.
+        ConfigError: A name is not in ``MAPS``.
     """
     unknown = sorted(set(maps) - set(MAPS))
     if unknown:
@@ -77,8 +77,8 @@ def check_maps(maps: Collection[str]) -> None:
 
 
 def label_map(scores: Float[Tensor, "t h w"]) -> ndarray:
-    """Return the class of the largest score per pixel; the class named first on ties."""
-    # numpy's argmax names the first of equal values; torch leaves the choice open.
+    """Return the class (h, w) with the largest score of each pixel; the first class on ties."""
+    # numpy's argmax returns the first of equal values; torch does not define which.
     labels = scores.cpu().numpy().argmax(axis=0)
     return labels.astype(_label_type(scores.shape[0]))
 
@@ -89,20 +89,20 @@ def _label_type(classes: int) -> type[np.uint8 | np.int32]:
 
 def _entropy(scores: Float[Tensor, "t h w"]) -> ndarray:
     classes, height, width = scores.shape
-    found = np.zeros((height, width), np.float32)
+    entropy = np.zeros((height, width), np.float32)
     if classes == 1:
-        return found
+        return entropy
     rows = max(1, _BLOCK_SCORES // (classes * width))
     for top in range(0, height, rows):
         block = _entropy_block(scores[:, top : top + rows].float())
-        found[top : top + rows] = block.cpu().numpy()
-    return found
+        entropy[top : top + rows] = block.cpu().numpy()
+    return entropy
 
 
 def _entropy_block(scores: Float[Tensor, "t h w"]) -> Float[Tensor, "h w"]:
-    """Return ``(log S - sum(s log s) / S) / log t`` of ``S = sum(s)``."""
+    """Return ``(log S - sum(s log s) / S) / log t`` with ``S = sum(s)``."""
     largest = scores.amax(dim=0)
-    # Only ratios matter; those to the largest can be neither too large nor all too small.
+    # The result depends on ratios only; ratios to the largest score neither over- nor underflow.
     ratios = torch.where(largest > 0, scores / largest, 1.0)
     total = ratios.sum(dim=0)
     mean = torch.xlogy(ratios, ratios).sum(dim=0).div_(total)

@@ -1,4 +1,7 @@
-"""From images and class names to score maps, plain or by sliding windows (methods A.2 and A.7)."""
+"""Prediction of score maps from images and class names, plain or with sliding windows.
+
+Official code: ``cat_seg/cat_seg_model.py``, ``CATSeg.forward`` and ``inference_sliding_window``.
+"""
 
 from collections import OrderedDict
 from collections.abc import Generator, Sequence
@@ -23,15 +26,15 @@ PredictionMode = Literal["plain", "sliding"]
 TextCache = Literal["per_adapter", "first_image"]
 
 _MAX_CACHED_TEXTS = 256
-# More would need more buffers than they save time: a merged weight serves one mix anyway.
+# More mixes per batch cost more buffer memory than they save time: merged weights are per mix.
 _MIXES_PER_BATCH = 8
 
 
 class Predictor:
-    """Scores every pixel of images for every class of a list. One thread at a time.
+    """Scores every pixel of images for every class of a list. Not thread-safe.
 
-    The base's weights must not change while a predictor is in use: text features are kept, for
-    the 256 latest pairs of class list and adapter mix.
+    The weights of the base must not change while a predictor is in use, because text features are
+    cached for the 256 latest pairs of class list and mix.
     """
 
     def __init__(
@@ -42,19 +45,19 @@ class Predictor:
         text_cache: TextCache = "per_adapter",
         windows_per_batch: int = 64,
     ) -> None:
-        """Prepare for one base.
+        """Create a predictor for one base.
 
         Args:
-            base: Model and everything it goes with.
-            mode: "plain" sees the image once; "sliding" four windows and the whole, which all
-                published numbers use.
-            text_cache: "per_adapter" encodes the class names with each mix. "first_image" keeps,
-                for a class list, those of the first mix that it was used with: the published
-                numbers were made so (methods B.5).
-            windows_per_batch: Windows, of all images together, in one forward pass.
+            base: The base.
+            mode: "plain" runs the model on the image; "sliding" on four windows and the image, as
+                in the published results of CAT-Seg and SemLA.
+            text_cache: "per_adapter" encodes the class names with each mix. "first_image" keeps
+                the text features of the first mix used with a class list, as SemLA's published
+                results do: its predictor caches them in evaluation mode and never clears them.
+            windows_per_batch: Windows of all images in one forward pass.
 
         Raises:
-            ConfigError: A choice is unknown or a number below 1.
+            ConfigError: A choice is unknown, or the number is below 1.
         """
         if mode not in ("plain", "sliding") or text_cache not in ("per_adapter", "first_image"):
             raise ConfigError(
@@ -78,49 +81,51 @@ class Predictor:
         classes: Sequence[str],
         mixes: Mix | Sequence[Mix | None] | None = None,
     ) -> list[Float[Tensor, "t _ _"]]:
-        """Return sigmoid scores in [0, 1] at each image's own size, float32 on the CPU.
+        """Return sigmoid scores (t, h, w) in [0, 1] at the size of each image, float32 on the CPU.
 
         Args:
             images: RGB, uint8 (h, w, 3); sizes may differ.
-            classes: Distinct names; of "car, automobile" only the first synonym is used.
-            mixes: The adapters in use, one mix for all images or one for each; None for the bare
-                base. Images of different mixes go through the model together.
+            classes: t distinct names; of synonyms ("car, automobile") only the first is used.
+            mixes: One mix for all images or one per image; None for the bare base. Images with
+                different mixes run in one batch.
 
         Raises:
-            ConfigError: No class is named, one is blank, or one twice.
-            DatasetError: An image is not of that kind.
-            AdapterMismatchError: A mix does not fit the model, or there is not one an image.
+            ConfigError: There are no classes, or a name is blank or occurs twice.
+            DatasetError: An image is not uint8 RGB.
+            AdapterMismatchError: A mix does not fit the model, or the number of mixes differs from
+                that of images.
         """
         check_classes(classes)
         for index, image in enumerate(images):
             _check_image(index, image)
-        each = _mix_per_image(mixes, len(images))
-        # Stable, so that images of one mix stand together and share its merged weights.
-        first = {_mix_digest(mix): index for index, mix in reversed(list(enumerate(each)))}
-        order = sorted(range(len(images)), key=lambda index: first[_mix_digest(each[index])])
+        image_mixes = _mix_per_image(mixes, len(images))
+        # Images with one mix are neighbours in this order and share its merged weights.
+        first = {_mix_digest(mix): index for index, mix in reversed(list(enumerate(image_mixes)))}
+        order = sorted(range(len(images)), key=lambda index: first[_mix_digest(image_mixes[index])])
+        ordered_mixes = [image_mixes[index] for index in order]
         with _eval_mode(self.base.model):
-            texts = self._get_text_features(tuple(classes), [each[index] for index in order])
+            texts = self._get_text_features(tuple(classes), ordered_mixes)
             pixels = [self._to_tensor(images[index]) for index in order]
             run = self._predict_sliding if self.mode == "sliding" else self._predict_plain
-            results = run(pixels, [each[index] for index in order], texts)
+            results = run(pixels, ordered_mixes, texts)
         return [result for _, result in sorted(zip(order, results, strict=True), key=_image_index)]
 
     @torch.no_grad()
     def score_windows(
         self, windows: Sequence[ndarray], classes: Sequence[str], mix: Mix | None = None
     ) -> list[Float[Tensor, "t s s"]]:
-        """Return sigmoid scores in [0, 1] of windows as coarse as the model makes them.
+        """Return sigmoid scores in [0, 1] of windows at the resolution of the model's output.
 
-        Plain prediction of an image (whose sides ``pad_multiple`` divides) is this, brought to
-        the image's size.
+        Resized to the image, they equal plain prediction (for sides that are multiples of
+        ``pad_multiple``).
 
         Args:
-            windows: RGB, uint8 (h, w, 3); each is brought to the model's square input.
-            classes: As in :meth:`predict`.
-            mix: The adapters in use, for all windows.
+            windows: RGB, uint8 (h, w, 3); each is resized to the model's square input.
+            classes: See :meth:`predict`.
+            mix: Mix for all windows.
 
         Returns:
-            float32 maps of the model's own size, on its device.
+            Float32 maps (t, s, s) of the model's output size, on its device.
 
         Raises:
             ConfigError, DatasetError, AdapterMismatchError: As :meth:`predict`.
@@ -130,12 +135,12 @@ class Predictor:
             _check_image(index, window)
         with _eval_mode(self.base.model):
             texts = self._get_text_features(tuple(classes), [mix])
-            normed = [self.base.normalise(self._to_tensor(window)) for window in windows]
-            maps = self._forward_windows(normed, [mix] * len(windows), texts)
+            pixels = [self.base.normalise(self._to_tensor(window)) for window in windows]
+            maps = self._forward_windows(pixels, [mix] * len(windows), texts)
         return [logits.sigmoid_() for logits in maps]
 
     def with_text_cache(self, text_cache: TextCache) -> "Predictor":
-        """Return a predictor that keeps text features apart; the adapter buffers are shared."""
+        """Return a predictor with an empty text cache that shares the adapter buffers."""
         other = Predictor(
             self.base,
             mode=self.mode,
@@ -151,28 +156,27 @@ class Predictor:
     def _get_text_features(
         self, classes: tuple[str, ...], mixes: Sequence[Mix | None]
     ) -> dict[str | None, Float[Tensor, "t p d"]]:
-        """Return the text features of every mix, by its digest."""
-        stale = self.text_cache == "first_image"
-        if stale and mixes:
+        """Return the text features of every mix by digest."""
+        if self.text_cache == "first_image" and mixes:
             first = self._text_features.get((classes, None))
             if first is None:
                 first = self._encode_classes(classes, mixes[:1])[0]
                 _cache_put(self._text_features, (classes, None), first)
             self._text_features.move_to_end((classes, None))
             return {_mix_digest(mix): first for mix in mixes}
-        wanted = {_mix_digest(mix): mix for mix in mixes}
-        found: dict[str | None, Tensor] = {}
-        missing = [digest for digest in wanted if (classes, digest) not in self._text_features]
-        for digest in wanted:
+        by_digest = {_mix_digest(mix): mix for mix in mixes}
+        features: dict[str | None, Tensor] = {}
+        missing = [digest for digest in by_digest if (classes, digest) not in self._text_features]
+        for digest in by_digest:
             if digest not in missing:
                 self._text_features.move_to_end((classes, digest))
-                found[digest] = self._text_features[classes, digest]
+                features[digest] = self._text_features[classes, digest]
         for start in range(0, len(missing), _MIXES_PER_BATCH):
-            some = missing[start : start + _MIXES_PER_BATCH]
-            banks = self._encode_classes(classes, [wanted[digest] for digest in some])
-            for digest, bank in zip(some, banks, strict=True):
-                found[digest] = _cache_put(self._text_features, (classes, digest), bank)
-        return found
+            batch = missing[start : start + _MIXES_PER_BATCH]
+            encoded = self._encode_classes(classes, [by_digest[digest] for digest in batch])
+            for digest, text in zip(batch, encoded, strict=True):
+                features[digest] = _cache_put(self._text_features, (classes, digest), text)
+        return features
 
     def _encode_classes(
         self, classes: tuple[str, ...], mixes: Sequence[Mix | None]
@@ -192,32 +196,32 @@ class Predictor:
         for image, logits in zip(images, maps, strict=True):
             scores = logits.sigmoid_()
             height, width = image.shape[1:]
-            # The official code cuts the map, not the padding: it only acts on very small images.
-            shown = scores[:, :height, :width] if self.base.pad_multiple > 1 else scores
-            result = _resize(shown, (height, width))
-            # A view of the batch would keep all of it.
-            results.append((result.clone() if result is shown else result).cpu())
+            # The official code crops the map, not the padding; only very small images are affected.
+            cropped = scores[:, :height, :width] if self.base.pad_multiple > 1 else scores
+            result = _resize(cropped, (height, width))
+            # A view would keep the memory of the whole batch.
+            results.append((result.clone() if result is cropped else result).cpu())
         return results
 
     def _predict_sliding(
         self, images: list[Tensor], mixes: list[Mix | None], texts: dict[str | None, Tensor]
     ) -> list[Tensor]:
-        tiling = SlidingWindowGrid(self.base.window)
+        grid = SlidingWindowGrid(self.base.window)
         windows: list[Tensor] = []
         for image in images:
-            canvas = _resize(image, (tiling.canvas, tiling.canvas))
-            windows += tiling.cut(canvas)
-            windows.append(_resize(image, (tiling.window, tiling.window)))
-        each = len(tiling.corners) + 1
-        spread = [mix for mix in mixes for _ in range(each)]
-        normed = [self.base.normalise(window) for window in windows]
-        maps = self._forward_windows(normed, spread, texts, windows_per_image=each)
+            canvas = _resize(image, (grid.canvas, grid.canvas))
+            windows += grid.cut(canvas)
+            windows.append(_resize(image, (grid.window, grid.window)))
+        count = len(grid.corners) + 1
+        window_mixes = [mix for mix in mixes for _ in range(count)]
+        pixels = [self.base.normalise(window) for window in windows]
+        maps = self._forward_windows(pixels, window_mixes, texts, windows_per_image=count)
         results: list[Tensor] = []
         for index, image in enumerate(images):
-            logits = torch.stack(maps[index * each : (index + 1) * each])
-            *parts, whole = _resize(logits, (tiling.window, tiling.window)).sigmoid_()
-            both = tiling.average(parts).add_(_resize(whole, (tiling.canvas, tiling.canvas)))
-            results.append(_resize(both.div_(2), tuple(image.shape[1:])).cpu())
+            logits = torch.stack(maps[index * count : (index + 1) * count])
+            *local_scores, scores = _resize(logits, (grid.window, grid.window)).sigmoid_()
+            total = grid.average(local_scores).add_(_resize(scores, (grid.canvas, grid.canvas)))
+            results.append(_resize(total.div_(2), tuple(image.shape[1:])).cpu())
         return results
 
     def _forward_windows(
@@ -227,22 +231,22 @@ class Predictor:
         texts: dict[str | None, Tensor],
         windows_per_image: int = 1,
     ) -> list[Float[Tensor, "t s s"]]:
-        """Run all windows through the model, each resized to CLIP's input, with its own mix.
+        """Run the model on all windows, resized to its input, each with its own mix.
 
-        Batches hold whole images of ``windows_per_image`` windows if one fits.
+        A batch holds complete images of ``windows_per_image`` windows, if one fits.
         """
         limit = self.windows_per_batch
         limit -= limit % windows_per_image if limit >= windows_per_image else 0
         side = self.base.input_size
         logits: list[Tensor] = []
-        for some in _batch_indices([_mix_digest(mix) for mix in mixes], limit):
-            rows = torch.stack([_resize(windows[index], (side, side)) for index in some])
-            used = [mixes[index] for index in some]
-            banks = [texts[_mix_digest(mix)] for mix in used]
-            shared = all(bank is banks[0] for bank in banks)
-            with self._bank.use(used):
+        for indices in _batch_indices([_mix_digest(mix) for mix in mixes], limit):
+            batch = torch.stack([_resize(windows[index], (side, side)) for index in indices])
+            batch_mixes = [mixes[index] for index in indices]
+            features = [texts[_mix_digest(mix)] for mix in batch_mixes]
+            shared = all(text is features[0] for text in features)
+            with self._bank.use(batch_mixes):
                 maps = self.base.forward(
-                    rows.to(self.base.dtype), banks[0] if shared else torch.stack(banks)
+                    batch.to(self.base.dtype), features[0] if shared else torch.stack(features)
                 )
             logits += maps.float()
         return logits
@@ -252,7 +256,7 @@ def _mix_per_image(mixes: Mix | Sequence[Mix | None] | None, count: int) -> list
     if mixes is None or isinstance(mixes, Mix):
         return [mixes] * count
     if len(mixes) != count:
-        raise AdapterMismatchError(f"mixes: got {len(mixes)} for {count} images, expected one each")
+        raise AdapterMismatchError(f"mixes: got {len(mixes)} for {count} images, expected {count}")
     return list(mixes)
 
 
@@ -265,16 +269,16 @@ def _image_index(indexed: tuple[int, Tensor]) -> int:
 
 
 def _batch_indices(digests: Sequence[str | None], limit: int) -> Generator[list[int], None, None]:
-    """Cut windows into batches of at most ``limit``, and of a limited number of mixes."""
+    """Group windows into batches of at most ``limit`` windows and 8 mixes."""
     batch: list[int] = []
-    seen: set[str | None] = set()
+    batch_digests: set[str | None] = set()
     for index, digest in enumerate(digests):
-        full = digest not in seen and len(seen) == _MIXES_PER_BATCH
+        full = digest not in batch_digests and len(batch_digests) == _MIXES_PER_BATCH
         if batch and (len(batch) == limit or full):
             yield batch
-            batch, seen = [], set()
+            batch, batch_digests = [], set()
         batch.append(index)
-        seen.add(digest)
+        batch_digests.add(digest)
     if batch:
         yield batch
 
@@ -287,7 +291,7 @@ def _cache_put(cache: OrderedDict[Any, Tensor], key: Any, value: Tensor) -> Tens
 
 
 def _resize(x: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Resize maps (c, h, w) or (n, c, h, w), bilinear, align_corners False, no smoothing."""
+    """Resize maps (c, h, w) or (n, c, h, w): bilinear, align_corners False, no antialiasing."""
     if tuple(x.shape[-2:]) == size:
         return x
     batch = x if x.dim() == 4 else x[None]
@@ -296,7 +300,7 @@ def _resize(x: Tensor, size: tuple[int, ...]) -> Tensor:
 
 
 def _pad(image: Tensor, multiple: int) -> Tensor:
-    """Pad right and below with 0 to multiples; after normalisation, so 0 is the mean colour."""
+    """Pad a normalised image right and below with 0, the mean colour, to multiples."""
     height, width = image.shape[1:]
     return nn.functional.pad(image, (0, -width % multiple, 0, -height % multiple))
 
@@ -314,7 +318,7 @@ def _check_image(index: int, image: ndarray) -> None:
 
 @contextmanager
 def _eval_mode(model: nn.Module) -> Generator[None, None, None]:
-    """Pool as in evaluation, whatever the model was doing."""
+    """Set a model to evaluation mode inside the block."""
     training = model.training
     model.eval()
     try:

@@ -1,4 +1,7 @@
-"""Overlapping windows, and their average (methods A.7, "Sliding")."""
+"""Sliding windows of CAT-Seg's inference, and their average.
+
+Official code: ``cat_seg/cat_seg_model.py``, ``CATSeg.inference_sliding_window``.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,22 +18,22 @@ _OVERLAP = 0.333
 
 @dataclass(frozen=True, slots=True)
 class SlidingWindowGrid:
-    """Two by two windows that overlap by a third; together they cover a square canvas.
+    """Two by two windows that overlap by a third and cover a square canvas.
 
     Attributes:
-        window: Side of a window; 384 in the official code, which gives stride 256, canvas 640.
+        window: Side of a window, pixels; 384 in the official code, with stride 256 and canvas 640.
     """
 
     window: int
 
     @property
     def stride(self) -> int:
-        """Distance of neighbouring windows."""
+        """Distance between the starts of neighbouring windows, pixels."""
         return int(self.window * (1 - _OVERLAP))
 
     @property
     def canvas(self) -> int:
-        """Side of the square that the windows cover."""
+        """Side of the canvas, pixels."""
         return self.window + self.stride
 
     @property
@@ -44,7 +47,7 @@ class SlidingWindowGrid:
         return [canvas[:, top : top + size, left : left + size] for top, left in self.corners]
 
     def average(self, windows: Sequence[Tensor]) -> Float[Tensor, "t s s"]:
-        """Put windows (t, w, w) back and average where they overlap."""
+        """Assemble windows (t, w, w) on the canvas, averaged where they overlap."""
         size, first = self.window, windows[0]
         total = first.new_zeros(first.shape[0], self.canvas, self.canvas)
         count = first.new_zeros(self.canvas, self.canvas)

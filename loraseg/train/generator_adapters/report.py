@@ -11,7 +11,7 @@ from loraseg.reports.page import HtmlReport, Section, StatTile, render_report
 from loraseg.reports.pictures import PictureSheet
 from loraseg.reports.settings import KeyValues, flatten
 from loraseg.reports.tables import Notes
-from loraseg.segment.render import encode_png
+from loraseg.data.drawing import encode_png
 from loraseg.synth.conditioning import Conditioner
 from loraseg.synth.generator import Generator as ImageGenerator
 from loraseg.synth.generator_adapter import GeneratorAdapter

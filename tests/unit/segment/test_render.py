@@ -6,13 +6,12 @@ from PIL import Image
 
 from loraseg.data.labels import LabelSpace
 from loraseg.errors import DatasetError
+from loraseg.data.drawing import colorize, encode_png
+from loraseg.data.masks import encode_mask
 from loraseg.segment.render import (
-    colorize,
-    encode_png,
     grey_png,
     overlay,
     overlay_with_legend,
-    palette_png,
 )
 
 SPACE = LabelSpace(("road", "sky", "a class with a rather long name"))
@@ -33,7 +32,7 @@ def decoded(data):
 
 
 def test_palette_png_keeps_ids_and_shows_colours(labels):
-    picture = decoded(palette_png(labels, SPACE))
+    picture = decoded(encode_mask(labels, SPACE))
     assert picture.mode == "P"
     np.testing.assert_array_equal(np.asarray(picture), labels)
     np.testing.assert_array_equal(np.asarray(picture.convert("RGB")), colorize(labels, SPACE))
@@ -41,7 +40,7 @@ def test_palette_png_keeps_ids_and_shows_colours(labels):
 
 def test_palette_png_refuses_unknown_ids(labels):
     with pytest.raises(DatasetError, match=r"ids \[2\] outside the class list"):
-        palette_png(labels, LabelSpace(("road", "sky")))
+        encode_mask(labels, LabelSpace(("road", "sky")))
 
 
 def test_png_is_lossless(image):

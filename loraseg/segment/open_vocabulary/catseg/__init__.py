@@ -1,20 +1,21 @@
-"""CAT-Seg (CVPR 2024), plain and exact.
+"""CAT-Seg (Cho et al., CVPR 2024, arXiv 2303.11797) without detectron2.
 
-How ambiguous wordings of the method are read:
+The numbers agree with the official code (``cat_seg/`` of its repository). Where the paper leaves
+details open, that code decides:
 
-* Text guidance is normalise(mean over prompts of the features as given). With more than
-  ``pad_len`` classes the prompts are normalised first. Class attention gets the projected
-  guidance as it is.
-* The best ``pad_len`` classes are chosen image by image by the largest cosine over prompts and
-  places; with exactly ``pad_len`` classes there is neither choice nor padding.
-* Padding tokens pass through the first norm of class attention like any class; the padding
-  guidance does not pass through the text projection.
-* L in linear attention counts the padding rows.
-* "The identity enters twice" is literal: x + upsampled(pooled x + attention + MLP).
-* Guidance is concatenated behind the tokens, and behind the upsampled maps in the decoder.
-* ``attn_mask`` regions are the nine of the rolled map, as in Swin.
-* A guidance block that happens to be the last one gives the changed block's output.
-* Group norm of a stage narrower than 16 channels has one group.
+* Text guidance is the normalised mean over prompts. With more than ``pad_len`` classes the prompts
+  are normalised first. Class attention gets the projected guidance without normalisation.
+* The ``pad_len`` best classes of an image are those with the largest cosine over prompts and
+  positions; with exactly ``pad_len`` classes there is neither selection nor padding.
+* Padding tokens pass through the first norm of class attention; padding guidance does not pass
+  through the text projection.
+* The length in linear attention includes the padding rows.
+* Class aggregation adds its input twice: x + upsampled(pooled x + attention + MLP).
+* Guidance is concatenated after the tokens, and after the upsampled maps in the decoder.
+* ``attn_mask`` distinguishes the nine regions of the rolled map, as in Swin.
+* If a guidance block is the last block, its output is that of the modified last block.
+
+Group norm of a stage with fewer than 16 channels has one group (no official model has one).
 """
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Cost volume, aggregation layers and decoder (methods A.5)."""
+"""Cost aggregation of CAT-Seg: cost volume, aggregation layers and decoder."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ _UNSELECTED_LOGIT = -100.0
 
 
 class AggregatorLayer(nn.Module):
-    """Spatial, then class aggregation."""
+    """Spatial aggregation (:class:`SwinPair`), then class aggregation (:class:`ClassLayer`)."""
 
     def __init__(self, config: CATSegConfig) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class AggregatorLayer(nn.Module):
         appearance: Float[Tensor, "b g g a"],
         text: Float[Tensor, "b t e"],
     ) -> Float[Tensor, "b t g g c"]:
-        x = apply_chunked(lambda part: self.swin_block(part, appearance), x)
+        x = apply_chunked(lambda chunk: self.swin_block(chunk, appearance), x)
         return self.attention(x, text)
 
 
@@ -52,7 +52,28 @@ def _projection_with_relu(projection: nn.Module) -> nn.Sequential:
 
 
 class Aggregator(nn.Module):
-    """From dense image features and class texts to one logit map a class."""
+    """Computes one logit map per class from dense image features and class texts.
+
+    ::
+
+        C[t, p, i] = <D_i, E_tp> / (|D_i| |E_tp|)           cost volume
+        x_t        = conv7x7(C_t)                           embedding, h channels
+        x          = class(spatial(x, a), e)                for each of the layers
+        logits     = decode(x, g1, g2)
+
+    * D: dense image features (d, g, g) at position i; E: text features of class t under prompt p.
+    * a = ReLU(conv3x3(D)): appearance guidance; e = ReLU(linear(normalise(mean_p E))): text
+      guidance.
+    * spatial, class: :class:`~loraseg.segment.open_vocabulary.catseg.swin.SwinPair` and
+      :class:`~loraseg.segment.open_vocabulary.catseg.class_attention.ClassLayer`.
+    * g1, g2: upsampled outputs of two CLIP blocks, which guide the two decoder stages.
+
+    CAT-Seg (CVPR 2024, arXiv 2303.11797), "Spatial Cost Aggregation", "Class Cost Aggregation" and
+    "CAT-Seg Decoder"; official code: ``cat_seg/modeling/transformer/model.py``, ``Aggregator``.
+
+    Differences from the official code: none in the function. The classes run in chunks on the CPU,
+    layers take the guidance as a second input, and cosines are computed in float32 at least.
+    """
 
     def __init__(self, config: CATSegConfig) -> None:
         super().__init__()
@@ -89,37 +110,38 @@ class Aggregator(nn.Module):
             text: Text features of t classes under p prompts.
             guidance: The two upsampled block outputs, at sides 2 g and 4 g.
         """
-        # Cosines of classes lie closer together than bfloat16 can tell: in it the cut would toss.
-        wide = torch.promote_types(features.dtype, torch.float32)
-        unit = nn.functional.normalize(text.to(wide), dim=-1)
-        places = nn.functional.normalize(features.to(wide), dim=1)
-        cost = torch.einsum("bdhw,btpd->btphw", places, unit)
+        # Cosines of classes differ by less than the precision of bfloat16, in which the selection
+        # would be arbitrary.
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        unit_text = nn.functional.normalize(text.to(dtype), dim=-1)
+        unit_features = nn.functional.normalize(features.to(dtype), dim=1)
+        cost = torch.einsum("bdhw,btpd->btphw", unit_features, unit_text)
         classes = text.shape[1]
-        chosen = None
+        selected = None
         if 0 < self.pad_len < classes:
-            # As the official code does, prompts are normalised before their mean in this case only.
-            chosen = cost.amax(dim=(2, 3, 4)).topk(self.pad_len, dim=1).indices
-            cost, text = _gather_classes(cost, chosen), _gather_classes(unit, chosen)
+            # As in the official code, prompts are normalised before their mean only in this case.
+            selected = cost.amax(dim=(2, 3, 4)).topk(self.pad_len, dim=1).indices
+            cost, text = _gather_classes(cost, selected), _gather_classes(unit_text, selected)
         logits = self._aggregate(cost, features, text, guidance)
-        if chosen is None:
+        if selected is None:
             return logits
-        whole = logits.new_full((len(logits), classes, *logits.shape[2:]), _UNSELECTED_LOGIT)
-        return whole.scatter(1, chosen[..., None, None].expand_as(logits), logits)
+        all_logits = logits.new_full((len(logits), classes, *logits.shape[2:]), _UNSELECTED_LOGIT)
+        return all_logits.scatter(1, selected[..., None, None].expand_as(logits), logits)
 
     def _aggregate(
         self, cost: Tensor, features: Tensor, text: Tensor, guidance: Sequence[Tensor]
     ) -> Tensor:
         batch, classes = cost.shape[:2]
         appearance = self.guidance_projection(features).permute(0, 2, 3, 1)
-        mean = nn.functional.normalize(text.mean(dim=2), dim=-1)
-        words = self.text_guidance_projection(mean.to(features.dtype))
+        mean_text = nn.functional.normalize(text.mean(dim=2), dim=-1)
+        text_guidance = self.text_guidance_projection(mean_text.to(features.dtype))
         x = (
             self.conv1(cost.flatten(0, 1).to(features.dtype))
             .permute(0, 2, 3, 1)
             .unflatten(0, (batch, classes))
         )
         for layer in self.layers:
-            x = layer(x, appearance, words)
+            x = layer(x, appearance, text_guidance)
         first, second = (
             up.fold(project(guide))
             for up, project, guide in zip(
@@ -130,15 +152,15 @@ class Aggregator(nn.Module):
             )
         )
 
-        def decode(part: Tensor) -> Tensor:
-            maps = part.flatten(0, 1).permute(0, 3, 1, 2)
+        def decode(chunk: Tensor) -> Tensor:
+            maps = chunk.flatten(0, 1).permute(0, 3, 1, 2)
             maps = self.head(self.decoder2(self.decoder1(maps, first), second))
-            return maps.view(*part.shape[:2], *maps.shape[2:])
+            return maps.view(*chunk.shape[:2], *maps.shape[2:])
 
         return apply_chunked(decode, x)
 
 
-def _gather_classes(x: Tensor, chosen: Tensor) -> Tensor:
-    """Pick each image's own classes along axis 1."""
-    index = chosen.reshape(*chosen.shape, *(1,) * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
+def _gather_classes(x: Tensor, selected: Tensor) -> Tensor:
+    """Return the selected classes (b, k) of each image along axis 1 of x (b, t, ...)."""
+    index = selected.reshape(*selected.shape, *(1,) * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
     return x.gather(1, index)

@@ -1,4 +1,4 @@
-"""Softmax attention by the kernel that is quickest where it runs."""
+"""Softmax attention with the fastest kernel for device and dtype."""
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +16,19 @@ def attend(
     *,
     causal: bool = False,
 ) -> Float[Tensor, "*b m c"]:
-    """Return softmax(q k^T / sqrt(c) + mask) v.
+    """Return ``softmax(q k^T / sqrt(c) + mask) v``.
 
     Args:
-        q: Queries; as many as keys if ``causal``.
+        q: Queries; with ``causal``, m = n.
         k: Keys.
         v: Values.
         mask: Added to the scores; broadcast to (..., m, n).
-        causal: Let no row see later ones; then without ``mask``.
+        causal: Whether to mask later rows; excludes ``mask``.
     """
     slow = q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu"
     if not slow or causal:
         return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-    # The fused kernel's backward pass in bfloat16 takes five times as long as these products.
+    # The backward pass of the fused kernel is five times slower in bfloat16 on the CPU.
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if mask is not None:
         scores = scores + mask.to(scores.dtype)
@@ -36,8 +36,8 @@ def attend(
 
 
 def add_residual(x: Float[Tensor, "*b c"], change: Float[Tensor, "*b c"]) -> Float[Tensor, "*b c"]:
-    """Return x + change, in the memory of ``change`` where that has x's type.
+    """Return x + change, in place in ``change`` if both have the same dtype.
 
-    Under autocast it has not: the sum then keeps the full precision of the residual stream.
+    Under autocast they differ; the sum then has the full precision of the residual stream.
     """
     return change.add_(x) if change.dtype == x.dtype else x + change

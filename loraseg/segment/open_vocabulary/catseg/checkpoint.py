@@ -1,4 +1,4 @@
-"""Our own checkpoint file: safetensors, with the config in its header."""
+"""Checkpoint files of CAT-Seg models: safetensors with the config in the header."""
 
 import json
 from collections.abc import Mapping
@@ -8,6 +8,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
+from loraseg.cache_dir import publish_file
 from loraseg.config import build, to_dict
 from loraseg.errors import IntegrityError
 from loraseg.segment.open_vocabulary.catseg.config import CATSegConfig
@@ -15,7 +16,7 @@ from loraseg.segment.open_vocabulary.catseg.layout import check_keys
 from loraseg.segment.open_vocabulary.catseg.model import CATSeg
 from loraseg.storage.safetensors_io import encode_safetensors
 
-__all__ = ["encode_catseg", "is_own_file", "load_catseg", "read_metadata", "save_catseg"]
+__all__ = ["encode_catseg", "is_catseg_file", "load_catseg", "read_metadata", "save_catseg"]
 
 _FORMAT = "loraseg-catseg-1"
 
@@ -27,24 +28,21 @@ def save_catseg(
     *,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write the weights, with the config as JSON in the header.
+    """Write a model atomically, with the config as JSON in the header.
 
     Args:
-        model: Its ``state_dict`` is written.
-        path: Written whole, then renamed into place.
-        metadata: Further strings for the header, such as "vocabulary" or "prompt".
-        dtype: Stored type of floating tensors; None keeps theirs.
+        model: The model.
+        path: The safetensors file.
+        metadata: Additional strings for the header, such as "vocabulary" or "prompt".
+        dtype: Stored dtype of the weights; None keeps theirs.
     """
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(encode_catseg(model, metadata, dtype=dtype))
-    part.replace(path)
+    publish_file(Path(path), encode_catseg(model, metadata, dtype=dtype))
 
 
 def encode_catseg(
     model: CATSeg, metadata: Mapping[str, str] | None = None, *, dtype: torch.dtype | None = None
 ) -> bytes:
-    """Return the bytes that :func:`save_catseg` writes; the arguments are the same."""
+    """Return the bytes of the file of :func:`save_catseg`; the arguments are the same."""
     header = {
         **(metadata or {}),
         "format": _FORMAT,
@@ -60,7 +58,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     """Return the header strings of a safetensors file.
 
     Raises:
-        IntegrityError: It cannot be read as safetensors.
+        IntegrityError: The file cannot be read as safetensors.
     """
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -69,8 +67,8 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         raise IntegrityError(f"{path}: cannot be read as safetensors: {error}") from error
 
 
-def is_own_file(path: str | Path) -> bool:
-    """Return whether this is a safetensors file written by :func:`save_catseg`."""
+def is_catseg_file(path: str | Path) -> bool:
+    """Return whether a file was written by :func:`save_catseg`."""
     try:
         return read_metadata(path).get("format") == _FORMAT
     except IntegrityError:
@@ -86,7 +84,7 @@ def load_catseg(path: str | Path, **overrides: object) -> CATSeg:
 
     Raises:
         IntegrityError: The file is not such a checkpoint, or its tensors do not fit its config.
-        ConfigError: The config in the header or an override is wrong.
+        ConfigError: The config in the header or an override is invalid.
     """
     metadata = read_metadata(path)
     if metadata.get("format") != _FORMAT:
@@ -96,9 +94,9 @@ def load_catseg(path: str | Path, **overrides: object) -> CATSeg:
     try:
         values = json.loads(metadata["config"])
     except (KeyError, ValueError) as error:
-        raise IntegrityError(f"{path}: the header holds no readable config") from error
+        raise IntegrityError(f"{path}: the header has no readable config") from error
     config = build(CATSegConfig, {**values, **overrides}, where=str(path))
-    # Copied, since products round otherwise where a weight does not begin at a cache line.
+    # Copied: the rounding of products depends on the alignment of the weights.
     state = {
         key: value.to(torch.float32, copy=True)
         for key, value in safetensors.torch.load_file(path).items()

@@ -1,4 +1,4 @@
-"""Running the pieces of a large tensor one after the other where that is quicker."""
+"""Chunked evaluation of functions on large tensors."""
 
 from collections.abc import Callable
 
@@ -16,20 +16,20 @@ _MIN_CHUNK = 4
 def apply_chunked(
     function: Callable[[Tensor], Tensor], x: Float[Tensor, "b s *rest"]
 ) -> Float[Tensor, "b s *more"]:
-    """Return ``run(x)`` for a function that treats the entries of axis 1 apart.
+    """Return ``function(x)`` for a function that is independent along axis 1.
 
-    On the CPU without gradients it goes through axis 1 piece by piece: a piece's activations stay
-    in the caches and in memory that the process already has, instead of fresh pages for every
-    layer. A piece has at least four entries, for what is shared along the axis is made for each.
+    On the CPU without gradients it runs on chunks of axis 1, whose activations stay in the caches
+    and in memory that is already mapped. A chunk has at least four entries, because quantities
+    shared along the axis are recomputed for each chunk.
 
     Args:
-        function: Maps (b, s, ...) to (b, s, ...), each entry of axis 1 by itself.
-        x: All entries, with the channels last.
+        function: Maps (b, s, ...) to (b, s, ...), independently for each entry of axis 1.
+        x: The input, with channels last.
     """
     if x.device.type != "cpu" or torch.is_grad_enabled():
         return function(x)
     tokens = x[:, 0, ..., 0].numel()
-    pieces = x.split(max(_CHUNK_TOKENS // tokens, _MIN_CHUNK), dim=1)
+    chunks = x.split(max(_CHUNK_TOKENS // tokens, _MIN_CHUNK), dim=1)
     return (
-        function(x) if len(pieces) == 1 else torch.cat([function(piece) for piece in pieces], dim=1)
+        function(x) if len(chunks) == 1 else torch.cat([function(chunk) for chunk in chunks], dim=1)
     )

@@ -1,4 +1,4 @@
-"""Class aggregation: linear attention over the classes at each place (methods A.5, "Class")."""
+"""Class aggregation of CAT-Seg: linear attention over the classes at each position."""
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,23 @@ __all__ = ["ClassLayer"]
 
 
 class LinearAttention(nn.Module):
-    """Attention with the feature map elu + 1; q and k also see the text guidance."""
+    """Linear attention over classes with the feature map elu + 1.
+
+    ::
+
+        q_t = f(W_q [x_t, e_t]),  k_t = f(W_k [x_t, e_t]),  v_t = W_v x_t,  f(z) = elu(z) + 1
+        out_t = q_t^T (sum_s k_s v_s^T) / (q_t . sum_s k_s + 1e-6)
+
+    * x_t: normed token of class t; e_t: its text guidance; per head, s over all classes and the
+      padding rows.
+
+    Linear attention: Katharopoulos et al. (arXiv 2006.16236), eq. 5 and 7. CAT-Seg (CVPR 2024), "Class
+    Cost Aggregation"; official code: ``cat_seg/modeling/transformer/model.py``, ``LinearAttention``
+    and ``AttentionLayer``.
+
+    Difference from the official code: it appends L - t equal padding rows. Here their key and
+    value are computed once and multiplied by their number, and v is not divided by L beforehand.
+    """
 
     def __init__(self, dim: int, guidance_dim: int, heads: int) -> None:
         super().__init__()
@@ -30,15 +46,12 @@ class LinearAttention(nn.Module):
     ) -> Float[Tensor, "b n t c"]:
         """Attend over t classes and ``copies`` equal padding rows.
 
-        The rows' own outputs are dropped by the caller, and as keys they are all one vector, so
-        that they enter the two sums as ``copies`` times that vector: exact, at the cost of one.
-
         Args:
-            x: Normed tokens of t classes at n places.
+            x: Normed tokens of t classes at n positions.
             text: Text guidance of each class.
-            padding: Normed padding token (b, 1, c) and padding guidance (b, a), one row an image
-                since adapters may differ between images; None without padding.
-            copies: Number of padding rows.
+            padding: Normed padding token (b, 1, c) and padding guidance (b, a), one row per image
+                because adapters can differ between images; None without padding.
+            copies: Number of padding rows; their outputs are not computed.
         """
         query, key = (
             _feature_map(call_guided(self.q, x, text)),
@@ -63,9 +76,10 @@ def _feature_map(x: Tensor) -> Tensor:
 
 
 class ClassLayer(nn.Module):
-    """Pooled class attention and MLP, added to its input.
+    """Class aggregation: attention and MLP on the pooled input, added to the input.
 
-    The identity enters twice: y starts as the pooled input and is added to the input at the end.
+    ``x + up(z)`` with ``y = p + attention(LN(p), e)``, ``z = y + MLP(LN(y))`` and the average-pooled
+    input p. Official code: ``cat_seg/modeling/transformer/model.py``, ``ClassTransformerLayer``.
     """
 
     padding_tokens: nn.Parameter | None
@@ -90,10 +104,10 @@ class ClassLayer(nn.Module):
     def forward(
         self, x: Float[Tensor, "b t g g c"], text: Float[Tensor, "b t a"]
     ) -> Float[Tensor, "b t g g c"]:
-        """Let the t classes of an image exchange at each (pooled) place."""
+        """Mix the t classes of an image at each (pooled) position."""
         y = self._pool(x)
         sides = y.shape[2:4]
-        y = apply_chunked(lambda part: self._attend(part, text), y.flatten(2, 3).transpose(1, 2))
+        y = apply_chunked(lambda chunk: self._attend(chunk, text), y.flatten(2, 3).transpose(1, 2))
         return x + self._unpool(y.transpose(1, 2).unflatten(2, sides), x.shape[2])
 
     def _attend(

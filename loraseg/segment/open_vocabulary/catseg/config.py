@@ -1,4 +1,4 @@
-"""Every size of a CAT-Seg model."""
+"""Sizes of a CAT-Seg model."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,16 +14,22 @@ class CATSegConfig:
 
     Attributes:
         image_size: Side of the square CLIP input, pixels; a multiple of ``patch``.
-        position_grid: Side of the grid that the positional table was trained for; it is resized
-            (bicubic) when the used grid ``image_size // patch`` is another one.
+        position_grid: Side of the grid of the positional embedding; it is resized (bicubic) if the
+            grid ``image_size // patch`` differs.
         guidance_blocks: Vision blocks (0-based) whose outputs guide the two decoder stages;
-            None means depth // 3 - 1 and 2 * depth // 3 - 1, not below 0.
-        prompts: Number of prompt templates P a class; the input channels of the cost embedding.
-        window: Side of the Swin windows; must divide the grid unless it is not smaller than it.
-        pad_len: The class axis is padded to this length and cut to the best this many; 0: neither.
+            None for depth // 3 - 1 and 2 * depth // 3 - 1, at least 0.
+        prompts: Number p of prompt templates per class; the input channels of the cost embedding.
+        window: Side of the Swin windows; it must divide the grid or be at least the grid.
+        pad_len: Length to which the class axis is padded, and number of classes that are selected
+            if there are more; 0 for neither.
         pooling: Side of the average pooling before class attention, in training and evaluation.
-        clip_attention_lora: "active" calls the q, k and v modules of CLIP; "inert" reads their
-            weights only, so that wrappers and hooks on them never run (methods B.1, parity).
+        clip_attention_lora: "active" calls the q, k and v modules of CLIP; "inert" only reads
+            their weights, so that adapters and hooks on them have no effect. SemLA's published
+            adapters were trained and evaluated with inert modules (its copy of
+            ``cat_seg/third_party/model_vpt.py``).
+
+    Raises:
+        ConfigError: A value is out of range.
     """
 
     image_size: int = 384
@@ -65,7 +71,7 @@ class CATSegConfig:
 
     @property
     def tapped_blocks(self) -> tuple[int, int]:
-        """The two guidance blocks, with the rule of A.1 applied."""
+        """The two guidance blocks, with the defaults filled in."""
         if self.guidance_blocks is not None:
             return self.guidance_blocks
         depth = self.vision_layers
@@ -111,12 +117,12 @@ class CATSegConfig:
         for width in self.decoder_dims:
             if width % max(1, width // 16):
                 raise ConfigError(
-                    f"decoder_dims: got {self.decoder_dims}, expected widths that "
-                    f"width // 16 groups divide"
+                    f"decoder_dims: got {self.decoder_dims}, expected widths that are multiples "
+                    f"of width // 16"
                 )
         inputs = (self.hidden, self.decoder_dims[0])
-        for width, taken in zip(inputs, self.decoder_guidance_dims, strict=True):
-            if taken >= width:
+        for width, guidance_width in zip(inputs, self.decoder_guidance_dims, strict=True):
+            if guidance_width >= width:
                 raise ConfigError(
                     f"decoder_guidance_dims: got {self.decoder_guidance_dims}, expected less than "
                     f"the {inputs} channels that enter the two decoder stages"

@@ -1,4 +1,4 @@
-"""A CAT-Seg around a CLIP of open_clip."""
+"""Build a CAT-Seg from a CLIP of open_clip."""
 
 from collections.abc import Mapping
 
@@ -12,21 +12,20 @@ __all__ = ["catseg_from_clip"]
 
 
 def catseg_from_clip(clip_model: nn.Module, config: CATSegConfig) -> CATSeg:
-    """Build a CAT-Seg whose CLIP has the weights of ``clip_model``; the rest is initialised.
+    """Build a CAT-Seg with the weights of ``clip_model``; other parameters are initialised.
 
     Args:
-        clip_model: An ``open_clip.CLIP``; copied, not shared.
-        config: Must agree with the CLIP's sizes; ``image_size`` may be another one.
+        clip_model: An ``open_clip.CLIP``; its weights are copied.
+        config: Sizes of the model; those of CLIP must agree, except for ``image_size``.
 
     Raises:
-        IntegrityError: A tensor is missing, unknown or of another shape than the config says.
+        IntegrityError: A tensor is missing, unknown or has a shape that does not fit the config.
     """
     model = CATSeg(config)
     state = split_attention(clip_model.state_dict())
-    own = model.clip.state_dict()
     check_keys(
         {key: tuple(value.shape) for key, value in state.items()},
-        {key: tuple(value.shape) for key, value in own.items()},
+        {key: tuple(value.shape) for key, value in model.clip.state_dict().items()},
         "CLIP model",
     )
     model.clip.load_state_dict(state)
@@ -34,14 +33,17 @@ def catseg_from_clip(clip_model: nn.Module, config: CATSegConfig) -> CATSeg:
 
 
 def split_attention(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Split ``in_proj_weight`` and ``in_proj_bias`` into q, k and v; drop the causal mask."""
-    ours: dict[str, Tensor] = {}
+    """Split ``in_proj_weight`` (3 c, c) and ``in_proj_bias`` (3 c,) into q, k and v.
+
+    The causal mask is dropped; other tensors are passed through.
+    """
+    split: dict[str, Tensor] = {}
     for key, value in state.items():
         stem, _, last = key.rpartition(".")
         if last in ("in_proj_weight", "in_proj_bias"):
             kind = last.removeprefix("in_proj_")
             for part, rows in zip("qkv", value.chunk(3), strict=True):
-                ours[f"{stem}.{part}_proj.{kind}"] = rows
+                split[f"{stem}.{part}_proj.{kind}"] = rows
         elif key != "attn_mask":
-            ours[key] = value
-    return ours
+            split[key] = value
+    return split

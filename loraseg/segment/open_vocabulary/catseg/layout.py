@@ -1,4 +1,4 @@
-"""The key layout of official checkpoints, to and fro (methods A.8)."""
+"""Conversion of state dicts from and to the keys of official checkpoints."""
 
 from collections.abc import Mapping
 
@@ -14,22 +14,29 @@ _PARTS = ("q", "k", "v")
 
 
 def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename official keys to ours, split the fused biases, drop masks; no tensor is copied."""
-    ours: dict[str, Tensor] = {}
+    """Return a state dict of :class:`CATSeg` from official keys, without copying tensors.
+
+    Fused biases (3 c,) become three of (c,), masks (m, n, n) are dropped, and other tensors keep
+    their shapes.
+    """
+    converted: dict[str, Tensor] = {}
     for key, value in state.items():
         stem, _, last = key.rpartition(".")
         if last == "in_proj_bias":
             for part, bias in zip(_PARTS, value.chunk(3), strict=True):
-                ours[f"{stem}.{part}_proj.bias"] = bias
+                converted[f"{stem}.{part}_proj.bias"] = bias
         elif last.endswith("_proj_weight"):
-            ours[f"{stem}.{last.removesuffix('_weight')}.weight"] = value
+            converted[f"{stem}.{last.removesuffix('_weight')}.weight"] = value
         elif last != "attn_mask":
-            ours[key] = value
-    return ours
+            converted[key] = value
+    return converted
 
 
 def official_state_dict(model: CATSeg) -> dict[str, Tensor]:
-    """Return the model's tensors under the official keys, fused biases and masks included."""
+    """Return the tensors of a model under the official keys, the inverse of :func:`from_official`.
+
+    Biases are fused to shape (3 c,), and masks (m, n, n) are included.
+    """
     state = dict(model.state_dict())
     official: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -51,23 +58,23 @@ def official_state_dict(model: CATSeg) -> dict[str, Tensor]:
 def check_keys(
     got: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str
 ) -> None:
-    """Compare key by key and name every kind of difference at once.
+    """Compare the shapes of two state dicts by key and report all differences.
 
     Raises:
-        IntegrityError: Keys are missing, unknown or of another shape.
+        IntegrityError: Keys are missing, unknown or have another shape.
     """
     missing = sorted(expected.keys() - got.keys())
     unknown = sorted(got.keys() - expected.keys())
-    shaped = [
+    mis_shaped = [
         f"{key} got {got[key]} expected {expected[key]}"
         for key in sorted(got.keys() & expected.keys())
         if got[key] != expected[key]
     ]
-    kinds = {"missing": missing, "unknown": unknown, "mis-shaped": shaped}
+    kinds = {"missing": missing, "unknown": unknown, "mis-shaped": mis_shaped}
     problems = [
-        f"{len(found)} {kind}: {', '.join(found[:8])}{', ...' if len(found) > 8 else ''}"
-        for kind, found in kinds.items()
-        if found
+        f"{len(keys)} {kind}: {', '.join(keys[:8])}{', ...' if len(keys) > 8 else ''}"
+        for kind, keys in kinds.items()
+        if keys
     ]
     if problems:
         raise IntegrityError(f"{where}: keys do not fit CAT-Seg: {'; '.join(problems)}")

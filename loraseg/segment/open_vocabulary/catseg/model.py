@@ -1,4 +1,4 @@
-"""The CAT-Seg model: CLIP towers, two upsamplers, aggregator (methods A.3 to A.5)."""
+"""The CAT-Seg model: CLIP towers, two guidance upsamplers, aggregator."""
 
 from torch import Tensor, nn
 
@@ -12,7 +12,7 @@ __all__ = ["CATSeg"]
 
 
 class CATSegPredictor(nn.Module):
-    """Holds CLIP and aggregator under the names of the official checkpoints."""
+    """CLIP and aggregator, named as in the official checkpoints."""
 
     def __init__(self, config: CATSegConfig) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class CATSegPredictor(nn.Module):
 
 
 class CATSegHead(nn.Module):
-    """Holds the predictor under the name of the official checkpoints."""
+    """The predictor, named as in the official checkpoints."""
 
     def __init__(self, config: CATSegConfig) -> None:
         super().__init__()
@@ -29,10 +29,11 @@ class CATSegHead(nn.Module):
 
 
 class CATSeg(nn.Module):
-    """CAT-Seg (CVPR 2024, CLIP only) at any size.
+    """CAT-Seg (Cho et al., CVPR 2024, arXiv 2303.11797) with CLIP features only, at any size.
 
-    Module and parameter names are those of the official checkpoints, so that LoRA targets are
-    called as in published adapters; only CLIP's fused ``in_proj_bias`` is split over q, k and v.
+    Module and parameter names are those of the official checkpoints (``cat_seg/cat_seg_model.py``,
+    ``CATSeg``), so that LoRA targets have the names of published adapters. Only the fused
+    ``in_proj_bias`` of CLIP is split into q, k and v.
     """
 
     def __init__(self, config: CATSegConfig) -> None:
@@ -56,18 +57,18 @@ class CATSeg(nn.Module):
     def encode_text(
         self, token_ids: Int[Tensor, "t l"], groups: int | None = None
     ) -> Float[Tensor, "t d"] | Float[Tensor, "g t d"]:
-        """Return L2-normalised text features, one a row of token ids.
+        """Return L2-normalised text features, one per row of token ids.
 
         Args:
-            token_ids: Prompts; on the CPU they need no synchronisation with a device.
+            token_ids: Prompts; ids on the CPU avoid a device synchronisation.
             groups: Encode the rows this many times, with the groups as leading axis of every
-                layer call, for layers that treat each group by another adapter mix.
+                layer call, for layers that apply a different adapter mix to each group.
 
         Returns:
             (t, d); with ``groups`` (groups, t, d).
 
         Raises:
-            ConfigError: There is no row or no group, or a row is longer than the context.
+            ConfigError: There are no rows or groups, or the rows are longer than the context.
         """
         rows, length = token_ids.shape
         if not rows or not 0 < length <= self.config.context_length:
@@ -89,7 +90,7 @@ class CATSeg(nn.Module):
 
         Args:
             images: Normalised RGB of side ``config.image_size``.
-            text: Text features of t >= 1 classes under p prompts, for all images or each its own.
+            text: Text features of t >= 1 classes under p prompts, shared or one set per image.
 
         Raises:
             ConfigError: A size disagrees with the config.
@@ -102,9 +103,10 @@ class CATSeg(nn.Module):
     def encode_images(
         self, images: Float[Tensor, "b 3 s s"]
     ) -> tuple[Float[Tensor, "b d g g"], tuple[Tensor, Tensor]]:
-        """Return what the aggregator sees of images: dense features and two guidance maps.
+        """Return dense image features and the two decoder guidance maps.
 
-        The guidance maps are at two and four times the CLIP grid.
+        The guidance maps are (b, g1, 2 g, 2 g) and (b, g2, 4 g, 4 g), with g1, g2 from
+        ``config.guidance_dims``.
         """
         features, taps = self.clip.visual(images)
         return features, (self.upsample1(taps[0]), self.upsample2(taps[1]))
@@ -116,9 +118,9 @@ class CATSeg(nn.Module):
             raise ConfigError(
                 f"images of shape {tuple(images.shape)}: expected (b, 3, {side}, {side})"
             )
-        want = (len(images), config.prompts, config.embed_dim)
-        if (text.shape[0], *text.shape[2:]) != want or not text.shape[1]:
+        batch, prompts, width = len(images), config.prompts, config.embed_dim
+        if (text.shape[0], *text.shape[2:]) != (batch, prompts, width) or not text.shape[1]:
             raise ConfigError(
-                f"text features of shape {tuple(text.shape)}: expected {want[0]} images, at least "
-                f"one class, {want[1]} prompts, width {want[2]}"
+                f"text features of shape {tuple(text.shape)}: expected {batch} images, at least "
+                f"one class, {prompts} prompts, width {width}"
             )

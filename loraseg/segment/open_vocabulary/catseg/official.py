@@ -1,4 +1,4 @@
-"""Load official CAT-Seg checkpoints of any size (methods A.8)."""
+"""Load official CAT-Seg checkpoints of any size."""
 
 import math
 import pickle
@@ -31,25 +31,25 @@ _HEAD_WIDTH = 64
 
 
 def load_official_checkpoint(source: str | Path | Mapping[str, Any], **overrides: Any) -> CATSeg:
-    """Build a CAT-Seg of the sizes of an official checkpoint and give it these weights.
+    """Build a CAT-Seg with the sizes and weights of an official checkpoint.
 
-    Attention masks are used to infer window and grid and are otherwise recomputed; the aliases
-    ``attn.{q,k,v}_proj.weight`` of SemLA's fork are ignored. The tensors are taken over, not
-    copied, so a state dict on the meta device gives a model on the meta device.
+    Attention masks are only used to infer window and grid; they are recomputed. The aliases
+    ``attn.{q,k,v}_proj.weight`` of SemLA's fork are ignored. Tensors are not copied, so a state
+    dict on the meta device gives a model on the meta device.
 
     Args:
         source: A ``.pth`` or ``.safetensors`` file, or a state dict, bare or under "model".
-        overrides: Fields of :class:`CATSegConfig` that tensors do not tell: ``vision_heads``
-            and ``text_heads`` (otherwise of width 64), ``heads``, ``guidance_blocks``,
-            ``pad_len``, ``pooling``, ``clip_attention_lora``, and ``image_size`` where one window
-            covers the grid and another grid than that of the positions is meant.
+        overrides: Fields of :class:`CATSegConfig` that the tensors do not determine:
+            ``vision_heads`` and ``text_heads`` (by default heads of width 64), ``heads``,
+            ``guidance_blocks``, ``pad_len``, ``pooling``, ``clip_attention_lora``, and
+            ``image_size`` if one window covers the grid and the grid is not that of the positions.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
         IntegrityError: The file is unreadable, or keys are missing, unknown or mis-shaped.
-        ConfigError: The sizes or overrides do not make a CAT-Seg.
+        ConfigError: The sizes or overrides are not valid for CAT-Seg.
     """
     where = "state dict" if isinstance(source, Mapping) else str(source)
     raw = source if isinstance(source, Mapping) else _read(Path(source))
@@ -67,10 +67,15 @@ def load_official_checkpoint(source: str | Path | Mapping[str, Any], **overrides
 
 
 def infer_config(state: Mapping[str, Tensor], where: str, **overrides: Any) -> CATSegConfig:
-    """Read every size off the shapes of a cleaned official state dict.
+    """Infer the config from the shapes of an official state dict without aliases and prefixes.
+
+    Args:
+        state: Tensors by key, with the shapes of the official layout.
+        where: Name of the checkpoint in error messages.
+        overrides: See :func:`load_official_checkpoint`.
 
     Raises:
-        IntegrityError: A tensor that is needed for it is missing or has another number of axes.
+        IntegrityError: A tensor is missing or has another number of axes.
         ConfigError: As in :func:`load_official_checkpoint`.
     """
     shapes = _Shapes(state, where)
@@ -106,7 +111,7 @@ def infer_config(state: Mapping[str, Tensor], where: str, **overrides: Any) -> C
 
 
 class _Shapes:
-    """Reads sizes off the tensors of an official state dict."""
+    """Reads sizes from the tensors of an official state dict."""
 
     def __init__(self, state: Mapping[str, Tensor], where: str) -> None:
         self._state = state
@@ -118,7 +123,7 @@ class _Shapes:
         shape = tuple(self._state[key].shape)
         if len(shape) != dims:
             raise IntegrityError(
-                f"{self._where}: mis-shaped: {key} got {shape} with not {dims} axes"
+                f"{self._where}: mis-shaped: {key} got {shape}, expected {dims} axes"
             )
         return tuple(shape[axis] for axis in axes)
 
@@ -126,22 +131,22 @@ class _Shapes:
         return self.read(first, 4, axis)[0], self.read(second, 4, axis)[0]
 
     def count(self, prefix: str) -> int:
-        """Return one more than the largest index that follows the prefix."""
+        """Return the number of consecutive indices, from 0, that follow the prefix."""
         pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
-        found = [int(match[1]) for key in self._state if (match := pattern.match(key))]
-        if not found:
+        indices = {int(match[1]) for key in self._state if (match := pattern.match(key))}
+        if not indices:
             raise IntegrityError(f"{self._where}: not an official CAT-Seg: 1 missing: {prefix}0")
-        if max(found) + 1 != len(set(found)):
+        if max(indices) + 1 != len(indices):
             raise IntegrityError(
-                f"{self._where}: {prefix} has {len(set(found))} different indices up to "
-                f"{max(found)}; expected all from 0"
+                f"{self._where}: {prefix} has {len(indices)} different indices up to "
+                f"{max(indices)}; expected all from 0"
             )
-        return max(found) + 1
+        return len(indices)
 
     def window_and_grid(self, position_grid: int) -> tuple[int | None, int]:
-        """Return (window, grid) of the shifted blocks' mask: m windows of n = window**2 tokens.
+        """Return (window, grid) from the mask of the shifted blocks: m windows of window**2 tokens.
 
-        Without a mask one window covers the grid: (None, the grid of the positions).
+        Without a mask one window covers the grid: (None, grid of the positions).
         """
         keys = [key for key in self._state if key.endswith(".attn_mask")]
         if not keys:
@@ -164,14 +169,13 @@ class _Shapes:
 def _heads(name: str, width: int, where: str) -> int:
     if width % _HEAD_WIDTH:
         raise ConfigError(
-            f"{where}: {name} width {width} is not a multiple of {_HEAD_WIDTH}; "
-            f"give {name}_heads=..."
+            f"{where}: {name} width {width} is not a multiple of {_HEAD_WIDTH}; set {name}_heads"
         )
     return width // _HEAD_WIDTH
 
 
 def _clean(raw: Mapping[str, Any], where: str) -> dict[str, Tensor]:
-    """Unwrap "model", strip "module.", drop the aliases of SemLA's fork."""
+    """Unwrap "model", strip "module." and drop the aliases of SemLA's fork."""
     inner = raw.get("model", raw)
     if not isinstance(inner, Mapping) or not inner:
         raise IntegrityError(f"{where}: expected a state dict, got {type(inner).__name__}")
@@ -179,7 +183,7 @@ def _clean(raw: Mapping[str, Any], where: str) -> dict[str, Tensor]:
     for key, value in inner.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise IntegrityError(
-                f"{where}: {key!r} holds a {type(value).__name__}; expected names of tensors"
+                f"{where}: {key!r} is a {type(value).__name__}; expected tensors by name"
             )
         state[key.removeprefix("module.")] = value
     return {key: value for key, value in state.items() if not _is_alias(key, state)}
@@ -193,7 +197,7 @@ def _is_alias(key: str, state: Mapping[str, Tensor]) -> bool:
 def _read(path: Path) -> Mapping[str, Any]:
     try:
         if path.suffix == ".safetensors":
-            # Copied, since products round otherwise where a weight does not begin at a cache line.
+            # Copied: the rounding of products depends on the alignment of the weights.
             return {key: value.clone() for key, value in safetensors.torch.load_file(path).items()}
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:

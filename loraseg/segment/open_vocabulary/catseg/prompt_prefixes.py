@@ -1,7 +1,7 @@
-"""The distinct beginnings of a batch of prompts.
+"""The distinct prefixes of a batch of prompts.
 
-Under a causal mask a token's hidden state depends on the tokens up to it and on nothing else, so
-prompts that begin alike share these states: each distinct beginning needs them once.
+Under a causal mask the hidden state of a token depends only on the tokens up to it. Prompts with a
+common prefix therefore share its states, and each distinct prefix is computed once.
 """
 
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ __all__ = ["PrefixTable"]
 
 @dataclass(frozen=True, slots=True)
 class PrefixTable:
-    """All n distinct beginnings of t rows, shorter ones first.
+    """The n distinct prefixes of t rows, shorter ones first.
 
     Attributes:
-        tokens: Last token of each beginning.
+        tokens: Last token of each prefix.
         positions: Position of that token.
-        prefix_ids: The beginnings of each row up to its end token; then 0, which no one attends to.
-        flat_indices: Where each beginning stands in the flattened ``prefix_ids``.
-        full_prompts: The beginning that is the whole row, up to its end token.
-        end_positions: Position of each row's end token.
+        prefix_ids: Ids of the prefixes of each row up to its end token, then 0 (never attended to).
+        flat_indices: An index of each prefix in the flattened ``prefix_ids``.
+        full_prompts: Id of the prefix that is the complete row, up to its end token.
+        end_positions: Position of the end token of each row.
     """
 
     tokens: Int[Tensor, " n"]
@@ -36,35 +36,42 @@ class PrefixTable:
 
     @classmethod
     def from_token_ids(cls, token_ids: Int[Tensor, "t full"]) -> "PrefixTable":
-        """Find them; a row ends with the first of its largest ids, the rest of it is ignored.
+        """Build the table; a row ends at the first occurrence of its largest id.
 
-        How many there are decides later shapes: the search runs on the CPU, with one
-        synchronisation if the ids are elsewhere.
+        The number of prefixes determines later shapes, so the search runs on the CPU; ids on
+        another device need one synchronisation.
         """
         token_ids = token_ids.cpu().long()
-        lasts = token_ids.argmax(dim=-1)
+        end_positions = token_ids.argmax(dim=-1)
         total = len(token_ids)
-        rows = token_ids.new_zeros(total, int(lasts.max()) + 1)
-        parents = lasts.new_zeros(total)
-        tokens, places, homes = [], [], []
+        prefix_ids = token_ids.new_zeros(total, int(end_positions.max()) + 1)
+        parents = end_positions.new_zeros(total)
+        tokens, positions, flat_indices = [], [], []
         count = 0
-        for place in range(rows.shape[1]):
-            alive = (lasts >= place).nonzero()[:, 0]
-            pairs = torch.stack([parents[alive], token_ids[alive, place]])
-            distinct, found = pairs.unique(dim=1, return_inverse=True)
-            rows[alive, place] = found + count
-            parents[alive] = found
-            home = alive.new_empty(distinct.shape[1]).scatter_(0, found, alive)
+        for position in range(prefix_ids.shape[1]):
+            rows = (end_positions >= position).nonzero()[:, 0]
+            pairs = torch.stack([parents[rows], token_ids[rows, position]])
+            distinct, inverse = pairs.unique(dim=1, return_inverse=True)
+            prefix_ids[rows, position] = inverse + count
+            parents[rows] = inverse
+            example_rows = rows.new_empty(distinct.shape[1]).scatter_(0, inverse, rows)
             tokens.append(distinct[1])
-            places.append(torch.full_like(home, place))
-            homes.append(home * rows.shape[1] + place)
-            count += len(home)
-        ends = rows[torch.arange(total, device=rows.device), lasts]
-        return cls(torch.cat(tokens), torch.cat(places), rows, torch.cat(homes), ends, lasts)
+            positions.append(torch.full_like(example_rows, position))
+            flat_indices.append(example_rows * prefix_ids.shape[1] + position)
+            count += len(example_rows)
+        row_numbers = torch.arange(total, device=prefix_ids.device)
+        return cls(
+            tokens=torch.cat(tokens),
+            positions=torch.cat(positions),
+            prefix_ids=prefix_ids,
+            flat_indices=torch.cat(flat_indices),
+            full_prompts=prefix_ids[row_numbers, end_positions],
+            end_positions=end_positions,
+        )
 
     def to(self, device: torch.device) -> "PrefixTable":
-        """Return them on a device."""
-        parts = (
+        """Return the table on a device."""
+        tensors = (
             self.tokens,
             self.positions,
             self.prefix_ids,
@@ -72,4 +79,4 @@ class PrefixTable:
             self.full_prompts,
             self.end_positions,
         )
-        return PrefixTable(*(part.to(device) for part in parts))
+        return PrefixTable(*(tensor.to(device) for tensor in tensors))

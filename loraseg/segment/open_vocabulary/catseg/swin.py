@@ -1,4 +1,9 @@
-"""Spatial aggregation: two guided Swin blocks (methods A.5, step 5, "Spatial")."""
+"""Spatial aggregation of CAT-Seg: two guided Swin blocks.
+
+CAT-Seg (CVPR 2024), "Spatial Cost Aggregation"; official code:
+``cat_seg/modeling/transformer/model.py``, ``SwinTransformerBlockWrapper``. Shifted windows: Swin
+Transformer (arXiv 2103.14030), section 3.2.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -11,26 +16,26 @@ __all__ = ["SwinPair"]
 
 
 def partition(x: Float[Tensor, "*b g g c"], window: int) -> Float[Tensor, "*b m n c"]:
-    """Cut a square map into m windows (row by row) of n = window**2 tokens."""
+    """Split a square map into m windows (row by row) of n = window**2 tokens."""
     side = x.shape[-2] // window
     blocks = x.unflatten(-2, (side, window)).unflatten(-4, (side, window))
     return blocks.transpose(-3, -4).flatten(-3, -2).flatten(-4, -3)
 
 
 def merge(windows: Float[Tensor, "*b m n c"], window: int) -> Float[Tensor, "*b g g c"]:
-    """Undo :func:`partition`."""
+    """Invert :func:`partition`."""
     side = round(windows.shape[-3] ** 0.5)
     blocks = windows.unflatten(-2, (window, window)).unflatten(-4, (side, side))
     return blocks.transpose(-3, -4).flatten(-3, -2).flatten(-4, -3)
 
 
 def shift_mask(grid: int, window: int, shift: int) -> Float[Tensor, "m n n"]:
-    """Return 0 where two tokens of a shifted window were neighbours before the shift, else -100.
+    """Return the additive mask of shifted windows: 0 for tokens of one region, else -100.
 
-    The roll brings rows and columns from the opposite border into the last windows; they are
-    three bands a side, nine regions.
+    The roll moves rows and columns from the opposite border into the last windows. Three bands per
+    side give nine regions.
     """
-    # On the CPU by name: the loader builds models on the meta device, where a buffer has no values.
+    # Explicitly on the CPU: checkpoints build models on the meta device, without buffer values.
     band = torch.zeros(grid, device="cpu")
     band[grid - window :] = 1
     band[grid - shift :] = 2
@@ -40,7 +45,7 @@ def shift_mask(grid: int, window: int, shift: int) -> Float[Tensor, "m n n"]:
 
 
 class WindowAttention(nn.Module):
-    """Attention inside windows; q and k also see the appearance guidance, v does not."""
+    """Attention within windows; q and k are computed from ``[x, guidance]``, v from x."""
 
     def __init__(self, dim: int, guidance_dim: int, heads: int) -> None:
         super().__init__()
@@ -56,7 +61,7 @@ class WindowAttention(nn.Module):
         guidance: Float[Tensor, "b m n a"],
         mask: Float[Tensor, "m n n"] | None,
     ) -> Float[Tensor, "b t m n c"]:
-        # Windows stand beside the heads: the fused kernel takes four axes and one mask an image.
+        # Windows and heads share an axis: the fused kernel takes four axes and one mask per image.
         q, k, v = (
             y.unflatten(-1, (self.heads, -1)).transpose(-3, -2).flatten(2, 3).flatten(0, 1)
             for y in (call_guided(self.q, x, guidance), call_guided(self.k, x, guidance), self.v(x))
@@ -68,19 +73,19 @@ class WindowAttention(nn.Module):
 
 
 class SwinMlp(nn.Module):
-    """Linear, exact GELU, Linear; four times wider between."""
+    """Linear, exact GELU, linear, with a hidden width of 4 c."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, 4 * dim)
         self.fc2 = nn.Linear(4 * dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b c"]:
         return self.fc2(nn.functional.gelu(self.fc1(x)))
 
 
 class SwinBlock(nn.Module):
-    """One pre-norm Swin block; a shift of 0 means no roll and no mask."""
+    """One pre-norm Swin block; without roll and mask if the shift is 0."""
 
     attn_mask: Tensor | None
 
@@ -114,9 +119,9 @@ class SwinBlock(nn.Module):
 
 
 class SwinPair(nn.Module):
-    """An unshifted and a shifted block that share one norm of the appearance guidance.
+    """An unshifted and a shifted Swin block that share the norm of the appearance guidance.
 
-    If the window is not smaller than the grid, one window covers it and neither block shifts.
+    If the window is at least the grid, one window covers it and neither block is shifted.
     """
 
     def __init__(self, dim: int, guidance_dim: int, heads: int, *, grid: int, window: int) -> None:
@@ -129,6 +134,6 @@ class SwinPair(nn.Module):
     def forward(
         self, x: Float[Tensor, "b t g g c"], appearance: Float[Tensor, "b g g a"]
     ) -> Float[Tensor, "b t g g c"]:
-        """Mix each class map over its windows, guided by the image's appearance."""
+        """Mix each class map within its windows, guided by the appearance of the image."""
         guidance = self.guidance_norm(appearance)
         return self.block_2(self.block_1(x, guidance), guidance)

@@ -1,4 +1,7 @@
-"""The two CLIP encoders as CAT-Seg uses them (methods A.1 to A.3); names as in its checkpoints."""
+"""The two CLIP encoders of CAT-Seg, with the parameter names of its checkpoints.
+
+Official code: ``cat_seg/third_party/model_vpt.py``.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,14 +18,14 @@ __all__ = ["ClipTowers", "VisionTower"]
 
 
 class QuickGELU(nn.Module):
-    """OpenAI CLIP's activation, x * sigmoid(1.702 x)."""
+    """The activation of OpenAI's CLIP, ``x * sigmoid(1.702 x)``."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b c"]:
         return x * torch.sigmoid(1.702 * x)
 
 
 class ClipAttention(nn.Module):
-    """Multi-head attention with one Linear each for q, k, v and the output."""
+    """Multi-head attention with separate linear layers for q, k, v and the output."""
 
     def __init__(self, width: int, heads: int, *, call_modules: bool) -> None:
         super().__init__()
@@ -40,9 +43,10 @@ class ClipAttention(nn.Module):
         return self.out_proj(_join(attend(q, k, v)))
 
     def causal(self, x: Float[Tensor, "g n c"], prefixes: PrefixTable) -> Float[Tensor, "g n c"]:
-        """Let every beginning of a prompt attend to its own beginnings and itself.
+        """Let every prefix attend to its own prefixes and itself.
 
-        Only attention itself sees the prompts written out; the layers see each beginning once.
+        The projections see each distinct prefix once; only the attention kernel gets complete
+        prompts.
         """
         q, k, v = (
             self._project_prompts(proj, x, prefixes)
@@ -52,8 +56,10 @@ class ClipAttention(nn.Module):
         mixed = mixed.unflatten(0, (len(x), -1)).flatten(1, 2)
         return self.out_proj(mixed.index_select(1, prefixes.flat_indices))
 
-    def causal_at_ends(self, x: Float[Tensor, "g n c"], prefixes: PrefixTable) -> Tensor:
-        """Return the rows of :meth:`causal` for the whole prompts only, (g, t, c)."""
+    def causal_at_ends(
+        self, x: Float[Tensor, "g n c"], prefixes: PrefixTable
+    ) -> Float[Tensor, "g t c"]:
+        """Return the rows of :meth:`causal` for the complete prompts only."""
         k, v = (self._project_prompts(proj, x, prefixes) for proj in (self.k_proj, self.v_proj))
         q = self._project(self.q_proj, x.index_select(1, prefixes.full_prompts))
         later = torch.arange(k.shape[2], device=x.device) > prefixes.end_positions[:, None]
@@ -63,16 +69,16 @@ class ClipAttention(nn.Module):
         return self.out_proj(_join(mixed).view_as(q))
 
     def values(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
-        """Return W_o (W_v x + b_v) + b_o: every token attends to itself alone."""
+        """Return ``W_o (W_v x + b_v) + b_o``: every token attends only to itself."""
         return self.out_proj(self._project(self.v_proj, x))
 
     def _project(self, proj: Any, x: Tensor) -> Tensor:
-        # Any: in a model that peft wrapped, its layers stand where the Linears were.
-        # "inert": the official code reads the weights, so adapters on these modules never act.
+        # Any, because peft replaces the linear layers by its own.
+        # "inert": the official code reads the weights, so adapters on these modules have no effect.
         return proj(x) if self.call_modules else nn.functional.linear(x, proj.weight, proj.bias)
 
     def _project_prompts(self, proj: Any, x: Tensor, prefixes: PrefixTable) -> Tensor:
-        """Project each beginning once; return every prompt's, (g * t, heads, l, c / heads)."""
+        """Project each prefix once; return those of all prompts, (g * t, heads, l, c / heads)."""
         y = self._project(proj, x).index_select(1, prefixes.prefix_ids.flatten())
         return self._split(y.unflatten(1, prefixes.prefix_ids.shape).flatten(0, 1))
 
@@ -85,7 +91,7 @@ def _join(x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b n c"]:
 
 
 class ClipMlp(nn.Module):
-    """Two Linears, four times wider between them."""
+    """Linear, GELU, linear, with a hidden width of 4 c."""
 
     def __init__(self, width: int, *, quick_gelu: bool) -> None:
         super().__init__()
@@ -93,7 +99,7 @@ class ClipMlp(nn.Module):
         self.gelu = QuickGELU() if quick_gelu else nn.GELU()
         self.c_proj = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b c"]:
         return self.c_proj(self.gelu(self.c_fc(x)))
 
 
@@ -112,20 +118,23 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
     def causal(self, x: Float[Tensor, "g n c"], prefixes: PrefixTable) -> Float[Tensor, "g n c"]:
-        """Run on the beginnings of prompts, each seeing its own beginnings."""
+        """Run on the distinct prefixes of prompts with a causal mask."""
         x = x + self.attn.causal(self.ln_1(x), prefixes)
         return x + self.mlp(self.ln_2(x))
 
-    def causal_at_ends(self, x: Float[Tensor, "g n c"], prefixes: PrefixTable) -> Tensor:
-        """Return the rows of :meth:`causal` for the whole prompts only, (g, t, c)."""
+    def causal_at_ends(
+        self, x: Float[Tensor, "g n c"], prefixes: PrefixTable
+    ) -> Float[Tensor, "g t c"]:
+        """Return the rows of :meth:`causal` for the complete prompts only."""
         mixed = self.attn.causal_at_ends(self.ln_1(x), prefixes)
         x = x.index_select(1, prefixes.full_prompts) + mixed
         return x + self.mlp(self.ln_2(x))
 
     def dense(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
-        """Run as the changed last vision block of A.3.
+        """Run as CAT-Seg's modified last vision block (``forward_dense`` of the official code).
 
-        Values only, and for every token the residual is the CLS token's input, not its own.
+        There is no attention, only the value path, and the residual of every token is the input
+        of the class token instead of its own.
         """
         x = self.attn.values(self.ln_1(x)) + x[:, :1]
         return x + self.mlp(self.ln_2(x))
@@ -140,7 +149,7 @@ class Transformer(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """The vision transformer with dense output (A.3)."""
+    """The vision transformer with dense output (``VisualTransformer`` of the official code)."""
 
     def __init__(self, config: CATSegConfig) -> None:
         super().__init__()
@@ -160,9 +169,9 @@ class VisionTower(nn.Module):
     def forward(
         self, images: Float[Tensor, "b 3 s s"]
     ) -> tuple[Float[Tensor, "b d g g"], list[Tensor]]:
-        """Return the dense features (not normalised) and the two tapped block outputs.
+        """Return the dense features (not normalised) and the outputs of the guidance blocks.
 
-        The tapped outputs are (b, vision_width, g, g), shallow one first, CLS dropped.
+        The two outputs are (b, vision_width, g, g), the shallow one first, without class token.
         """
         patches = self.conv1(images).flatten(2).transpose(1, 2)
         cls = self.class_embedding.expand(len(patches), 1, -1)
@@ -181,12 +190,12 @@ class VisionTower(nn.Module):
         return tokens.transpose(1, 2).unflatten(2, (self.grid, self.grid))
 
     def _positions(self) -> Float[Tensor, "n c"]:
-        """Return the positional table for the used grid; the CLS row is kept as it is."""
+        """Return the positional embedding resized to the grid; the class row is unchanged."""
         table = self.positional_embedding
         if self.grid == self.position_grid:
             return table
         square = table[1:].T.unflatten(1, (self.position_grid, self.position_grid))[None]
-        # Weights of a resize want float32 at least; the table is small.
+        # In float32 at least: interpolation weights are inaccurate in lower precision.
         resized = nn.functional.interpolate(
             square.to(torch.promote_types(table.dtype, torch.float32)),
             (self.grid, self.grid),
@@ -197,7 +206,7 @@ class VisionTower(nn.Module):
 
 
 class ClipTowers(nn.Module):
-    """Vision and text encoder of one CLIP model."""
+    """The vision and text encoders of one CLIP model."""
 
     def __init__(self, config: CATSegConfig) -> None:
         super().__init__()
@@ -212,11 +221,11 @@ class ClipTowers(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
 
     def encode_text(self, token_ids: Int[Tensor, "t l"], groups: int) -> Float[Tensor, "g t d"]:
-        """Return L2-normalised text features, read at the end-of-text token, for each group.
+        """Return L2-normalised text features at the end-of-text token, for each group.
 
-        That token is the first one with the row's largest id. Nothing after it can reach it
-        through the causal mask, and beginnings that several rows share run once: exact. The
-        layers are called on (groups, distinct beginnings, width).
+        The end-of-text token is the first one with the largest id of its row. Tokens after it
+        cannot influence it through the causal mask and are skipped; prefixes shared by several
+        rows are computed once. Layers are called on (groups, distinct prefixes, width).
         """
         prefixes = PrefixTable.from_token_ids(token_ids).to(self.positional_embedding.device)
         positions = self.positional_embedding[prefixes.positions]

@@ -1,4 +1,8 @@
-"""What trains, and how fast (methods A.6)."""
+"""Trainable parameters of CAT-Seg and their learning rates.
+
+Official code: ``cat_seg/modeling/transformer/cat_seg_predictor.py``, ``CATSegPredictor.__init__``
+(frozen parameters), and ``train_net.py``, ``Trainer.build_optimizer`` (learning rates).
+"""
 
 from typing import Any, Literal
 
@@ -13,12 +17,12 @@ _NO_DECAY = (nn.LayerNorm, nn.GroupNorm, nn.Embedding)
 
 
 def freeze_clip(model: CATSeg, mode: Literal["attention", "frozen"] = "attention") -> None:
-    """Choose what trains: aggregator and upsamplers wholly, of CLIP what ``mode`` says.
+    """Make the aggregator and the upsamplers trainable, and parts of CLIP according to ``mode``.
 
     Args:
-        model: Changed in place (``requires_grad``).
-        mode: "attention", the official setting: only the q and v weights (not biases) of every
-            block of both encoders. "frozen": nothing of CLIP.
+        model: The model; its ``requires_grad`` flags are changed in place.
+        mode: "attention", the official setting: the q and v weights (not biases) of every block of
+            both encoders are trained. "frozen": no parameter of CLIP is trained.
 
     Raises:
         ConfigError: The mode is unknown.
@@ -34,9 +38,10 @@ def freeze_clip(model: CATSeg, mode: Literal["attention", "frozen"] = "attention
 def parameter_groups(
     model: CATSeg, *, lr: float = 2e-4, weight_decay: float = 1e-4, clip_multiplier: float = 0.01
 ) -> list[dict[str, Any]]:
-    """Return AdamW parameter groups over the trainable parameters; empty groups are left out.
+    """Return AdamW parameter groups of the trainable parameters; empty groups are left out.
 
-    CLIP parameters learn at ``lr * clip_multiplier``; norm layers and embeddings do not decay.
+    The learning rate of CLIP is ``lr * clip_multiplier``; norm layers and embeddings have no weight
+    decay.
     """
     clip = {id(parameter) for parameter in model.clip.parameters()}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
