@@ -9,7 +9,8 @@ from loraseg.batch.synthesize.config import SynthesisConfig
 from loraseg.data import LabelSpace, write_classes, write_mask
 from loraseg.data.shards.reader import ShardDataset
 from loraseg.data.shards.schema import rows_digest
-from loraseg.segment.closed_set.unet import UNet, encode_unet
+from loraseg.segment.closed_set.checkpoint import encode_closed_set_segmenter
+from loraseg.segment.closed_set.networks import NetworkConfig, build_network
 from loraseg.synth.sampling import SamplingConfig
 from loraseg.synth.vote import FilterConfig
 from tests.unit.train.tiny_generator import write_pipeline
@@ -39,7 +40,8 @@ def write_masks(folder, count, *, start=0):
 
 def write_segmenter(path, seed=0):
     torch.manual_seed(seed)
-    path.write_bytes(encode_unet(UNet(len(CLASSES), 8), CLASSES))
+    network = build_network(NetworkConfig(width=8), len(CLASSES))
+    path.write_bytes(encode_closed_set_segmenter(network, CLASSES, dtype=torch.float16))
     return path
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from loraseg.cli.console import print_line, write_files
-from loraseg.data.labels import LabelSpace
-from loraseg.inference.selection import AdaptiveSettings
 from loraseg.data.drawing import encode_png
+from loraseg.data.labels import LabelSpace
 from loraseg.data.masks import encode_mask
+from loraseg.inference.selection import AdaptiveSettings
 from loraseg.segment.render import grey_png, overlay_with_legend
 from loraseg.tensor_types import ndarray
 

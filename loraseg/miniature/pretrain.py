@@ -38,7 +38,10 @@ from loraseg.miniature.models.generator.training import (
 from loraseg.miniature.models.weights_io import WEIGHTS, read_clip, write_clip
 from loraseg.miniature.world.canvas import CLASSES
 from loraseg.miniature.world.captions import PROMPT, tokenizer
-from loraseg.segment.closed_set.unet import encode_unet, load_unet
+from loraseg.segment.closed_set.checkpoint import (
+    encode_closed_set_segmenter,
+    load_closed_set_segmenter,
+)
 from loraseg.segment.open_vocabulary.catseg.checkpoint import load_catseg, save_catseg
 
 __all__ = [
@@ -77,7 +80,8 @@ def make_catseg(config: CatsegTrainingConfig, folder: Path) -> None:
 def make_judge(config: GeneratorTrainingConfig, folder: Path, *, processes: int = 1) -> None:
     """Train the judge and write ``judge.safetensors``."""
     scenes = draw_scenes(config.scenes, config.seed, processes=processes)
-    data = encode_unet(train_judge(config, scenes), CLASSES)
+    judge = train_judge(config, scenes)
+    data = encode_closed_set_segmenter(judge, CLASSES, dtype=torch.float16)
     (folder / "judge.safetensors").write_bytes(data)
 
 
@@ -132,7 +136,7 @@ def check_generator(folder: Path, seed: int = 0) -> dict[str, Any]:
     :mod:`loraseg.miniature.studies.generator`.
     """
     base = load_diffusion(str(folder / "generator"))
-    judge, _ = load_unet(folder / "judge.safetensors")
+    judge = load_closed_set_segmenter(folder / "judge.safetensors")
     judge_figures = judge_report(judge, base, seed=seed)
     words = word_report(judge, base, seed=seed)
     checks = {

@@ -1,4 +1,4 @@
-"""CAT-Seg's aggregator and decoder against the method's own form, ViT-B/16 sizes, one crop."""
+"""CAT-Seg's aggregator and decoder against the official formulation, ViT-B/16 sizes, one crop."""
 
 import torch
 from torch import Tensor

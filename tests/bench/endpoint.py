@@ -1,4 +1,4 @@
-"""The endpoint: over HTTP against the bare engine, by load, and against the official procedure."""
+"""The endpoint: HTTP against the bare engine, under load, and against SemLA's official code."""
 
 import tempfile
 from pathlib import Path
@@ -8,9 +8,9 @@ from tests.bench.harness import Times, setting, single_thread
 
 
 def run() -> dict[str, object]:
-    with single_thread(), tempfile.TemporaryDirectory() as place:
-        http = endpoint_http.measure(Path(place))
-        official = endpoint_official.measure(Path(place))
+    with single_thread(), tempfile.TemporaryDirectory() as folder:
+        http = endpoint_http.measure(Path(folder))
+        official = endpoint_official.measure(Path(folder))
     times: Times = {**http.times, **official.times}
     return {
         "bench": "endpoint",

@@ -1,9 +1,9 @@
-"""The endpoint as people run it (``python -m jobs.serve``) on the miniature models.
+"""The endpoint as deployed (``python -m jobs.serve``) with the miniature models.
 
 The bare engine is :class:`Segmenter` in this process, with one thread, on decoded images.
-Over HTTP the same images go as PNG, in one batch request or from several clients at once; times
-are of the clock, since the work is spread over processes, and of the quickest round. The libraries
-have 20 and 10,000 adapters, packed on this machine's disk.
+Over HTTP the same images are sent as PNG, in one batch request or by several clients; times are
+wall-clock times, since the work is spread over processes, of the fastest round. The libraries
+have 20 and 10,000 adapters, packed on the local disk.
 """
 
 import base64
@@ -139,7 +139,7 @@ def _make_segmenter(uri: str) -> Segmenter:
 def _overhead(
     client: httpx2.Client, bare: Segmenter, batches: Sequence[Sequence[np.ndarray]]
 ) -> tuple[Times, list[np.ndarray]]:
-    """Take turns; every rival sees a round's images once, so that mixes are new to each."""
+    """Alternate between the variants; each gets the images of a round once (new mixes)."""
     masks: list[np.ndarray] = []
     with ThreadPoolExecutor(BATCH) as clients:
 
@@ -180,7 +180,7 @@ def _rounds(rivals: Mapping[str, Callable[[Any], object]], batches: Sequence[Any
 
 
 def _under_load(url: str, clients: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Return images a second and latencies, and each stage's share of the latency."""
+    """Return images per second and latencies, and the share of each stage in the latency."""
     pngs = [_png(image) for number in range(8) for image in scenes(f"load {number}", BATCH)]
     seconds: list[float] = []
     stages: Counter[str] = Counter()
@@ -243,7 +243,7 @@ def _labels(encoded: str) -> np.ndarray:
 def _same_pixels(
     bare: Segmenter, images: Sequence[np.ndarray], masks: Sequence[np.ndarray]
 ) -> float:
-    """Share of pixels that the batch request and offline, image by image, agree on."""
+    """Return the share of pixels with equal labels in the batch request and in local inference."""
     offline = [bare.segment([image], CLASSES)[0].label_map for image in images]
     return round(float(np.mean([np.mean(a == b) for a, b in zip(offline, masks, strict=True)])), 6)
 

@@ -1,12 +1,12 @@
-"""CPU time of the whole API in one process against the official procedure, ViT-B/16 and ViT-L/14.
+"""CPU time of the API in one process against SemLA's official procedure, ViT-B/16 and ViT-L/14.
 
-Random weights in the real sizes: CAT-Seg at ViT-B/16@384, ViT-L/14@224 as index encoder, 20
-adapters of rank 8, K = 5, 19 classes, one crop. A batch of 8 images of 512 x 512, each with a mix
-of its own, goes through the API (HTTP, PNG decoding, embedding, retrieval, fusion, segmentation,
-PNG encoding); two of them, one by one, through the official procedure, which gets them decoded.
+Random weights at real sizes: CAT-Seg at ViT-B/16@384, ViT-L/14@224 as index encoder, 20
+adapters of rank 8, K = 5, 19 classes, one crop. A batch of 8 images of 512 x 512, each with its
+own mix, passes the API (HTTP, PNG decoding, embedding, retrieval, fusion, segmentation, PNG
+encoding); two of them, one by one, pass the official procedure, which gets decoded images.
 
-``compatible``: attention adapters of CLIP inert and text features of the first image kept, as the
-official code has it. ``correct``: they act, and every image has its own adapted text.
+``compatible``: attention adapters of CLIP are inert and text features of the first image are kept,
+as in the official code. ``correct``: they are active, and every image has its own adapted text.
 """
 
 import asyncio
@@ -56,7 +56,7 @@ from tests.bench.random_adapters import random_adapter
 __all__ = ["measure"]
 
 ADAPTERS, K, RANK, SIDE, IMAGES, RIVAL_IMAGES, ROUNDS = 20, 5, 8, 512, 8, 2, 2
-# Distances of random features are large; this spreads the weights over all five.
+# Distances of random features are large; with this temperature all five weights matter.
 TEMPERATURE = 0.05
 CLASSES = (
     *("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign"),
@@ -90,7 +90,7 @@ def measure(root: Path) -> PartialResult:
 
 
 def _compare(official: OfficialSemla, engine: LocalEngine, mode: str) -> tuple[Times, float]:
-    """Return the CPU times of both, and the share of pixels with the same class."""
+    """Return the CPU times of both procedures, and the share of pixels with equal classes."""
     images = _pictures()
     pngs = [_png(image) for image in images]
     api = build_api(engine, _config("file:///elsewhere"))

@@ -1,7 +1,7 @@
-"""Per-image mixes in one batch against the bare model and against peft's loop, at ViT-B/16@384.
+"""Per-image mixes in one batch against the bare model and a loop with peft, at ViT-B/16@384.
 
-Sites, rank and K are SemLA's: q, k, v, c_fc, c_proj of the vision tower, rank 8, K = 5. The rival
-does what the official code does for every image: ``add_weighted_adapter`` (cat), ``set_adapter``,
+Layers, rank and K are SemLA's: q, k, v, c_fc, c_proj of the vision tower, rank 8, K = 5. The loop
+repeats the official code for every image: ``add_weighted_adapter`` (cat), ``set_adapter``,
 forward, ``delete_adapter``.
 """
 
@@ -121,7 +121,7 @@ def _decoder(model: CATSeg, bank: AdapterBank) -> Times:
 
 
 class _PeftLoop:
-    """What the official code does for every image, with ``len(adapters)`` adapters loaded."""
+    """The official procedure for every image, with ``len(adapters)`` adapters loaded."""
 
     def __init__(self, tower: nn.Module, adapters: list[Adapter], images: torch.Tensor) -> None:
         names = [name.removeprefix(VISION) for name in adapters[0].pairs]
@@ -153,10 +153,10 @@ class _PeftLoop:
 
 
 def _bookkeeping(bank: AdapterBank, mixes: list[Mix]) -> float:
-    """Seconds an image for everything but products: choosing buffers, copying, opening, closing."""
+    """Return seconds per image without matrix products: choosing buffers, copying, attaching."""
     seconds: list[float] = []
     for turn in range(1, 6):
-        turned = [*mixes[turn:], *mixes[:turn]]  # another mix for every slot
+        turned = [*mixes[turn:], *mixes[:turn]]  # a different mix for every slot
         started = time.process_time()
         with bank.use(turned):
             pass
@@ -167,7 +167,7 @@ def _bookkeeping(bank: AdapterBank, mixes: list[Mix]) -> float:
 def _accuracy(
     tower: nn.Module, bank: AdapterBank, image: torch.Tensor, mix: Mix, prefix: str
 ) -> float:
-    """Relative RMS error of the fused fp32 tower over that of the bare one, both against fp64."""
+    """Return the RMS error of the fused fp32 tower over that of the bare one, both against fp64."""
     with bank.use([mix]):
         ours = tower(image)[0].double()
     base = tower(image)[0].double()
@@ -183,7 +183,7 @@ def _rms(value: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def _thousand_mixes() -> bool:
-    """Whether the miniature base is bit-identical after 1,000 images with 1,000 mixes."""
+    """Return whether the miniature base is bit-identical after 1,000 images with 1,000 mixes."""
     base = load_base("miniature")
     before = _digest(base.model)
     adapters = [pack(random_adapter(base.model, number, rank=RANK)) for number in range(12)]
@@ -201,7 +201,7 @@ def _thousand_mixes() -> bool:
 
 
 def _crossings() -> dict[str, float]:
-    """Measured tokens from which merging wins, beside T* in the name."""
+    """Return the measured tokens above which merging is faster, with T* in the name."""
     shapes = [(768, 768), (3072, 768), (768, 3072), (128, 128)]
     table = measure_table(shapes, torch.device("cpu"), torch.float32)
     return {f"{o}x{i} (T* {o * i // (o + i)})": t for (o, i), t in table.measured.items()}

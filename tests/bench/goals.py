@@ -1,15 +1,15 @@
-"""What the ratios should be, and a table of what they are."""
+"""Goals of the ratios, and a table of results."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 __all__ = ["GOALS", "table"]
 
-# (benchmark, key) -> ("<=" or ">=", goal, what it says). Ratios are ours over the other.
+# (benchmark, key) -> ("<=" or ">=", goal, description). Ratios are loraseg over the other.
 GOALS: Mapping[tuple[str, str], tuple[str, float, str]] = {
     ("fused_forward", "one_crop_vs_base"): ("<=", 1.10, "8 images, 8 mixes, one crop"),
     ("fused_forward", "five_crop_vs_base"): ("<=", 1.04, "five crops of one mix"),
-    ("fused_forward", "decoder_vs_base"): ("<=", 1.02, "the aggregator's sites"),
+    ("fused_forward", "decoder_vs_base"): ("<=", 1.02, "the aggregator's layers"),
     ("fused_forward", "vs_peft_loop_n20"): ("<=", 0.90, "peft's loop, 20 adapters loaded"),
     ("fused_forward", "vs_peft_loop_n100"): ("<=", 0.80, "peft's loop, 100 adapters loaded"),
     ("fused_forward", "bookkeeping_vs_peft_n20"): ("<=", 0.03, "all but products, 20 loaded"),
@@ -28,7 +28,7 @@ GOALS: Mapping[tuple[str, str], tuple[str, float, str]] = {
     ("sampler", "region_on_vs_off"): ("<=", 1.10, "region attention on against off"),
     ("vote", "speedup_vs_scipy_k5"): (">=", 30, "relative filtering, 5 images of a mask"),
     ("vote", "speedup_vs_torch_k5"): (">=", 6, "the same against torch.mode"),
-    ("synth_overhead", "ray_vs_loop"): (">=", 0.95, "pairs a second against a plain loop"),
+    ("synth_overhead", "ray_vs_loop"): (">=", 0.95, "pairs per second against a local loop"),
     ("synth_overhead", "rss_20k_vs_2k"): ("<=", 1.20, "memory of 20,000 masks against 2,000"),
     ("endpoint", "vs_official"): ("<=", 0.50, "the API against the official procedure"),
     ("endpoint", "http_overhead_b8"): ("<=", 1.10, "8 images over HTTP against the bare engine"),
@@ -37,7 +37,7 @@ GOALS: Mapping[tuple[str, str], tuple[str, float, str]] = {
 
 
 def table(results: Iterable[Mapping[str, Any]]) -> str:
-    """Return all figures as Markdown, goals beside them where there are any."""
+    """Return all figures as a Markdown table, with their goals."""
     lines = ["| benchmark | figure | value | goal | |", "|---|---|---|---|---|"]
     for result in results:
         name = str(result["bench"])
@@ -47,8 +47,8 @@ def table(results: Iterable[Mapping[str, Any]]) -> str:
             if goal is not None:
                 met = value <= goal if sign == "<=" else value >= goal
                 verdict = "met" if met else "MISSED"
-            wanted = "" if goal is None else f"{sign} {goal:g}"
-            lines.append(f"| {name} | {key} | {value:g} | {wanted} | {verdict} {meaning} |")
+            target = "" if goal is None else f"{sign} {goal:g}"
+            lines.append(f"| {name} | {key} | {value:g} | {target} | {verdict} {meaning} |")
         for key, holds in result["checks"].items():
             lines.append(f"| {name} | {key} | {holds} | True | {'met' if holds else 'MISSED'} |")
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""Time rivals in turn, so that a drifting machine hits all of them alike."""
+"""Interleaved timing, so that drift of the machine affects all variants equally."""
 
 import platform
 import statistics
@@ -16,7 +16,7 @@ Times = dict[str, list[float]]
 
 @contextmanager
 def single_thread() -> Generator[None, None, None]:
-    """Compute with one thread, so that CPU time is work and not waiting for each other."""
+    """Compute with one thread, so that CPU time does not contain waiting threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -26,7 +26,7 @@ def single_thread() -> Generator[None, None, None]:
 
 
 def interleave(rivals: Mapping[str, Callable[[], object]], *, rounds: int) -> Times:
-    """Run every rival once per round after one warm-up; return CPU seconds by name."""
+    """Run every variant once per round after one warm-up; return CPU seconds by name."""
     for rival in rivals.values():
         rival()
     times: Times = {name: [] for name in rivals}
@@ -39,12 +39,12 @@ def interleave(rivals: Mapping[str, Callable[[], object]], *, rounds: int) -> Ti
 
 
 def ratio(times: Times, ours: str, other: str) -> float:
-    """Return the ratio of the minima, ours over the other."""
+    """Return the ratio of the minima, ``ours`` over ``other``."""
     return round(min(times[ours]) / min(times[other]), 4)
 
 
 def setting(times: Times, **more: object) -> dict[str, object]:
-    """Describe the machine and give minimum and median of every rival in milliseconds."""
+    """Return a description of the machine, and minimum and median of every variant in ms."""
     milliseconds = {
         name: {
             "min_ms": round(1e3 * min(seconds), 4),

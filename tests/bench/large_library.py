@@ -1,8 +1,8 @@
-"""Libraries of any number of adapters, as a machine finds them that has served them for a while.
+"""Libraries of any number of adapters that are already cached on the local disk.
 
-Centroids lie among the embeddings of real scenes; every adapter has weights of its own. The packed
-files are on this machine's disk already: what is compared is the work for an image, not the first
-fetch of an adapter.
+Centroids lie among the embeddings of rendered scenes; every adapter has different weights. Packed
+files are on the local disk, so that the work per image is measured and not the first download of
+an adapter.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def scenes(key: str, count: int = 8) -> list[np.ndarray]:
 
 
 def scene_embeddings(encoder: ClipEncoder) -> np.ndarray:
-    """Return embeddings (200, d) of scenes, for centroids to lie among."""
+    """Return embeddings (200, d) of scenes, from which centroids are made."""
     return np.concatenate([encoder.encode_images(scenes(f"known {n}")) for n in range(25)])
 
 
@@ -75,7 +75,7 @@ def _entry(number: int, vector: np.ndarray, base: BaseModelInfo, encoder_id: str
 def write_packed_adapters(
     folder: AdapterDiskCache, published: Sequence[CatalogEntry], template: PackedAdapter
 ) -> None:
-    """Keep an adapter for every entry, each a little different from ``template``."""
+    """Write an adapter for every entry, each slightly different from ``template``."""
     for number, entry in enumerate(published):
         scaled = {
             shape: LayerBlock(block.layers, block.down, block.up * (1 + number / _LARGEST))

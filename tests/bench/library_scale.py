@@ -1,9 +1,9 @@
-"""Does the size of the library show in the time of an image, or of adding an adapter?
+"""Dependence of the time per image, and of adding an adapter, on the size of the library.
 
-The whole path on the miniature models: embed, retrieve among N centroids, map the K adapters from
-disk unless they are at hand, mix, segment. Every round has images of its own, so that most of
-their adapters are not in the cache yet. K is that of the miniature's preset; with 5 as well, which
-on so small a model weighs more than on a large one. Adapters are added at the size of ViT-B/16.
+The complete path on the miniature models: embed, retrieve among N centroids, map the K adapters
+from disk unless they are cached, mix, segment. Every round has different images, so that most of
+their adapters are not cached. K is that of the miniature's preset, and 5, which costs relatively
+more on a small model than on a large one. Adapters are added at the size of ViT-B/16.
 """
 
 import tempfile
@@ -107,7 +107,7 @@ def _segmenter(
 
 
 def _time_adding(root: Path, known: np.ndarray) -> Times:
-    """Add one adapter of ViT-B/16 to 1 and to 999: lay out, keep, index, use for the first time."""
+    """Add one adapter of ViT-B/16 to 1 and to 999: pack, write, index, use once."""
     torch.manual_seed(0)
     model = CATSeg(CATSegConfig()).eval().requires_grad_(False)
     adapters = [random_adapter(model, number, rank=RANK) for number in range(2)]
@@ -127,7 +127,7 @@ def _adder(
     published: list[CatalogEntry],
     adapters: list[Adapter],
 ) -> Callable[[], object]:
-    with bank.use([fuse(adapters, [0.5, 0.5])]):  # buffers are there once something was served
+    with bank.use([fuse(adapters, [0.5, 0.5])]):  # allocates the buffers
         pass
     turns = iter(range(1000))
 

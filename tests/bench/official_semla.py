@@ -1,7 +1,8 @@
-"""What the official SemLA code does for an image, written anew as a rival (methods B.3 to B.5).
+"""The procedure of SemLA's official code for one image, reimplemented for comparison.
 
-Embed with a second CLIP, loop over the centroids in Python, sort, ``exp(1 / (d tau))``, peft's own
-``add_weighted_adapter`` (cat), ``set_adapter``, forward in CAT-Seg's own form, ``delete_adapter``.
+``domain_orchestrator/domain_orchestrator.py``, ``DomainOrchestrator._merge``: embed with a second
+CLIP, loop over the centroids in Python, sort, ``exp(1 / (d tau))``, peft's
+``add_weighted_adapter`` (cat), ``set_adapter``, forward pass, ``delete_adapter``.
 """
 
 import copy
@@ -47,8 +48,8 @@ class OfficialSemla:
         Args:
             image: uint8 RGB (h, w, 3).
             classes: Names.
-            stale_text: Keep the text features of the first image, as the official code does;
-                otherwise all 77 tokens of every prompt run for every image.
+            stale_text: Keep the text features of the first image, as in the official code;
+                otherwise encode all 77 tokens of every prompt for every image.
         """
         embedding = self._encoder.encode_images([image])[0]
         names, weights = self._choose(embedding)

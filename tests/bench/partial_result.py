@@ -1,4 +1,4 @@
-"""One part of a benchmark that has several."""
+"""Results of one part of a benchmark."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ __all__ = ["PartialResult"]
 
 @dataclass(frozen=True, slots=True)
 class PartialResult:
-    """Ratios, checks, times by rival in seconds, and what else should be said."""
+    """Ratios, checks, times by variant in seconds, and further values."""
 
     ratios: dict[str, float]
     checks: dict[str, bool]

@@ -1,8 +1,8 @@
-"""The method's own form of CAT-Seg's costly parts, on our modules' weights.
+"""The official formulation of CAT-Seg's expensive parts, on the weights of loraseg's modules.
 
-Class axis padded with computed rows, guidance concatenated to every class, upsampling and
-convolution one after the other, all 77 tokens of every prompt; with torch's own fused attention,
-so that it is not slower than it has to be.
+The class axis is padded with computed rows, guidance is concatenated to every class, upsampling
+and convolution are separate, and all 77 tokens of every prompt are encoded. It uses torch's fused
+attention, which makes it as fast as possible.
 """
 
 from typing import Any
@@ -96,13 +96,13 @@ def _class_layer(layer: Any, x: Tensor, words: Tensor) -> Tensor:
 
 
 def plain_text(clip: Any, token_ids: Tensor) -> Tensor:
-    """Return the text features (t, d) of ``ClipTowers`` by a pass over every token given."""
+    """Return the text features (t, d) of ``ClipTowers`` by a pass over all tokens."""
     ends = token_ids.argmax(dim=-1)
     x = clip.token_embedding(token_ids) + clip.positional_embedding[: token_ids.shape[1]]
     for block in clip.transformer.resblocks:
         attn, y = block.attn, block.ln_1(x)
         q, k, v = (
-            # Where the official code reads the weights, adapters on these layers never act.
+            # The official code reads the weights, so that adapters on these layers have no effect.
             (linear(y) if attn.call_modules else F.linear(y, linear.weight, linear.bias))
             .unflatten(-1, (attn.heads, -1))
             .transpose(1, 2)
@@ -116,5 +116,5 @@ def plain_text(clip: Any, token_ids: Tensor) -> Tensor:
 
 
 def trimmed_text(clip: Any, token_ids: Tensor) -> Tensor:
-    """Return the same, cut behind the last end token."""
+    """Return the same features from prompts truncated after the last end token."""
     return plain_text(clip, token_ids[:, : int(token_ids.argmax(dim=-1).max()) + 1])

@@ -1,4 +1,4 @@
-"""Adapters of random weights, of any size."""
+"""Adapters with random weights, of any size."""
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ __all__ = ["random_adapter"]
 
 
 def random_adapter(model: nn.Module, number: int, *, rank: int, prefix: str = "") -> Adapter:
-    """Return adapter ``number`` of all target layers whose names begin with ``prefix``."""
+    """Return adapter ``number`` of all target layers whose names start with ``prefix``."""
     pairs: dict[str, LoraPair] = {}
     for name in target_modules(model):
         if name.startswith(prefix):

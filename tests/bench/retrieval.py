@@ -1,7 +1,7 @@
-"""Exact retrieval against bare matrix products, faiss and a loop as SemLA has it.
+"""Exact retrieval against bare matrix products, faiss and SemLA's Python loop.
 
-The bare product of a batch, and the one pass for a single query, are the fastest of NumPy and
-PyTorch, in either order of the factors. The identity of ids is checked against float64.
+The bare product of a batch, and the single pass of one query, are the fastest of NumPy and
+PyTorch in either order of the factors. The ids are compared with those in float64.
 """
 
 from collections.abc import Callable
@@ -120,7 +120,7 @@ def _time_small(count: int) -> Times:
 
 
 def _same_ids(rows, queries) -> bool:
-    """Compare a batch, and each query alone, with all distances in float64."""
+    """Compare a batch, and each single query, with all distances in float64."""
     exact = np.empty((len(queries), len(rows)))
     for start in range(0, len(rows), 500):
         block = rows[start : start + 500].astype(np.float64)
@@ -139,7 +139,7 @@ def _random(count: int, dimensions: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _clustered() -> tuple[np.ndarray, np.ndarray]:
-    """Return tight clusters far from the origin, as embeddings of one encoder lie."""
+    """Return tight clusters far from the origin, like embeddings of one encoder."""
     centres, queries = _random(1000, DIMENSIONS)
     random = numpy_generator(0, "bench", "retrieval", "clustered")
     rows = np.repeat(centres + 3, COUNT // 1000, axis=0)
@@ -148,7 +148,7 @@ def _clustered() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _tied() -> tuple[np.ndarray, np.ndarray]:
-    """Return a thousand different rows of whole numbers, each a hundred times."""
+    """Return a thousand different rows of integers, each a hundred times."""
     distinct, queries = _random(1000, DIMENSIONS)
     rows = np.repeat(np.round(distinct), COUNT // 1000, axis=0)
     numpy_generator(0, "bench", "retrieval", "ties").shuffle(rows)

@@ -1,8 +1,8 @@
-"""Sampling against the stock diffusers pipeline, and what region attention adds to it.
+"""Sampling against the stock diffusers pipeline, and the cost of region attention.
 
-Equal model, initial noise, batch, steps, scheduler, guidance and number type; from prompts and
-noise to uint8 pixels, decoding included. The model is the embedded miniature, or one of its shape
-with random weights where that is not there.
+Model, initial noise, batch, steps, scheduler, guidance and dtype are equal; from prompts and
+noise to uint8 pixels, decoding included. The model is the shipped miniature, or one of its sizes
+with random weights if it is missing.
 """
 
 import contextlib
@@ -92,7 +92,7 @@ def run() -> dict[str, object]:
 
 
 def _models() -> tuple[object, DiffusionBase, str]:
-    """Return the stock pipeline, our base on the very same parts, and what they are."""
+    """Return the stock pipeline, a base with the same parts, and their description."""
     prepare_torchvision()
     from diffusers import StableDiffusionPipeline
 
@@ -156,7 +156,7 @@ def _generator(base: DiffusionBase, *, regions: bool) -> Generator:
 
 
 def _with_learned_shares(base: DiffusionBase) -> Generator:
-    """Both attentions in every module, mixed by layers at their start."""
+    """Return a generator with a learned mix of plain and rectified attention in every module."""
     made = _generator(base, regions=True)
     cross = [n for n, m in base.unet.named_modules() if getattr(m, "is_cross_attention", False)]
     made._control = RegionControl(base.unet, alpha_modules=cross)
@@ -176,7 +176,7 @@ def _noise(base: DiffusionBase, mask_id: str) -> torch.Tensor:
 
 
 def _counts(base: DiffusionBase) -> dict[str, dict[str, int]]:
-    """Count what one call for two masks of different prompts computes, and what is needed."""
+    """Count the computations for two masks with different prompts, and the necessary ones."""
     own = _generator(base, regions=True)
     text = base.encoded_prompts
     calls: list[int] = []
@@ -192,15 +192,15 @@ def _counts(base: DiffusionBase) -> dict[str, dict[str, int]]:
             "projections": own.projections_computed,
         },
         "least": {
-            "text": prompts + 1,  # and the empty prompt
-            "unet": 2 * (STEPS + 1),  # PLMS takes its first step twice; two batches
-            "projections": cross * 2 * prompts,  # each batch has its prompt and the empty one
+            "text": prompts + 1,  # and the unconditional one
+            "unet": 2 * (STEPS + 1),  # PLMS repeats its first step; two batches
+            "projections": cross * 2 * prompts,  # each batch has a prompt and the unconditional one
         },
     }
 
 
 def _cached_against_uncached(base: DiffusionBase) -> dict[str, float]:
-    """Compare with a run that projects all rows of the text anew in every step."""
+    """Compare with a run that projects all rows of the text in every step."""
     cached, plain = (_generator(base, regions=True) for _ in range(2))
     plain._control.cached_text = lambda *_: contextlib.nullcontext()
     masks = [("mask", _mask(0))]

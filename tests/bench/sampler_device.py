@@ -1,9 +1,9 @@
-"""Sampling at the size of Stable Diffusion 1.4 on an accelerator.
+"""Sampling with the sizes of Stable Diffusion 1.4 on an accelerator.
 
-``python -m tests.bench.sampler_device`` prints one JSON object as its last line, and each figure
-on stderr as soon as it is there. Random weights, 512 x 512 pixels, text given; torch, diffusers
-and what they need are enough. Variants that no time is left for are named in ``skipped``.
-``--device cpu --tiny`` tries all of it in a minute.
+``python -m tests.bench.sampler_device`` prints one JSON object as its last line, and each figure on
+stderr when it is measured. Random weights, 512 x 512 pixels, given text encodings; it needs only
+torch, diffusers and their dependencies. Variants that exceed the time limit are in ``skipped``.
+``--device cpu --tiny`` runs everything in a minute.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from loraseg.synth.regions import Regions
 from loraseg.synth.sampling import SamplingBatch, SamplingConfig, denoise
 from loraseg.synth.schedulers import SchedulerSteps
 
-# Methods' count for one image: 50 steps of two UNet passes, decoding, text (performance.md 7).
+# Operations per image: 50 steps with two UNet passes, decoding and text encoding.
 UNET_TFLOP, DECODE_TFLOP = 0.803, 2.52
 PEAK_TFLOPS = 790.0
 TOKENS, SLICE = 77, 8
@@ -46,20 +46,20 @@ def main(arguments: list[str]) -> int:
 def _options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="a small UNet, for a try on a CPU")
+    parser.add_argument("--tiny", action="store_true", help="a small UNet, for a CPU")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--scheduler", default="ddim", help="default: ddim, a call a step")
+    parser.add_argument("--scheduler", default="ddim", help="default: ddim, one call a step")
     parser.add_argument("--batches", default="1,2,4,8,16,32", help="images per call of the UNet")
-    parser.add_argument("--main-batch", type=int, default=8, help="of the single variants")
+    parser.add_argument("--main-batch", type=int, default=8, help="batch of the other variants")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--budget-s", type=float, default=270.0, help="start nothing new after it")
+    parser.add_argument("--budget-s", type=float, default=270.0, help="limit for starting variants")
     return parser.parse_args(arguments)
 
 
 @dataclasses.dataclass
 class _Measurement:
-    """One variant: seconds for one batch from noise to pixels."""
+    """Seconds of one variant for one batch from noise to pixels."""
 
     name: str
     batch: int
@@ -160,11 +160,11 @@ class _Bench:
         return round(self._options.steps * 2 * UNET_TFLOP + DECODE_TFLOP, 2)
 
     def _measure(self, what: str, batch: int, run: Callable[[int, int], object]) -> None:
-        """Run a few steps to warm up, then take the faster of two runs."""
+        """Run a few warm-up steps, then take the faster of two runs."""
         name = f"{what}_b{batch}"
         used = time.perf_counter() - self._started
         if used > self._options.budget_s:
-            self._skipped[name] = f"{used:.0f} s were used up"
+            self._skipped[name] = f"{used:.0f} s of the time limit were used"
             return
         try:
             if self._device.type == "cuda":
@@ -191,7 +191,7 @@ class _Bench:
         return time.perf_counter() - started
 
     def _inputs(self, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return noise, one prompt and the empty one."""
+        """Return noise, one conditional and the unconditional text encoding."""
         random = torch.Generator().manual_seed(0)
         side = self._base.unet.config.sample_size
         noise = torch.randn(batch, 4, side, side, generator=random)
@@ -231,7 +231,7 @@ class _Bench:
 
     def _stock_images(self, batch: int, steps: int, output: str) -> np.ndarray | torch.Tensor:
         noise, text, empty = self._inputs(batch)
-        # A scheduler as we use it, so that what differs is the loop alone.
+        # The same scheduler as in loraseg, so that only the loops differ.
         self._pipeline.scheduler = SchedulerSteps(
             self._base.scheduler, self._options.scheduler, steps, torch.device("cpu")
         )._scheduler
@@ -245,7 +245,7 @@ class _Bench:
         ).images
 
     def _compare(self, batch: int) -> None:
-        """Compare pixels with those of the stock pipeline at equal noise."""
+        """Compare pixels with those of the stock pipeline for equal noise."""
         steps = self._options.steps
         ours = self._latents(batch, steps, self._control)
         stock = self._stock_images(batch, steps, "latent")
@@ -287,7 +287,7 @@ def _base(device: torch.device, dtype: torch.dtype, *, tiny: bool) -> DiffusionB
         }
         vae = small
     levels = len(vae["block_out_channels"])
-    with device:  # filled there, since a CPU takes long for a billion random values
+    with device:  # a CPU is slow for a billion random values
         parts = {
             "unet": UNet2DConditionModel(**unet),
             "vae": AutoencoderKL(

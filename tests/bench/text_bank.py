@@ -1,7 +1,7 @@
-"""Text features under active LoRA against a pass over all 77 tokens, ViT-B/16's text tower.
+"""Text features with active LoRA against a pass over all 77 tokens, text tower of ViT-B/16.
 
-peft's own layers stand at the five sites of every text block, for every rival alike: it is when
-adapters act on the text that its features must be made anew.
+peft's layers wrap five linear layers of every text block in all variants: text features must be
+recomputed when adapters change the text encoder.
 """
 
 import peft
@@ -15,7 +15,7 @@ from tests.bench.harness import Times, interleave, ratio, setting, single_thread
 from tests.bench.plain_catseg import plain_text, trimmed_text
 
 CLASSES, ROUNDS, RANK = (19, 59, 150), 2, 8
-# CLIP's own ids of "A photo of a {} in the scene", with start and end.
+# CLIP's token ids of "A photo of a {} in the scene", with start and end.
 BEFORE, AFTER = (49406, 320, 1125, 539, 320), (530, 518, 4668, 49407)
 NAME_TOKENS = (1, 1, 1, 1, 2, 2, 3)
 
@@ -61,7 +61,7 @@ def _model() -> CATSeg:
 
 
 def _prompts(classes: int) -> Tensor:
-    """Return prompts (t, 77) whose names have as many tokens as class names have."""
+    """Return prompts (t, 77) whose names have typical numbers of tokens."""
     generator = torch_generator(0, "bench", "text_bank", classes)
     ids = torch.zeros(classes, 77, dtype=torch.long)
     for index, row in enumerate(ids):

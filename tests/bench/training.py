@@ -1,4 +1,4 @@
-"""Training of many adapters: one process or many, our step or stock peft's, together or alone."""
+"""Training of many adapters: in one process or many, with loraseg or peft, in groups or alone."""
 
 import resource
 import subprocess
@@ -69,7 +69,7 @@ def run() -> dict[str, object]:
 
 
 def train(folder: str, library: str, *names: str) -> None:
-    """Train and publish one adapter a domain, as a worker does; the processes below call it."""
+    """Train and publish one adapter per domain, like a worker; the processes below call it."""
     for name in names:
         recipe = named_recipe("miniature", {"loop": {"steps": STEPS}})
         paths = {"data": f"{folder}/{name}", "library": library, "checkpoints": f"{library}-state"}
@@ -78,7 +78,7 @@ def train(folder: str, library: str, *names: str) -> None:
 
 
 def _processes(folder: Path) -> tuple[dict[str, float], bool]:
-    """CPU seconds of all adapters, imports included, and whether their bytes are the same."""
+    """Return CPU seconds of all adapters, imports included, and whether their bytes are equal."""
     calls = {"one": [DOMAINS], "each": [(name,) for name in DOMAINS]}
     seconds: dict[str, float] = {}
     printed: dict[str, list[str]] = {}
@@ -103,7 +103,7 @@ def _children_s() -> float:
 
 
 def _steps(base: SegmentationBase, data: Dataset) -> dict[str, list[float]]:
-    """CPU seconds of three steps: ours, and as they were with stock peft's layers."""
+    """Return CPU seconds of three steps: of loraseg, and with peft's layers."""
     rivals = {}
     for precision in ("bf16", "fp32"):
         recipe = named_recipe("miniature", {"loop": {"steps": 3, "precision": precision}})
@@ -158,7 +158,7 @@ def _sweep(name: str, *, steps: int) -> list[AdapterRecipe]:
 def _groups(
     base: SegmentationBase, data: Dataset, recipes: Sequence[AdapterRecipe], *, rounds: int
 ) -> tuple[dict[str, list[float]], bool]:
-    """CPU seconds of the adapters of a sweep, and whether their bytes are the same."""
+    """Return CPU seconds of the adapters of a sweep, and whether their bytes are equal."""
 
     latest = {}
 
@@ -179,7 +179,7 @@ def _groups(
 
 
 def _vit_b_base(like: SegmentationBase) -> SegmentationBase:
-    """A CAT-Seg B/16 at 384 pixels of random weights, with the other's words."""
+    """Return a CAT-Seg B/16 at 384 pixels with random weights and the tokenizer of ``like``."""
     torch.manual_seed(0)
     model = CATSeg(CATSegConfig(vocab_size=512)).eval()
     return SegmentationBase(name="vit-b", digest="0" * 64, model=model, tokenizer=like.tokenizer)

@@ -1,8 +1,8 @@
 """Relative filtering against the modes of SciPy and PyTorch.
 
-From K label maps and a mask to K marked labels: plurality, comparison, ignored pixels. 512 x 512
-uint8 ids; a quarter of each map's pixels has an id drawn at random. The rivals know one tie rule,
-the smallest id, which is the paper's; ours is timed with both.
+From K label maps and a mask to K filtered labels: majority vote, comparison, ignored pixels. Maps
+are 512 x 512 uint8 ids; a quarter of the pixels of each map is random. SciPy and PyTorch have one
+tie rule, the smallest id, which is that of the paper; loraseg is timed with both.
 """
 
 import io

@@ -19,6 +19,7 @@ from loraseg.batch.segment_images.table import (
     result_columns,
     to_printable,
 )
+from loraseg.data.masks import encode_mask
 from loraseg.data.untrusted_images import decode_image
 from loraseg.errors import (
     ConfigError,
@@ -30,7 +31,6 @@ from loraseg.errors import (
 from loraseg.inference.loading import load_models
 from loraseg.inference.request import SegmentResult
 from loraseg.inference.segmenter import Segmenter
-from loraseg.data.masks import encode_mask
 from loraseg.storage import ObjectNotFoundError, open_store
 from loraseg.storage.store import key_error
 from loraseg.tensor_types import UInt8, ndarray

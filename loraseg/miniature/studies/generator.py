@@ -38,7 +38,7 @@ from loraseg.miniature.world.domains import DOMAINS
 from loraseg.miniature.world.render import render
 from loraseg.probes.gradient import GradientProbeConfig, gradient_probe
 from loraseg.seeding import numpy_generator
-from loraseg.segment.closed_set.unet import load_unet, predict_labels
+from loraseg.segment.closed_set.checkpoint import load_closed_set_segmenter
 from loraseg.storage import open_store
 from loraseg.synth.conditioning import Conditioner, ConditioningConfig
 from loraseg.synth.generator import Generator
@@ -234,13 +234,13 @@ def probe_layers(folder: Path, device: str = "cpu") -> None:
 
 def reference_scores(domain: str = "clear-day") -> dict[str, Any]:
     """Return the agreement of masks with rendered scenes, and with scenes after the codec."""
-    base, (judge, names) = load_diffusion("miniature"), load_unet(WEIGHTS / "judge.safetensors")
+    base = load_diffusion("miniature")
+    judge = load_closed_set_segmenter(WEIGHTS / "judge.safetensors")
+    names = judge.label_space.names
     images, masks = render(domain, _MASKS, 0, "study-masks")
     with torch.inference_mode():
         coded = base.decode_latents(base.encode_images(torch.from_numpy(images), None)).numpy()
-    real, codec = (
-        measure_agreement(partial(predict_labels, judge), x, masks, names) for x in (images, coded)
-    )
+    real, codec = (measure_agreement(judge.labels, x, masks, names) for x in (images, coded))
     return {"real": dataclasses.asdict(real), "ceiling": dataclasses.asdict(codec)}
 
 
@@ -357,14 +357,14 @@ def _score_masks(
     *,
     rectified: bool,
 ) -> dict[str, Any]:
-    judge, names = load_unet(WEIGHTS / "judge.safetensors")
+    judge = load_closed_set_segmenter(WEIGHTS / "judge.safetensors")
     _, masks = render(config.domain, _MASKS, 0, "study-masks")
     sampling = dataclasses.replace(SAMPLING, regions=rectified, precision="bf16")
     generator = Generator(base, conditioner, adapters=adapters, config=sampling)
     samples = generator.generate([(str(index), mask) for index, mask in enumerate(masks)])
     images = np.stack([sample.image for sample in samples])
     return dataclasses.asdict(
-        measure_agreement(partial(predict_labels, judge), images, masks, names)
+        measure_agreement(judge.labels, images, masks, judge.label_space.names)
     )
 
 

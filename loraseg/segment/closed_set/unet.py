@@ -1,4 +1,4 @@
-"""A small U-Net with a fixed list of classes, used as the judge and the baselines of the miniature."""
+"""A small U-Net, used for the judge and the baselines of the miniature."""
 
 import torch
 from torch import nn

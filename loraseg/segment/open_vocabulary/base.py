@@ -19,7 +19,7 @@ from loraseg.data.labels import IGNORE
 from loraseg.errors import ConfigError, IntegrityError
 from loraseg.segment.open_vocabulary.catseg.checkpoint import (
     encode_catseg,
-    is_own_file,
+    is_catseg_file,
     load_catseg,
     read_metadata,
 )
@@ -249,7 +249,7 @@ def load_base(spec: str = "miniature", **overrides: Any) -> SegmentationBase:
         IntegrityError: The file is not a CAT-Seg checkpoint.
     """
     source = resolve_weights(spec)
-    if is_own_file(source.path):
+    if is_catseg_file(source.path):
         return _load_own_file(source, overrides)
     model = load_official_checkpoint(source.path, **overrides)
     return SegmentationBase(

@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from loraseg.backbones.diffusion import DiffusionBase
+from loraseg.data.drawing import encode_png
 from loraseg.library import AdapterCard
 from loraseg.reports.page import HtmlReport, Section, StatTile, render_report
 from loraseg.reports.pictures import PictureSheet
 from loraseg.reports.settings import KeyValues, flatten
 from loraseg.reports.tables import Notes
-from loraseg.data.drawing import encode_png
 from loraseg.synth.conditioning import Conditioner
 from loraseg.synth.generator import Generator as ImageGenerator
 from loraseg.synth.generator_adapter import GeneratorAdapter

@@ -4,7 +4,6 @@ import hashlib
 
 import pytest
 
-from loraseg.backbones import weights
 from loraseg.backbones.weights import resolve_weights
 from loraseg.cache_dir import cache_dir
 from loraseg.errors import ConfigError, IntegrityError, StoreError
@@ -41,7 +40,7 @@ def bucket(tmp_path, monkeypatch):
         assert uri in ("s3://b/models", "s3://b")
         return Counting("models/" if uri.endswith("models") else "")
 
-    monkeypatch.setattr(weights, "open_store", open_store)
+    monkeypatch.setattr("loraseg.storage.uri.open_store", open_store)
     return reads
 
 
@@ -102,7 +101,7 @@ def test_a_missing_object(bucket):
 
 @pytest.mark.parametrize("spec", ["s3://b", "s3://b/", "s3://"])
 def test_bucket_without_key(bucket, spec):
-    with pytest.raises(ConfigError, match="expected s3://bucket/key"):
+    with pytest.raises(ConfigError, match="expected a file"):
         resolve_weights(spec)
 
 

@@ -9,16 +9,16 @@ from loraseg.segment.metrics import ConfusionMatrix, hmean
 
 
 def brute_force(label, pred, classes, ignore=255):
-    """IoU by sets of pixel places: |L & P| / |L | P| over the pixels that count."""
-    places = [place for place in np.ndindex(label.shape) if label[place] != ignore]
+    """Return IoU by sets of pixels: |L & P| / |L | P| over the counted pixels."""
+    pixels = [pixel for pixel in np.ndindex(label.shape) if label[pixel] != ignore]
     ious = []
     for index in range(classes):
-        labelled = {place for place in places if label[place] == index}
-        predicted = {place for place in places if pred[place] == index}
+        labelled = {pixel for pixel in pixels if label[pixel] == index}
+        predicted = {pixel for pixel in pixels if pred[pixel] == index}
         union = labelled | predicted
         ious.append(len(labelled & predicted) / len(union) if union else float("nan"))
-    present = [index for index in range(classes) if any(label[p] == index for p in places)]
-    accuracy = sum(label[place] == pred[place] for place in places) / len(places)
+    present = [index for index in range(classes) if any(label[p] == index for p in pixels)]
+    accuracy = sum(label[pixel] == pred[pixel] for pixel in pixels) / len(pixels)
     return np.array(ious), statistics.fmean(ious[index] for index in present), accuracy
 
 
@@ -63,7 +63,7 @@ def test_renaming_classes_permutes_the_scores():
     assert renamed.miou() == pytest.approx(matrix.miou(), abs=1e-15)
 
 
-def test_any_integer_kind_counts_alike():
+def test_every_integer_dtype_gives_the_same_counts():
     label, pred = maps(1)
     counts = []
     for kind in (np.uint8, np.int64):
@@ -73,7 +73,7 @@ def test_any_integer_kind_counts_alike():
     np.testing.assert_array_equal(*counts)
 
 
-def test_predictions_under_ignored_labels_are_free():
+def test_predictions_on_ignored_pixels_are_not_counted():
     label = np.array([0, 255], dtype=np.int64)
     matrix = ConfusionMatrix(2)
     matrix.add(label, np.array([0, 99]))
@@ -90,12 +90,12 @@ def test_predictions_under_ignored_labels_are_free():
         ([0, 1], [0.0, 1.0], r"must be integers"),
     ],
 )
-def test_refuses_ids_and_shapes(label, pred, match):
+def test_refuses_unknown_ids_and_different_shapes(label, pred, match):
     with pytest.raises(DatasetError, match=match):
         ConfusionMatrix(2).add(np.array(label), np.array(pred))
 
 
-def test_refuses_to_score_nothing():
+def test_refuses_to_score_without_labels():
     matrix = ConfusionMatrix(3)
     matrix.add(np.full((2, 2), 255), np.zeros((2, 2), dtype=int))
     for score in (matrix.miou, matrix.pixel_accuracy):
@@ -117,7 +117,7 @@ def test_hmean_equals_the_standard_library():
         assert hmean(values) == pytest.approx(statistics.harmonic_mean(values), rel=1e-14)
 
 
-def test_hmean_at_the_edges():
+def test_hmean_of_zero_and_extreme_values():
     assert hmean([0.5, 0.0, 0.9]) == 0
     assert hmean([5e-324, 1.0]) == pytest.approx(1e-323)
     for order in itertools.permutations([0.1, 0.7, 0.9]):
@@ -127,6 +127,6 @@ def test_hmean_at_the_edges():
 @pytest.mark.parametrize(
     "values", [[], [0.5, float("nan")], [0.0, float("nan")], [-0.1], [float("inf")]]
 )
-def test_hmean_refuses(values):
+def test_hmean_refuses_invalid_scores(values):
     with pytest.raises(StageError, match="needs finite scores"):
         hmean(values)

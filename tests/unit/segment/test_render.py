@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loraseg.data.labels import LabelSpace
-from loraseg.errors import DatasetError
 from loraseg.data.drawing import colorize, encode_png
+from loraseg.data.labels import LabelSpace
 from loraseg.data.masks import encode_mask
+from loraseg.errors import DatasetError
 from loraseg.segment.render import (
     grey_png,
     overlay,
@@ -31,14 +31,14 @@ def decoded(data):
     return Image.open(io.BytesIO(data))
 
 
-def test_palette_png_keeps_ids_and_shows_colours(labels):
+def test_label_png_keeps_ids_and_has_the_class_colours(labels):
     picture = decoded(encode_mask(labels, SPACE))
     assert picture.mode == "P"
     np.testing.assert_array_equal(np.asarray(picture), labels)
     np.testing.assert_array_equal(np.asarray(picture.convert("RGB")), colorize(labels, SPACE))
 
 
-def test_palette_png_refuses_unknown_ids(labels):
+def test_label_png_refuses_unknown_ids(labels):
     with pytest.raises(DatasetError, match=r"ids \[2\] outside the class list"):
         encode_mask(labels, LabelSpace(("road", "sky")))
 
@@ -47,7 +47,7 @@ def test_png_is_lossless(image):
     np.testing.assert_array_equal(np.asarray(decoded(encode_png(image))), image)
 
 
-def test_grey_png_is_255_levels_and_rounds_a_half_to_even():
+def test_grey_png_has_255_levels_and_rounds_half_to_even():
     levels = np.arange(256)
     picture = decoded(grey_png(np.stack([levels / 255, np.full(256, 0.5)])))
     assert picture.mode == "L"
@@ -61,21 +61,21 @@ def test_grey_png_of_float32_is_within_half_a_level():
 
 
 @pytest.mark.parametrize("wrong", [-0.1, 1.01, np.nan])
-def test_grey_png_refuses_what_is_no_share(wrong):
+def test_grey_png_refuses_values_outside_zero_to_one(wrong):
     with pytest.raises(DatasetError, match="expected 0 to 1"):
         grey_png(np.array([[0.5, wrong]], np.float32))
 
 
 def test_overlay_blends_pixel_by_pixel(image, labels):
     blended = overlay(image, labels, SPACE, opacity=0.25)
-    for place in np.ndindex(labels.shape):
-        expected = image[place].astype(float)
-        if labels[place] != 255:
-            expected = 0.75 * expected + 0.25 * SPACE.palette[labels[place]]
-        assert np.abs(blended[place] - expected).max() <= 0.5 + 1e-4
+    for pixel in np.ndindex(labels.shape):
+        expected = image[pixel].astype(float)
+        if labels[pixel] != 255:
+            expected = 0.75 * expected + 0.25 * SPACE.palette[labels[pixel]]
+        assert np.abs(blended[pixel] - expected).max() <= 0.5 + 1e-4
 
 
-def test_overlay_at_its_ends(image, labels):
+def test_overlay_with_opacity_zero_and_one(image, labels):
     np.testing.assert_array_equal(overlay(image, labels, SPACE, opacity=0.0), image)
     full = overlay(image, labels, SPACE, opacity=1.0)
     shown = labels != 255
@@ -97,7 +97,7 @@ def test_legend_is_below_and_shows_each_present_class_once(width):
     np.testing.assert_array_equal(picture[:20, :width], overlay(image, labels, SPACE))
     legend = picture[20:]
     assert len(legend) >= 22
-    swatch = 11 * 11  # inside its outline
+    swatch = 11 * 11  # inside the outline
     counts = [(legend == SPACE.palette[index]).all(axis=2).sum() for index in range(3)]
     assert counts[0] >= swatch
     assert counts[1] == 0
@@ -109,6 +109,6 @@ def test_legend_of_an_empty_map_is_empty(image):
     np.testing.assert_array_equal(overlay_with_legend(image, labels, SPACE), image)
 
 
-def test_the_same_input_gives_the_same_picture(image, labels):
+def test_equal_inputs_give_equal_bytes(image, labels):
     first, second = (encode_png(overlay_with_legend(image, labels, SPACE)) for _ in range(2))
     assert first == second

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from loraseg.miniature.world.canvas import CLASSES
 from loraseg.miniature.world.domains import DOMAINS, FAMILIES
 from loraseg.miniature.world.render import presence, render
 from loraseg.seeding import torch_generator
-from loraseg.segment.closed_set.unet import UNet, predict_labels
+from loraseg.segment.closed_set.checkpoint import ClosedSetSegmenter
 from loraseg.synth.region_attention import RegionControl
 from loraseg.synth.sampling import SamplingBatch, SamplingConfig, denoise
 from loraseg.tensor_types import Float, UInt8
@@ -34,7 +33,7 @@ _BATCH = 50
 
 
 def judge_report(
-    judge: UNet, base: DiffusionBase, *, seed: int = 0, scenes: int = 40
+    judge: ClosedSetSegmenter, base: DiffusionBase, *, seed: int = 0, scenes: int = 40
 ) -> dict[str, Any]:
     """Measure the judge on scenes of every domain, before and after the codec.
 
@@ -51,11 +50,11 @@ def judge_report(
     for domain in DOMAINS:
         images, masks = render(domain, scenes, seed, "gates")
         coded = _encode_decode(base, images)
-        real = measure_agreement(partial(predict_labels, judge), images, masks, CLASSES)
+        real = measure_agreement(judge.labels, images, masks, CLASSES)
         first = first or {name: round(value, 3) for name, value in real.classes.items()}
         figures["judge_miou"][domain] = real.right
         figures["ceiling_miou"][domain] = measure_agreement(
-            partial(predict_labels, judge), coded, masks, CLASSES
+            judge.labels, coded, masks, CLASSES
         ).right
         figures["codec_psnr"][domain] = _psnr(images, coded)
     means = {
@@ -74,7 +73,7 @@ def judge_report(
 
 
 def word_report(
-    judge: UNet, base: DiffusionBase, *, seed: int = 0, prompts: int = 128
+    judge: ClosedSetSegmenter, base: DiffusionBase, *, seed: int = 0, prompts: int = 128
 ) -> dict[str, Any]:
     """Measure whether the judge finds the classes of a prompt in the generated image.
 
@@ -83,7 +82,7 @@ def word_report(
     """
     _, masks = render(_PROMPT_DOMAIN, prompts, seed, "gates")
     named = presence(masks)
-    labels = predict_labels(judge, sample(base, [_list_prompt(row) for row in named], seed))
+    labels = judge.labels(sample(base, [_list_prompt(row) for row in named], seed))
     areas = np.stack([(labels == label).sum((1, 2)) for label in range(len(CLASSES))], 1)
     aucs = {
         name: round(auc(areas[:, label], named[:, label]), 4) for label, name in enumerate(CLASSES)

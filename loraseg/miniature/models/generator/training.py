@@ -23,7 +23,7 @@ from loraseg.miniature.models.generator.scenes import CAPTIONS_PER_SCENE, Captio
 from loraseg.miniature.models.generator.text import CaptionEncoder
 from loraseg.miniature.world.canvas import CLASSES
 from loraseg.seeding import derive
-from loraseg.segment.closed_set.unet import UNet
+from loraseg.segment.closed_set.networks import ClosedSetNetwork, NetworkConfig, build_network
 from loraseg.train.core.optimisation import OptimiserStep
 
 __all__ = ["GeneratorTrainingConfig", "train_codec", "train_judge", "train_text_to_image"]
@@ -96,26 +96,26 @@ def train_codec(config: GeneratorTrainingConfig, scenes: CaptionedScenes) -> Any
     return average.eval()
 
 
-def train_judge(config: GeneratorTrainingConfig, scenes: CaptionedScenes) -> UNet:
+def train_judge(config: GeneratorTrainingConfig, scenes: CaptionedScenes) -> ClosedSetNetwork:
     """Train the judge, the segmenter that measures the agreement of images and masks."""
     device = torch.device(config.device)
     torch.manual_seed(derive(config.seed, "pretrain-generator", "judge"))
-    model = UNet(len(CLASSES)).to(device).train()
+    network = build_network(NetworkConfig(width=24), len(CLASSES)).to(device).train()
     images, masks = torch.from_numpy(scenes.images), torch.from_numpy(scenes.masks)
     weights = torch.tensor(
         [2.0 if name in _RARE_CLASSES else 1.0 for name in CLASSES], device=device
     )
-    optimiser_step = _optimiser_step(model, 3e-3, config.judge_steps)
+    optimiser_step = _optimiser_step(network.body, 3e-3, config.judge_steps)
     for step in range(config.judge_steps):
         rows = torch.randint(len(images), (min(config.batch, 256),))
         x, target = _pixels(images[rows], device), masks[rows].to(device).long()
         if step % 2:
             x, target = x.flip(3), target.flip(2)
         with torch.autocast(device.type, torch.bfloat16):
-            logits = model(x)
+            logits = network.body(x)
         loss = functional.cross_entropy(logits.float(), target, weights)
         optimiser_step.update(step, loss)
-    return model.eval()
+    return network.eval()
 
 
 def train_text_to_image(

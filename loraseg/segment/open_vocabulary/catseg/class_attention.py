@@ -22,9 +22,9 @@ class LinearAttention(nn.Module):
     * x_t: normed token of class t; e_t: its text guidance; per head, s over all classes and the
       padding rows.
 
-    Linear attention: Katharopoulos et al. (arXiv 2006.16236), eq. 5 and 7. CAT-Seg (CVPR 2024), "Class
-    Cost Aggregation"; official code: ``cat_seg/modeling/transformer/model.py``, ``LinearAttention``
-    and ``AttentionLayer``.
+    Linear attention: Katharopoulos et al. (arXiv 2006.16236), eq. 5 and 7. CAT-Seg (CVPR 2024),
+    "Class Cost Aggregation"; official code: ``cat_seg/modeling/transformer/model.py``,
+    ``LinearAttention`` and ``AttentionLayer``.
 
     Difference from the official code: it appends L - t equal padding rows. Here their key and
     value are computed once and multiplied by their number, and v is not divided by L beforehand.
@@ -78,8 +78,9 @@ def _feature_map(x: Tensor) -> Tensor:
 class ClassLayer(nn.Module):
     """Class aggregation: attention and MLP on the pooled input, added to the input.
 
-    ``x + up(z)`` with ``y = p + attention(LN(p), e)``, ``z = y + MLP(LN(y))`` and the average-pooled
-    input p. Official code: ``cat_seg/modeling/transformer/model.py``, ``ClassTransformerLayer``.
+    ``x + up(z)`` with the average-pooled input p, ``y = p + attention(LN(p), e)`` and
+    ``z = y + MLP(LN(y))``. Official code: ``cat_seg/modeling/transformer/model.py``,
+    ``ClassTransformerLayer``.
     """
 
     padding_tokens: nn.Parameter | None

@@ -36,7 +36,7 @@ def test_logits_have_the_size_of_any_image(config):
         assert logits.isfinite().all()
 
 
-def test_padding_is_the_edge_gone_on():
+def test_padding_replicates_the_edge():
     network = _network(_UNET).eval()
     images = _images(1, 45, 38)
     larger = np.pad(images.numpy(), ((0, 0), (0, 3), (0, 2), (0, 0)), mode="edge")
@@ -58,16 +58,16 @@ def test_loss_is_cross_entropy_over_labelled_pixels(config, weighted):
         loss = network.loss(pixels, targets, weights)
         log_p = network(pixels).double().log_softmax(1)
     valid = targets != 255
-    each = -log_p.gather(1, torch.where(valid, targets, 0)[:, None])[:, 0][valid]
-    weight = torch.ones(len(each)) if weights is None else weights[targets[valid]]
+    losses = -log_p.gather(1, torch.where(valid, targets, 0)[:, None])[:, 0][valid]
+    weight = torch.ones(len(losses)) if weights is None else weights[targets[valid]]
     torch.testing.assert_close(
-        loss.double(), (each * weight).sum() / weight.sum(), rtol=1e-5, atol=0
+        loss.double(), (losses * weight).sum() / weight.sum(), rtol=1e-5, atol=0
     )
 
 
 @pytest.mark.parametrize("config", _CONFIGS, ids=lambda config: config.name)
 @pytest.mark.parametrize("weighted", [False, True])
-def test_a_batch_without_labels_changes_nothing(config, weighted):
+def test_a_batch_without_labels_has_zero_loss_and_gradient(config, weighted):
     network = _network(config).train()
     targets = torch.full((2, 45, 38), 255)
     weights = torch.ones(4) if weighted else None
@@ -78,15 +78,15 @@ def test_a_batch_without_labels_changes_nothing(config, weighted):
 
 
 @pytest.mark.parametrize("config", _CONFIGS, ids=lambda config: config.name)
-def test_every_parameter_that_learns_has_a_gradient(config):
-    # DistributedDataParallel stops at the second step otherwise.
+def test_every_trainable_parameter_has_a_gradient(config):
+    # Otherwise DistributedDataParallel fails at the second step.
     network = _network(config).train()
     targets = torch.zeros(2, 45, 38, dtype=torch.int64)
     network.loss(network.normalise(_images()), targets).backward()
     assert not [n for n, p in network.named_parameters() if p.requires_grad and p.grad is None]
 
 
-def test_semantic_map_is_the_normalised_sum_over_queries():
+def test_the_semantic_map_is_the_normalised_sum_over_queries():
     network = _network(_MASK_FORMER).eval()
     pixels = network.normalise(_images(2, 64, 96))
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_semantic_map_is_the_normalised_sum_over_queries():
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_mask_loss_is_that_of_transformers_where_all_is_labelled(weighted):
+def test_mask_loss_equals_that_of_transformers_without_ignored_pixels(weighted):
     network = _network(_MASK_FORMER).eval()
     inner = network.body.network
     pixels = network.normalise(_images(2, 64, 64))
@@ -126,7 +126,7 @@ def test_mask_loss_is_that_of_transformers_where_all_is_labelled(weighted):
 
 
 class TestIgnoredPixels:
-    """Of the mask loss, on free logits: what a network says where nothing is labelled."""
+    """The mask loss on free logits does not depend on predictions at ignored pixels."""
 
     @staticmethod
     def _loss(masks, targets):
@@ -144,7 +144,7 @@ class TestIgnoredPixels:
         targets[:, 32:] = 255
         return masks, targets
 
-    def test_do_not_matter(self):
+    def test_predictions_on_them_do_not_change_the_loss(self):
         masks, targets = self._case()
         other = masks.clone()
         other[:, :, 9:] = 50 * torch.randn(2, 6, 7, 16)
@@ -155,22 +155,22 @@ class TestIgnoredPixels:
             other, torch.where(targets == 255, 0, targets)
         )
 
-    def test_pull_at_no_mask(self):
+    def test_they_have_no_gradient(self):
         masks, targets = self._case()
         masks.requires_grad_(True)
         self._loss(masks, targets).backward()
         assert (masks.grad[:, :, 9:] == 0).all()
         assert (masks.grad[:, :, :7] != 0).any()
 
-    def test_leave_the_rest_as_if_it_were_all(self):
-        # The labelled half alone, at the same number of points a pixel, costs about the same.
+    def test_the_loss_is_that_of_the_labelled_part(self):
+        # The loss of the labelled half alone, with the same density of points, is about the same.
         masks, targets = self._case()
         whole, half = self._loss(masks, targets), self._loss(masks[:, :, :8], targets[:, :32])
         torch.testing.assert_close(whole, half, rtol=0.05, atol=0)
 
 
 @pytest.mark.parametrize("config", _CONFIGS, ids=lambda config: config.name)
-def test_groups_hold_every_parameter_once(config):
+def test_groups_contain_every_parameter_once(config):
     network = _network(config)
     groups = network.parameter_groups(0.1, 10.0)
     members = [id(p) for group in groups for p in group["params"]]
@@ -182,7 +182,7 @@ def test_groups_hold_every_parameter_once(config):
     assert slow == {id(p) for name, p in network.body.named_parameters() if name.startswith(prefix)}
 
 
-def test_norms_and_embeddings_of_mask_former_do_not_decay():
+def test_norms_and_embeddings_of_mask2former_have_no_weight_decay():
     network = _network(_MASK_FORMER)
     bare = {
         id(p)
@@ -209,24 +209,24 @@ def test_norms_and_embeddings_of_mask_former_do_not_decay():
         {"name": "mask2former-swin-b", "width": 16},
     ],
 )
-def test_refuses_what_is_no_network(values):
+def test_refuses_invalid_configs(values):
     with pytest.raises(ConfigError, match=r"name|width|backbone"):
         build(NetworkConfig, values)
 
 
-def test_refuses_counts_of_classes():
+def test_refuses_invalid_numbers_of_classes():
     for classes in (0, 256):
         with pytest.raises(ConfigError, match="classes"):
             build_network(_UNET, classes)
 
 
-def test_full_sizes_are_those_of_the_papers():
+def test_parameter_counts_are_those_of_the_papers():
     sizes = {}
     for name in NETWORKS:
         with torch.device("meta"):
             network = build_network(NetworkConfig(name=name), 21)
         sizes[name] = sum(p.numel() for p in network.parameters()) / 1e6
     assert sizes["unet-small"] == pytest.approx(0.26, abs=0.1)
-    # DeepLabV3+ with separable convolutions; Mask2Former Swin-B has 107 M in its paper.
+    # DeepLabV3+ with separable convolutions; Mask2Former reports 107 M for Swin-B.
     assert sizes["deeplabv3plus-r101"] == pytest.approx(45.7, abs=1)
     assert sizes["mask2former-swin-b"] == pytest.approx(107, abs=1)

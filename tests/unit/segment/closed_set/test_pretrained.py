@@ -22,8 +22,8 @@ def _write(path, state):
     return path
 
 
-def _equal(one, other, names):
-    a, b = one.body.state_dict(), other.body.state_dict()
+def _equal(first, second, names):
+    a, b = first.body.state_dict(), second.body.state_dict()
     return [torch.equal(a[name], b[name]) for name in names]
 
 
@@ -32,16 +32,16 @@ def test_resnet_of_torchvision(tmp_path):
     resnet = torchvision.models.resnet18()
     network = _network(_DEEPLAB)
     load_pretrained(network, _write(tmp_path / "r.safetensors", resnet.state_dict()))
-    own = network.body.encoder.state_dict()
+    loaded = network.body.encoder.state_dict()
     for name, value in resnet.state_dict().items():
         if not name.startswith("fc."):
-            assert torch.equal(own[name], value)
+            assert torch.equal(loaded[name], value)
     fresh = _network(_DEEPLAB)
     heads = [n for n, _ in fresh.body.named_parameters() if not n.startswith("encoder.")]
     assert all(_equal(network, fresh, heads))
 
 
-def test_whole_deeplab_but_for_another_head(tmp_path):
+def test_complete_deeplab_with_another_head(tmp_path):
     trained = _network(_DEEPLAB, classes=7, seed=5)
     network = _network(_DEEPLAB)
     load_pretrained(network, _write(tmp_path / "d.safetensors", trained.body.state_dict()))
@@ -51,7 +51,7 @@ def test_whole_deeplab_but_for_another_head(tmp_path):
     assert all(_equal(network, fresh, [n for n in names if "segmentation_head" in n]))
 
 
-def test_whole_mask_former_as_transformers_saves_it(tmp_path):
+def test_complete_mask2former_as_saved_by_transformers(tmp_path):
     trained = _network(_MASK_FORMER, classes=7, seed=5)
     trained.body.network.save_pretrained(tmp_path)
     network = _network(_MASK_FORMER)
@@ -60,7 +60,7 @@ def test_whole_mask_former_as_transformers_saves_it(tmp_path):
     assert all(_equal(network, trained, [n for n in names if "empty_weight" not in n]))
 
 
-def test_swin_of_a_classifier_as_transformers_saves_it(tmp_path):
+def test_swin_classifier_as_saved_by_transformers(tmp_path):
     prepare_torchvision()
     from transformers import SwinForImageClassification
 
@@ -70,7 +70,7 @@ def test_swin_of_a_classifier_as_transformers_saves_it(tmp_path):
     classifier = SwinForImageClassification(encoder.config)
     classifier.save_pretrained(tmp_path)
     saved = safetensors.torch.load_file(tmp_path / "model.safetensors")
-    assert any("attention.self.query" in name for name in saved)  # the layout of files on hubs
+    assert any("attention.self.query" in name for name in saved)  # the names of files on the hub
     load_pretrained(network, tmp_path)
     for name, value in classifier.swin.encoder.state_dict().items():
         assert torch.equal(encoder.swin.encoder.state_dict()[name], value)

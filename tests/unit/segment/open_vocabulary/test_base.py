@@ -1,4 +1,4 @@
-"""Loading the frozen segmenter, and its text side."""
+"""Loading of bases, and their text encoding."""
 
 import dataclasses
 import hashlib
@@ -19,14 +19,14 @@ WORDS = WordTokenizer(["road", "sky"], context_length=9, buckets=15)
 SMALL = {"vision_heads": 2, "text_heads": 2, "heads": 2}
 
 
-def write_own(path, **header):
+def write_base(path, **header):
     model = load_official_checkpoint(random_state(Sizes(vocabulary=WORDS.vocab_size)), **SMALL)
     save_catseg(model.float(), path, header)
     return path
 
 
-def test_own_file(tmp_path):
-    path = write_own(
+def test_file_with_its_config(tmp_path):
+    path = write_base(
         tmp_path / "m.safetensors",
         vocabulary=json.dumps(WORDS.vocabulary),
         prompt="here is {}",
@@ -60,22 +60,22 @@ def test_official_file(tmp_path):
     assert base.tokenizer.context_length == 9
 
 
-def test_wrong_files(tmp_path):
+def test_invalid_files_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="cannot read"):
         load_base(str(tmp_path / "none.pth"))
     (tmp_path / "m.pth").write_bytes(b"x")
     with pytest.raises(IntegrityError, match="cannot be read as a checkpoint"):
         load_base(str(tmp_path / "m.pth"))
-    path = write_own(tmp_path / "m.safetensors", mean="[1, 2]")
+    path = write_base(tmp_path / "m.safetensors", mean="[1, 2]")
     with pytest.raises(IntegrityError, match="does not describe a base: not enough values"):
         load_base(str(path))
-    path = write_own(tmp_path / "m.safetensors", prompt="no slot")
+    path = write_base(tmp_path / "m.safetensors", prompt="no slot")
     with pytest.raises(IntegrityError, match="does not describe a base: prompt: got"):
         load_base(str(path))
 
 
-def test_a_base_trained_further_comes_back(tmp_path):
-    first = write_own(
+def test_a_finetuned_base_can_be_saved_and_loaded(tmp_path):
+    first = write_base(
         tmp_path / "first.safetensors",
         vocabulary=json.dumps(WORDS.vocabulary),
         mean="[0.1, 0.2, 0.3]",

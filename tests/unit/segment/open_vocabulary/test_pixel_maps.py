@@ -16,7 +16,7 @@ def random_scores(classes, height=7, width=9, seed=0, scale=3.0):
 
 
 def slow_entropy(values):
-    """-sum p log p / log t, pixel by pixel as a definition has it."""
+    """Return -sum p log p / log t of one pixel, by its definition."""
     total = math.fsum(values)
     shares = [value / total for value in values]
     terms = [share * math.log(share) for share in shares if share > 0]
@@ -25,18 +25,18 @@ def slow_entropy(values):
 
 @pytest.mark.parametrize("classes", [2, 3, 40])
 @pytest.mark.parametrize("scale", [0.1, 3.0, 40.0])
-def test_maps_are_those_of_a_loop_over_pixels(classes, scale):
+def test_maps_equal_a_loop_over_pixels(classes, scale):
     scores = random_scores(classes, scale=scale)
-    found = pixel_maps(scores, MAPS)
+    result = pixel_maps(scores, MAPS)
     for row, column in np.ndindex(7, 9):
         values = scores[:, row, column].double().tolist()
         label = values.index(max(values))
-        assert found.label_map[row, column] == label
-        assert found.confidence[row, column] == values[label]
-        assert found.entropy[row, column] == pytest.approx(slow_entropy(values), abs=2e-6)
+        assert result.label_map[row, column] == label
+        assert result.confidence[row, column] == values[label]
+        assert result.entropy[row, column] == pytest.approx(slow_entropy(values), abs=2e-6)
 
 
-def test_only_maps_that_were_asked_for():
+def test_only_requested_maps_are_computed():
     scores = random_scores(3)
     assert pixel_maps(scores).confidence is None
     assert pixel_maps(scores).entropy is None
@@ -44,35 +44,35 @@ def test_only_maps_that_were_asked_for():
     assert pixel_maps(scores, ["entropy"]).confidence is None
 
 
-def test_blocks_of_rows_change_no_more_than_the_last_bit(monkeypatch):
+def test_blocks_of_rows_change_at_most_the_last_bit(monkeypatch):
     scores = random_scores(5, 33, 17)
     whole = pixel_maps(scores, MAPS)
     monkeypatch.setattr("loraseg.segment.open_vocabulary.pixel_maps._BLOCK_SCORES", 5 * 17 * 2 + 1)
-    found = pixel_maps(scores, MAPS).entropy
-    np.testing.assert_allclose(found, whole.entropy, rtol=2e-7, atol=0)
+    result = pixel_maps(scores, MAPS).entropy
+    np.testing.assert_allclose(result, whole.entropy, rtol=2e-7, atol=0)
 
 
 @pytest.mark.parametrize("power", [1.0, 1e-3, 1e-30, 1e-38])
-def test_entropy_knows_ratios_only(power):
+def test_entropy_depends_on_ratios_only(power):
     scores = random_scores(4)
     expected = pixel_maps(scores, {"entropy"}).entropy
-    found = pixel_maps(scores * power, {"entropy"}).entropy
-    # Below 1e-38 float32 itself is rough.
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 if power > 1e-38 else 1e-4)
+    result = pixel_maps(scores * power, {"entropy"}).entropy
+    # Below 1e-38 float32 values are denormal.
+    np.testing.assert_allclose(result, expected, rtol=0, atol=1e-6 if power > 1e-38 else 1e-4)
 
 
-def test_entropy_at_its_ends():
+def test_entropy_of_certain_and_uniform_scores():
     certain = torch.zeros(3, 2, 2)
     certain[1] = 0.7
     assert np.all(pixel_maps(certain, {"entropy"}).entropy == 0)
     for alike in (0.0, 1e-45, 0.5, 1.0):
-        found = pixel_maps(torch.full((3, 2, 2), alike), {"entropy"}).entropy
-        np.testing.assert_allclose(found, 1, rtol=0, atol=1e-6)
-        assert found.max() <= 1
+        result = pixel_maps(torch.full((3, 2, 2), alike), {"entropy"}).entropy
+        np.testing.assert_allclose(result, 1, rtol=0, atol=1e-6)
+        assert result.max() <= 1
     assert np.all(pixel_maps(torch.rand(1, 2, 2), {"entropy"}).entropy == 0)
 
 
-def test_ties_go_to_the_class_named_first():
+def test_ties_go_to_the_first_class():
     scores = torch.zeros(4, 1, 3)
     scores[2:, 0, 1] = 0.5
     scores[[1, 3], 0, 2] = 0.5
@@ -88,11 +88,11 @@ def test_type_of_the_label_map(classes, kind):
     assert (labels == classes - 1).all()
 
 
-def test_maps_to_fill_in_are_like_those_that_are_filled():
+def test_empty_maps_have_the_shapes_and_dtypes_of_the_results():
     filled, empty = pixel_maps(random_scores(3), {"entropy"}), empty_maps(7, 9, 3, {"entropy"})
     assert empty.confidence is None
-    for one, other in ((filled.label_map, empty.label_map), (filled.entropy, empty.entropy)):
-        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+    for actual, other in ((filled.label_map, empty.label_map), (filled.entropy, empty.entropy)):
+        assert (actual.shape, actual.dtype) == (other.shape, other.dtype)
 
 
 def test_unknown_maps_are_refused():

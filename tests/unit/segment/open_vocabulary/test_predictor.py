@@ -1,4 +1,4 @@
-"""Prediction against methods A.7 written out on the naive model, and what is kept between calls."""
+"""Prediction against CAT-Seg's inference written out on the naive model, and the text cache."""
 
 import numpy as np
 import pytest
@@ -50,7 +50,7 @@ def mix(module=TEXT_MLP, size=1.0, name="a"):
 
 
 def naive_logits(state, pixels, classes):
-    """Logits of one float image (3, h, w) of 0 to 255, resized to CLIP's input."""
+    """Return the logits of a float image (3, h, w) of 0 to 255, resized to CLIP's input."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
     side = SIZES.grid * SIZES.patch
     window = naive_catseg.resize((pixels - mean) / std, side, side, "linear")
@@ -84,7 +84,7 @@ def test_plain_without_padding(state, height, width):
 
 @pytest.mark.parametrize(("height", "width"), [(37, 50), (64, 32), (10, 12)])
 def test_plain_with_the_official_padding(state, height, width):
-    # Mean colour right and below up to multiples of 32, stretched in, map cut at [:h, :w].
+    # Pad with the mean colour to multiples of 32, resize, crop the map to [:h, :w].
     picture = image(height, width)
     high, wide = -(-height // 32) * 32, -(-width // 32) * 32
     padded = torch.tensor(MEAN)[:, None, None].repeat(1, high, wide)
@@ -96,7 +96,7 @@ def test_plain_with_the_official_padding(state, height, width):
 
 
 def test_sliding(state):
-    # Scaled from 384 -> 640: window 18, stride int(18 * .667) = 12, canvas 30.
+    # Scaled down from 384 and 640: window 18, stride int(18 * .667) = 12, canvas 30.
     picture = image(23, 41)
     canvas = naive_catseg.resize(planes(picture), 30, 30, "linear")
     total, count = torch.zeros(3, 30, 30), torch.zeros(30, 30)
@@ -124,7 +124,7 @@ def test_official_numbers_of_sliding():
 
 @pytest.mark.parametrize("mode", ["plain", "sliding"])
 @pytest.mark.parametrize("windows_per_batch", [3, 64])
-def test_windows_of_all_images_go_together(state, mode, windows_per_batch):
+def test_windows_of_all_images_share_batches(state, mode, windows_per_batch):
     base = make_base(state)
     batches = []
     base.model.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
@@ -140,7 +140,7 @@ def test_windows_of_all_images_go_together(state, mode, windows_per_batch):
         assert 0 <= float(scores.min()) <= float(scores.max()) <= 1
 
 
-def test_mix_acts_on_text_and_image_and_leaves_no_trace(state):
+def test_a_mix_changes_text_and_image_features_and_is_removed(state):
     predictor = Predictor(make_base(state))
     picture = image(16, 16)
     (before,) = predictor.predict([picture], CLASSES)
@@ -161,8 +161,8 @@ def test_every_image_of_a_batch_has_its_own_mix(state, mode, windows_per_batch):
     pictures = [image(20 + 3 * index, 30, index) for index in range(6)]
     predictor = Predictor(make_base(state), mode=mode, windows_per_batch=windows_per_batch)
     together = predictor.predict(pictures, CLASSES, mixes)
-    for one, used, scores in zip(pictures, mixes, together, strict=True):
-        (alone,) = Predictor(make_base(state), mode=mode).predict([one], CLASSES, used)
+    for single, used, scores in zip(pictures, mixes, together, strict=True):
+        (alone,) = Predictor(make_base(state), mode=mode).predict([single], CLASSES, used)
         torch.testing.assert_close(scores, alone, rtol=0, atol=1e-6)
 
 
@@ -170,12 +170,12 @@ def test_more_mixes_than_fit_one_batch(state):
     pictures = [image(16, 16, index) for index in range(20)]
     mixes = [mix(IMAGE_MLP, size=1.0 + index, name=str(index)) for index in range(20)]
     together = Predictor(make_base(state)).predict(pictures, CLASSES, mixes)
-    for one, used, scores in zip(pictures, mixes, together, strict=True):
-        (alone,) = Predictor(make_base(state)).predict([one], CLASSES, used)
+    for single, used, scores in zip(pictures, mixes, together, strict=True):
+        (alone,) = Predictor(make_base(state)).predict([single], CLASSES, used)
         torch.testing.assert_close(scores, alone, rtol=0, atol=1e-6)
 
 
-def test_there_must_be_one_mix_an_image(state):
+def test_the_number_of_mixes_must_be_that_of_images(state):
     with pytest.raises(AdapterMismatchError, match="got 1 for 2 images"):
         Predictor(make_base(state)).predict([image(16, 16)] * 2, CLASSES, [mix()])
 
@@ -192,7 +192,7 @@ def test_bfloat16_scores_are_float32_and_close(state):
     assert float((got - expected).abs().mean()) < 0.02
 
 
-def test_text_is_kept_by_class_list_and_mix(state):
+def test_text_features_are_cached_by_class_list_and_mix(state):
     base = make_base(state)
     calls = []
     encode = base.model.encode_text
@@ -200,13 +200,13 @@ def test_text_is_kept_by_class_list_and_mix(state):
     predictor = Predictor(base)
     picture = image(16, 16)
     for classes in (CLASSES, CLASSES[:2]):
-        for one in (None, mix(), None, mix()):
-            predictor.predict([picture], classes, one)
+        for used in (None, mix(), None, mix()):
+            predictor.predict([picture], classes, used)
     assert calls == [3, 3, 2, 2]
 
 
 def test_first_image_keeps_the_text_of_the_first_mix(state):
-    # Methods B.5: all images after the first see the class names through its adapters.
+    # As in SemLA's code, all images use the text features of the first image's adapters.
     picture = image(16, 16)
     stale = Predictor(make_base(state), text_cache="first_image")
     fresh = Predictor(make_base(state))
@@ -217,7 +217,7 @@ def test_first_image_keeps_the_text_of_the_first_mix(state):
     assert not torch.equal(second, fresh.predict([picture], CLASSES, mix(size=5.0, name="b"))[0])
 
 
-def test_only_the_first_synonym_counts(state):
+def test_only_the_first_synonym_is_used(state):
     predictor = Predictor(make_base(state))
     picture = image(16, 16)
     (plain,) = predictor.predict([picture], ["road", "sky"])
@@ -284,10 +284,10 @@ def test_a_mix_of_another_model_is_refused(state):
         Predictor(make_base(state)).predict([image(16, 16)], CLASSES, wrong)
 
 
-def test_inert_attention_is_deaf_to_adapters(state):
+def test_adapters_have_no_effect_on_inert_attention(state):
     module = TEXT_MLP.replace("mlp.c_fc", "attn.v_proj")
     down, up = torch.ones(1, SIZES.text_width), torch.ones(SIZES.text_width, 1)
-    one = fuse([Adapter(name="a", pairs={module: LoraPair(down, up, 1.0)}, digest="a")], [1.0])
+    clip_mix = fuse([Adapter(name="a", pairs={module: LoraPair(down, up, 1.0)}, digest="a")], [1.0])
     settings = {"vision_heads": 2, "text_heads": 2, "heads": 2, "pad_len": 6}
     features = {}
     for kind in ("active", "inert"):
@@ -295,7 +295,7 @@ def test_inert_attention_is_deaf_to_adapters(state):
         base = SegmentationBase(name="", digest="", model=model, tokenizer=WORDS)
         predictor = Predictor(base)
         (plain,) = predictor.predict([image(16, 16)], CLASSES)
-        (mixed,) = predictor.predict([image(16, 16)], CLASSES, one)
+        (mixed,) = predictor.predict([image(16, 16)], CLASSES, clip_mix)
         features[kind] = plain, mixed
     assert torch.equal(*features["inert"])
     assert not torch.equal(*features["active"])

@@ -1,4 +1,4 @@
-"""Tiles of large images against a dense blend in float64; their seams and how many are kept."""
+"""Tiled inference against a dense blend in float64; seams and memory."""
 
 import gc
 import weakref
@@ -22,7 +22,7 @@ SHAPES = [(16, 16), (24, 24), (25, 40), (100, 37), (9, 70), (70, 9), (5, 5), (1,
 
 
 class FakePredictor(Predictor):
-    """Scores that a function of a window's pixels gives, as coarse as one likes."""
+    """A predictor whose scores are a function of a window's pixels, at any resolution."""
 
     def __init__(self, function, *, window=16, coarse=8, mode="plain"):
         self.function, self.coarse, self.mode = function, coarse, mode
@@ -34,33 +34,33 @@ class FakePredictor(Predictor):
 
     def score_windows(self, windows, classes, mix=None):
         self.batches.append(len(windows))
-        found = [self.function(window, len(classes), self.coarse) for window in windows]
-        self.alive.update(found)
+        result = [self.function(window, len(classes), self.coarse) for window in windows]
+        self.alive.update(result)
         self.most_alive = max(self.most_alive, len(self.alive))
-        return found
+        return result
 
 
 class RecordingPredictor(Predictor):
-    """A predictor that remembers what it was asked and what it said."""
+    """A predictor that records its inputs and outputs."""
 
     def __init__(self, base):
         super().__init__(base)
         self.seen = []
 
     def score_windows(self, windows, classes, mix=None):
-        found = super().score_windows(windows, classes, mix)
-        self.seen += zip(windows, found, strict=True)
-        return found
+        result = super().score_windows(windows, classes, mix)
+        self.seen += zip(windows, result, strict=True)
+        return result
 
 
 def noise(window, classes, side):
-    """Scores that have nothing to do with each other, but are the same for the same pixels."""
+    """Return random scores that are the same for the same pixels."""
     seed = int(window.astype(np.int64).sum()) % 2**31
     return torch.rand(classes, side, side, generator=torch.Generator().manual_seed(seed))
 
 
 def local(window, classes, side):
-    """Scores that depend on a place's colour alone, on a grid of the window's size."""
+    """Return scores that depend only on the colour of each pixel, at the size of the window."""
     planes = torch.from_numpy(window.transpose(2, 0, 1).astype(np.float32) / 255)
     return torch.sigmoid(4 * planes[:classes])
 
@@ -90,7 +90,7 @@ def mosaic(rows, columns, seed=1):
 
 
 def expected_starts(length, window):
-    """As few windows as overlap by half, evenly spread, the last one at the end."""
+    """Return the starts of the fewest evenly spaced windows that overlap by half."""
     window = min(window, length)
     count = 1
     while count > 1 or length > window:
@@ -102,7 +102,7 @@ def expected_starts(length, window):
 
 
 def expected_weights(length, window, starts):
-    """Weight of every window at every pixel, from the two centres around the pixel's middle."""
+    """Return the weight of every window at every pixel, from the two centres around it."""
     window = min(window, length)
     centres = [start + window / 2 for start in starts]
     weights = np.zeros((len(starts), length))
@@ -119,7 +119,7 @@ def expected_weights(length, window, starts):
 
 
 def dense_blend(image, window, scores_of):
-    """All tiles at full size in float64, weighted and summed."""
+    """Return the weighted sum of all tiles at full size in float64."""
     height, width = image.shape[:2]
     rows, columns = expected_starts(height, window), expected_starts(width, window)
     down = expected_weights(height, window, rows)
@@ -139,34 +139,34 @@ def dense_blend(image, window, scores_of):
     return total
 
 
-def check_against(total, found):
+def check_against(total, result):
     expected = pixel_maps(total, MAPS)
-    np.testing.assert_allclose(found.confidence, expected.confidence, rtol=0, atol=1e-5)
-    np.testing.assert_allclose(found.entropy, expected.entropy, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(result.confidence, expected.confidence, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(result.entropy, expected.entropy, rtol=0, atol=1e-5)
     shown = total.numpy()
-    chosen = np.take_along_axis(shown, found.label_map[None].astype(int), axis=0)[0]
-    # Another class is shown only where both are equal but for rounding.
+    chosen = np.take_along_axis(shown, result.label_map[None].astype(int), axis=0)[0]
+    # Labels may differ only where both scores are equal up to rounding.
     np.testing.assert_allclose(chosen, shown.max(axis=0), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("window", "coarse"), [(16, 8), (16, 16), (15, 4), (16, 21)])
-def test_tiles_are_the_dense_blend(shape, window, coarse):
+def test_tiles_equal_the_dense_blend(shape, window, coarse):
     image, fake = picture(*shape), FakePredictor(noise, window=window, coarse=coarse)
-    found, _ = run_to_completion(segment_tiled(fake, image, THREE, None, MAPS))
-    assert found.label_map.shape == shape
-    check_against(dense_blend(image, window, lambda part: noise(part, 3, coarse)), found)
+    result, _ = run_to_completion(segment_tiled(fake, image, THREE, None, MAPS))
+    assert result.label_map.shape == shape
+    check_against(dense_blend(image, window, lambda part: noise(part, 3, coarse)), result)
 
 
 @pytest.mark.parametrize("window", [1, 2, 3])
 def test_tiny_windows(window):
     image, fake = picture(7, 5), FakePredictor(noise, window=window, coarse=2)
-    found, _ = run_to_completion(segment_tiled(fake, image, THREE, None, MAPS))
-    check_against(dense_blend(image, window, lambda part: noise(part, 3, 2)), found)
+    result, _ = run_to_completion(segment_tiled(fake, image, THREE, None, MAPS))
+    check_against(dense_blend(image, window, lambda part: noise(part, 3, 2)), result)
 
 
 @pytest.mark.parametrize("length", [16, 17, 24, 31, 32, 33, 100, 1000])
-def test_weights_sum_to_one_inside_their_windows(length):
+def test_weights_sum_to_one_and_vanish_outside_their_windows(length):
     starts = expected_starts(length, 16)
     weights = expected_weights(length, 16, starts)
     np.testing.assert_allclose(weights.sum(axis=0), 1, rtol=0, atol=1e-12)
@@ -191,31 +191,31 @@ def test_constant_scores_stay_constant(shape):
     def constant(window, classes, side):
         return levels[:, None, None].expand(3, side, side).contiguous()
 
-    found, _ = run_to_completion(
+    result, _ = run_to_completion(
         segment_tiled(FakePredictor(constant), picture(*shape), THREE, None, MAPS)
     )
-    assert (found.label_map == 1).all()
-    np.testing.assert_allclose(found.confidence, 0.9, rtol=0, atol=1e-6)
-    assert np.ptp(found.entropy) < 1e-6
+    assert (result.label_map == 1).all()
+    np.testing.assert_allclose(result.confidence, 0.9, rtol=0, atol=1e-6)
+    assert np.ptp(result.entropy) < 1e-6
 
 
-def test_ties_go_to_the_class_named_first_across_the_image():
+def test_ties_go_to_the_first_class_in_the_whole_image():
     def alike(window, classes, side):
         return noise(window, 1, side).expand(classes, side, side).contiguous()
 
-    found, _ = run_to_completion(segment_tiled(FakePredictor(alike), picture(60, 45), THREE))
-    assert (found.label_map == 0).all()
+    result, _ = run_to_completion(segment_tiled(FakePredictor(alike), picture(60, 45), THREE))
+    assert (result.label_map == 0).all()
 
 
-def test_scores_stay_in_their_range():
+def test_scores_stay_between_zero_and_one():
     def extreme(window, classes, side):
         return noise(window, classes, side).round()
 
-    found, _ = run_to_completion(
+    result, _ = run_to_completion(
         segment_tiled(FakePredictor(extreme), picture(60, 45), THREE, None, MAPS)
     )
-    assert 0 <= found.confidence.min() <= found.confidence.max() <= 1
-    assert 0 <= found.entropy.min() <= found.entropy.max() <= 1
+    assert 0 <= result.confidence.min() <= result.confidence.max() <= 1
+    assert 0 <= result.entropy.min() <= result.entropy.max() <= 1
 
 
 @pytest.fixture(scope="module")
@@ -223,59 +223,59 @@ def miniature():
     return Predictor(load_base("miniature"))
 
 
-def test_an_image_of_one_window_is_plain_prediction(miniature):
+def test_an_image_of_one_window_equals_plain_prediction(miniature):
     scenes, _ = render("clear-day", 4, 1, "large")
     for scene in scenes:
         (scores,) = miniature.predict([scene], CLASSES)
         expected = pixel_maps(scores, MAPS)
-        found, _ = run_to_completion(segment_tiled(miniature, scene, CLASSES, None, MAPS))
-        np.testing.assert_array_equal(found.label_map, expected.label_map)
-        np.testing.assert_allclose(found.confidence, expected.confidence, rtol=0, atol=1e-6)
-        np.testing.assert_allclose(found.entropy, expected.entropy, rtol=0, atol=1e-6)
+        result, _ = run_to_completion(segment_tiled(miniature, scene, CLASSES, None, MAPS))
+        np.testing.assert_array_equal(result.label_map, expected.label_map)
+        np.testing.assert_allclose(result.confidence, expected.confidence, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(result.entropy, expected.entropy, rtol=0, atol=1e-6)
 
 
-def test_an_image_within_one_window_is_plain_prediction_too(miniature):
+def test_an_image_smaller_than_a_window_equals_plain_prediction(miniature):
     scene = mosaic(1, 1)[0][:41, :50]
     (scores,) = miniature.predict([scene], CLASSES)
-    found, _ = run_to_completion(segment_tiled(miniature, scene, CLASSES, None, MAPS))
-    check_against(scores.double(), found)
+    result, _ = run_to_completion(segment_tiled(miniature, scene, CLASSES, None, MAPS))
+    check_against(scores.double(), result)
 
 
-def test_a_model_with_its_adapters_is_blended_densely():
+def test_tiles_of_a_model_with_adapters_equal_the_dense_blend():
     base = replace(tiny_base(), window=24, pad_multiple=1)
     mix = fuse([random_adapter(base, "rain", 5)], [1.0])
     predictor, image = Predictor(base), picture(40, 49)
-    found, _ = run_to_completion(segment_tiled(predictor, image, THREE, mix, MAPS))
+    result, _ = run_to_completion(segment_tiled(predictor, image, THREE, mix, MAPS))
     total = dense_blend(image, 24, lambda part: predictor.score_windows([part], THREE, mix)[0])
-    check_against(total, found)
+    check_against(total, result)
     plain, _ = run_to_completion(segment_tiled(predictor, image, THREE, None, MAPS))
-    assert np.abs(plain.confidence - found.confidence).max() > 1e-3
+    assert np.abs(plain.confidence - result.confidence).max() > 1e-3
 
 
-def test_tiles_fade_into_each_other():
-    # Tiles that contradict each other, each the same all over: the worst that a seam can show.
+def test_scores_change_smoothly_between_tiles():
+    # Constant tiles with contradicting scores are the worst case for a seam.
     fake, image = FakePredictor(noise, window=64, coarse=1), picture(200, 230)
-    found, _ = run_to_completion(segment_tiled(fake, image, THREE, None, {"confidence"}))
+    result, _ = run_to_completion(segment_tiled(fake, image, THREE, None, {"confidence"}))
     for axis, length in enumerate((200, 230)):
         distance = np.diff(expected_starts(length, 64)).min()
-        steps = np.abs(np.diff(found.confidence, axis=axis))
-        # A raised cosine is nowhere steeper than pi / 2 over the distance of two centres.
+        steps = np.abs(np.diff(result.confidence, axis=axis))
+        # The slope of a raised cosine is at most pi / 2 over the distance between centres.
         assert steps.max() <= np.pi / 2 / distance
 
 
 def agreement(labels, borders):
-    """Share of neighbours of one class, over these borders of columns and over all others."""
+    """Return the share of equal neighbours across these column borders, and across all others."""
     same = (labels[..., 1:] == labels[..., :-1]).reshape(-1, labels.shape[-1] - 1).mean(axis=0)
     at = np.isin(np.arange(1, labels.shape[-1]), borders)
     return same[at].mean(), same[~at].mean()
 
 
 def cut_hard(tiles):
-    """What nine tiles give that are put side by side, each pixel from the nearest centre."""
+    """Return the labels of nine tiles without blending, each pixel from the nearest centre."""
     edges = {0: slice(0, 48), 32: slice(48, 80), 64: slice(80, 128)}
     labels = np.empty((128, 128), np.uint8)
-    places = [(top, left) for top in edges for left in edges]
-    for (top, left), (_, scores) in zip(places, tiles, strict=True):
+    corners = [(top, left) for top in edges for left in edges]
+    for (top, left), (_, scores) in zip(corners, tiles, strict=True):
         whole = np.zeros((128, 128), np.uint8)
         whole[top : top + 64, left : left + 64] = pixel_maps(scores).label_map
         labels[edges[top], edges[left]] = whole[edges[top], edges[left]]
@@ -287,19 +287,19 @@ def test_no_seams(miniature):
     blended, cut = [], []
     for scene in scenes:
         predictor = RecordingPredictor(miniature.base)
-        found, _ = run_to_completion(segment_tiled(predictor, scene, CLASSES))
-        blended.append(found.label_map)
+        result, _ = run_to_completion(segment_tiled(predictor, scene, CLASSES))
+        blended.append(result.label_map)
         cut.append(cut_hard(predictor.seen))
-    # Windows begin, end and have their centres there.
+    # Windows start, end and have their centres at these columns.
     at, elsewhere = agreement(np.stack(blended), (32, 64, 96))
     assert at >= elsewhere - 0.01
-    # The same tiles without blending do have seams, or this test would see none.
+    # Without blending the same tiles have seams, so the test can detect them.
     at, elsewhere = agreement(np.stack(cut), (48, 80))
     assert at < elsewhere - 0.03
 
 
-def test_where_the_grid_lies_is_not_seen():
-    # Scores of a place that depend on the place alone: then no grid may show.
+def test_the_grid_is_invisible_if_scores_depend_on_pixels_only():
+    # If scores depend only on the pixel, the result must not depend on the grid.
     smooth = torch.nn.functional.avg_pool2d(torch.rand(1, 3, 140, 150), 9)[0]
     pixels = torch.nn.functional.interpolate(smooth[None], (120, 130), mode="bicubic")[0]
     image = (pixels.clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
@@ -310,7 +310,7 @@ def test_where_the_grid_lies_is_not_seen():
     assert (whole.label_map == image.argmax(axis=2)).mean() >= 0.995
 
 
-def test_tiles_see_what_squeezing_loses(miniature):
+def test_tiles_keep_details_that_resizing_loses(miniature):
     image, mask = mosaic(4, 4)
     assert needs_tiling(*image.shape[:2], miniature)
     tiled, _ = run_to_completion(segment_tiled(miniature, image, CLASSES))
@@ -320,16 +320,16 @@ def test_tiles_see_what_squeezing_loses(miniature):
 
 
 @pytest.mark.parametrize("shape", [(60, 40), (40, 60), (240, 40), (40, 240)])
-def test_tiles_kept_do_not_grow_with_the_longer_side(shape):
+def test_memory_does_not_grow_with_the_longer_side(shape):
     fake = FakePredictor(noise)
     gc.collect()
     run_to_completion(segment_tiled(fake, picture(*shape), THREE))
     assert sum(fake.batches) == len(expected_starts(40, 16)) * len(expected_starts(max(shape), 16))
-    # A line of four tiles and one tile more, the batch at hand and the one before.
+    # A line of four tiles plus one, the current batch and the previous one.
     assert fake.most_alive <= 4 + 1 + 8 + 8
 
 
-def test_it_rests_after_each_batch_and_can_be_given_up():
+def test_it_yields_after_each_batch_and_can_be_cancelled():
     fake = FakePredictor(noise)
     generator = segment_tiled(fake, picture(100, 37), THREE)
     assert fake.batches == []
@@ -342,13 +342,13 @@ def test_it_rests_after_each_batch_and_can_be_given_up():
 
 
 @pytest.mark.parametrize(("classes", "batch"), [(1, 8), (64, 8), (65, 7), (255, 2), (600, 1)])
-def test_fewer_windows_at_once_with_many_classes(classes, batch):
+def test_batches_are_smaller_with_many_classes(classes, batch):
     fake = FakePredictor(noise, coarse=2)
-    found, _ = run_to_completion(
+    result, _ = run_to_completion(
         segment_tiled(fake, picture(60, 60), [str(i) for i in range(classes)])
     )
     assert fake.batches[0] == batch
-    assert found.label_map.dtype == (np.uint8 if classes <= 255 else np.int32)
+    assert result.label_map.dtype == (np.uint8 if classes <= 255 else np.int32)
 
 
 @pytest.mark.parametrize(
@@ -360,19 +360,19 @@ def test_fewer_windows_at_once_with_many_classes(classes, batch):
         ("sliding", (2049, 100), True),
     ],
 )
-def test_images_squeezed_more_than_published_ones_are_cut(mode, size, expected):
+def test_images_are_tiled_above_the_published_downscaling(mode, size, expected):
     fake = FakePredictor(noise, window=384, mode=mode)
     assert needs_tiling(*size, fake) is expected
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_tiles_are_counted_before_they_are_made(shape):
+def test_tile_count_equals_the_number_of_windows(shape):
     fake = FakePredictor(noise)
     run_to_completion(segment_tiled(fake, picture(*shape), THREE))
     assert tile_count(*shape, fake) == sum(fake.batches)
 
 
-def test_what_cannot_be_segmented_is_refused(miniature):
+def test_invalid_inputs_are_refused(miniature):
     def start(image, classes=CLASSES, maps=(), mix=None):
         next(segment_tiled(miniature, image, classes, mix, maps))
 

@@ -9,7 +9,7 @@ from loraseg.miniature.models.weights_io import WEIGHTS, read_clip
 from loraseg.miniature.world.canvas import CLASSES
 from loraseg.miniature.world.domains import DOMAINS
 from loraseg.miniature.world.render import render
-from loraseg.segment.closed_set.unet import load_unet, predict_labels
+from loraseg.segment.closed_set.checkpoint import load_closed_set_segmenter
 from loraseg.segment.metrics import ConfusionMatrix
 
 STREET = ("building", "sidewalk", "road", "car")
@@ -23,13 +23,13 @@ def base():
 
 @pytest.fixture(scope="module")
 def judge():
-    return load_unet(WEIGHTS / "judge.safetensors")[0]
+    return load_closed_set_segmenter(WEIGHTS / "judge.safetensors")
 
 
 def test_the_shipped_judge_segments_clear_days(judge):
     images, masks = render("clear-day", 32, 0, "test-judge")
     matrix = ConfusionMatrix(len(CLASSES))
-    matrix.add(masks, predict_labels(judge, images))
+    matrix.add(masks, judge.labels(images))
     assert matrix.miou() >= 0.85
 
 
@@ -37,7 +37,7 @@ def test_the_classes_of_a_prompt_are_found_in_the_image(base, judge):
     prompts = [f"{' '.join(words)} on a clear day" for words in (STREET, FIELD)]
     images = sample(base, prompts * 8, 0)
     assert images.shape == (16, 64, 64, 3)
-    labels = predict_labels(judge, images)
+    labels = judge.labels(images)
     street = np.arange(16) % 2 == 0
     named = {name: street if name in prompts[0] else ~street for name in (*STREET, *FIELD)}
     areas = {name: (labels == CLASSES.index(name)).sum((1, 2)) for name in named}

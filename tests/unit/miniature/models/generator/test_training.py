@@ -16,7 +16,7 @@ from loraseg.miniature.models.generator.training import (
 from loraseg.miniature.pretrain import make_generator, make_judge
 from loraseg.miniature.world.canvas import CLASSES
 from loraseg.miniature.world.domains import DOMAINS
-from loraseg.segment.closed_set.unet import load_unet
+from loraseg.segment.closed_set.checkpoint import load_closed_set_segmenter
 
 TINY = GeneratorTrainingConfig(scenes=2, codec_steps=1, judge_steps=2, steps=2, batch=2)
 
@@ -53,11 +53,11 @@ def test_a_codec_gives_latents_of_unit_deviation(scenes):
 
 def test_a_judge_can_be_read_back(tmp_path, scenes):
     make_judge(TINY, tmp_path)
-    read, names = load_unet(tmp_path / "judge.safetensors")
-    assert names == tuple(CLASSES)
+    read = load_closed_set_segmenter(tmp_path / "judge.safetensors")
+    assert read.label_space.names == tuple(CLASSES)
     again = train_judge(TINY, scenes).half().float()
     for name, tensor in again.state_dict().items():
-        assert torch.allclose(read.state_dict()[name], tensor, atol=1e-3), name
+        assert torch.allclose(read.network.state_dict()[name], tensor, atol=1e-3), name
 
 
 def test_training_continues_from_a_given_unet(scenes):

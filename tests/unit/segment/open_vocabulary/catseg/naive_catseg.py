@@ -1,7 +1,7 @@
-"""CAT-Seg a second time, from methods_segmentation.md A and with loops wherever they are clearer.
+"""A naive implementation of CAT-Seg from the published method, with loops where they are clearer.
 
-It works on an official state dict, shares no code with loraseg and uses no attention, norm, resize
-or transposed convolution of torch. Slow; for small sizes only.
+It works on an official state dict, shares no code with loraseg and does not use attention, norms,
+resizing or transposed convolution of torch. It is slow and meant for small sizes.
 """
 
 import math
@@ -31,7 +31,7 @@ def softmax(x):
 
 
 def conv(sd, name, x, pad):
-    """A convolution of one image (c, h, w), tap by tap."""
+    """Convolve one image (c, h, w) tap by tap."""
     weight = sd[f"{name}.weight"]
     out, _, k, _ = weight.shape
     h, w = x.shape[1:]
@@ -47,7 +47,7 @@ def conv(sd, name, x, pad):
 
 
 def conv_transpose(sd, name, x):
-    """Kernel = stride: every pixel becomes its own k x k square."""
+    """Transposed convolution with kernel = stride: every pixel becomes a k x k square."""
     weight = sd[f"{name}.weight"]
     k = weight.shape[-1]
     squares = torch.einsum("chw,cokl->ohkwl", x, weight)
@@ -67,17 +67,17 @@ def group_norm(sd, name, x):
 
 
 def resize_matrix(n_out, n_in, kind):
-    """The matrix of a one-dimensional resize: "linear", "corners" or "cubic"."""
+    """Return the matrix of a one-dimensional resize: "linear", "corners" or "cubic"."""
     matrix = torch.zeros(n_out, n_in, dtype=torch.float64)
     for i in range(n_out):
         if kind == "corners":
-            place = i * (n_in - 1) / (n_out - 1) if n_out > 1 else 0.0
+            position = i * (n_in - 1) / (n_out - 1) if n_out > 1 else 0.0
         else:
-            place = (i + 0.5) * n_in / n_out - 0.5
+            position = (i + 0.5) * n_in / n_out - 0.5
         if kind == "linear":
-            place = max(place, 0.0)
-        base = math.floor(place)
-        t = place - base
+            position = max(position, 0.0)
+        base = math.floor(position)
+        t = position - base
         if kind == "cubic":
             a = -0.75
             near = [(a + 2) * d**3 - (a + 3) * d**2 + 1 for d in (t, 1 - t)]
@@ -156,8 +156,8 @@ def encode_image(sd, image, heads, guidance_blocks):
     tokens = [sd[f"{v}class_embedding"]]
     for i in range(g):
         for j in range(g):
-            piece = image[:, i * patch : (i + 1) * patch, j * patch : (j + 1) * patch]
-            tokens.append((kernel * piece).sum((1, 2, 3)))
+            patch_pixels = image[:, i * patch : (i + 1) * patch, j * patch : (j + 1) * patch]
+            tokens.append((kernel * patch_pixels).sum((1, 2, 3)))
     table = sd[f"{v}positional_embedding"]
     side = math.isqrt(len(table) - 1)
     square = table[1:].T.reshape(-1, side, side)
@@ -179,7 +179,7 @@ def encode_image(sd, image, heads, guidance_blocks):
 
 
 def swin_attention(sd, name, x, a, heads, cells, same):
-    """Attention among the listed cells; x (g, g, c), a (g, g, ca); -100 where regions differ."""
+    """Attend among the listed cells; x (g, g, c), a (g, g, ca); -100 where regions differ."""
     tokens = torch.stack([x[r, c] for r, c in cells])
     guided = torch.cat([tokens, torch.stack([a[r, c] for r, c in cells])], -1)
     q, k = linear(sd, f"{name}.q", guided), linear(sd, f"{name}.k", guided)
@@ -201,11 +201,13 @@ def swin_block(sd, name, x, a, heads, window, shift):
     mixed = [[None] * g for _ in range(g)]
     for top in range(0, g, window):
         for left in range(0, g, window):
-            # Place (i, j) of the rolled map holds cell (i + shift, j + shift) modulo g. Tokens that
-            # came round the border are no neighbours of those that did not.
-            places = [(i, j) for i in range(top, top + window) for j in range(left, left + window)]
-            cells = [((i + shift) % g, (j + shift) % g) for i, j in places]
-            wrapped = [(i + shift >= g, j + shift >= g) for i, j in places]
+            # Position (i, j) of the rolled map holds cell (i + shift, j + shift) modulo g. Tokens
+            # moved across the border are not neighbours of the others.
+            positions = [
+                (i, j) for i in range(top, top + window) for j in range(left, left + window)
+            ]
+            cells = [((i + shift) % g, (j + shift) % g) for i, j in positions]
+            wrapped = [(i + shift >= g, j + shift >= g) for i, j in positions]
             same = None
             if shift:
                 same = torch.tensor([[p == q for q in wrapped] for p in wrapped])
@@ -219,7 +221,7 @@ def swin_block(sd, name, x, a, heads, window, shift):
 
 
 def class_attention(sd, name, x, text, heads):
-    """Linear attention over the rows of one place; x (L, c) normed, text (L, ct)."""
+    """Linear attention over the rows of one position; x (L, c) normed, text (L, ct)."""
     length = len(x)
     guided = torch.cat([x, text], -1)
     q, k, v = (linear(sd, f"{name}.{p}", y) for p, y in (("q", guided), ("k", guided), ("v", x)))
@@ -239,7 +241,7 @@ def class_attention(sd, name, x, text, heads):
 
 
 def class_layer(sd, name, x, text, heads, pad_len, pool):
-    """x (T, g, g, c), text (T, ct)."""
+    """Return the output (T, g, g, c) for x (T, g, g, c) and text (T, ct)."""
     count, g = x.shape[:2]
     small = g // pool
     y = [[None] * small for _ in range(small)]
@@ -273,14 +275,14 @@ def up(sd, name, x, guide):
 
 
 def aggregate(sd, features, text, guides, heads, window, pad_len, pool):
-    """Logits (T, 4g, 4g) of one image; text (T, P, d)."""
+    """Return the logits (T, 4g, 4g) of one image; text (T, P, d)."""
     t = f"{S}transformer."
     g = features.shape[-1]
-    places = unit(features.permute(1, 2, 0))
+    unit_features = unit(features.permute(1, 2, 0))
     total, prompts = text.shape[:2]
     cost = torch.stack(
         [
-            torch.stack([(places * unit(text[c, p])).sum(-1) for p in range(prompts)])
+            torch.stack([(unit_features * unit(text[c, p])).sum(-1) for p in range(prompts)])
             for c in range(total)
         ]
     )
@@ -299,24 +301,24 @@ def aggregate(sd, features, text, guides, heads, window, pad_len, pool):
         a = layer_norm(sd, f"{swin}.guidance_norm", appearance)
         w, shift = (g, 0) if window >= g else (window, window // 2)
         rows = []
-        for one in x:
-            one = swin_block(sd, f"{swin}.block_1", one, a, heads, w, 0)
-            rows.append(swin_block(sd, f"{swin}.block_2", one, a, heads, w, shift))
+        for class_map in x:
+            shifted = swin_block(sd, f"{swin}.block_1", class_map, a, heads, w, 0)
+            rows.append(swin_block(sd, f"{swin}.block_2", shifted, a, heads, w, shift))
         x = class_layer(
             sd, f"{t}layers.{i}.attention", torch.stack(rows), words, heads, pad_len, pool
         )
     guide1 = conv(sd, f"{t}decoder_guidance_projection.0.0", guides[0], 1).clamp(min=0)
     guide2 = conv(sd, f"{t}decoder_guidance_projection.1.0", guides[1], 1).clamp(min=0)
     out = [torch.full((4 * g, 4 * g), -100.0, dtype=x.dtype)] * total
-    for c, one in zip(kept, x, strict=True):
-        y = up(sd, f"{t}decoder1", one.permute(2, 0, 1), guide1)
+    for c, class_map in zip(kept, x, strict=True):
+        y = up(sd, f"{t}decoder1", class_map.permute(2, 0, 1), guide1)
         y = up(sd, f"{t}decoder2", y, guide2)
         out[c] = conv(sd, f"{t}head", y, 1)[0]
     return torch.stack(out)
 
 
 def forward(sd, images, text, *, clip_heads, heads, window, pad_len, pool, guidance_blocks):
-    """Logits (B, T, 4g, 4g); images normalised, text (T, P, d)."""
+    """Return logits (B, T, 4g, 4g); images normalised, text (T, P, d)."""
     logits = []
     for image in images:
         features, taps = encode_image(sd, image, clip_heads, guidance_blocks)
@@ -326,7 +328,7 @@ def forward(sd, images, text, *, clip_heads, heads, window, pad_len, pool, guida
 
 
 def loss(logits, label, ignore, masked):
-    """The mean over images, classes and pixels, pixel by pixel."""
+    """Return the mean over images, classes and pixels, computed pixel by pixel."""
     total, count = 0.0, 0
     for image, ids in zip(logits, label, strict=True):
         maps = resize(image, *ids.shape, "linear")

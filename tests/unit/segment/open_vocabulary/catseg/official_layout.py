@@ -1,4 +1,4 @@
-"""The key layout of official CAT-Seg checkpoints, written out from the table of methods A.8."""
+"""The keys and shapes of official CAT-Seg checkpoints, written out from the published files."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ S = "sem_seg_head.predictor."
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of one checkpoint; the defaults are the miniature one that the parity tests use."""
+    """Sizes of one checkpoint; the defaults are the tiny sizes of the parity tests."""
 
     width: int = 12
     layers: int = 4
@@ -171,7 +171,7 @@ def decoder_keys(z: Sizes) -> Keys:
 
 
 def random_state(z: Sizes, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random float64 tensors of a scale at which every path matters; masks are garbage."""
+    """Return random float64 tensors, scaled so that every path matters; masks are arbitrary."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for key, shape in layout(z).items():

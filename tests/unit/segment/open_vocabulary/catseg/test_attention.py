@@ -1,4 +1,4 @@
-"""Both ways through attention give the same."""
+"""Both implementations of attention give the same result."""
 
 import pytest
 import torch

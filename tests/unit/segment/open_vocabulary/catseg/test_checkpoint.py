@@ -1,4 +1,4 @@
-"""Official key layouts, our own file, CLIP from open_clip."""
+"""Checkpoints: official layouts, loraseg's file, CLIP from open_clip."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def on_meta(keys):
     ("sizes", "keys", "millions", "image_size", "heads", "guided"),
     [(BASE, 484, 154.5, 384, 12, (3, 7)), (LARGE, 652, 433.9, 336, 16, (7, 15))],
 )
-def test_full_size_layouts_load(sizes, keys, millions, image_size, heads, guided):
+def test_official_layouts_of_full_size_load(sizes, keys, millions, image_size, heads, guided):
     shapes = layout(sizes)
     values = sum(torch.Size(shape).numel() for shape in shapes.values())
     assert (len(shapes), round(values / 1e6, 1)) == (keys, millions)
@@ -78,7 +78,7 @@ def test_round_trip_at_any_size(sizes):
             assert torch.equal(back[key], value), key
 
 
-def test_mask_is_recomputed_and_may_be_absent():
+def test_the_mask_is_recomputed_and_can_be_absent():
     state = random_state(Sizes())
     assert load_official_checkpoint(state, **SMALL).config.window == 2
     bare = {key: value for key, value in state.items() if not key.endswith("attn_mask")}
@@ -138,17 +138,17 @@ def changed(**changes):
             changed(drop=[f"{P}clip_model.visual.transformer.resblocks.1.attn.in_proj_bias"]),
             r"resblocks\.1\.attn\.in_proj_bias",
         ),
-        (changed(add={"epoch": 3}), r"'epoch' holds a int"),
+        (changed(add={"epoch": 3}), r"'epoch' is a int"),
         ({}, "expected a state dict"),
     ],
 )
-def test_what_does_not_fit_is_named(state, message):
+def test_errors_name_the_keys_that_do_not_fit(state, message):
     with pytest.raises(IntegrityError, match=message):
         load_official_checkpoint(state, **SMALL)
 
 
-def test_head_width_must_be_known():
-    with pytest.raises(ConfigError, match="give vision_heads="):
+def test_heads_must_be_given_if_their_width_is_not_64():
+    with pytest.raises(ConfigError, match="set vision_heads"):
         load_official_checkpoint(random_state(Sizes()))
     with pytest.raises(ConfigError, match="unknown key 'vision_head'"):
         load_official_checkpoint(random_state(Sizes()), vision_head=2, **SMALL)
@@ -175,7 +175,7 @@ def test_pickled_code_does_not_run(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_own_file_round_trip(tmp_path):
+def test_file_round_trip(tmp_path):
     model = load_official_checkpoint(random_state(Sizes()), **SMALL).float()
     path = tmp_path / "model.safetensors"
     save_catseg(model, path, {"vocabulary": "[]"})
@@ -189,7 +189,7 @@ def test_own_file_round_trip(tmp_path):
     assert load_catseg(path, clip_attention_lora="inert").config.clip_attention_lora == "inert"
 
 
-def test_own_file_in_half_precision_is_read_as_float32(tmp_path):
+def test_files_in_half_precision_are_read_as_float32(tmp_path):
     model = load_official_checkpoint(random_state(Sizes()), **SMALL)
     save_catseg(model, tmp_path / "model.safetensors", dtype=torch.float16)
     loaded = load_catseg(tmp_path / "model.safetensors")
@@ -199,7 +199,7 @@ def test_own_file_in_half_precision_is_read_as_float32(tmp_path):
     )
 
 
-def test_own_file_is_checked(tmp_path):
+def test_other_files_are_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(IntegrityError, match="header format is None"):
@@ -255,16 +255,16 @@ def test_clip_of_open_clip():
         ({"guidance_blocks": (3, 12)}, "below vision_layers = 12"),
         ({"pooling": (25, 1)}, "at most the grid 24"),
         ({"decoder_guidance_dims": (128, 16)}, "less than"),
-        ({"decoder_dims": (64, 50)}, "groups divide"),
+        ({"decoder_dims": (64, 50)}, "multiples of width"),
         ({"vision_heads": 7}, "multiple of vision_heads"),
     ],
 )
-def test_config_ranges(change, message):
+def test_config_values_out_of_range_are_refused(change, message):
     with pytest.raises(ConfigError, match=message):
         CATSegConfig(**change)
 
 
-def test_forward_names_wrong_sizes():
+def test_forward_refuses_wrong_sizes():
     model = load_official_checkpoint(random_state(Sizes()), **SMALL).float()
     images, text = torch.zeros(1, 3, 16, 16), torch.zeros(2, 1, 10)
     with pytest.raises(ConfigError, match=r"expected \(b, 3, 16, 16\)"):

@@ -1,4 +1,4 @@
-"""How the model runs: piece by piece, in bfloat16, on other devices, compiled."""
+"""Execution of the model: in chunks, in bfloat16, on other devices, compiled."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ def inputs(classes, dtype=torch.float64, seed=1, batch=2):
 
 @pytest.mark.parametrize("pooling", [1, 2])
 @pytest.mark.parametrize("classes", [1, 4, 5, 11])
-def test_pieces_give_the_logits_of_the_whole(monkeypatch, classes, pooling):
+def test_chunks_do_not_change_the_logits(monkeypatch, classes, pooling):
     model = make(pad_len=16, pooling=(1, pooling))
     whole = model(*inputs(classes))
     assert whole.requires_grad
@@ -44,7 +44,7 @@ def test_pieces_give_the_logits_of_the_whole(monkeypatch, classes, pooling):
     torch.testing.assert_close(pieces, whole.detach(), rtol=0, atol=1e-12)
 
 
-def test_every_adaptable_layer_sees_the_images_as_its_leading_axis():
+def test_images_are_the_leading_axis_of_every_adaptable_layer():
     model = make()
     seen = {}
     names = [n for n in target_modules(model) if ".clip_model.transformer." not in n]
@@ -62,8 +62,8 @@ def test_every_adaptable_layer_sees_the_images_as_its_leading_axis():
 
 
 @pytest.mark.parametrize("classes", [3, 9])
-def test_bfloat16_stays_near_float32(classes):
-    """Within 6 % of the largest logit; bfloat16 has 8 bits and the path some 60 roundings."""
+def test_bfloat16_is_close_to_float32(classes):
+    """Within 6 % of the largest logit: bfloat16 has 8 bits and the path about 60 roundings."""
     model = make(torch.float32, pad_len=16)
     with torch.no_grad():
         exact = model(*inputs(classes, torch.float32))
@@ -72,7 +72,7 @@ def test_bfloat16_stays_near_float32(classes):
     assert (rough.float() - exact).abs().max() < 0.06 * exact.abs().max()
 
 
-def test_bfloat16_text_stays_near_float32():
+def test_bfloat16_text_is_close_to_float32():
     ids = torch.tensor([[18, 3, 4, 19], [18, 3, 19, 0]])
     model = make(torch.float32)
     with torch.no_grad():
@@ -81,8 +81,8 @@ def test_bfloat16_text_stays_near_float32():
     torch.testing.assert_close(rough.float(), exact, rtol=0, atol=0.02)
 
 
-def test_bfloat16_cuts_the_classes_that_float32_keeps():
-    """Cosines that differ in the third digit; the cost volume is float32 whatever the model is."""
+def test_bfloat16_selects_the_same_classes_as_float32():
+    """The cosines differ in the third digit; the cost volume is float32 for every model dtype."""
     model = make(torch.bfloat16, pad_len=4).aggregator
     generator = torch.Generator().manual_seed(3)
     features = torch.randn(1, 12, 4, 4, generator=generator).to(torch.bfloat16)
@@ -99,8 +99,8 @@ def test_bfloat16_cuts_the_classes_that_float32_keeps():
 
 
 @pytest.mark.parametrize("classes", [3, 9])
-def test_nothing_is_read_back_from_the_device(classes):
-    """The meta device holds no values: whatever needed one would raise."""
+def test_no_value_is_read_from_the_device(classes):
+    """Reading a value of a tensor on the meta device raises an error."""
     model = make(torch.bfloat16).to("meta")
     images, text = (part.to("meta") for part in inputs(classes, torch.bfloat16))
     logits = model(images, text)
@@ -123,8 +123,8 @@ for classes in (3, 9):
 """
 
 
-def test_one_graph_serves_every_input_of_the_same_shapes():
-    """In a process of its own: the checks of shapes at run time, on in tests, cannot be traced."""
+def test_equal_shapes_share_one_compiled_graph():
+    """In a separate process: the runtime checks of shapes in tests cannot be traced."""
     done = subprocess.run(
         [sys.executable, "-c", COMPILE], capture_output=True, text=True, check=False
     )

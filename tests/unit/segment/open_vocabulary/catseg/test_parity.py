@@ -1,4 +1,4 @@
-"""The model against a second, naive implementation of the method: forward and gradients."""
+"""The model against a naive implementation of CAT-Seg: outputs and gradients."""
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("training", [False, True])
-def test_forward_and_gradients_equal_the_naive_form(case, training):
+def test_forward_and_gradients_equal_the_naive_implementation(case, training):
     sizes, classes, pad_len = CASES[case]
     state, model = make(sizes, pad_len)
     model.train(training)
@@ -91,23 +91,23 @@ def assert_gradients_equal(model, leaves):
         if part in ("q_proj", "k_proj", "v_proj"):
             owner = stem.rpartition(".")[0]
             if last == "weight":
-                wanted = leaves[f"{owner}.{part}_weight"].grad
+                expected = leaves[f"{owner}.{part}_weight"].grad
             else:
                 whole = leaves[f"{owner}.in_proj_bias"].grad
-                wanted = None if whole is None else whole.chunk(3)["qkv".index(part[0])]
+                expected = None if whole is None else whole.chunk(3)["qkv".index(part[0])]
         else:
-            wanted = leaves[name].grad
+            expected = leaves[name].grad
         if parameter.grad is None:
-            assert wanted is None or not wanted.any(), name
+            assert expected is None or not expected.any(), name
             continue
-        wanted = torch.zeros_like(parameter) if wanted is None else wanted
-        torch.testing.assert_close(parameter.grad, wanted, rtol=1e-7, atol=1e-10, msg=name)
+        expected = torch.zeros_like(parameter) if expected is None else expected
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-7, atol=1e-10, msg=name)
         checked += 1
     assert checked > 100
 
 
 @pytest.mark.parametrize("classes", [5, 256, 258])
-def test_the_real_padding_of_256_in_float32(classes):
+def test_the_official_padding_of_256_in_float32(classes):
     sizes = Sizes(layers_aggregator=1)
     state, model = make(sizes, 256, torch.float32)
     images, text, _ = inputs(sizes, classes, batch=1, dtype=torch.float32)
@@ -118,7 +118,7 @@ def test_the_real_padding_of_256_in_float32(classes):
     assert int((got == -100).all(dim=(2, 3)).sum()) == max(classes - 256, 0)
 
 
-def test_each_image_keeps_its_own_best_classes():
+def test_classes_are_selected_per_image():
     sizes = Sizes()
     _, model = make(sizes, 2)
     images, text, _ = inputs(sizes, 12, batch=6)
@@ -132,7 +132,7 @@ def test_each_image_keeps_its_own_best_classes():
     assert len({tuple(row.tolist()) for row in cut}) > 1
 
 
-def test_class_order_is_irrelevant_and_text_may_differ_by_image():
+def test_class_order_is_irrelevant_and_text_can_differ_between_images():
     sizes = Sizes()
     _, model = make(sizes, 6)
     images, text, _ = inputs(sizes, 4)
@@ -140,13 +140,13 @@ def test_class_order_is_irrelevant_and_text_may_differ_by_image():
     with torch.no_grad():
         plain = model(images, text)
         permuted = model(images, text[order])
-        own = model(images, torch.stack([text, text[order]]))
+        per_image = model(images, torch.stack([text, text[order]]))
     torch.testing.assert_close(permuted, plain[:, order], rtol=0, atol=1e-10)
-    torch.testing.assert_close(own[0], plain[0], rtol=0, atol=1e-10)
-    torch.testing.assert_close(own[1], permuted[1], rtol=0, atol=1e-10)
+    torch.testing.assert_close(per_image[0], plain[0], rtol=0, atol=1e-10)
+    torch.testing.assert_close(per_image[1], permuted[1], rtol=0, atol=1e-10)
 
 
-def test_text_encoder_equals_the_naive_form_and_ignores_what_follows_the_end():
+def test_text_encoder_equals_the_naive_implementation_and_ignores_tokens_after_the_end():
     sizes = Sizes()
     state, model = make(sizes, 6)
     ids = torch.tensor([[18, 3, 4, 19, 0, 0, 0], [18, 5, 19, 7, 19, 2, 0], [18, 9, 9, 9, 9, 19, 0]])
@@ -159,14 +159,14 @@ def test_text_encoder_equals_the_naive_form_and_ignores_what_follows_the_end():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_loss_equals_the_mean_written_out(masked):
+def test_loss_equals_the_naive_mean(masked):
     generator = torch.Generator().manual_seed(2)
     logits = torch.randn(2, 3, 8, 8, generator=generator, dtype=torch.float64, requires_grad=True)
     label = torch.randint(0, 3, (2, 7, 13), generator=generator)
     label[0, :4] = 255
     expected = naive_catseg.loss(logits, label, 255, masked)
-    (wanted,) = torch.autograd.grad(expected, logits)
+    (expected,) = torch.autograd.grad(expected, logits)
     got = catseg_bce(logits, label.to(torch.uint8), mask_ignored=masked)
     (gradient,) = torch.autograd.grad(got, logits)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-    torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)

@@ -1,4 +1,4 @@
-"""Prompts that begin alike share their work: against one prompt at a time, untrimmed."""
+"""Text encoding with shared prefixes against one complete prompt at a time."""
 
 import peft
 import pytest
@@ -29,7 +29,7 @@ def make(**changes):
 
 
 def one_by_one(model, ids):
-    """Attention written out; each row alone and whole, without trimming."""
+    """Encode each row alone and untrimmed, with attention written out."""
     clip = model.clip
     rows = []
     for row in torch.tensor(ids):
@@ -52,7 +52,7 @@ def one_by_one(model, ids):
 
 
 @pytest.mark.parametrize("name", BATCHES)
-def test_features_and_gradients_are_those_of_each_prompt_alone(name):
+def test_features_and_gradients_equal_those_of_single_prompts(name):
     model = make()
     ids = BATCHES[name]
     expected = one_by_one(model, ids)
@@ -62,35 +62,37 @@ def test_features_and_gradients_are_those_of_each_prompt_alone(name):
         p for n, p in model.clip.named_parameters() if "visual" not in n and "scale" not in n
     ]
     seed = torch.randn_like(expected)
-    wanted = torch.autograd.grad(expected, trained, seed)
-    for ours, theirs in zip(torch.autograd.grad(got, trained, seed), wanted, strict=True):
+    expected_prefixes = torch.autograd.grad(expected, trained, seed)
+    for ours, theirs in zip(
+        torch.autograd.grad(got, trained, seed), expected_prefixes, strict=True
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", BATCHES)
-def test_each_distinct_beginning_is_found_once(name):
+def test_each_distinct_prefix_occurs_once(name):
     ids = BATCHES[name]
-    found = PrefixTable.from_token_ids(torch.tensor(ids))
+    table = PrefixTable.from_token_ids(torch.tensor(ids))
     ends = [row.index(max(row)) for row in ids]
-    wanted = {
+    expected_prefixes = {
         tuple(row[: i + 1]) for row, end in zip(ids, ends, strict=True) for i in range(end + 1)
     }
-    flat = [(row, place) for row in range(len(ids)) for place in range(found.prefix_ids.shape[1])]
-    beginnings = [tuple(ids[r][: p + 1]) for r, p in (flat[home] for home in found.flat_indices)]
-    assert len(beginnings) == len(wanted)
-    assert set(beginnings) == wanted
-    assert found.tokens.tolist() == [one[-1] for one in beginnings]
-    assert found.positions.tolist() == [len(one) - 1 for one in beginnings]
-    assert found.end_positions.tolist() == ends
+    flat = [(r, p) for r in range(len(ids)) for p in range(table.prefix_ids.shape[1])]
+    prefixes = [tuple(ids[r][: p + 1]) for r, p in (flat[index] for index in table.flat_indices)]
+    assert len(prefixes) == len(expected_prefixes)
+    assert set(prefixes) == expected_prefixes
+    assert table.tokens.tolist() == [prefix[-1] for prefix in prefixes]
+    assert table.positions.tolist() == [len(prefix) - 1 for prefix in prefixes]
+    assert table.end_positions.tolist() == ends
     for row, end in enumerate(ends):
-        assert [beginnings[i] for i in found.prefix_ids[row, : end + 1]] == [
+        assert [prefixes[i] for i in table.prefix_ids[row, : end + 1]] == [
             tuple(ids[row][: i + 1]) for i in range(end + 1)
         ]
-        assert beginnings[found.full_prompts[row]] == tuple(ids[row][: end + 1])
+        assert prefixes[table.full_prompts[row]] == tuple(ids[row][: end + 1])
 
 
 @pytest.mark.parametrize("mode", ["active", "inert"])
-def test_stock_peft_layers_act_on_shared_beginnings_as_on_each_prompt(mode):
+def test_peft_layers_on_shared_prefixes_equal_those_on_single_prompts(mode):
     model = make(clip_attention_lora=mode)
     ids = torch.tensor(BATCHES["two_templates"])
     with torch.no_grad():
@@ -99,7 +101,7 @@ def test_stock_peft_layers_act_on_shared_beginnings_as_on_each_prompt(mode):
     config = peft.LoraConfig(r=3, target_modules=names, init_lora_weights=False)
     peft.inject_adapter_in_model(config, model)
     model.double()
-    if mode == "inert":  # the plain form below calls the modules
+    if mode == "inert":  # the reference below calls the modules
         for block in model.clip.transformer.resblocks:
             for part in "qkv":
                 getattr(block.attn, f"{part}_proj").enable_adapters(False)
@@ -110,12 +112,14 @@ def test_stock_peft_layers_act_on_shared_beginnings_as_on_each_prompt(mode):
     trained = [p for n, p in model.named_parameters() if "lora_" in n and p.requires_grad]
     assert len(trained) == 2 * 3 * (5 if mode == "active" else 2)
     seed = torch.randn_like(expected)
-    wanted = torch.autograd.grad(expected, trained, seed)
-    for ours, theirs in zip(torch.autograd.grad(got, trained, seed), wanted, strict=True):
+    expected_prefixes = torch.autograd.grad(expected, trained, seed)
+    for ours, theirs in zip(
+        torch.autograd.grad(got, trained, seed), expected_prefixes, strict=True
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
-def test_groups_lead_every_layer_call_so_that_each_may_have_its_own_weights():
+def test_groups_are_the_leading_axis_of_every_layer_call():
     model = make()
     ids = torch.tensor(BATCHES["one_template"])
     names = [n for n in target_modules(model) if ".clip_model.transformer." in n]
@@ -131,18 +135,18 @@ def test_groups_lead_every_layer_call_so_that_each_may_have_its_own_weights():
     for layer, original, bank in zip(layers, originals, banks, strict=True):
         layer.weight.data = original
 
-        def own(x, layer=layer, bank=bank):
+        def grouped_forward(x, layer=layer, bank=bank):
             assert len(x) == 2
             return nn.functional.linear(x, layer.weight, layer.bias) + x @ bank.transpose(1, 2)
 
-        layer.forward = own
+        layer.forward = grouped_forward
     got = model.encode_text(ids, groups=2)
     assert got.shape == (2, 3, 12)
     torch.testing.assert_close(got, torch.stack(expected), rtol=0, atol=1e-12)
     assert (got[0] - got[1]).abs().max() > 1e-2
 
 
-def test_layers_see_each_beginning_once_and_the_last_mlp_the_ends_alone():
+def test_layers_get_each_prefix_once_and_the_last_mlp_only_end_tokens():
     model = make()
     seen = []
     for block in model.clip.transformer.resblocks:
@@ -151,6 +155,6 @@ def test_layers_see_each_beginning_once_and_the_last_mlp_the_ends_alone():
     assert seen == [3 + 3 + 4 + 3, 3 + 3 + 4 + 3, 3]
 
 
-def test_no_group_is_refused():
+def test_zero_groups_are_refused():
     with pytest.raises(ConfigError, match="groups: got 0"):
         make().encode_text(torch.tensor([[1, 19]]), groups=0)

@@ -1,4 +1,4 @@
-"""What trains, how fast, and what the loss refuses."""
+"""Trainable parameters, parameter groups, and inputs that the loss refuses."""
 
 import inspect
 
@@ -33,11 +33,11 @@ def test_attention_mode_trains_q_and_v_weights_of_both_encoders(model):
     assert trainable(model) == clip | {key for key in rest if not key.endswith("attn_mask")}
 
 
-def test_frozen_mode_trains_nothing_of_clip(model):
+def test_frozen_mode_trains_no_parameter_of_clip(model):
     freeze_clip(model, "frozen")
     assert not any(".clip_model." in name for name in trainable(model))
     with pytest.raises(ConfigError, match="freeze mode 'half'"):
-        inspect.unwrap(freeze_clip)(model, "half")  # beneath the tests' own type checks
+        inspect.unwrap(freeze_clip)(model, "half")  # bypass the runtime type checks of tests
 
 
 def test_groups_cover_every_trainable_parameter_once(model):
@@ -56,7 +56,7 @@ def test_groups_cover_every_trainable_parameter_once(model):
         assert decay == (0.0 if norm else 0.5), name
 
 
-def test_embeddings_do_not_decay(model):
+def test_embeddings_have_no_weight_decay(model):
     model.requires_grad_(True)
     groups = parameter_groups(model)
     table = model.clip.token_embedding.weight
@@ -64,7 +64,7 @@ def test_embeddings_do_not_decay(model):
     assert (group["lr"], group["weight_decay"]) == (pytest.approx(2e-6), 0.0)
 
 
-def test_only_masking_spares_ignored_pixels_the_push():
+def test_ignored_pixels_have_no_gradient_only_if_masked():
     logits = torch.zeros(1, 2, 4, 4, requires_grad=True)
     label = torch.full((1, 4, 4), 255)
     label[0, 0, 0] = 1
@@ -75,7 +75,7 @@ def test_only_masking_spares_ignored_pixels_the_push():
         assert gradient[0, 0, 3, 3] == pytest.approx(0.0 if masked else 0.5 * share)
 
 
-def test_loss_refuses_what_it_cannot_mean():
+def test_loss_refuses_unknown_ids_and_fully_ignored_batches():
     logits = torch.zeros(1, 2, 4, 4)
     with pytest.raises(DatasetError, match=r"label ids \[2, 9\]: expected 0 to 1 or 255"):
         catseg_bce(logits, torch.tensor([[[0, 2], [9, 255]]]))
