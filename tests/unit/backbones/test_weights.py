@@ -28,17 +28,14 @@ def bucket(tmp_path, monkeypatch):
     store.put("models/m.pth", DATA)
     reads = []
 
-    class Counting:
-        def __init__(self, prefix):
-            self.prefix = prefix
-
+    class CountingStore(LocalStore):
         def get(self, key):
             reads.append(key)
-            return store.get(f"{self.prefix}{key}")
+            return super().get(key)
 
     def open_store(uri):
         assert uri in ("s3://b/models", "s3://b")
-        return Counting("models/" if uri.endswith("models") else "")
+        return CountingStore(tmp_path / "bucket" / uri.removeprefix("s3://b").strip("/"))
 
     monkeypatch.setattr("loraseg.storage.uri.open_store", open_store)
     return reads

@@ -70,7 +70,7 @@ def infer_config(state: Mapping[str, Tensor], where: str, **overrides: Any) -> C
     """Infer the config from the shapes of an official state dict without aliases and prefixes.
 
     Args:
-        state: Tensors by key, with the shapes of the official layout.
+        state: Tensors by key, in official shapes such as (hidden, prompts, 7, 7) of ``conv1``.
         where: Name of the checkpoint in error messages.
         overrides: See :func:`load_official_checkpoint`.
 
