@@ -25,7 +25,9 @@ def add(commands: Any) -> None:
         "recipe.loop.steps=400 recipe.augment.crop=64 seed=1 images=50.",
     )
     parser.add_argument("--data", metavar="FOLDER", help="path or URI of a dataset")
-    parser.add_argument("--out", metavar="FILE", help="the .safetensors file to write")
+    parser.add_argument(
+        "--out", metavar="FILE", help="path or URI of the .safetensors file to write"
+    )
     parser.add_argument("--base", metavar="BASE", help="initial segmenter; default: miniature")
     parser.add_argument("--config", metavar="FILE", help="YAML file with fields of the task")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="set single fields")
