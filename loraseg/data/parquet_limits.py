@@ -1,62 +1,219 @@
-"""Parquet from somebody unknown: what reading will cost is known before pyarrow sees a byte.
+"""Parquet files from untrusted sources, read with a bound on memory known in advance.
 
-A page's header says how many values follow and what they unfold to, and a reader believes it: run
-lengths and dictionaries let a hundred bytes stand for gigabytes. A footer that contradicts itself
-can end the whole process (pyarrow 26 aborts where a row group has too few columns). So the footer
-and the header of every page are read here and held against the schema that is expected, against
-each other and against fixed bounds, and only plain pages without dictionaries, not compressed or
-by zstd, are let through. Names and numbers are those of parquet-format's parquet.thrift.
+Every Parquet file that loraseg reads (shards, plans, masks, catalog snapshots) is opened here.
+pyarrow's own metadata cannot bound the memory: it trusts the sizes that page headers claim, run
+lengths and dictionaries let a few hundred bytes decode to gigabytes, and some contradictory
+footers end the process (pyarrow 26 aborts if a row group lacks a column, or in
+``ColumnChunkMetaData`` if level histograms do not fit the schema). So the footer and the header of
+every page are parsed here and compared with each other and with fixed limits before pyarrow
+decodes a page. Field numbers are those of parquet-format's parquet.thrift.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from loraseg.data.thrift import CompactReader, ThriftError
-from loraseg.errors import IntegrityError
+from loraseg.errors import IntegrityError, LorasegError
 
-__all__ = ["open_checked_parquet"]
+__all__ = ["CheckedParquet", "ParquetLimits", "open_checked_parquet"]
 
 _MAGIC = b"PAR1"
-_ARROW_SCHEMA = b"ARROW:schema"  # a second schema, which would count for more than the first
 _MAX_FOOTER_BYTES = 16 * 2**20
-_MAX_VALUES = 64 * 2**16  # a list with a value for each of 65,535 classes in each of 64 rows
-_MAX_DECOMPRESSED_BYTES = 256 * 2**20  # of one compressed column in one row group
-_UNCOMPRESSED, _ZSTD = 0, 6
-_DATA_PAGE = 0
+_BYTE_ARRAYS = (6, 7)  # physical types whose dictionaries and prefixes multiply
+_DATA_PAGE, _DICTIONARY_PAGE, _DATA_PAGE_V2 = 0, 2, 3
+_PAGE_FIELDS = {_DATA_PAGE: 5, _DICTIONARY_PAGE: 7, _DATA_PAGE_V2: 8}
 _PLAIN = 0
+_REPEATED = 2
+_PYARROW_ERRORS = (
+    pa.ArrowException,
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    OverflowError,
+)
 
 ThriftFields = dict[int, Any]
 
 
-def open_checked_parquet(
-    data: bytes, where: str, schema: pa.Schema, *, max_group_rows: int
-) -> pq.ParquetFile:
-    """Open a file whose row groups can be read one by one in little more memory than it has bytes.
+@dataclass(frozen=True, slots=True)
+class ParquetLimits:
+    """Bounds on what a file may contain.
 
-    Args:
-        data: The file; it may come from anybody.
-        where: What to call it in errors.
-        schema: The columns that it must have, and no others.
-        max_group_rows: In a row group.
-
-    Raises:
-        IntegrityError: It is no such file, uses other encodings, or claims more than it holds.
+    Attributes:
+        group_rows: Rows of a row group.
+        list_values: Values of a list column in a row group.
+        column_bytes: Size of one column in a row group: as decompressed pages, and decoded.
     """
-    try:
-        _check_footer(data, _read_footer(data), schema, max_group_rows)
-        return pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
-    except _RejectedError as error:
-        raise IntegrityError(f"{where}: {error}") from error
-    except (ThriftError, pa.ArrowException, OSError, ValueError) as error:
-        raise IntegrityError(f"{where}: not a readable Parquet file: {error}") from error
+
+    group_rows: int
+    list_values: int = 2**22
+    column_bytes: int = 256 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class _Leaf:
+    """A column of the file: physical type, path in the schema, whether it is inside a list."""
+
+    kind: int
+    path: tuple[bytes, ...]
+    repeated: bool
+
+    @property
+    def name(self) -> str:
+        return b".".join(self.path).decode(errors="replace")
 
 
 class _RejectedError(Exception):
-    """Why a file is not read."""
+    """The reason why a file is not read."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CheckedParquet:
+    """An open file whose row groups fit the footer; made by :func:`open_checked_parquet`.
+
+    Attributes:
+        where: Name of the file, for messages.
+        group_rows: Number of rows of each row group.
+        metadata: The key-value metadata of the footer.
+        schema: The columns as pyarrow sees them.
+    """
+
+    where: str
+    group_rows: tuple[int, ...]
+    metadata: dict[bytes, bytes]
+    schema: pa.Schema
+    _data: bytes
+    _file: pq.ParquetFile
+    _leaves: tuple[_Leaf, ...]
+    _groups: tuple[list[ThriftFields], ...]
+    _limits: ParquetLimits
+    _error: type[LorasegError]
+
+    def has_column(self, path: str) -> bool:
+        """Return whether the file has a column of this dotted path with one value per row."""
+        return any(leaf.name == path and not leaf.repeated for leaf in self._leaves)
+
+    def check_column(self, group: int, column: str) -> None:
+        """Check the page headers of a column without decoding it.
+
+        Raises:
+            LorasegError: Of the class given to :func:`open_checked_parquet`: a header is
+                inconsistent, or the pages decompress to more than the limit.
+        """
+        try:
+            self._largest_values(group, column)
+        except (_RejectedError, ThriftError) as error:
+            raise self._error(f"{self.where}: row group {group}: {error}") from error
+
+    def batches(self, group: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """Yield the rows of a row group in batches; no more than ``column_bytes`` are decoded.
+
+        Args:
+            group: Index of the row group.
+            columns: Names of columns, or dotted paths.
+
+        Raises:
+            LorasegError: Of the class given to :func:`open_checked_parquet`: a column is damaged
+                or decodes to more than the limit.
+        """
+        try:
+            yield from self._decode(group, columns)
+        except (_RejectedError, ThriftError) as error:
+            raise self._error(f"{self.where}: row group {group}: {error}") from error
+        except _PYARROW_ERRORS as error:
+            if isinstance(error, LorasegError):
+                raise
+            raise self._error(f"{self.where}: row group {group} cannot be read: {error}") from error
+
+    def _decode(self, group: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        rows, limit = self.group_rows[group], self._limits.column_bytes
+        # A dictionary or a shared prefix multiplies a value, at most once per row.
+        value_bytes = sum(self._largest_values(group, column) for column in columns)
+        size = rows if rows * value_bytes <= limit else max(1, limit // (4 * value_bytes))
+        decoded = dict.fromkeys(columns, 0)
+        count = 0
+        for batch in self._file.iter_batches(
+            max(1, size), row_groups=[group], columns=list(columns), use_threads=False
+        ):
+            count += batch.num_rows
+            for column, array in zip(batch.schema.names, batch.columns, strict=True):
+                name = column if column in decoded else columns[0]
+                decoded[name] += array.nbytes
+                if decoded[name] > limit:
+                    raise _RejectedError(_too_large(name, limit))
+            yield batch
+        if count != rows:
+            raise _RejectedError(f"got {count} rows, expected {rows}")
+
+    def _largest_values(self, group: int, column: str) -> int:
+        """Check a column's pages; return a bound on a value that may be stored less than once."""
+        chunks = zip(self._leaves, self._groups[group], strict=True)
+        return sum(
+            _check_pages(self._data, leaf, chunk, self.group_rows[group], self._limits)
+            for leaf, chunk in chunks
+            if leaf.name == column or leaf.name.startswith(f"{column}.")
+        )
+
+
+def open_checked_parquet(
+    data: bytes,
+    where: str,
+    limits: ParquetLimits,
+    *,
+    schema: pa.Schema | None = None,
+    error: type[LorasegError] = IntegrityError,
+) -> CheckedParquet:
+    """Open a file from an untrusted source.
+
+    Args:
+        data: The file.
+        where: Name of the file, for messages.
+        limits: Bounds on its content.
+        schema: Columns that the file must have with these types; others are allowed.
+        error: The class to raise.
+
+    Raises:
+        LorasegError: Of class ``error``: the file is not Parquet, its footer is inconsistent, or
+            it lacks a column of ``schema``.
+    """
+    try:
+        footer = _read_footer(data)
+        elements = _struct_list(footer, 2)
+        if schema is not None:
+            _check_schema(elements, schema)
+        leaves = tuple(_leaves(elements))
+        groups = [_check_group(group, leaves, limits) for group in _struct_list(footer, 4)]
+        rows = tuple(rows for rows, _ in groups)
+        if footer.get(3) != sum(rows) or 8 in footer:
+            raise _RejectedError(f"{footer.get(3)} rows, but its groups have {sum(rows)}")
+        file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
+        arrow_schema = file.schema_arrow
+        for field in schema or ():
+            # An Arrow schema in the metadata takes precedence over the file's own.
+            if (kind := arrow_schema.field(field.name).type) != field.type:
+                raise _RejectedError(f"column {field.name} has type {kind}")
+        return CheckedParquet(
+            where,
+            rows,
+            dict(file.metadata.metadata or {}),
+            arrow_schema,
+            data,
+            file,
+            leaves,
+            tuple(chunks for _, chunks in groups),
+            limits,
+            error,
+        )
+    except _RejectedError as cause:
+        raise error(f"{where}: {cause}") from cause
+    except (ThriftError, *_PYARROW_ERRORS) as cause:
+        raise error(f"{where}: not a readable Parquet file: {cause}") from cause
 
 
 def _read_footer(data: bytes) -> ThriftFields:
@@ -64,108 +221,139 @@ def _read_footer(data: bytes) -> ThriftFields:
     if len(data) < 12 or data[:4] != _MAGIC or data[-4:] != _MAGIC:
         raise _RejectedError("not a Parquet file")
     if size > min(len(data) - 12, _MAX_FOOTER_BYTES):
-        raise _RejectedError(f"a footer of {size} bytes, which it has not or is too much")
+        raise _RejectedError(f"a footer of {size} bytes in a file of {len(data)}")
     return CompactReader(data, len(data) - 8 - size, len(data) - 8).read_struct()
 
 
+def _leaves(elements: Sequence[ThriftFields]) -> Iterator[_Leaf]:
+    """Yield the columns of a schema, which is a tree in depth-first order."""
+    stack: list[tuple[int, tuple[bytes, ...], bool]] = []  # children left, path, in a list
+    for index, element in enumerate(elements):
+        children, name = element.get(5, 0), element.get(4)
+        if not isinstance(name, bytes) or type(children) is not int or children < 0:
+            raise _RejectedError("a schema of another form")
+        path, repeated = (), False
+        if index:
+            if not stack:
+                raise _RejectedError("a schema of another form")
+            left, path, repeated = stack.pop()
+            if left > 1:
+                stack.append((left - 1, path, repeated))
+            path, repeated = (*path, name), repeated or element.get(3) == _REPEATED
+        if children:
+            stack.append((children, path, repeated))
+        elif index:
+            yield _Leaf(_count(element, 1), path, repeated)
+    if stack:
+        raise _RejectedError("a schema of another form")
+
+
+def _check_schema(elements: Sequence[ThriftFields], schema: pa.Schema) -> None:
+    actual = _columns(elements)
+    if missing := [name for name in schema.names if name.encode() not in actual]:
+        raise _RejectedError(f"lacks column {', '.join(missing)}")
+    for name, expected in _expected_columns(schema).items():
+        if actual[name] != expected:
+            raise _RejectedError(f"column {name.decode()} has another type")
+
+
 @functools.cache
-def _expected_layout(schema: pa.Schema) -> tuple[list[ThriftFields], list[tuple[int, list[bytes]]]]:
-    """Return the elements of a schema, and the type and path of each of its leaves."""
+def _expected_columns(schema: pa.Schema) -> dict[bytes, list[ThriftFields]]:
     sink = pa.BufferOutputStream()
     pq.ParquetWriter(sink, schema, store_schema=False).close()
-    elements = _schema_elements(_read_footer(sink.getvalue().to_pybytes()))
-    leaves: list[tuple[int, list[bytes]]] = []
-
-    def walk(place: int, path: list[bytes]) -> int:
-        element = elements[place]
-        own = [*path, element[4]] if place else path
-        if not element.get(5):
-            leaves.append((element[1], own))
-        place += 1
-        for _ in range(element.get(5, 0)):
-            place = walk(place, own)
-        return place
-
-    walk(0, [])
-    return elements, leaves
+    return _columns(_struct_list(_read_footer(sink.getvalue().to_pybytes()), 2))
 
 
-def _schema_elements(footer: ThriftFields) -> list[ThriftFields]:
-    """Return type, repetition, name, children and converted type; the root's name is free."""
-    elements = [
-        {field: element.get(field) for field in (1, 3, 4, 5, 6) if element.get(field) is not None}
-        for element in _struct_list(footer, 2)
-    ]
-    for root in elements[:1]:
-        root.pop(4, None)
-        root.pop(3, None)
-    return elements
-
-
-def _check_footer(
-    data: bytes, footer: ThriftFields, schema: pa.Schema, max_group_rows: int
-) -> None:
-    elements, leaves = _expected_layout(schema)
-    found = _schema_elements(footer)
-    if found != elements:
-        have = [element.get(4) for element in found]
-        lacks = [name for name in schema.names if name.encode() not in have]
-        raise _RejectedError(
-            f"lacks column {', '.join(lacks)}" if lacks else "its columns have other types or more"
-        )
-    if 8 in footer or any(pair.get(1) == _ARROW_SCHEMA for pair in _struct_list(footer, 5)):
-        raise _RejectedError("it is encrypted, or has a schema of Arrow beside its own")
-    rows = 0
-    for group in _struct_list(footer, 4):
-        rows += _check_group(data, group, leaves, max_group_rows)
-    if footer.get(3) != rows:
-        raise _RejectedError(f"{footer.get(3)} rows, but its groups have {rows}")
+def _columns(elements: Sequence[ThriftFields]) -> dict[bytes, list[ThriftFields]]:
+    """Return, by column, the type, repetition, name, children and converted type of its nodes."""
+    columns: dict[bytes, list[ThriftFields]] = {}
+    nodes: list[ThriftFields] = []
+    left = 0
+    for element in elements[1:]:
+        if not left:
+            nodes = []
+            columns[element.get(4, b"")] = nodes
+            left = 1
+        nodes.append({key: element[key] for key in (1, 3, 4, 5, 6) if key in element})
+        left += element.get(5, 0) - 1
+    return columns
 
 
 def _check_group(
-    data: bytes, group: ThriftFields, leaves: Sequence[tuple[int, list[bytes]]], max_group_rows: int
-) -> int:
-    rows = _count(group, 3)
-    chunks = _struct_list(group, 1)
-    if rows > max_group_rows or len(chunks) != len(leaves):
-        raise _RejectedError(f"a group of {rows} rows and {len(chunks)} columns")
-    for chunk, (kind, path) in zip(chunks, leaves, strict=True):
+    group: ThriftFields, leaves: Sequence[_Leaf], limits: ParquetLimits
+) -> tuple[int, list[ThriftFields]]:
+    """Return the number of rows of a row group and the metadata of its columns."""
+    rows, chunks = _count(group, 3), _struct_list(group, 1)
+    if rows > limits.group_rows or len(chunks) != len(leaves):
+        raise _RejectedError(f"a row group of {rows} rows and {len(chunks)} columns")
+    columns: list[ThriftFields] = []
+    for chunk, leaf in zip(chunks, leaves, strict=True):
         column = chunk.get(3)
         if not isinstance(column, dict) or set(chunk) & {1, 8, 9}:
-            raise _RejectedError("a column that lies elsewhere or is encrypted")
-        name = b".".join(path).decode()
+            raise _RejectedError("a column in another file, or an encrypted one")
         fields = cast(ThriftFields, column)
-        if fields.get(1) != kind or fields.get(3) != path:
-            raise _RejectedError(f"{name}: a row group has something else there")
-        _check_column(data, name, fields, rows)
-    return rows
+        if fields.get(1) != leaf.kind or fields.get(3) != list(leaf.path):
+            raise _RejectedError(f"{leaf.name}: a row group has another column in its place")
+        columns.append(fields)
+    return rows, columns
 
 
-def _check_column(data: bytes, name: str, column: ThriftFields, rows: int) -> None:
-    codec, values = _count(column, 4), _count(column, 5)
-    if codec not in (_UNCOMPRESSED, _ZSTD) or 11 in column:
-        raise _RejectedError(f"{name}: compression or encoding that is not read")
+def _check_pages(
+    data: bytes, leaf: _Leaf, column: ThriftFields, rows: int, limits: ParquetLimits
+) -> int:
+    """Check the sizes of a column in a row group against its page headers.
+
+    Returns:
+        The size of the largest page, a bound on each value, if pages may store a value once and
+        repeat it; 0 if every value is stored in full.
+    """
     # An empty list or a null counts as one value.
-    if values != rows and not ("." in name and values <= _MAX_VALUES):
-        raise _RejectedError(f"{name}: {values} values in {rows} rows")
-    unfolded, stored, start = (_count(column, field) for field in (6, 7, 9))
-    limit = _MAX_DECOMPRESSED_BYTES if codec else stored
-    if start < len(_MAGIC) or start + stored > len(data) or unfolded > limit:
-        raise _RejectedError(f"{name}: its claimed size is beyond the file or {limit} bytes")
+    values = _count(column, 5)
+    if values != rows and not (leaf.repeated and values <= limits.list_values):
+        raise _RejectedError(f"{leaf.name}: {values} values in {rows} rows")
+    claimed, stored, start = (_count(column, field) for field in (6, 7, 9))
+    if not stored and not values:  # a row group without rows
+        return 0
+    if 11 in column:  # a dictionary page, if it precedes the data
+        start = min(start, _count(column, 11) or start)
+    if start < len(_MAGIC) or start + stored > len(data):
+        raise _RejectedError(f"{leaf.name}: its pages are beyond the file")
     reader = CompactReader(data, start, start + stored)
+    total = largest = 0
+    multiplies = False
     while reader.offset < reader.stop:
         header = reader.read_struct()
-        page = header.get(5)
-        if header.get(1) != _DATA_PAGE or not isinstance(page, dict):
-            raise _RejectedError(f"{name}: a page that is no plain data page")
-        fields = cast(ThriftFields, page)
-        if fields.get(2) != _PLAIN:
-            raise _RejectedError(f"{name}: a page with an encoding that is not read")
-        unfolded -= _count(header, 2)
-        values -= _count(fields, 1)
+        size = _count(header, 2)
+        page_values, encoding = _page_values(header, leaf)
+        total, largest, values = total + size, max(largest, size), values - page_values
+        multiplies |= encoding != _PLAIN
         reader.skip(_count(header, 3))
-        if unfolded < 0 or values < 0:
-            raise _RejectedError(f"{name}: a page claims more than its column")
+        if total > limits.column_bytes:
+            raise _RejectedError(_too_large(leaf.name, limits.column_bytes))
+        if total > claimed or values < 0:
+            raise _RejectedError(f"{leaf.name}: a page claims more than its column")
+    if values:
+        raise _RejectedError(f"{leaf.name}: its pages lack {values} values")
+    return largest if multiplies and leaf.kind in _BYTE_ARRAYS else 0
+
+
+def _page_values(header: ThriftFields, leaf: _Leaf) -> tuple[int, int]:
+    """Return the number of values and the encoding of a page; 0 values for a dictionary."""
+    kind = _count(header, 1)
+    fields = header.get(_PAGE_FIELDS.get(kind, 0))
+    if not isinstance(fields, dict):
+        raise _RejectedError(f"{leaf.name}: a page that is neither data nor a dictionary")
+    page = cast(ThriftFields, fields)
+    if kind == _DICTIONARY_PAGE:
+        return 0, _PLAIN
+    return _count(page, 1), _count(page, 2 if kind == _DATA_PAGE else 4)
+
+
+def _too_large(column: str, limit: int) -> str:
+    return (
+        f"column {column!r} expands to more than {limit / 2**20:g} MiB; write the file in smaller "
+        "row groups"
+    )
 
 
 def _struct_list(fields: ThriftFields, field: int) -> list[ThriftFields]:

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from loraseg.data.parquet_limits import ParquetLimits, open_checked_parquet
 from loraseg.errors import IntegrityError
 from loraseg.library.card import AdapterCard, check_digest
 from loraseg.library.centroid import Centroid
@@ -47,6 +48,7 @@ CATALOG_SCHEMA = pa.schema(
     ],
     metadata={b"format": _FORMAT},
 )
+_LIMITS = ParquetLimits(group_rows=2**20, list_values=2**27, column_bytes=2**30)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,36 +117,40 @@ def decode_snapshot(
     Raises:
         IntegrityError: It is not a catalog snapshot, or a row is invalid.
     """
+    file = open_checked_parquet(data, where, _LIMITS, schema=CATALOG_SCHEMA)
+    if (found := file.metadata.get(b"format")) != _FORMAT:
+        raise IntegrityError(
+            f"{where}: catalog format {found!r}; this version of loraseg reads {_FORMAT!r}"
+        )
+    groups = range(len(file.group_rows))
+    batches = [batch for group in groups for batch in file.batches(group, CATALOG_SCHEMA.names)]
+    table = (
+        pa.Table.from_batches(batches).select(CATALOG_SCHEMA.names)
+        if batches
+        else CATALOG_SCHEMA.empty_table()
+    )
     try:
-        # One thread: a pool that pyarrow has started now and then aborts the process at its exit.
-        table = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(use_threads=False)
-        metadata: dict[bytes, bytes] = table.schema.metadata or {}
-        if metadata.get(b"format") != _FORMAT:
-            raise IntegrityError(
-                f"{where}: catalog format {metadata.get(b'format')!r}; "
-                f"this version of loraseg reads {_FORMAT!r}"
-            )
-        table = table.select(CATALOG_SCHEMA.names).cast(CATALOG_SCHEMA)
-    except (pa.ArrowException, KeyError, OSError) as error:
-        raise IntegrityError(f"{where}: not a catalog snapshot ({error})") from error
-    # A record's digest stands for everything in its row but the pointer.
-    parsed = {(entry.name, entry.version, entry.record_digest): entry for entry in cached}
-    keys = [column.to_pylist() for column in table.select(_KEY_COLUMNS).columns]
-    current: list[bool] = table.column("current").to_pylist()
-    entries = [parsed.get(key) for key in zip(*keys, strict=True)]
-    new = [index for index, entry in enumerate(entries) if entry is None]
-    try:
-        for index, entry in zip(
-            new, _parse_rows(table.take(pa.array(new, pa.int64()))), strict=True
-        ):
-            entries[index] = entry
+        entries, current = _parse_table(table, cached)
     except (ValueError, TypeError) as error:
         raise IntegrityError(f"{where}: {error}") from error
     return tuple(
         entry if entry.current == points else dataclasses.replace(entry, current=points)
         for entry, points in zip(entries, current, strict=True)
-        if entry is not None
     )
+
+
+def _parse_table(
+    table: pa.Table, cached: Iterable[CatalogEntry]
+) -> tuple[list[CatalogEntry], list[bool]]:
+    """Return the entry of each row, from ``cached`` if it is there, and the column ``current``."""
+    # The digest of a record covers its whole row except ``current``.
+    known = {(entry.name, entry.version, entry.record_digest): entry for entry in cached}
+    columns = [column.to_pylist() for column in table.select(_KEY_COLUMNS).columns]
+    keys = list(zip(*columns, strict=True))
+    new = [index for index, key in enumerate(keys) if key not in known]
+    parsed = dict(zip(new, _parse_rows(table.take(pa.array(new, pa.int64()))), strict=True))
+    entries = [parsed[index] if index in parsed else known[key] for index, key in enumerate(keys)]
+    return entries, table.column("current").to_pylist()
 
 
 def _parse_rows(table: pa.Table) -> Iterator[CatalogEntry]:

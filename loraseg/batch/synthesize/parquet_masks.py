@@ -1,22 +1,12 @@
-"""Masks in Parquet files of users, read in bounded memory.
-
-A dictionary or a prefix that is stored once lets a small file expand to gigabytes, and no footer
-says so. Therefore the sizes in the page headers are added up, and then the cells are decoded one by
-one and counted.
-"""
+"""Masks in Parquet files of users, read in bounded memory and cached by row group."""
 
 import bisect
-import contextlib
 import itertools
 import threading
-from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from loraseg.data.thrift import CompactReader
+from loraseg.data.parquet_limits import CheckedParquet, ParquetLimits, open_checked_parquet
 from loraseg.errors import DatasetError
 from loraseg.lru_cache import LruCache
 from loraseg.storage import ObjectStore
@@ -25,9 +15,9 @@ __all__ = ["ParquetMaskReader"]
 
 Masks = list[bytes | None]
 
+_MAX_ROWS = 2**20
 # Limit of one column in one row group, for its pages and for its cells.
 _MAX_BYTES = 256 * 2**20
-_MAX_ROWS = 2**20
 # Memory of a Python object besides the bytes of a cell.
 _CELL_OVERHEAD_BYTES = 64
 _FILE_CACHE_BYTES = 256 * 2**20
@@ -48,7 +38,7 @@ class ParquetMaskReader:
         # Held while a file is read and decoded, so that two threads do not do so for one file.
         self._lock = threading.Lock()
         self._files: LruCache[str, _ParquetFile] = LruCache(
-            _FILE_CACHE_BYTES, lambda file: len(file.data)
+            _FILE_CACHE_BYTES, lambda file: file.size_bytes
         )
         self._masks: LruCache[tuple[str, int], Masks | DatasetError] = LruCache(
             _MASK_CACHE_BYTES, _masks_size
@@ -68,7 +58,7 @@ class ParquetMaskReader:
             groups = range(len(file.row_group_ends))
             if (masks := file.column(*_MASK_COLUMNS)) is not None:
                 for group in groups:
-                    file.check_size(group, masks)
+                    file.parquet.check_column(group, masks)
             names: list[Any] = [None] * file.rows
             if (column := file.column("name")) is not None:
                 names = [name for group in groups for name in file.cells(group, column)]
@@ -104,19 +94,11 @@ class ParquetMaskReader:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _ParquetFile:
-    """An open file.
+    """An open file; ``row_group_ends`` has the number of rows up to the end of each row group."""
 
-    Attributes:
-        data: Its bytes.
-        parquet: Reads them.
-        row_group_ends: For each row group, the number of rows up to its end.
-        where: URI for error messages.
-    """
-
-    data: bytes
-    parquet: pq.ParquetFile
+    parquet: CheckedParquet
+    size_bytes: int
     row_group_ends: tuple[int, ...]
-    where: str
 
     @property
     def rows(self) -> int:
@@ -124,96 +106,35 @@ class _ParquetFile:
 
     def column(self, *paths: str) -> str | None:
         """Return the first of the paths that is a column with one value per row."""
-        columns = [self.parquet.schema.column(i) for i in range(len(self.parquet.schema))]
-        single = {column.path for column in columns if not column.max_repetition_level}
-        return next((path for path in paths if path in single), None)
-
-    def check_size(self, group: int, path: str) -> None:
-        """Check the size of a column's decompressed pages.
-
-        Raises:
-            DatasetError: They are too large.
-        """
-        with _map_errors(self.where):
-            meta = self.parquet.metadata.row_group(group)
-            for chunk in (meta.column(i) for i in range(meta.num_columns)):
-                if (
-                    chunk.path_in_schema == path
-                    and _decompressed_size(self.data, chunk) > _MAX_BYTES
-                ):
-                    raise self._too_large(group, path)
+        return next((path for path in paths if self.parquet.has_column(path)), None)
 
     def cells(self, group: int, path: str) -> list[bytes | str | None]:
-        """Return a column's cells in a row group; a value of another type is None.
-
-        Raises:
-            DatasetError: They are too large, or the file is damaged.
-        """
-        self.check_size(group, path)
-        cells: list[bytes | str | None] = []
-        size_bytes = 0
-        with _map_errors(self.where):
-            # Batches of one row: pyarrow expands a whole batch before it can be counted.
-            batches = self.parquet.iter_batches(
-                1, row_groups=[group], columns=[path], use_threads=False
-            )
-            for batch in batches:
-                cells.append(_cell_value(batch.column(0)[0]))
-                size_bytes += _cell_size(cells[-1])
-                if size_bytes > _MAX_BYTES:
-                    raise self._too_large(group, path)
-        rows = self.parquet.metadata.row_group(group).num_rows
-        if len(cells) != rows:
-            raise DatasetError(
-                f"{self.where}: row group {group}: got {len(cells)} rows, expected {rows}"
-            )
-        return cells
-
-    def _too_large(self, group: int, path: str) -> DatasetError:
-        return DatasetError(
-            f"{self.where}: row group {group}: column {path!r} expands to more than 256 MiB; "
-            "write the file in smaller row groups"
-        )
+        """Return the cells of a column in a row group; None for values other than bytes or text."""
+        batches = self.parquet.batches(group, [path])
+        return [_cell_value(cell) for batch in batches for cell in batch.column(0)]
 
 
 def _open(data: bytes, where: str) -> _ParquetFile:
-    with _map_errors(where):
-        file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
-        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-        ends = tuple(itertools.accumulate(group.num_rows for group in groups))
-        if ends and ends[-1] > _MAX_ROWS:
-            raise DatasetError(f"{where}: {ends[-1]} rows, at most {_MAX_ROWS}; split the file")
-        # pyarrow 26 aborts the process if a row group has too few columns.
-        if any(group.num_columns != file.metadata.num_columns for group in groups):
-            raise DatasetError(f"{where}: a row group lacks columns")
-        return _ParquetFile(data, file, ends, where)
+    limits = ParquetLimits(group_rows=_MAX_ROWS, column_bytes=_MAX_BYTES)
+    parquet = open_checked_parquet(data, where, limits, error=DatasetError)
+    ends = tuple(itertools.accumulate(parquet.group_rows))
+    if ends and ends[-1] > _MAX_ROWS:
+        raise DatasetError(f"{where}: {ends[-1]} rows, at most {_MAX_ROWS}; split the file")
+    return _ParquetFile(parquet, len(data), ends)
 
 
 def _read_masks(file: _ParquetFile, group: int) -> Masks | DatasetError:
-    """Return the masks of a row group, or the error that applies to each of its rows."""
+    """Return the masks of a row group, or the error that every row of it raises."""
+    where = file.parquet.where
     if group >= len(file.row_group_ends):
-        raise IndexError(f"{file.where}: it has {file.rows} rows")
+        raise IndexError(f"{where}: it has {file.rows} rows")
     path = file.column(*_MASK_COLUMNS)
     if path is None:
-        raise DatasetError(f"{file.where}: no column 'mask' of PNG bytes")
+        raise DatasetError(f"{where}: no column 'mask' of PNG bytes")
     try:
         return [cell if isinstance(cell, bytes) else None for cell in file.cells(group, path)]
     except DatasetError as error:
-        return DatasetError(str(error))  # the traceback of the first error references all cells
-
-
-def _decompressed_size(data: bytes, chunk: Any) -> int:
-    """Return the decompressed bytes of a column's pages according to their headers."""
-    start = chunk.data_page_offset
-    if chunk.has_dictionary_page and 0 < chunk.dictionary_page_offset < start:
-        start = chunk.dictionary_page_offset
-    reader = CompactReader(data, start, len(data))
-    total = 0
-    while reader.offset < start + chunk.total_compressed_size:
-        header = reader.read_struct()
-        total += header[2]
-        reader.skip(header[3])
-    return total
+        return DatasetError(str(error))  # without the traceback, which keeps the cells alive
 
 
 def _cell_value(cell: Any) -> bytes | str | None:
@@ -227,18 +148,6 @@ def _cell_value(cell: Any) -> bytes | str | None:
 
 
 def _masks_size(masks: Masks | DatasetError) -> int:
-    return 0 if isinstance(masks, DatasetError) else sum(map(_cell_size, masks))
-
-
-def _cell_size(cell: bytes | str | None) -> int:
-    return _CELL_OVERHEAD_BYTES + len(cell or b"")
-
-
-@contextlib.contextmanager
-def _map_errors(where: str) -> Generator[None]:
-    try:
-        yield
-    except DatasetError:
-        raise
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-        raise DatasetError(f"{where}: not a Parquet file: {error}") from error
+    if isinstance(masks, DatasetError):
+        return 0
+    return sum(_CELL_OVERHEAD_BYTES + len(cell or b"") for cell in masks)

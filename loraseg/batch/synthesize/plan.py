@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from loraseg.batch.synthesize.conditions import ConditionRef, ConditionSource, ScannedCondition
+from loraseg.data.parquet_limits import ParquetLimits, open_checked_parquet
 from loraseg.errors import DatasetError, IntegrityError
 
 __all__ = [
@@ -27,7 +28,7 @@ __all__ = [
 T = TypeVar("T")
 
 _READ_THREADS = 8
-_MAX_PLAN_BYTES = 2 * 1024**3
+_LIMITS = ParquetLimits(group_rows=2**20, column_bytes=2**29)
 _PLAN_SCHEMA = pa.schema(
     [
         ("part", pa.string()),
@@ -221,21 +222,17 @@ def decode_plan(data: bytes, where: str, history: PlanHistory) -> None:
     Raises:
         IntegrityError: The data is not a plan.
     """
+    file = open_checked_parquet(data, where, _LIMITS, schema=_PLAN_SCHEMA)
+    rows = (
+        row
+        for group in range(len(file.group_rows))
+        for batch in file.batches(group, _PLAN_SCHEMA.names)
+        for row in batch.to_pylist()
+    )
     try:
-        file = pq.ParquetFile(io.BytesIO(data))
-        groups = range(file.metadata.num_row_groups)
-        if sum(file.metadata.row_group(i).total_byte_size for i in groups) > _MAX_PLAN_BYTES:
-            raise IntegrityError(f"{where}: unpacked, the plan is larger than 2 GiB")
-        table = file.read()
-        if not table.schema.equals(_PLAN_SCHEMA):
-            raise IntegrityError(
-                f"{where}: columns {table.schema.names}, expected {_PLAN_SCHEMA.names}"
-            )
-        for unit_id, rows in groupby(table.to_pylist(), key=lambda row: row["part"]):
-            history.add(f"shards/{unit_id}.parquet", rows)
-    except (pa.ArrowException, OSError, ValueError, TypeError) as error:
-        if isinstance(error, IntegrityError):
-            raise
+        for unit_id, unit_rows in groupby(rows, key=lambda row: row["part"]):
+            history.add(f"shards/{unit_id}.parquet", unit_rows)
+    except (UnicodeDecodeError, TypeError) as error:
         raise IntegrityError(f"{where}: not a plan: {error}") from error
 
 

@@ -16,9 +16,10 @@ from typing import Any, Literal, get_args
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from loraseg.data.parquet_limits import open_checked_parquet
+from loraseg.data.parquet_limits import CheckedParquet, ParquetLimits, open_checked_parquet
 from loraseg.errors import DatasetError, IntegrityError
 from loraseg.image_limits import MAX_PIXELS
+from loraseg.storage.json_io import parse_json_as
 
 __all__ = [
     "MAX_CLASSES",
@@ -80,7 +81,19 @@ SHARD_SCHEMA = pa.schema(
         ("code_revision", pa.string()),
     ]
 )
-_COLUMNS = [(field.name, field.type) for field in SHARD_SCHEMA]
+_LIMITS = ParquetLimits(
+    group_rows=_GROUP_ROWS,
+    list_values=_GROUP_ROWS * 2**16,  # a value for each of 65,535 classes
+)
+_MAX_METADATA_BYTES = 2**24
+
+
+@dataclass(frozen=True, slots=True)
+class _ShardMetadata:
+    """The JSON in the metadata of a shard."""
+
+    format: int
+    classes: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -219,20 +232,18 @@ def read_rows(
         DatasetError: There is no such column.
         IntegrityError: As in :func:`decode_shard`, or the classes are others.
     """
-    wanted = _select_columns(columns)
+    columns_to_read = _select_columns(columns)
     file, names = _open_shard(data, where)
     if classes is not None and tuple(classes) != names:
         raise IntegrityError(f"{where}: its classes are not those of the dataset")
-    for group in range(file.num_row_groups):
-        try:
-            table = file.read_row_group(group, columns=list(wanted), use_threads=False)
-            rows = table.to_pylist()
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise IntegrityError(f"{where}: not a readable shard: {error}") from error
-        if len(rows) != file.metadata.row_group(group).num_rows:
-            raise IntegrityError(f"{where}: row group {group} has {len(rows)} rows, not as it says")
-        for plain in rows:
-            yield _parse_row(plain, len(names), wanted, where)
+    for group in range(len(file.group_rows)):
+        for batch in file.batches(group, columns_to_read):
+            try:
+                records = batch.to_pylist()
+            except UnicodeDecodeError as error:
+                raise IntegrityError(f"{where}: not a readable shard: {error}") from error
+            for record in records:
+                yield _parse_row(record, len(names), columns_to_read, where)
 
 
 def shard_classes(data: bytes, where: str) -> tuple[str, ...]:
@@ -360,24 +371,23 @@ def _select_columns(columns: Collection[str] | None) -> tuple[str, ...]:
     return tuple(name for name in _NAMES if name in columns or name in _KEY_COLUMNS)
 
 
-def _open_shard(data: bytes, where: str) -> tuple[pq.ParquetFile, tuple[str, ...]]:
-    """Check everything about a file but its rows."""
-    file = open_checked_parquet(data, where, SHARD_SCHEMA, max_group_rows=_GROUP_ROWS)
+def _open_shard(data: bytes, where: str) -> tuple[CheckedParquet, tuple[str, ...]]:
+    """Check a file except for its rows; return it with the class names."""
+    file = open_checked_parquet(data, where, _LIMITS, schema=SHARD_SCHEMA)
+    if unknown := sorted(set(file.schema.names) - set(_NAMES)):
+        raise IntegrityError(f"{where}: not a shard: unknown column {unknown[0][:80]!r}")
+    metadata = parse_json_as(
+        _ShardMetadata,
+        file.metadata.get(_METADATA_KEY, b"null"),
+        f"{where}: not a shard: metadata under 'loraseg'",
+        max_bytes=_MAX_METADATA_BYTES,
+        error=IntegrityError,
+        version=("format", _FORMAT),
+    )
     try:
-        about = json.loads((file.metadata.metadata or {}).get(_METADATA_KEY, b"null"))
-        if not isinstance(about, dict) or about.get("format") != _FORMAT:
-            raise DatasetError(f"expected format {_FORMAT} in the metadata under 'loraseg'")
-        if [(field.name, field.type) for field in file.schema_arrow] != _COLUMNS:
-            raise DatasetError("columns have other types")
-        return file, check_classes([_require_string(name) for name in about["classes"]])
-    except (ValueError, KeyError, TypeError, RecursionError, pa.ArrowException) as error:
+        return file, check_classes(metadata.classes)
+    except DatasetError as error:
         raise IntegrityError(f"{where}: not a shard: {error}") from error
-
-
-def _require_string(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"classes: {str(value)[:80]}, expected text")
-    return value
 
 
 def _row_digest(row: PairRow) -> bytes:
