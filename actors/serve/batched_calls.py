@@ -16,7 +16,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 
 from loraseg.errors import LorasegError, ServiceError, StageError
 
-__all__ = ["CallBatcher", "IndexedResults", "ResponseStream", "UnaryResponse"]
+__all__ = ["CallBatcher", "IndexedResults", "ResponseStream"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,24 +52,6 @@ class ResponseStream(Protocol):
     def cancel(self) -> None:
         """Cancel the call."""
         ...
-
-
-class UnaryResponse:
-    """The response of a method that returns all results at once, as a stream.
-
-    Without a generator on the replica, Serve sends one message fewer per call.
-    """
-
-    def __init__(self, response: Any) -> None:
-        self._response = response
-
-    async def __aiter__(self) -> AsyncIterator[IndexedResults]:
-        """Yield the results."""
-        yield list(enumerate(await self._response))
-
-    def cancel(self) -> None:
-        """Cancel the call."""
-        self._response.cancel()
 
 
 @dataclass(eq=False, slots=True)

@@ -11,7 +11,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from actors.serve.batched_calls import CallBatcher, UnaryResponse
+from actors.serve.batched_calls import CallBatcher
 from loraseg.api_types import ReadinessInfo
 from loraseg.errors import LorasegError, ServiceError
 from loraseg.inference.request import SegmentRequest, SegmentResult
@@ -59,10 +59,10 @@ class RayEngine(Engine):
         super().__init__(config, max_in_flight=max_images_in_flight(config))
         self._retrieval, self._segmenter = retrieval, segmenter
         self._on_complete = on_complete
-        retrieve: Any = retrieval.options(method_name="retrieve")
+        retrieve: Any = retrieval.options(method_name="retrieve", stream=True)
         segment: Any = segmenter.options(method_name="segment", stream=True)
         self._retrieval_calls: CallBatcher[SegmentRequest, AdapterSelection] = CallBatcher(
-            lambda requests: UnaryResponse(retrieve.remote(requests)),
+            retrieve.remote,
             name="retrieval",
             # Retrieval reads catalogs from memory, so that all libraries may share a call.
             batch_key=lambda request: "any" if _is_batchable(request) else None,

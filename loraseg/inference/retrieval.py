@@ -71,6 +71,11 @@ class RetrievalStage:
         """The libraries by name."""
         return self._libraries
 
+    @property
+    def embeds_together(self) -> bool:
+        """Whether the images of a call are embedded in one pass."""
+        return self._embed_together
+
     def library(self, name: str) -> LibraryWatcher:
         """Return one library.
 

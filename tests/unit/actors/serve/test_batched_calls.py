@@ -8,7 +8,7 @@ import pytest
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
 
-from actors.serve.batched_calls import CallBatcher, UnaryResponse
+from actors.serve.batched_calls import CallBatcher
 from loraseg.errors import ConfigError, ServiceError, StageError
 
 
@@ -223,23 +223,3 @@ def test_an_error_of_the_call_is_the_result_of_all_its_items(raised, kind, code)
         assert code in (None, *(getattr(result, "code", None) for result in results))
 
     run_scenario(scenario)
-
-
-def test_a_unary_response_yields_all_results_once():
-    class Response:
-        is_cancelled = False
-
-        def __await__(self):
-            yield from asyncio.sleep(0).__await__()
-            return ["a", "b"]
-
-        def cancel(self):
-            self.is_cancelled = True
-
-    async def collect(response):
-        return [results async for results in response]
-
-    response = Response()
-    assert asyncio.run(collect(UnaryResponse(response))) == [[(0, "a"), (1, "b")]]
-    UnaryResponse(response).cancel()
-    assert response.is_cancelled
