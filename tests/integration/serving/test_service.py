@@ -69,6 +69,22 @@ def test_concurrent_images_share_a_batch(service, images):
     assert max(reply["batch"] for reply in replies) > 1
 
 
+def test_images_of_a_batch_request_go_through_the_model_in_two_halves(service, images):
+    files = [("images", (f"{n}.png", png(image), "image/png")) for n, image in enumerate(images)]
+
+    def batch_sizes():
+        with service.client() as client:
+            fields = {"classes": ",".join(CLASSES)}
+            response = client.post("/v1/segment/batch", files=files, data=fields)
+        *lines, counts = map(json.loads, response.text.splitlines())
+        assert counts == {"done": len(images), "failed": 0}
+        return [line["batch"] for line in lines]
+
+    half = service.config.batch // 2
+    # On a busy machine a half may be split.
+    wait_until(lambda: set(batch_sizes()) <= {half, 2 * half}, deadline_s=60)
+
+
 def test_large_images_are_sent_through_the_object_store(service):
     image = np.tile(domain_images(next(iter(DOMAINS)), 1)[0], (12, 12, 1))
     [whole] = post_concurrently(service, [image], f"{SEGMENT}&tiling=never")
