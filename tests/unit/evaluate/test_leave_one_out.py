@@ -18,7 +18,7 @@ from loraseg.evaluate.tuning import Hyperparameters
 from loraseg.segment.metrics import ConfusionMatrix
 from loraseg.segment.open_vocabulary.predictor import Predictor
 from tests.unit.data.memory_dataset import memory_copy
-from tests.unit.inference.test_pipeline import Entry
+from tests.unit.inference.naive_retriever import Entry
 from tests.unit.tiny import (
     CLASSES,
     DOMAINS,
