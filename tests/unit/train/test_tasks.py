@@ -209,7 +209,7 @@ def test_single_ignored_masks_are_skipped_and_counted(tmp_path):
     path = tmp_path / "fog" / "masks" / "train" / "0.png"
     Image.fromarray(np.full((64, 64), 255, np.uint8)).save(path)
     train_adapter(task)
-    # Six batches of one image each: the first round of four holds the empty one once.
+    # Six batches of one image each: the first epoch of four has the unlabelled image once.
     assert published(task)[1].recipe["skipped_batches"] in (1, 2)
 
 

@@ -59,7 +59,7 @@ def test_writes_segmenter_control_results_and_report(world, tmp_path):
     assert not list((tmp_path / "checkpoints").rglob("*.safetensors"))
 
 
-def test_report_is_one_page_of_well_formed_pictures(world, tmp_path):
+def test_the_report_is_one_page_with_valid_pictures(world, tmp_path):
     train_segmenters(_config(world, tmp_path))
     page = (tmp_path / "report.html").read_text()
     assert not re.search(r"(src|href)=\"(?!data:|#)", page)
@@ -72,16 +72,16 @@ def test_report_is_one_page_of_well_formed_pictures(world, tmp_path):
         assert f">{name}</th>" in page
 
 
-def test_second_run_does_nothing(world, tmp_path):
+def test_a_second_job_does_nothing(world, tmp_path):
     first = train_segmenters(_config(world, tmp_path))
     assert train_segmenters(_config(world, tmp_path), _never) == json.loads(json.dumps(first))
     with pytest.raises(ConfigError, match="holds results of other inputs"):
         train_segmenters(_config(world, tmp_path, seed=1), _never)
 
 
-def test_a_run_that_was_killed_goes_on(world, tmp_path, monkeypatch):
+def test_a_killed_job_resumes(world, tmp_path, monkeypatch):
     whole = train_segmenters(_config(world, tmp_path / "whole"))
-    # Killed after the segmenter and, in a second go, within the control.
+    # Killed after the segmenter and, in a second job, during the control.
     with pytest.raises(AssertionError, match="control"):
         train_segmenters(
             _config(world, tmp_path / "parts"),
@@ -110,7 +110,7 @@ def test_a_run_that_was_killed_goes_on(world, tmp_path, monkeypatch):
     assert parts["arms"] == json.loads(json.dumps(whole["arms"]))
 
 
-def test_real_only_has_no_control_and_can_be_reused_as_one(world, tmp_path):
+def test_a_job_without_synthetic_data_has_no_control_and_can_be_reused_as_one(world, tmp_path):
     alone = train_segmenters(_config(world, tmp_path / "alone", synthetic=()))
     assert list(alone["arms"]) == ["segmenter"]
     trained = []
@@ -124,14 +124,14 @@ def test_real_only_has_no_control_and_can_be_reused_as_one(world, tmp_path):
     assert mixed["arms"]["control"]["sha256"] == alone["arms"]["segmenter"]["sha256"]
     data = (tmp_path / "mixed" / "control.safetensors").read_bytes()
     assert hashlib.sha256(data).hexdigest() == mixed["arms"]["control"]["sha256"]
-    # Not where anything differs.
+    # Not if anything differs.
     trained.clear()
     other = _config(world, tmp_path / "other", reuse=str(tmp_path / "alone"), seed=3)
     train_segmenters(other, run)
     assert trained == ["segmenter", "control"]
 
 
-def test_few_images(world, tmp_path):
+def test_the_choice_of_images_decides_the_run_digest(world, tmp_path):
     def runs(name="a", **changes):
         tasks, _ = job._plan_tasks(_config(world, tmp_path / name, **changes))
         return [task.run_digest for task in tasks]
@@ -141,7 +141,7 @@ def test_few_images(world, tmp_path):
     assert runs(images=1) != runs(images=2)
     assert runs(name="b") == runs()
     assert runs(seed=1) != runs()
-    # The ratio matters to the segmenter and not to its control.
+    # The share of synthetic images changes the segmenter, not its control.
     changed = runs(overrides={**TINY_RECIPE, "synthetic_share": 0.25})
     assert [new == old for new, old in zip(changed, runs(), strict=True)] == [False, True]
     with pytest.raises(ConfigError, match="images: got 5"):
@@ -155,12 +155,12 @@ def test_few_images(world, tmp_path):
 
 
 @pytest.mark.parametrize("changed", ["image of train", "mask of val", "synthetic"])
-def test_an_arm_learns_from_what_the_run_began_with(changed, tmp_path):
+def test_data_that_changes_during_the_job_is_an_error(changed, tmp_path):
     world = write_datasets(tmp_path / "world")
     trained = []
 
     def late(task):
-        """Start an arm as a worker does that was waited for while somebody changed the data."""
+        """Change the data before the run, as can happen while a worker is pending."""
         if changed == "synthetic":
             images, labels = coloured_pairs(7, 1, side=32)
             pairs = zip(images, labels, strict=True)
@@ -180,7 +180,7 @@ def test_an_arm_learns_from_what_the_run_began_with(changed, tmp_path):
     assert results["arms"]["segmenter"]["run"] != task.run_digest
 
 
-def test_damaged_results_are_told(world, tmp_path):
+def test_damaged_results_are_reported(world, tmp_path):
     (tmp_path / "results.json").write_text("{")
     with pytest.raises(IntegrityError, match=r"results\.json: damaged"):
         train_segmenters(_config(world, tmp_path), _never)

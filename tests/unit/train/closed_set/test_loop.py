@@ -49,7 +49,7 @@ def _data(synthetic=True):
 
 
 class _Checkpoints:
-    """Keeps checkpoints, and fails after the one at ``until``."""
+    """Stores checkpoints and raises an error after the one at ``until``."""
 
     def __init__(self, until=None):
         self.data, self.steps, self.until = None, [], until
@@ -65,7 +65,7 @@ class _Checkpoints:
             raise KeyboardInterrupt
 
 
-def test_learns_and_returns_the_best_checkpoint():
+def test_training_returns_the_best_checkpoint():
     checkpoints = _Checkpoints()
     trained = train_segmenter(_recipe(), _data(), 0, checkpoints.context())
     assert checkpoints.steps == [8, 16, 24]
@@ -83,8 +83,8 @@ def test_learns_and_returns_the_best_checkpoint():
     assert segmenter.label_space == _SPACE
 
 
-def test_the_score_is_that_of_the_file_whatever_it_was_trained_in():
-    # After three steps many pixels lie near a border between classes, where bf16 would round.
+def test_the_score_is_that_of_the_file_for_any_training_precision():
+    # After three steps the scores of many pixels are so close that bf16 would change the class.
     recipe = _recipe(steps=3, eval_every=1, precision="bf16")
     trained = train_segmenter(recipe, _data(), 0)
     segmenter = decode_closed_set_segmenter(trained.segmenter, "here")
@@ -97,7 +97,7 @@ def test_the_score_is_that_of_the_file_whatever_it_was_trained_in():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
-def test_resumes_to_the_same_bytes(precision, optimiser):
+def test_a_killed_run_resumes_to_the_same_bytes(precision, optimiser):
     recipe = _recipe(precision=precision, optimiser=optimiser)
     alone = train_segmenter(recipe, _data(), 7)
     checkpoints = _Checkpoints(until=8)
@@ -109,7 +109,7 @@ def test_resumes_to_the_same_bytes(precision, optimiser):
     resumed = train_segmenter(recipe, _data(), 7, checkpoints.context())
     assert resumed.segmenter == alone.segmenter
     assert resumed.curves == alone.curves
-    # What is done already is not done again.
+    # A finished run is not trained again.
     checkpoints.until = None
     again = train_segmenter(recipe, _data(), 7, checkpoints.context())
     assert again.segmenter == alone.segmenter
@@ -127,7 +127,7 @@ def test_seed_and_ratio_matter():
             ({"rare_weight": 5.0, "rare_share": 1.0}, _data(), 0),
         ]
     }
-    # The last one weighs all classes alike, which changes nothing.
+    # The last one weights all classes equally, which changes nothing.
     assert len(files) == 4
 
 
@@ -137,13 +137,13 @@ def test_control_does_not_depend_on_the_synthetic_data():
     assert control.segmenter == alone.segmenter
 
 
-def test_loaders_change_nothing():
+def test_data_loader_processes_change_nothing():
     one = train_segmenter(_recipe(steps=4), _data(), 0)
     two = train_segmenter(_recipe(steps=4), _data(), 0, TrainingContext(num_workers=1))
     assert one.segmenter == two.segmenter
 
 
-def test_leaves_torch_as_it_was():
+def test_torchs_global_state_is_restored():
     torch.manual_seed(5)
     before, threads = torch.get_rng_state(), torch.get_num_threads()
     train_segmenter(_recipe(steps=2, threads=threads + 1), _data(), 0)
@@ -151,7 +151,7 @@ def test_leaves_torch_as_it_was():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_unlabelled_validation_takes_the_last_checkpoint():
+def test_unlabelled_validation_selects_the_last_checkpoint():
     images, labels = coloured_pairs(2, 2)
     val = ArrayPairs(list(images), list(np.full_like(labels, 255)))
     data = dataclasses.replace(_data(), val=val)
@@ -169,12 +169,12 @@ def test_validation_images_may_differ_in_size():
     assert trained.confusion.counts.sum() == sum(label.size for label in labels)
 
 
-def test_a_loss_that_is_not_finite_stops():
+def test_an_infinite_loss_is_an_error():
     with pytest.raises(StageError, match="the loss is"):
         train_segmenter(_recipe(learning_rate=1e30, clip_norm=None, warmup_steps=0), _data(), 0)
 
 
-def test_refuses_a_foreign_checkpoint():
+def test_foreign_checkpoints_are_refused():
     other = _Checkpoints()
     train_segmenter(_recipe(steps=2, network={"width": 16}), _data(), 0, other.context())
     with pytest.raises(IntegrityError, match="not of this training"):
@@ -184,7 +184,7 @@ def test_refuses_a_foreign_checkpoint():
         train_segmenter(_recipe(), _data(), 0, other.context())
 
 
-def test_batch_norm_needs_two_images_a_worker():
+def test_batch_norm_needs_two_images_per_worker():
     recipe = _recipe(network={"name": "deeplabv3plus-r101", "backbone": "resnet18"}, batch_size=1)
     with pytest.raises(ConfigError, match="at least 2 images per worker"):
         train_segmenter(recipe, _data(), 0)
@@ -240,7 +240,7 @@ def test_cosine_and_warm_up():
 
 
 @pytest.mark.parametrize("name", SEGMENTER_RECIPES)
-def test_recipes_can_be_named_and_changed(name):
+def test_recipes_by_name_take_overrides(name):
     assert named_segmenter_recipe(name) == SEGMENTER_RECIPES[name]
     assert named_segmenter_recipe(name, {"steps": 5}).steps == 5
 
@@ -261,14 +261,14 @@ def test_recipes_can_be_named_and_changed(name):
         {"unknown": 1},
     ],
 )
-def test_recipes_refuse_what_is_out_of_range(changes):
+def test_values_out_of_range_are_refused(changes):
     with pytest.raises(ConfigError, match=next(iter(changes))):
         named_segmenter_recipe("unet-miniature", changes)
     with pytest.raises(ConfigError, match="known: unet-miniature"):
         named_segmenter_recipe("other")
 
 
-def test_matchmask_recipe_is_unimatchs():
+def test_the_matchmask_recipe_is_that_of_unimatch():
     recipe = SEGMENTER_RECIPES["matchmask-voc"]
     assert (recipe.network.name, recipe.crop, recipe.optimiser) == (
         "deeplabv3plus-r101",

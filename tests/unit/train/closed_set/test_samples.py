@@ -29,7 +29,7 @@ def _recipe(**changes):
 
 
 def _array(count, start=0):
-    """Pairs whose number stands in every pixel of the image."""
+    """Pairs whose pixels hold the number of the pair."""
     images = [np.full((8, 8, 3), start + i, np.uint8) for i in range(count)]
     return ArrayPairs(images, [np.zeros((8, 8), np.uint8)] * count)
 
@@ -57,7 +57,7 @@ def test_without_synthetic_pairs_every_batch_is_real():
     assert all(_number(sampler.pair(0, index)) < 5 for index in range(4))
 
 
-def test_each_epoch_shows_every_pair_once_in_another_order():
+def test_each_epoch_has_every_pair_once_in_another_order():
     sampler = MixedSampler(_recipe(batch_size=2), _array(6), _array(9, start=100), seed=3)
     real = [_number(sampler.pair(step, 0)) for step in range(24)]
     synthetic = [_number(sampler.pair(step, 1)) for step in range(27)]
@@ -67,7 +67,7 @@ def test_each_epoch_shows_every_pair_once_in_another_order():
     assert all(sorted(synthetic[i : i + 9]) == list(range(100, 109)) for i in (0, 9, 18))
 
 
-def test_a_step_is_the_same_in_whatever_order_it_is_asked_for():
+def test_a_step_does_not_depend_on_the_order_of_access():
     def drawn(steps):
         sampler = MixedSampler(_recipe(), _array(5), _array(7, start=100), seed=1)
         return {step: [_number(sampler.pair(step, i)) for i in range(4)] for step in steps}
@@ -80,7 +80,7 @@ def test_a_step_is_the_same_in_whatever_order_it_is_asked_for():
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_ranks_share_a_batch_without_loss_or_doubling(world):
+def test_ranks_divide_a_batch(world):
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (12, 15, 3), dtype=np.uint8) for _ in range(9)]
     labels = [rng.integers(0, 3, (12, 15), dtype=np.uint8) for _ in range(9)]
@@ -106,7 +106,7 @@ def test_a_batch_must_split_evenly():
         BatchDataset(_recipe(), sampler, 1, 0, 3)
 
 
-def test_augmentation_moves_image_and_label_alike():
+def test_augmentation_transforms_image_and_label_equally():
     rng = np.random.default_rng(0)
     label = rng.integers(0, 3, (30, 40), dtype=np.uint8)
     pairs = ArrayPairs([np.repeat(label[:, :, None], 3, 2) * 100], [label])
@@ -130,7 +130,7 @@ def test_small_images_are_padded_by_ignored_pixels():
 
 def test_shards_of_several_datasets_in_windows(tmp_path, monkeypatch):
     first = commit_pairs(tmp_path / "a", numbered_pairs(0, 7), _SPACE.names, rows_a_shard=3)
-    # Other classes in another order: matched by name, foreign ones ignored.
+    # Other classes in another order: matched by name, unknown ones ignored.
     second = commit_pairs(
         tmp_path / "b", numbered_pairs(7, 12), ("sky", "tree", "road"), rows_a_shard=2
     )
@@ -149,7 +149,7 @@ def test_shards_of_several_datasets_in_windows(tmp_path, monkeypatch):
         assert (label[0] == 255).all()
 
 
-def test_shards_are_read_once_an_epoch(tmp_path, monkeypatch):
+def test_shards_are_read_once_per_epoch(tmp_path, monkeypatch):
     dataset = commit_pairs(tmp_path, numbered_pairs(0, 12), _SPACE.names, rows_a_shard=2)
     monkeypatch.setattr(closed_set_samples, "_WINDOW_BYTES", 1)
     read = []
@@ -168,7 +168,7 @@ def test_shards_are_read_once_an_epoch(tmp_path, monkeypatch):
     assert Counter(read) == dict.fromkeys({entry.file for entry in dataset.manifest.shards}, 2)
 
 
-def test_refuses_datasets_without_use(tmp_path):
+def test_unusable_datasets_are_refused(tmp_path):
     dataset = commit_pairs(tmp_path / "a", numbered_pairs(0, 2), ("soil", "crop", "weed"))
     with pytest.raises(DatasetError, match="none of its classes"):
         ShardPairs([dataset], _SPACE)
@@ -178,7 +178,7 @@ def test_refuses_datasets_without_use(tmp_path):
         ArrayPairs([np.zeros((2, 2, 3), np.uint8)], [])
 
 
-def test_folder_pairs_are_kept_within_bounds(tmp_path, monkeypatch):
+def test_the_cache_of_folder_pairs_is_bounded(tmp_path, monkeypatch):
     folder = open_dataset(write_domain(tmp_path, "fog"))
     samples = folder.samples("train")
     monkeypatch.setattr(closed_set_samples, "_CACHE_BYTES", 1)

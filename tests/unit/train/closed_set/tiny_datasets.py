@@ -23,7 +23,7 @@ TINY_RECIPE = {
 
 
 def write_datasets(root):
-    """Write a real dataset and a synthetic one below a folder; return it."""
+    """Write a real and a synthetic dataset below a folder; return the folder."""
     write_domain(root / "real", "fog")
     images, labels = coloured_pairs(6, 0, side=32)
     commit_pairs(root / "synthetic", zip(images, labels, strict=True), LABELS.names)
@@ -31,7 +31,7 @@ def write_datasets(root):
 
 
 def numbered_pairs(start, stop, side=8):
-    """Pairs whose number fills the image, labelled number % 3 but for an ignored first line."""
+    """Pairs whose number fills the image, labelled number % 3, with an ignored first row."""
     for number in range(start, stop):
         label = np.full((side, side), number % 3, np.uint8)
         label[0] = 255
@@ -94,7 +94,7 @@ def _row(index, image, label, classes):
 
 
 def coloured_pairs(count, seed, side=16):
-    """Images whose colour tells the class of each pixel: arrays (n, s, s, 3) and (n, s, s)."""
+    """Images whose colours encode the class of each pixel: (n, s, s, 3) and (n, s, s)."""
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 3, (count, side // 4, side // 4), dtype=np.uint8)
     labels = small.repeat(4, 1).repeat(4, 2)

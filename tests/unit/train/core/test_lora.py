@@ -49,7 +49,7 @@ def ours(base, pairs, precision="fp32"):
 
 
 def by_peft(base, pairs, precision="fp32"):
-    """The same by stock peft, which is changed for good."""
+    """Loss and gradients of stock peft, which modifies the model permanently."""
     config = peft.LoraConfig(r=3, lora_alpha=1.5, target_modules=list(pairs.pairs))
     peft.LoraModel(base.model, config, "default")
     parameters = {}
@@ -65,7 +65,7 @@ def by_peft(base, pairs, precision="fp32"):
 @pytest.mark.parametrize("rule", ["semla", "aggregator"])
 def test_loss_and_gradients_are_those_of_stock_peft(rule, monkeypatch):
     base, theirs = tiny_base(), tiny_base()
-    # The pixels' normalisation is in float32 on purpose; here all else must show its last digits.
+    # The base normalises in float32; replaced so that float64 digits can be compared.
     monkeypatch.setattr(type(base), "normalise", lambda self, x: (x.double() - 120) / 60)
     for one in (base, theirs):
         one.model.double()

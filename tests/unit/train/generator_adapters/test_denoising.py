@@ -58,7 +58,7 @@ def wanted(base, batch):
 
 
 @pytest.mark.parametrize(("kind", "prediction"), KINDS)
-def test_is_the_mean_square_of_what_the_scheduler_says(kind, prediction):
+def test_the_loss_is_the_mean_squared_error_of_the_schedulers_target(kind, prediction):
     base = tiny_generator(kind, prediction)
     batch = batch_for(base)
     expected = (predicted(base, batch).double() - wanted(base, batch)).square().mean()
@@ -68,7 +68,7 @@ def test_is_the_mean_square_of_what_the_scheduler_says(kind, prediction):
 
 
 @pytest.mark.parametrize(("kind", "prediction"), KINDS)
-def test_min_snr_weighs_errors_of_the_clean_latents(kind, prediction):
+def test_min_snr_weights_errors_of_the_clean_latents(kind, prediction):
     base = tiny_generator(kind, prediction)
     batch = batch_for(base)
     signal = base.alphas_cumprod.double()[batch.timesteps].view(-1, 1, 1, 1)
@@ -98,7 +98,7 @@ def test_a_level_without_signal_has_a_finite_weight():
     assert loss_weights(base, torch.tensor([0, 1]), config).tolist() == [1.0, 1.0]
 
 
-def test_regions_act_through_the_control_and_open_ones_change_nothing():
+def test_regions_work_through_the_control_and_open_ones_change_nothing():
     base = tiny_generator()
     labels = torch.arange(2, dtype=torch.uint8).repeat(32, 16)[None].repeat(3, 1, 1)
     closed = torch.full((3, 77), -1)
@@ -121,7 +121,7 @@ def test_regions_need_a_control():
         denoising_loss(base, batch_for(base, regions=regions))
 
 
-def test_gradients_reach_the_whole_unet_in_bf16_too():
+def test_gradients_reach_the_whole_unet_in_bf16():
     base = tiny_generator()
     base.unet.requires_grad_(True)
     loss = denoising_loss(base, batch_for(base), precision="bf16")
@@ -138,6 +138,6 @@ def test_text_rows_belong_to_samples():
         assert denoising_loss(base, batch) != denoising_loss(base, swapped)
 
 
-def test_refuses_a_gamma_that_is_none():
+def test_gammas_out_of_range_are_refused():
     with pytest.raises(ConfigError, match="gamma: got 0"):
         LossConfig(gamma=0.0)

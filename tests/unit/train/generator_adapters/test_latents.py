@@ -1,4 +1,4 @@
-"""The cache of latents and prompts: made once, whole or made anew, never in the way."""
+"""The cache of latents and prompts: hits, damage, failing stores."""
 
 import threading
 
@@ -17,7 +17,7 @@ def store(tmp_path):
 
 
 class CountingComputation:
-    """Counts how often it was asked."""
+    """Counts its calls."""
 
     def __init__(self):
         self.calls = 0
@@ -27,7 +27,7 @@ class CountingComputation:
         return {"b": torch.arange(5.0), "a": torch.ones(2, 3)}
 
 
-def test_what_is_there_is_not_made_again(store):
+def test_stored_tensors_are_not_computed_again(store):
     make = CountingComputation()
     first, second = (TensorCache(store).get_or_compute("kind", {"of": 1}, make) for _ in range(2))
     assert make.calls == 1
@@ -38,7 +38,7 @@ def test_what_is_there_is_not_made_again(store):
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "foreign"])
-def test_what_is_damaged_is_made_again_and_restored(store, damage, caplog):
+def test_damaged_tensors_are_computed_and_stored_again(store, damage, caplog):
     make = CountingComputation()
     TensorCache(store).get_or_compute("kind", {}, make)
     (key,) = store.list()
@@ -63,7 +63,7 @@ class UnreachableStore(LocalStore):
         raise StoreError("down")
 
 
-def test_a_store_that_is_down_costs_time_only(tmp_path, caplog):
+def test_a_failing_store_only_costs_time(tmp_path, caplog):
     make = CountingComputation()
     found = TensorCache(UnreachableStore(tmp_path)).get_or_compute("kind", {}, make)
     assert torch.equal(found["b"], torch.arange(5.0))
@@ -71,7 +71,7 @@ def test_a_store_that_is_down_costs_time_only(tmp_path, caplog):
     assert "not stored: down" in caplog.text
 
 
-def test_workers_at_once_do_no_harm(store):
+def test_concurrent_workers_store_equal_tensors(store):
     make = CountingComputation()
     found = []
     threads = [

@@ -1,4 +1,4 @@
-"""The generator's recipes and the layers that they train."""
+"""Recipes of generators and the layers that they adapt."""
 
 import math
 
@@ -24,7 +24,7 @@ from tests.unit.tiny_diffusion import full_unet
 from tests.unit.train.tiny_generator import tiny_generator
 
 
-def test_matchmask_holds_what_the_paper_and_the_notes_say():
+def test_matchmask_has_the_published_settings():
     recipe = matchmask()
     assert (recipe.targets, recipe.rank, recipe.alpha) == ("matchmask", 16, None)
     assert (recipe.learning_rate, recipe.weight_decay, recipe.batch_size) == (4e-5, 1e-2, 4)
@@ -48,7 +48,7 @@ def test_matchmask_trains_as_many_values_as_stated(unet, pairs, fusion):
     assert count_generator_parameters(full_unet(unet), matchmask()) == (pairs, fusion)
 
 
-def test_what_is_counted_follows_the_recipe():
+def test_the_count_follows_the_recipe():
     unet = tiny_generator().unet
     cross = named_generator_recipe("matchmask-miniature", {"rank": 3})
     values, fusion = count_generator_parameters(unet, cross)
@@ -62,7 +62,7 @@ def test_what_is_counted_follows_the_recipe():
     assert count_generator_parameters(unet, alone)[1] == 0
 
 
-def test_every_recipe_survives_its_plain_form():
+def test_every_recipe_round_trips_through_plain_values():
     for name in GENERATOR_RECIPES:
         recipe = named_generator_recipe(name)
         assert recipe.name == name
@@ -89,7 +89,7 @@ def report(tmp_path):
     return str(tmp_path / "report.json"), [one.name for one in ordered]
 
 
-def test_a_layer_report_gives_its_top(report):
+def test_a_layer_report_gives_its_top_layers(report):
     place, ordered = report
     unet = tiny_generator().unet
     top = named_generator_recipe("matchmask-miniature", {"targets": place, "top": 5})
@@ -98,13 +98,13 @@ def test_a_layer_report_gives_its_top(report):
     assert list(generator_targets(unet, share)) == ordered[: round(0.1 * len(ordered))]
 
 
-def test_a_layer_report_alone_does_not_say_how_many(report):
+def test_a_layer_report_needs_top_or_share(report):
     recipe = named_generator_recipe("matchmask-miniature", {"targets": report[0]})
     with pytest.raises(ConfigError, match="needs top or share"):
         generator_targets(tiny_generator().unet, recipe)
 
 
-def test_names_are_taken_as_they_are():
+def test_full_names_are_used_unchanged():
     unet = tiny_generator().unet
     names = select_projections(unet, "all")[3:5]
     recipe = named_generator_recipe("matchmask-miniature", {"targets": list(names)})
@@ -132,7 +132,7 @@ def test_targets_that_do_not_fit_are_refused(changes, error, reason):
         generator_targets(tiny_generator().unet, recipe)
 
 
-def test_a_reports_path_holds_in_any_folder(tmp_path, monkeypatch):
+def test_the_path_of_a_report_is_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert absolute_targets("cross") == "cross"
     assert absolute_targets(("a", "b")) == ("a", "b")
@@ -161,7 +161,7 @@ def test_invalid_settings_are_refused(changes, reason):
         named_generator_recipe("matchmask-miniature", changes)
 
 
-def test_unknown_recipes_are_named():
+def test_unknown_recipes_are_refused():
     with pytest.raises(ConfigError, match="known: matchmask, matchmask-miniature"):
         named_generator_recipe("matchmaks")
 

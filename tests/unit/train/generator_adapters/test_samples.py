@@ -1,4 +1,4 @@
-"""Views, their latents and prompts, and batches that depend on nothing but the step."""
+"""Crops, their latents and prompts, and batches that depend on the step only."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def same(one, other):
     )
 
 
-def test_a_batch_depends_on_seed_keys_and_step_alone(base, folder, data):
+def test_a_batch_depends_on_seed_keys_and_step_only(base, folder, data):
     again = denoising_data(folder, base, tiny_recipe())
     assert same(data.batch(5, 4), again.batch(5, 4))
     again.batch(2, 3)
@@ -54,7 +54,7 @@ def test_a_batch_depends_on_seed_keys_and_step_alone(base, folder, data):
     assert not same(data.batch(5, 4), data.batch(6, 4))
 
 
-def test_parts_are_the_batch_cut_up(data):
+def test_microbatches_divide_the_batch(data):
     whole = data.batch(3, 7)
     parts = list(data.microbatches(3, 7, 3))
     assert [len(part) for part in parts] == [3, 3, 1]
@@ -64,7 +64,7 @@ def test_parts_are_the_batch_cut_up(data):
     assert torch.equal(labels, whole.regions.labels)
 
 
-def test_every_view_comes_once_a_round():
+def test_every_crop_occurs_once_per_epoch():
     order = [shuffled_index(position, 5, 0, "k") for position in range(15)]
     assert [sorted(order[start : start + 5]) for start in (0, 5, 10)] == [[0, 1, 2, 3, 4]] * 3
     assert order[:5] != order[5:10]
@@ -93,7 +93,7 @@ def test_latents_prompts_and_regions_are_those_of_the_image(base, folder, data):
     assert flips == {True, False}
 
 
-def test_draws_have_the_asked_for_shares(base, folder):
+def test_draws_have_the_configured_shares(base, folder):
     recipe = tiny_recipe(draws={"flip": 0.25, "caption_dropout": 0.5})
     draws = denoising_data(folder, base, recipe).draw_samples(0, 2000)
     assert np.mean([draw.flipped for draw in draws]) == pytest.approx(0.25, abs=0.05)
@@ -104,7 +104,7 @@ def test_draws_have_the_asked_for_shares(base, folder):
     assert steps.mean() == pytest.approx(499.5, abs=25)
 
 
-def test_a_dropped_caption_is_no_prompt_and_no_regions(base, folder):
+def test_a_dropped_caption_removes_prompt_and_regions(base, folder):
     batch = denoising_data(folder, base, tiny_recipe(draws={"caption_dropout": 1.0})).batch(0, 2)
     expected = base.encode_unconditional().hidden.expand(2, -1, -1)
     torch.testing.assert_close(batch.text.hidden, expected, rtol=0, atol=1e-6)
@@ -118,14 +118,14 @@ def test_without_regions_there_are_none(base, folder):
     )
 
 
-def test_noise_is_normal_and_new_each_time(data):
+def test_noise_is_normal_and_differs_between_samples(data):
     noise = torch.cat([data.batch(step, 4).noise for step in range(20)]).flatten()
     assert float(noise.mean()) == pytest.approx(0, abs=0.02)
     assert float(noise.std()) == pytest.approx(1, abs=0.02)
     assert noise.unique().numel() > 0.99 * noise.numel()
 
 
-def test_levels_spread_over_all_views(data):
+def test_scored_levels_cover_all_crops(data):
     draws = data.fixed_samples(4, 9)
     assert sorted({draw.timestep for draw in draws}) == [125, 375, 625, 875]
     assert len(draws) == 4 * len(data)
@@ -138,7 +138,7 @@ def views_of(folder, **config):
     return CroppedImages(dataset, dataset.samples("train"), ViewConfig(**config), keys=("v",))
 
 
-def test_crops_are_parts_of_the_image_and_always_the_same(tmp_path):
+def test_crops_are_parts_of_the_image_and_reproducible(tmp_path):
     write_domain(tmp_path, "fog")
     views, again = (views_of(tmp_path, size=(24, 40), fit="crop", crops=3) for _ in range(2))
     dataset = open_dataset(tmp_path)
@@ -163,7 +163,7 @@ def test_a_small_image_is_enlarged_before_it_is_cropped(tmp_path):
     assert (image.shape, mask.shape) == ((100, 70, 3), (100, 70))
 
 
-def test_a_crop_without_labels_moves_to_where_there_are_some(tmp_path):
+def test_a_crop_without_labels_moves_to_labelled_pixels(tmp_path):
     write_domain(tmp_path, "fog")
     for path in (tmp_path / "masks" / "train").iterdir():
         mask = np.full((64, 64), 255, np.uint8)
@@ -189,14 +189,14 @@ def conditions_of(folder, names=None):
         (np.zeros((8, 8), np.uint8), r"0\.png: 8 x 8 pixels"),
     ],
 )
-def test_masks_that_cannot_be_used_are_named(tmp_path, mask, reason):
+def test_unusable_masks_are_reported(tmp_path, mask, reason):
     write_domain(tmp_path, "fog")
     Image.fromarray(mask).save(tmp_path / "masks" / "train" / "0.png")
     with pytest.raises(DatasetError, match=reason):
         conditions_of(tmp_path)
 
 
-def test_class_names_without_tokens_are_named(tmp_path):
+def test_class_names_without_tokens_are_reported(tmp_path):
     write_domain(tmp_path, "fog")
     with pytest.raises(DatasetError, match=r"class 1 \('<\|endoftext\|>'\)"):
         conditions_of(tmp_path, ["sky", "<|endoftext|>", "car"])

@@ -1,4 +1,4 @@
-"""Training of generator adapters: bits, sums, averages, and the base left as it was."""
+"""Training of generator adapters: reproducibility, averages, and an unchanged base."""
 
 import dataclasses
 
@@ -71,7 +71,7 @@ def snapshot(base):
     return {name: value.clone() for name, value in base.unet.state_dict().items()}
 
 
-def test_recomputing_changes_no_gradient_and_leaves_the_base_as_it_was(base, data, plain):
+def test_gradient_checkpointing_changes_neither_gradients_nor_the_base(base, data, plain):
     before, processors = snapshot(base), dict(base.unet.attn_processors)
     close(train_generator(base, data, tiny_recipe(recompute=True)), plain, rtol=0, atol=1e-6)
     after = base.unet.state_dict()
@@ -83,7 +83,7 @@ def test_recomputing_changes_no_gradient_and_leaves_the_base_as_it_was(base, dat
     assert all(p.grad is None for p in base.unet.parameters())
 
 
-def test_all_pairs_and_fusion_layers_train(plain):
+def test_all_pairs_and_attention_mix_layers_train(plain):
     assert all(pair.up.any() for pair in plain.pairs.values())
     assert len(plain.alphas) == 14
     assert all((value != -2).all() for key, value in plain.alphas.items() if "bias" in key)
@@ -101,7 +101,7 @@ def test_the_loss_falls_below_that_of_the_base(base, folder):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_twice_gives_the_same_bits(base, folder, data, precision):
+def test_two_runs_give_the_same_bits(base, folder, data, precision):
     recipe = tiny_recipe(loop={"precision": precision, "steps": 3})
     first, second = (train_generator(base, data, recipe) for _ in range(2))
     assert same(first, second)
@@ -110,7 +110,7 @@ def test_twice_gives_the_same_bits(base, folder, data, precision):
 
 
 @pytest.mark.parametrize(("kills", "ema"), [((1,), 0.9), ((3, 5), None), ((3, 6), 0.9)])
-def test_ends_in_the_same_bits_whatever_kills_it(request, base, data, tmp_path, kills, ema):
+def test_a_killed_run_resumes_to_the_same_bits(request, base, data, tmp_path, kills, ema):
     recipe = tiny_recipe(loop={"ema_decay": ema})
     slot = CheckpointStore(open_store(str(tmp_path)))
     for step in kills:
@@ -123,7 +123,7 @@ def test_ends_in_the_same_bits_whatever_kills_it(request, base, data, tmp_path, 
     assert same(resumed, request.getfixturevalue("averaged" if ema else "plain"))
 
 
-def test_parts_of_a_step_add_up_to_the_whole(base, folder):
+def test_microbatches_add_up_to_the_batch(base, folder):
     loop = {"steps": 2, "warmup_steps": 1}
     whole, parted, odd = (
         train_generator(
@@ -138,33 +138,33 @@ def test_parts_of_a_step_add_up_to_the_whole(base, folder):
     assert whole.loop.loss == pytest.approx(parted.loop.loss, rel=1e-5)
 
 
-def test_the_average_is_what_is_kept(averaged, plain):
+def test_the_average_is_kept(averaged, plain):
     assert averaged.loop.loss == plain.loop.loss
     assert not same(averaged, plain)
 
 
-def test_without_regions_there_are_no_fusion_layers(base, folder, plain):
+def test_without_regions_there_are_no_attention_mix_layers(base, folder, plain):
     recipe = tiny_recipe(draws={"regions": False})
     trained = train_generator(base, denoising_data(folder, base, recipe), recipe)
     assert trained.alphas == {}
     assert trained.loop.loss != plain.loop.loss
 
 
-def test_fusion_off_rectifies_everywhere(base, data, plain):
+def test_mode_off_uses_rectified_attention_only(base, data, plain):
     trained = train_generator(base, data, tiny_recipe(fusion={"mode": "off"}))
     assert trained.alphas == {}
     pooled = train_generator(base, data, tiny_recipe(fusion={"mode": "pooled"}))
     assert len({t.loop.loss for t in (trained, pooled, plain)}) == 3
 
 
-def test_sdxl_trains_too(tmp_path):
+def test_sdxl_trains(tmp_path):
     base = tiny_generator("sdxl")
     recipe = tiny_recipe(loop={"steps": 2, "warmup_steps": 1})
     trained = train_generator(base, denoising_data(tmp_path, base, recipe), recipe)
     assert any(pair.up.any() for pair in trained.pairs.values())
 
 
-def test_pictures_see_the_bare_unet_and_change_nothing(base, data, plain):
+def test_sample_grids_see_the_bare_unet_and_change_nothing(base, data, plain):
     seen = []
 
     def show(step, kept):
@@ -180,7 +180,7 @@ def test_pictures_see_the_bare_unet_and_change_nothing(base, data, plain):
     assert same(seen[1][1], dataclasses.replace(plain, loop=None))
 
 
-def test_a_picture_that_a_kill_cost_is_made_up_for(base, data, tmp_path):
+def test_a_sample_grid_lost_by_a_kill_is_drawn_on_resume(base, data, tmp_path):
     slot = CheckpointStore(open_store(str(tmp_path)))
     recipe, seen = tiny_recipe(grid={"every": 2}), []
     with pytest.raises(Interrupted):
@@ -194,19 +194,19 @@ def test_a_picture_that_a_kill_cost_is_made_up_for(base, data, tmp_path):
     assert seen == [4, 6]
 
 
-def test_stops_at_a_loss_that_is_not_finite(base, data):
+def test_an_infinite_loss_is_an_error(base, data):
     with pytest.raises(StageError, match=r"the (loss|gradient norm) is"):
         train_generator(base, data, tiny_recipe(learning_rate=1e38, alpha=1e8))
     before = snapshot(base)
     assert all(torch.isfinite(value).all() for value in before.values())
 
 
-def test_names_of_no_layer_are_refused(base, data):
+def test_unknown_layers_are_refused(base, data):
     with pytest.raises(AdapterMismatchError, match="no linear layer 'mid_block'"):
         train_generator(base, data, tiny_recipe(targets=["mid_block"]))
 
 
-def test_full_tuning_moves_every_weight_and_puts_them_back(base, data, tuned):
+def test_full_fine_tuning_changes_every_weight_and_restores_the_base(base, data, tuned):
     before = snapshot(tiny_generator())
     assert tuned.losses["all"] < base_model_loss(base, data, tiny_recipe(learning_rate=1e-3))
     after = base.unet.state_dict()
@@ -218,7 +218,7 @@ def test_full_tuning_moves_every_weight_and_puts_them_back(base, data, tuned):
     assert tuned.loop.resumed_from_step == 0
 
 
-def test_full_tuning_ends_in_the_same_bits_after_a_kill(base, data, tuned, tmp_path):
+def test_full_fine_tuning_resumes_to_the_same_bits(base, data, tuned, tmp_path):
     recipe = tiny_recipe(learning_rate=1e-3)
     slot = CheckpointStore(open_store(str(tmp_path)))
     with pytest.raises(Interrupted):
@@ -228,7 +228,7 @@ def test_full_tuning_ends_in_the_same_bits_after_a_kill(base, data, tuned, tmp_p
     assert all(torch.equal(value, tuned.unet[name]) for name, value in resumed.unet.items())
 
 
-def test_gradient_checkpointing_that_is_on_already_is_refused(base, data):
+def test_gradient_checkpointing_that_is_already_enabled_is_refused(base, data):
     base.unet.enable_gradient_checkpointing()
     try:
         with pytest.raises(ConfigError, match="is on already"):
@@ -239,7 +239,7 @@ def test_gradient_checkpointing_that_is_on_already_is_refused(base, data):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
-def test_a_gpu_trains_as_the_cpu_does(tmp_path, kind):
+def test_a_gpu_trains_like_the_cpu(tmp_path, kind):
     recipe = tiny_recipe(recompute=True, loop={"ema_decay": 0.5})
     trained = []
     for device in ("cpu", "cuda"):

@@ -28,7 +28,7 @@ coconutL 4 1e-4 86154 1e-5 .1
 
 
 @pytest.mark.parametrize("row", TABLE.strip().splitlines())
-def test_semla_holds_the_published_numbers(row):
+def test_semla_has_the_published_numbers(row):
     kind, *numbers = row.split()
     recipe = semla(kind)
     assert [
@@ -75,6 +75,6 @@ def test_overrides_reach_nested_fields_and_leave_the_rest():
         ("semla", {"clip_attention_lora": "on"}, "clip_attention_lora"),
     ],
 )
-def test_refuses_what_is_unknown_or_out_of_range(name, overrides, reason):
+def test_unknown_fields_and_values_out_of_range_are_refused(name, overrides, reason):
     with pytest.raises(ConfigError, match=reason):
         named_recipe(name, overrides)

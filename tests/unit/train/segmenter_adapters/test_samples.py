@@ -66,11 +66,11 @@ def test_every_image_occurs_once_per_epoch(dataset):
 
 def test_resizing_once_equals_resizing_each_time(dataset, monkeypatch):
     augmentation = AugmentConfig(crop=24, shortest_edge=(32,), jitter=False)
-    kept = batches(dataset, augmentation)
+    cached = batches(dataset, augmentation)
     monkeypatch.setattr("loraseg.train.segmenter_adapters.samples._CACHE_BYTES", 0)
-    anew = batches(dataset, augmentation)
+    again = batches(dataset, augmentation)
     for step in (0, 1, 2):
-        for x, y in zip(kept.batch(step, 4), anew.batch(step, 4), strict=True):
+        for x, y in zip(cached.batch(step, 4), again.batch(step, 4), strict=True):
             assert np.array_equal(x, y)
 
 

@@ -144,7 +144,7 @@ def alone(images):
 
 
 @pytest.mark.parametrize("order", [tuple(GROUP), tuple(reversed(GROUP)), ("wide", "short")])
-def test_an_adapter_is_the_same_alone_and_in_any_group(images, alone, order):
+def test_a_member_is_the_same_alone_and_in_any_group(images, alone, order):
     together = train_group(tiny_base(), images, LABELS.names, [member(name) for name in order])
     for name, trained in zip(order, together, strict=True):
         assert same(trained, alone[name])
@@ -152,7 +152,7 @@ def test_an_adapter_is_the_same_alone_and_in_any_group(images, alone, order):
 
 
 @pytest.mark.parametrize("rule", ["semla", "aggregator"])
-def test_whole_groups_may_adapt_clip_as_well(images, alone, rule):
+def test_groups_may_adapt_clip(images, alone, rule):
     names = ("one", "wide")
     members = [member(name, targets=rule) for name in names]
     together = train_group(tiny_base(), images, LABELS.names, members)
@@ -165,7 +165,7 @@ def test_whole_groups_may_adapt_clip_as_well(images, alone, rule):
         assert all(pair.up.any() for pair in trained.pairs.values()) == (rule == "aggregator")
 
 
-def test_a_failing_member_ends_alone(images, alone):
+def test_an_error_of_one_member_does_not_end_the_others(images, alone):
     broken = member("one", learning_rate=1e38, alpha=1e8)
     outcomes = train_group(
         tiny_base(), images, LABELS.names, [member("wide"), broken, member("short")]
@@ -175,7 +175,7 @@ def test_a_failing_member_ends_alone(images, alone):
     assert same(outcomes[2], alone["short"])
 
 
-def test_a_broken_batch_leaves_finished_members_what_they_have(images, alone, monkeypatch):
+def test_a_broken_batch_keeps_finished_members(images, alone, monkeypatch):
     steps = member("short").recipe.loop.steps
     batch = images.batch
 
@@ -192,7 +192,7 @@ def test_a_broken_batch_leaves_finished_members_what_they_have(images, alone, mo
     assert all(isinstance(outcome, DatasetError) for outcome in outcomes[1:])
 
 
-def test_members_resume_each_from_its_own_checkpoint(images, alone, tmp_path):
+def test_members_resume_from_their_own_checkpoints(images, alone, tmp_path):
     store = open_store(str(tmp_path / "checkpoints"))
     train_group(tiny_base(), images, LABELS.names, [member("short", store)])
     halfway = dataclasses.replace(member("one", store), on_step=interrupt_at(5))
