@@ -15,8 +15,8 @@ import pathlib
 import loraseg
 from loraseg.backbones.clip import load_clip
 from loraseg.backbones.diffusion import load_diffusion
+from loraseg.segment.closed_set.checkpoint import load_closed_set_segmenter
 from loraseg.segment.open_vocabulary.base import load_base
-from loraseg.segment.closed_set.unet import load_unet
 
 assert "site" in pathlib.Path(loraseg.__file__).parts, loraseg.__file__
 load_base("miniature")
@@ -26,7 +26,7 @@ assert generator.encode_text(["a car in the rain"]).hidden.shape == (1, 32, 96)
 weights = importlib.resources.files("loraseg.miniature") / "weights"
 for name in ("merges.txt", "vocab.json", "tokenizer.json"):
     assert (weights / "generator" / "tokenizer" / name).is_file(), name
-load_unet(weights / "judge.safetensors")
+load_closed_set_segmenter(str(weights / "judge.safetensors"))
 for name in ("page.html.j2", "blocks.html.j2", "style.css.j2"):
     assert (importlib.resources.files("loraseg.reports") / "templates" / name).is_file(), name
 assert not (importlib.resources.files("loraseg.miniature") / "studies").is_dir()
