@@ -1,4 +1,4 @@
-"""Class-id masks as PNG: one channel, 255 = ignore, with a palette so that viewers show them."""
+"""Masks as PNG: one channel of class ids, 255 = ignore, with a palette for viewers."""
 
 import io
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from loraseg.data.images import open_image, open_image_stream
+from loraseg.data.images import open_image, read_file
 from loraseg.data.labels import IGNORE, LabelSpace
 from loraseg.data.palette import IGNORE_COLOR
 from loraseg.errors import DatasetError
@@ -30,24 +30,21 @@ def read_mask(path: str | Path, *, classes: int | None = None) -> UInt8[ndarray,
     Raises:
         DatasetError: The file cannot be decoded, has several channels, or holds other ids.
     """
-    image = open_image(path)
-    with Path(path).open("rb") as file:
-        head = file.read(_PNG_HEADER_BYTES)
-    return _to_ids(image, head, classes, str(path))
+    return decode_mask(read_file(path), where=str(path), classes=classes)
 
 
 def decode_mask(data: bytes, *, where: str, classes: int | None = None) -> UInt8[ndarray, "h w"]:
-    """Read a mask from the bytes of a PNG, by the rules of :func:`read_mask`.
+    """Decode a mask by the rules of :func:`read_mask`.
 
     Args:
         data: A PNG file.
-        where: What errors call it.
+        where: Name of the file, for messages.
         classes: As for :func:`read_mask`.
 
     Raises:
         DatasetError: As for :func:`read_mask`.
     """
-    image = open_image_stream(io.BytesIO(data), where)
+    image = open_image(data, where)
     return _to_ids(image, data[:_PNG_HEADER_BYTES], classes, where)
 
 
@@ -56,7 +53,7 @@ def encode_mask(mask: UInt8[ndarray, "h w"], label_space: LabelSpace | None = No
 
     Args:
         mask: Class ids, 255 = ignore.
-        label_space: Whose colours become the palette; without it the PNG is plain grey.
+        label_space: Its colours become the palette; without it the PNG is grey.
 
     Raises:
         DatasetError: An id is outside ``label_space``.
@@ -76,7 +73,7 @@ def encode_mask(mask: UInt8[ndarray, "h w"], label_space: LabelSpace | None = No
 def write_mask(
     path: str | Path, mask: UInt8[ndarray, "h w"], label_space: LabelSpace | None = None
 ) -> None:
-    """Write a mask as :func:`encode_mask` makes it."""
+    """Write the PNG of :func:`encode_mask`."""
     Path(path).write_bytes(encode_mask(mask, label_space))
 
 
@@ -100,7 +97,7 @@ def _to_ids(
             "(greyscale or palette), not colours"
         )
     ids = np.asarray(image)
-    # Byte 8 of the IHDR chunk, which is always the first, is the bits a sample.
+    # Byte 8 of the IHDR chunk, always the first chunk, is the bit depth.
     if image.mode == "L" and (step := _GREY_STEPS.get(header[24])):
         ids = ids // step  # Pillow stretches 2 and 4 bit grey levels to 0..255
     if ids.dtype != np.uint8 and ids.size and (ids.min() < 0 or ids.max() > IGNORE):

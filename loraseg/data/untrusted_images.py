@@ -1,33 +1,33 @@
-"""Images from somebody unknown: their cost is known from the header, before Pillow sees them."""
+"""Decodes untrusted images; their cost is checked in the header, before Pillow reads them."""
 
 import io
 import struct
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 
-from loraseg.data.images import to_rgb
 from loraseg.errors import DatasetError
 from loraseg.image_limits import DECODE_ERRORS, MAX_PIXELS
 from loraseg.tensor_types import UInt8, ndarray
 
-__all__ = ["decode_image", "image_size"]
+__all__ = ["decode_image", "image_size", "to_rgb"]
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8"
 _JPEG_SCAN = b"\xff\xda"
-# Each scan of a progressive JPEG goes over the whole picture and may take but ten bytes: thousands
-# of them keep a decoder busy for hours. Programs write about ten.
+# Each scan of a progressive JPEG covers the whole image and may have only ten bytes: thousands of
+# scans occupy a decoder for hours. Encoders write about ten.
 _MAX_SCANS = 100
-# Segments before the frame header: profiles and thumbnails in pieces of 64 KiB.
+# Segments before the frame header: profiles and thumbnails in parts of 64 KiB.
 _MAX_SEGMENTS = 1000
 _FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 
 def image_size(data: bytes | memoryview) -> tuple[int, int]:
-    """Return width and height that a PNG or JPEG claims, before orientation.
+    """Return the width and height in the header of a PNG or JPEG, before EXIF orientation.
 
     Raises:
-        DatasetError: It is neither, or cut off before the size.
+        DatasetError: The data is neither, or cut off before the size.
     """
     head = bytes(data[:24])
     if head.startswith(_PNG):
@@ -42,13 +42,13 @@ def image_size(data: bytes | memoryview) -> tuple[int, int]:
 def decode_image(
     data: bytes | memoryview, *, max_pixels: int = MAX_PIXELS
 ) -> UInt8[ndarray, "h w 3"]:
-    """Decode a PNG or JPEG by the rules of :func:`loraseg.data.images.read_image`.
+    """Decode a PNG or JPEG by the rules of :func:`to_rgb`; of an animated PNG, the first frame.
 
-    Messages say nothing of this process, and decoding takes no longer than the pixels are worth.
+    Messages contain no details of the process, and the time is bounded by the number of pixels.
 
     Raises:
-        DatasetError: The bytes are broken, cut off, of another format, have over ``max_pixels``
-            pixels or none, or are a JPEG of more scans than any program writes.
+        DatasetError: The data is broken, cut off, of another format, has more than ``max_pixels``
+            pixels or none, or is a JPEG with over 100 scans.
     """
     width, height = image_size(data)
     if not 1 <= width * height <= max_pixels:
@@ -60,7 +60,7 @@ def decode_image(
         raise DatasetError(f"the JPEG has over {_MAX_SCANS} scans")
     try:
         image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG"))
-        # A second header may follow the first; nothing was set aside for what that one says.
+        # A second header may follow the first; only the size in the first one was checked.
         if image.size == (width, height):
             image.load()
             return to_rgb(image)
@@ -69,21 +69,39 @@ def decode_image(
     raise DatasetError("the image has two sizes")
 
 
+def to_rgb(image: Image.Image) -> UInt8[ndarray, "h w 3"]:
+    """Convert a decoded image to RGB, values 0 to 255.
+
+    EXIF orientation is applied, because masks are drawn on the image as viewers show it. Grey is
+    repeated, 16-bit grey keeps its upper 8 bits, transparency is dropped.
+
+    Raises:
+        OSError: Or another of ``DECODE_ERRORS``: the EXIF data is broken.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    # Pillow warns when it drops transparency.
+    image.info.pop("transparency", None)
+    return np.array(image.convert("RGB"))
+
+
 def _jpeg_size(data: bytes | memoryview) -> tuple[int, int]:
     """Walk the segments (ITU T.81, B.1.1) up to the frame header."""
-    place = 2
+    offset = 2
     for _ in range(_MAX_SEGMENTS):
-        head = bytes(data[place : place + 9])
+        head = bytes(data[offset : offset + 9])
         if len(head) < 9 or head[0] != 0xFF:
             break
         marker, length = head[1], int.from_bytes(head[2:4])
         if marker == 0xFF:  # a fill byte before the marker
-            place += 1
+            offset += 1
         elif marker in _FRAME_HEADERS:
             height, width = struct.unpack(">HH", head[5:9])
             return width, height
         elif length < 2:
             break
         else:
-            place += 2 + length
+            offset += 2 + length
     raise DatasetError("the JPEG is broken or cut off")

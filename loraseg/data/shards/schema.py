@@ -31,7 +31,6 @@ __all__ = [
     "encode_shard",
     "read_rows",
     "rows_digest",
-    "shard_classes",
 ]
 
 PairStatus = Literal["ok", "dropped", "bad_mask", "duplicate"]
@@ -244,15 +243,6 @@ def read_rows(
                 raise IntegrityError(f"{where}: not a readable shard: {error}") from error
             for record in records:
                 yield _parse_row(record, len(names), columns_to_read, where)
-
-
-def shard_classes(data: bytes, where: str) -> tuple[str, ...]:
-    """Return the class names of a shard.
-
-    Raises:
-        IntegrityError: It is no shard.
-    """
-    return _open_shard(data, where)[1]
 
 
 def check_classes(classes: Sequence[str]) -> tuple[str, ...]:

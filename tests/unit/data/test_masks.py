@@ -100,7 +100,7 @@ def test_every_cut_off_file_is_refused(tmp_path, kind):
     tail = 22 if kind == "PNG" else 2  # checksums and end marker: no pixel is lost without them
     for length in range(0, len(whole) - tail - 1, 7):
         path.write_bytes(whole[:length])
-        with pytest.raises(DatasetError, match=r"x: not a complete PNG or JPEG image"):
+        with pytest.raises(DatasetError, match=r"x: the (image|PNG|JPEG) is (neither|broken)"):
             read_image(path)
 
 
@@ -130,14 +130,14 @@ def test_decompression_bombs_are_refused_unopened(tmp_path, side):
 def test_pixel_limit_counts_pixels(tmp_path):
     path = save_image(tmp_path / "x.png", Image.new("RGB", (10, 10)))
     assert read_image(path, max_pixels=100).shape == (10, 10, 3)
-    with pytest.raises(DatasetError, match="10 x 10 pixels; at most 99 pixels are read"):
+    with pytest.raises(DatasetError, match="10 x 10 pixels; from 1 to 99"):
         read_image(path, max_pixels=99)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF"])
 def test_other_formats_are_refused(tmp_path, kind):
     path = save_image(tmp_path / "x.png", Image.new("RGB", (4, 4)), format=kind)
-    with pytest.raises(DatasetError, match="not a complete PNG or JPEG"):
+    with pytest.raises(DatasetError, match="neither a PNG nor a JPEG"):
         read_image(path)
 
 

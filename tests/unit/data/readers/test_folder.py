@@ -72,8 +72,8 @@ def break_sample(target, how):
 
 
 BROKEN = {
-    "truncated": r"images.*0002\.png: not a complete PNG or JPEG",
-    "not an image": r"images.*0002\.png: not a complete PNG or JPEG",
+    "truncated": r"images.*0002\.png: the image is broken or cut off",
+    "not an image": r"images.*0002\.png: the image is neither a PNG nor a JPEG",
     "no mask": r"0002\.png: no mask; expected it at .*masks.*0002\.png",
     "size": r"masks.*0002\.png: 6 x 8 pixels; expected 8 x 6 as in its image .*0002\.png",
     "ids": r"masks.*0002\.png: ids \[7\] outside the class list; expected 0 to 2 or 255",
