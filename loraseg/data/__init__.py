@@ -1,7 +1,8 @@
 """Labelled images: label spaces, masks, readers, splits and joint transforms.
 
-Why 255 and names: ids differ from set to set and only names mean the same thing everywhere, so sets
-are joined by name, and what one of them lacks is 255, ignored.
+Class ids differ between datasets, so classes are matched by name; pixels of a class that a dataset
+lacks are 255, ignored. Synthetic pairs are read by ``loraseg.ShardStream`` (torch) and
+``actors.shards.ray_dataset`` (Ray Data).
 """
 
 from loraseg.data.datasets import Dataset, Sample, digest_samples, load_pair

@@ -36,7 +36,7 @@ def colorize(labels: UInt8[ndarray, "h w"], label_space: LabelSpace) -> UInt8[nd
 
 
 def legend_entries(labels: UInt8[ndarray, "h w"], label_space: LabelSpace) -> list[tuple[str, int]]:
-    """Return what a legend says of a label map: (name and share, class id), largest area first."""
+    """Return the legend of a label map: (name and share, class id), largest area first."""
     areas = np.bincount(labels.reshape(-1), minlength=256)
     present = sorted(np.flatnonzero(areas[:IGNORE]), key=lambda index: (-areas[index], index))
     return [

@@ -23,10 +23,10 @@ _MAX_BYTES = 2**24
 
 @dataclass(frozen=True)
 class LabelSpace:
-    """Class names; the id of a class is its place in ``names``, and 255 is ignored.
+    """Class names; the id of a class is its index in ``names``, and 255 is ignored.
 
-    Names are compared without regard to case and runs of blanks ("Traffic  Sign" is "traffic
-    sign") but kept, with blanks tidied, as they were written, since prompts are made of them.
+    Names are compared without case and repeated blanks ("Traffic  Sign" equals "traffic sign").
+    Their case is kept, because prompts contain them.
 
     Raises:
         DatasetError: No names, over 255 names, an empty or unprintable name, or two equal ones.
@@ -89,7 +89,7 @@ class LabelSpace:
 def read_classes(path: str | Path) -> LabelSpace:
     """Read ``classes.json``.
 
-    The classes, at the top or under the key "classes", are one of: a list of names (id = place), a
+    The classes, at the top or under the key "classes", are one of: a list of names (id = index), a
     list of ``{"id": 0, "name": "road"}``, a mapping ``{"road": 0}`` or a mapping ``{"0": "road"}``.
     Other keys of the objects are allowed and ignored, but "ignore_index", if there, must be 255.
 
@@ -109,7 +109,7 @@ def parse_classes(data: bytes, where: str) -> LabelSpace:
 
     Args:
         data: The file's bytes.
-        where: What errors call it.
+        where: Name of the file, for messages.
 
     Raises:
         DatasetError: As for :func:`read_classes`.

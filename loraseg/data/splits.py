@@ -12,16 +12,16 @@ __all__ = ["few_shot"]
 def few_shot(
     samples: Sequence[Sample], count: int, seed: int, *keys: str | int
 ) -> tuple[Sample, ...]:
-    """Choose ``count`` samples by seed, whatever the order they are listed in.
+    """Choose ``count`` samples by seed, independent of their order.
 
-    Each sample's rank is drawn from its own id, so the choice of 5 is the start of the choice of
-    10, and one image more in the folder displaces at most one chosen image.
+    The rank of a sample depends only on its id, so 5 samples are the first 5 of 10, and an
+    additional image displaces at most one chosen image.
 
     Args:
-        samples: What to choose from; ids must differ.
-        count: How many, at least 1.
+        samples: The candidates; ids must differ.
+        count: Number of samples, at least 1.
         seed: The user's seed.
-        keys: What the choice is for, such as the data set's name.
+        keys: The purpose of the choice, such as the name of the dataset.
 
     Raises:
         DatasetError: There are fewer than ``count`` samples, or two of one id.

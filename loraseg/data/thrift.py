@@ -13,7 +13,7 @@ _EIGHT_BYTES = 8
 
 
 class ThriftError(ValueError):
-    """Bytes that are no such structure, or go on beyond their end."""
+    """The bytes are not a structure, or are cut off."""
 
 
 @dataclass(slots=True)
@@ -31,7 +31,7 @@ class CompactReader:
         return self.data[before : self.offset]
 
     def skip(self, count: int) -> None:
-        """Step over bytes."""
+        """Skip bytes."""
         if not 0 <= count <= self.stop - self.offset:
             raise ThriftError("it is cut off")
         self.offset += count

@@ -1,6 +1,6 @@
-"""Joint transforms of image and mask, driven by a passed generator (methods A.6).
+"""Joint random transforms of image and mask, as CAT-Seg and SemLA train (detectron2's).
 
-Images are uint8 (h, w, 3), masks uint8 (h, w) of class ids. Whatever moves pixels moves both alike;
+Images are uint8 (h, w, 3), masks uint8 (h, w) of class ids. Geometric transforms apply to both;
 masks are never interpolated.
 """
 

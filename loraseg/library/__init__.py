@@ -1,10 +1,10 @@
-"""The adapter library: published adapters in a store, indexed by where their domains lie.
+"""The adapter library: published adapters in a store, indexed by the centroids of their domains.
 
-Why a version is an integer that its publisher reserves (``adapters/<name>/<version>.json`` is put
-only if absent) and not a content id: people read and type it. Why a generation is committed by
-putting ``catalog/<generation>.parquet`` if absent, before ``catalog/HEAD`` is swapped: of the
-writers that built upon the same generation exactly one gets the next number, a losing writer
-leaves nothing behind, and a writer that dies in between is finished by whoever comes next.
+A version is an integer that its publisher reserves (``adapters/<name>/<version>.json`` is written
+only if absent), not a content hash, because users read and type it. A generation is committed by
+writing ``catalog/<generation>.parquet`` only if absent, before ``catalog/HEAD`` is swapped: of the
+writers that start from the same generation exactly one gets the next number, the others leave
+nothing behind, and the next writer completes the commit of one that died in between.
 """
 
 from loraseg.library.audit import AuditReport

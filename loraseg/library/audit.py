@@ -1,4 +1,4 @@
-"""Checking a whole library: what is missing, what is damaged, what nobody refers to."""
+"""Checks a library for missing, damaged and unreferenced objects."""
 
 import re
 from collections.abc import Collection, Iterable
@@ -16,14 +16,14 @@ _SNAPSHOT_KEY = re.compile(r"catalog/(\d{8,})\.parquet")
 
 @dataclass(frozen=True, slots=True)
 class AuditReport:
-    """The outcome of a check.
+    """The result of a check.
 
     Attributes:
-        missing: Keys that the catalog refers to and the store does not hold.
+        missing: Keys that the catalog refers to and the store lacks.
         corrupt: Keys whose bytes differ from their digest.
-        garbage: Keys that no version refers to: left by a publisher that died, or written by one
-            that is at work right now.
-        checked: How many objects were read and compared.
+        garbage: Keys that no version refers to: left by a publisher that died, or written by a
+            publisher that is still running.
+        checked: Number of objects that were read and compared.
     """
 
     missing: tuple[str, ...]
@@ -43,12 +43,12 @@ def audit(
     generation: int,
     existing_keys: Collection[str],
 ) -> AuditReport:
-    """Read every object that ``entries`` refer to; one is in memory at a time.
+    """Read every object that ``entries`` refer to, one at a time.
 
     Args:
-        store: The library's.
-        entries: Of one generation.
-        generation: Its number.
+        store: The store of the library.
+        entries: The entries of one generation.
+        generation: The number of the generation.
         existing_keys: All keys, listed before the generation was read.
     """
     records_of = {records.record_key(e.name, e.version): e for e in entries}
@@ -83,7 +83,7 @@ def _is_garbage(key: str, generation: int) -> bool:
     if key.startswith(("blobs/", "adapters/")):
         return True
     match = _SNAPSHOT_KEY.fullmatch(key)
-    # The next generation may be committed and not yet pointed to.
+    # The next generation may be committed before HEAD points to it.
     if match:
         return not 1 <= int(match.group(1)) <= generation + 1
     return key.startswith("catalog/") and key != records.HEAD_KEY

@@ -1,4 +1,4 @@
-"""What is known about an adapter: ``card.json``, validated whenever it is read."""
+"""The card of an adapter, ``card.json``: base, classes, centroids, recipe and metrics."""
 
 import math
 import re
@@ -45,7 +45,7 @@ class BaseModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class TrainingSet:
-    """What the adapter was trained on: sha256 (hex) of the samples, and how many images."""
+    """The training data of an adapter: sha256 (hex) of the samples, and number of images."""
 
     digest: str
     images: int
@@ -59,22 +59,22 @@ class TrainingSet:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterCard:
-    """An adapter's card. Equal cards give equal bytes; there is no time of day in it.
+    """The card of an adapter. Equal cards give equal bytes; it holds no time stamp.
 
-    Cards may grow: a reader ignores fields that it does not know, since those of schema 1 keep
-    their meaning, and refuses a card of a higher schema number.
+    Readers ignore unknown fields, so that fields can be added, and reject a card with a higher
+    schema number.
 
     Attributes:
         name: Lower-case letters, digits, ``.``, ``_`` and ``-``; at most 128, no leading sign.
-        role: What the adapter is for.
-        base: The model that it fits.
+        role: The kind of model that the adapter is for.
+        base: The model that the adapter was trained on.
         label_space: Class names in the order of their ids; empty if unknown.
-        centroids: Where its domain lies; usually one.
+        centroids: Mean embeddings of the domain, usually one.
         recipe: The full training config as JSON values.
-        training: What it was trained on; None if unknown.
+        training: The training data; None if unknown.
         metrics: JSON values, such as ``{"miou": 0.41}``; finite.
-        code_revision: Which code trained it; empty if unknown.
-        parents: Digests of adapters that it was made from.
+        code_revision: Revision of the training code; empty if unknown.
+        parents: Digests of adapters that it was derived from.
     """
 
     name: str
@@ -89,7 +89,7 @@ class AdapterCard:
     parents: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Check what the types do not say.
+        """Check ranges and JSON values.
 
         Raises:
             IntegrityError: A field is out of range or is not JSON.
@@ -207,7 +207,7 @@ class CardFile:
 
 
 def check_name(name: str) -> str:
-    """Return ``name`` if an adapter may have it.
+    """Return ``name`` if it is a valid adapter name.
 
     Raises:
         IntegrityError: It does not match ``[a-z0-9][a-z0-9._-]{0,127}``.

@@ -1,4 +1,4 @@
-"""The library: publish, read, roll back and check adapters in any object store.
+"""The library: publishes, reads, rolls back and checks adapters in an object store.
 
 Layout below the store's root::
 
@@ -34,13 +34,13 @@ PublishItem = tuple[str, Mapping[str, bytes], AdapterCard]
 _Snapshot = tuple[CatalogHead, tuple[CatalogEntry, ...]]
 
 _COMMIT_TIMEOUT_S = 300.0
-# A writer moves HEAD milliseconds after its snapshot; who takes so much longer is taken for dead.
+# A writer swaps HEAD milliseconds after its snapshot; one that takes longer is considered dead.
 _STALLED_WRITER_S = 0.5
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _CatalogState:
-    """The catalog at one moment; ``etag`` is that of HEAD, None while there is none."""
+    """The catalog at one moment; ``etag`` is that of HEAD, None if HEAD does not exist."""
 
     head: CatalogHead
     etag: str | None
@@ -53,12 +53,12 @@ CatalogChange = Callable[[tuple[CatalogEntry, ...]], tuple[CatalogEntry, ...]]
 class Library:
     """Adapters in a store, safe for any number of writers and readers in any process.
 
-    Nothing that was published is ever changed or removed; what moves is the version that a name
-    points to. One instance may be shared by threads.
+    Published objects are never changed or removed; only the version that a name points to changes.
+    Threads may share an instance.
     """
 
     def __init__(self, store: ObjectStore) -> None:
-        """Use ``store``; nothing is contacted yet."""
+        """Use ``store``; no connection is made."""
         self._store = store
         self._lock = threading.Lock()
         self._cached_snapshot: _Snapshot = (CatalogHead.empty(), ())
@@ -67,12 +67,12 @@ class Library:
 
     @classmethod
     def open(cls, uri: str) -> "Library":
-        """Open the library at a store URI; the store is not contacted yet."""
+        """Open the library at a store URI; no connection is made."""
         return cls(open_store(uri))
 
     @property
     def uri(self) -> str:
-        """Where the library is."""
+        """The URI of the store."""
         return self._store.uri
 
     def generation(self) -> int:
@@ -80,7 +80,7 @@ class Library:
         return self._read_head()[0].generation
 
     def head(self) -> CatalogHead:
-        """Return which generation is the newest, and its sha256; a hundred bytes to read."""
+        """Return the number and sha256 of the newest generation; reads about a hundred bytes."""
         return self._read_head()[0]
 
     def entries_at(self, head: CatalogHead) -> tuple[CatalogEntry, ...]:
@@ -95,7 +95,7 @@ class Library:
         """Return the current version of every adapter, ordered by name.
 
         Args:
-            generation: Which one to read; None for the newest.
+            generation: The generation to read; None for the newest.
 
         Raises:
             AdapterNotFoundError: There is no such generation.
@@ -120,7 +120,7 @@ class Library:
         return _find_entry(self._all_entries(None), name, version, self.uri)
 
     def load(self, name: str, version: int | None = None) -> tuple[dict[str, bytes], AdapterCard]:
-        """Return an adapter's files, every byte of them verified, and its card.
+        """Return the verified files of an adapter, and its card.
 
         Raises:
             AdapterNotFoundError: There is no such adapter or version.
@@ -129,7 +129,7 @@ class Library:
         return self.load_entry(self.entry(name, version))
 
     def load_entry(self, entry: PublishedAdapter) -> tuple[dict[str, bytes], AdapterCard]:
-        """Return the files and card of a publication, which may be of an older generation.
+        """Return the files and card of an entry, which may be of an older generation.
 
         Raises:
             IntegrityError: A stored object is missing or differs from its digest.
@@ -145,20 +145,19 @@ class Library:
     def publish(self, name: str, files: Mapping[str, bytes], card: AdapterCard) -> CatalogEntry:
         """Publish one adapter; it becomes the version that its name points to.
 
-        An adapter that is in the catalog already, with the same files, base, task and index
-        encoders, is left as it is: the entry is returned, blobs that were lost or damaged are
-        restored, and the name's pointer stays, so that running a job again does not undo a
-        rollback.
+        If the catalog has an entry with the same files, base, task and index encoders, that entry
+        is returned: lost or damaged blobs are restored, and the current version of the name stays,
+        so that repeating a job does not undo a rollback.
 
         Args:
-            name: The same as ``card.name``.
-            files: What peft writes: ``adapter_config.json`` and ``adapter_model.safetensors``,
-                and at will other plain files.
-            card: Goes into the record and the catalog.
+            name: Equal to ``card.name``.
+            files: ``adapter_config.json`` and ``adapter_model.safetensors`` as peft writes them,
+                and optionally other files.
+            card: Stored in the record and the catalog.
 
         Raises:
             IntegrityError: Name, card or files are not acceptable, or the catalog is damaged.
-            StoreError: The store cannot be reached or does not honour conditional writes.
+            StoreError: The store cannot be reached or does not support conditional writes.
         """
         return self.publish_all([(name, files, card)])[0]
 
@@ -188,7 +187,7 @@ class Library:
         return tuple(found[name] for name in names)
 
     def rollback(self, name: str, version: int) -> CatalogEntry:
-        """Let a name point to another of its versions; published as a new generation.
+        """Make another version of a name the current one, in a new generation.
 
         Raises:
             AdapterNotFoundError: There is no such adapter or version.
@@ -198,10 +197,10 @@ class Library:
         return _find_entry(entries, name, version, self.uri)
 
     def retire(self, name: str) -> None:
-        """Let a name point to no version, so that it is neither listed nor retrieved any more.
+        """Make no version of a name the current one, so that it is neither listed nor retrieved.
 
-        Nothing is deleted: :meth:`rollback` to any version brings it back, publishing other files
-        too. Publishing the same again does not.
+        Nothing is deleted: :meth:`rollback` to any version, or publishing other files, makes the
+        name available again. Publishing the same files does not.
 
         Raises:
             AdapterNotFoundError: There is no such adapter.
@@ -211,7 +210,7 @@ class Library:
 
     def verify(self) -> AuditReport:
         """Read every object that the newest generation refers to and check its digest."""
-        # Listed first: what is published while the check runs must not look like garbage.
+        # Listed first, so that objects published during the check are not reported as garbage.
         present = set(self._store.list())
         head, _ = self._read_head()
         return audit(self._store, self._read_snapshot(head), head.generation, present)
@@ -257,9 +256,9 @@ class Library:
                 self._cached_snapshot = (head, entries)
 
     def _reserve_version(self, record: AdapterRecord) -> CatalogEntry | None:
-        """Take a version number for the record; None if name and digest are published already.
+        """Reserve a version number for the record; None if name and digest are published already.
 
-        A record that a publisher left behind when it died is taken over if it has the same bytes.
+        An equal record that a dead publisher left behind is reused.
         """
         versions = self.versions(record.card.name)
         if any(_publication_key(entry) == _publication_key(record) for entry in versions):
@@ -272,9 +271,9 @@ class Library:
     def _commit(self, change: CatalogChange) -> tuple[CatalogEntry, ...]:
         """Apply an idempotent change to the newest generation and publish the result.
 
-        The change is safe when HEAD was swapped from the generation that it was applied to. In
-        any other case it is applied anew to what is there then, which for a change that has
-        landed after all makes no difference.
+        The change is committed when HEAD is swapped from the generation that it was applied to.
+        Otherwise it is applied again to the newest generation; if it was committed after all, that
+        has no effect.
         """
         started = moved_at = time.monotonic()
         last: CatalogHead | None = None
@@ -310,8 +309,8 @@ class Library:
         if not self._store.put_if_absent(key, data):
             return False
         head = CatalogHead.from_snapshot(state.head.generation + 1, data)
-        # The generation is ours and HEAD goes nowhere else from here. If it has gone already,
-        # another writer has finished for us; if it has not, nothing is won.
+        # The generation is reserved, so HEAD can only move to it. If HEAD has moved already,
+        # another writer has completed the commit; otherwise the commit is incomplete.
         swapped = self._swap_head(head, state.etag)
         if not swapped and self._read_head()[0].generation < head.generation:
             return False
@@ -319,7 +318,7 @@ class Library:
         return True
 
     def _complete_stalled_commit(self, state: _CatalogState) -> None:
-        """Swap HEAD for a writer that committed the next generation and then went away."""
+        """Swap HEAD for a writer that wrote the next generation and then stopped."""
         generation = state.head.generation + 1
         key = records.snapshot_key(generation)
         try:
@@ -336,9 +335,9 @@ class Library:
 
 
 def _publication_key(item: CatalogEntry | AdapterRecord) -> tuple[str, ...]:
-    """Tell whether publishing is a repetition: same name, files, base, task and index encoders.
+    """Return what identifies a publication: name, files, base, task and index encoders.
 
-    Not the whole card, whose metrics and code revision may differ without being news.
+    Metrics and code revision of a card may differ between repetitions of a job.
     """
     encoders = (centroid.encoder_id for centroid in item.card.centroids)
     task = str(item.card.recipe.get("task_digest"))

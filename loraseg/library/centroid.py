@@ -17,16 +17,16 @@ _MAX_ENCODER_ID = 512
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Centroid:
-    """The plain mean of a domain's image embeddings (SemLA, methods B.3).
+    """The mean of a domain's image embeddings, c_i = 1/N_i sum_j e_j (SemLA).
 
-    The mean itself is never scaled to unit length: distances, and with them the sharpness of the
-    mixing weights, would change by an order of magnitude.
+    The mean is not scaled to unit length, which would change distances, and with them the sharpness
+    of the mixing weights, by an order of magnitude.
 
     Attributes:
-        encoder_id: Which encoder, weights and preprocessing made the embeddings.
+        encoder_id: Identifies encoder, weights and preprocessing of the embeddings.
         normalised: Whether each embedding was scaled to unit length before averaging.
         vector: (d,) float64, read-only.
-        count: How many embeddings it is the mean of; None if unknown.
+        count: Number of embeddings; None if unknown.
         spread: Root mean square distance of the embeddings to the mean; None if unknown.
     """
 

@@ -1,4 +1,4 @@
-"""How writers that compete for one object stay out of each other's way without talking."""
+"""Backoff between writers that compete for one object."""
 
 import time
 
@@ -8,28 +8,28 @@ __all__ = ["ContentionBackoff"]
 
 _INITIAL_BACKOFF_S = 0.02
 _MAX_BACKOFF_S = 1.0
-_MAX_FAILURES = 7  # where the longest pause is reached
+_MAX_FAILURES = 7  # the pause does not grow further
 
 
 class ContentionBackoff:
-    """Pauses that grow while attempts are lost to others and shrink while they succeed.
+    """Pauses that grow with failed attempts and shrink with successful ones.
 
-    Every attempt that is lost costs its writer, the server and all others time; every pause in
-    which nobody writes costs time as well. One loss makes up for half a win, so the pauses settle
-    where every third attempt or so succeeds; the longest is the same for all, so that who has lost
-    most does not wait longer still. They outlive one publication: else who has just succeeded
-    would start the next one ahead of all that wait. A writer that is alone never pauses.
+    A failed attempt costs time of all writers and of the server; a pause in which no writer is
+    active costs time too. A success undoes two failures, so the pauses settle where about every
+    third attempt succeeds. The longest pause is the same for all writers, so that failures do not
+    accumulate. The state outlives one publication; otherwise a writer that has just succeeded would
+    start the next one ahead of all waiting writers. A single writer never pauses.
     """
 
     def __init__(self) -> None:
         self._failures = 0
 
     def succeeded(self) -> None:
-        """Take note that an attempt succeeded."""
+        """Record a successful attempt."""
         self._failures = max(0, self._failures - 2)
 
     def failed(self) -> None:
-        """Take note that another writer was faster."""
+        """Record an attempt that another writer preceded."""
         self._failures = min(self._failures + 1, _MAX_FAILURES)
 
     def wait(self) -> None:

@@ -18,7 +18,7 @@ _BLOCK_ROWS_MANY_QUERIES = 2048
 _MANY_QUERIES = 16
 # More queries at once than this no longer make the matrix product cheaper per query.
 _QUERY_BATCH = 128
-# Up to so many rows comparing all of them in float64 is as fast as narrowing down.
+# Up to this number of rows, comparing all in float64 is as fast as the two passes.
 _BRUTE_FORCE_ROWS = 24
 _MAX_PENDING_PAIRS = 2**16
 _EXACT_BLOCK_VALUES = 2**16
@@ -43,9 +43,9 @@ class CentroidIndex:
     u = 2^-24 and t = d + 1, plus 5 for rounding x, y and |x|^2. So with ``|x|^2 (1 - 2 g)`` in
     place of ``|x|^2`` the computed s is at most the true one plus ``g |y|^2``.
 
-    Memory: the rows as given (not copied if contiguous), a float32 copy and 12 bytes a row. A
-    search takes 5 bytes a row besides, some MiB whatever n and q are, and its k results a query:
-    no (q, n) array is formed.
+    Memory: the rows as given (not copied if contiguous), a float32 copy and 12 bytes per row. A
+    search takes 5 bytes per row, a few MiB for any n and q, and k results per query; no (q, n)
+    array is formed.
     """
 
     def __init__(self, rows: Float[ndarray, "n d"]) -> None:

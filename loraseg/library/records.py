@@ -1,4 +1,4 @@
-"""The library's objects other than snapshots: keys, blobs, records and HEAD."""
+"""The objects of a library other than snapshots: keys, blobs, records and HEAD."""
 
 import hashlib
 import logging
@@ -50,32 +50,32 @@ _CARD_FILE = "card.json"
 
 
 def blob_key(digest: str) -> str:
-    """Return where the file of that sha256 is."""
+    """Return the key of the file with this sha256."""
     return f"blobs/sha256/{digest[:2]}/{digest}"
 
 
 def record_key(name: str, version: int) -> str:
-    """Return where the record of a version is."""
+    """Return the key of the record of a version."""
     return f"adapters/{name}/{version}.json"
 
 
 def snapshot_key(generation: int) -> str:
-    """Return where a generation is; padded, so that a listing is in order."""
+    """Return the key of a generation, padded so that listings are in order."""
     return f"catalog/{generation:08d}.parquet"
 
 
 @runtime_checkable
 class PublishedAdapter(Protocol):
-    """What it takes to find and verify one published adapter; an ``Entry`` has all of it."""
+    """The fields that find and verify a published adapter; ``CatalogEntry`` has them."""
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """The name of the adapter."""
         ...
 
     @property
     def version(self) -> int:
-        """Which publication of the name."""
+        """The version of the name."""
         ...
 
     @property
@@ -117,14 +117,14 @@ class _RecordFile:
 
 @dataclass(frozen=True, slots=True)
 class CatalogHead:
-    """The pointer to a generation; ``sha256`` of its snapshot is None when not known."""
+    """The pointer to a generation; ``sha256`` of its snapshot is None if unknown."""
 
     generation: int
     sha256: str | None
 
     @classmethod
     def empty(cls) -> "CatalogHead":
-        """Return the head of a library that nothing was published to."""
+        """Return the head of an empty library."""
         return cls(0, None)
 
     @classmethod
@@ -148,7 +148,7 @@ class CatalogHead:
         """Read ``catalog/HEAD``.
 
         Raises:
-            IntegrityError: It is not what :meth:`to_bytes` writes.
+            IntegrityError: The data was not written by :meth:`to_bytes`.
         """
         head = parse_json_as(
             _HeadFile, data, HEAD_KEY, max_bytes=_MAX_HEAD_BYTES, error=IntegrityError
@@ -158,7 +158,7 @@ class CatalogHead:
 
 @dataclass(frozen=True, slots=True)
 class AdapterRecord:
-    """What ``adapters/<name>/<version>.json`` says; the version is only in the key."""
+    """The content of ``adapters/<name>/<version>.json``; only the key has the version."""
 
     card: AdapterCard
     digest: str
@@ -168,7 +168,7 @@ class AdapterRecord:
     def from_files(
         cls, name: str, files: Mapping[str, bytes], card: AdapterCard
     ) -> "AdapterRecord":
-        """Describe files that are about to be published.
+        """Return the record of files to publish.
 
         Raises:
             IntegrityError: Name, card or files are not acceptable.
@@ -205,7 +205,7 @@ class AdapterRecord:
         """Read a record.
 
         Raises:
-            IntegrityError: It is not what :meth:`to_bytes` writes.
+            IntegrityError: The data was not written by :meth:`to_bytes`.
         """
         record = parse_json_as(
             _RecordFile,
@@ -237,7 +237,7 @@ class AdapterRecord:
 
 
 def write_blobs(store: ObjectStore, files: Mapping[str, bytes]) -> None:
-    """Store files by content; one that is there already is checked and if need be restored."""
+    """Store files by content; an existing one is checked, and restored if it is damaged."""
     for data in files.values():
         digest = _sha256(data)
         key = blob_key(digest)
@@ -247,14 +247,14 @@ def write_blobs(store: ObjectStore, files: Mapping[str, bytes]) -> None:
 
 
 def write_record(store: ObjectStore, record: AdapterRecord, version: int) -> bool:
-    """Store a record; False if the version belongs to another one."""
+    """Store a record; False if the version has another record."""
     key = record_key(record.card.name, version)
     data = record.to_bytes()
     return store.put_if_absent(key, data) or store.get(key) == data
 
 
 def read_blob(store: ObjectStore, digest: str) -> bytes:
-    """Return a file of that sha256.
+    """Return the file with this sha256.
 
     Raises:
         IntegrityError: It is missing or damaged.

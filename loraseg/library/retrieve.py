@@ -1,4 +1,4 @@
-"""Which adapters lie nearest to an image, and how much of each to mix (SemLA, methods B.4)."""
+"""The adapters nearest to an image embedding, and their mixing weights exp(1 / (d tau)) (SemLA)."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass

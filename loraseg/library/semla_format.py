@@ -1,6 +1,6 @@
-"""SemLA's ``loradb`` folder (methods B.1, B.3) to and from a library.
+"""Import and export of the ``loradb`` folder of the official SemLA repository.
 
-One folder a domain: ``adapter_config.json``, ``adapter_model.safetensors`` and
+One folder per domain: ``adapter_config.json``, ``adapter_model.safetensors`` and
 ``<domain>_statistics.npz`` with the array ``train_average_embedding`` (1, d) float32.
 """
 
@@ -94,7 +94,7 @@ def export_loradb(
 
     Args:
         library: Where from.
-        folder: Created at need; files of the same name in it are replaced.
+        folder: Created if missing; files of the same name in it are replaced.
         names: Which adapters; None for all.
 
     Raises:

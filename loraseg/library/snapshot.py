@@ -1,4 +1,4 @@
-"""One generation of the catalog as a Parquet file: a row for every version of every adapter."""
+"""One generation of the catalog as a Parquet file: one row per version of an adapter."""
 
 import dataclasses
 import io
@@ -53,16 +53,16 @@ _LIMITS = ParquetLimits(group_rows=2**20, list_values=2**27, column_bytes=2**30)
 
 @dataclass(frozen=True, slots=True)
 class CatalogEntry:
-    """One version of one adapter as the catalog knows it.
+    """The catalog entry of one version of an adapter.
 
     Attributes:
-        version: From 1; the order of reservation, gaps are possible.
+        version: From 1, in the order of reservation; gaps are possible.
         digest: sha256 (hex) of the weight files, see :func:`loraseg.adapters.files_digest`.
         card: The whole card.
         current: Whether the name points to this version.
         record_digest: sha256 (hex) of ``adapters/<name>/<version>.json``.
         size_bytes: All files together.
-        card_json: The card without its centroids, written once for all snapshots it goes into.
+        card_json: JSON of the card without its centroids, encoded once for all snapshots.
     """
 
     version: int
@@ -74,7 +74,7 @@ class CatalogEntry:
     card_json: str = dataclasses.field(default="", repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Write the card, unless it is known from a snapshot."""
+        """Encode the card, unless it was read from a snapshot."""
         if not self.card_json:
             bare = dataclasses.replace(self.card, centroids=())
             object.__setattr__(self, "card_json", canonical_json(bare.to_json()).decode())
@@ -109,10 +109,9 @@ def decode_snapshot(
     Columns that this version does not know are ignored.
 
     Args:
-        data: The file.
-        where: What to call it in errors.
-        cached: Entries of another generation; what is in both is not parsed again, so that a
-            generation costs what is new in it.
+        data: The file, from an untrusted source.
+        where: Name of the file, for messages.
+        cached: Entries of another generation; rows of the same version are not parsed again.
 
     Raises:
         IntegrityError: It is not a catalog snapshot, or a row is invalid.
@@ -194,7 +193,7 @@ def _parse_entry(row: dict[str, Any], centroids: tuple[Centroid, ...]) -> Catalo
 
 
 def _centroid_column(entries: Sequence[CatalogEntry]) -> pa.ListArray:
-    """Build the nested column from whole vectors: number by number it would take seconds."""
+    """Build the nested column from whole vectors; building it by number takes seconds."""
     centroids = [centroid for entry in entries for centroid in entry.card.centroids]
     sizes = [centroid.vector.size for centroid in centroids]
     flat = np.concatenate([np.empty(0), *(centroid.vector for centroid in centroids)])

@@ -1,4 +1,4 @@
-"""How long to wait before trying again."""
+"""Exponential backoff with jitter."""
 
 import time
 
@@ -8,10 +8,11 @@ __all__ = ["backoff_s"]
 
 
 def backoff_s(attempt: int, initial_s: float, max_s: float) -> float:
-    """Return how long to wait after attempt ``attempt`` (from 0): exponential, bounded, jittered.
+    """Return the seconds to wait after attempt ``attempt`` (from 0).
 
-    Uniform from 0 to the bound, so that many who failed together do not return together.
+    Uniform in [0, min(max_s, initial_s * 2**attempt)], so that clients that failed together do not
+    retry together.
     """
     bound = min(max_s, initial_s * 2 ** min(attempt, 16))
-    # Processes, threads and machines need different streams; only the waiting depends on them.
+    # Not seeded: every process, thread and machine needs another stream.
     return float(seeding.numpy_generator(time.time_ns(), "pause", attempt).uniform(0.0, bound))

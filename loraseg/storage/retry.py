@@ -1,5 +1,5 @@
 # pyright: basic
-"""Which failures of an S3 request pass by themselves, and how long that is waited for."""
+"""Retries of S3 requests after transient failures."""
 
 import logging
 import time
@@ -22,7 +22,7 @@ _WARN_AFTER_S = 5.0
 
 _TRANSIENT_STATUSES = {409, 429, 500, 502, 503, 504}
 _TRANSIENT_CODES = {
-    "BadDigest",  # the body was damaged on its way, as with the next two
+    "BadDigest",  # damaged in transfer, as are the next two
     "IncompleteBody",
     "XAmzContentSHA256Mismatch",
     "ConditionalRequestConflict",
@@ -37,15 +37,15 @@ _TRANSIENT_CODES = {
     "TooManyRequests",
 }
 _TRANSIENT_ERRORS = (
-    botocore.exceptions.ConnectionError,  # none could be made
+    botocore.exceptions.ConnectionError,  # not connected
     botocore.exceptions.HTTPClientError,  # closed, timed out, broken
     botocore.exceptions.IncompleteReadError,
-    botocore.parsers.ResponseParserError,  # an answer cut off in its XML
+    botocore.parsers.ResponseParserError,  # truncated XML
     urllib3.exceptions.HTTPError,
     OSError,
 )
 
-# All that a request can raise for a reason outside this programme.
+# Errors of a request that are caused outside this process.
 REQUEST_ERRORS = (
     botocore.exceptions.ClientError,
     botocore.exceptions.BotoCoreError,
@@ -58,18 +58,18 @@ ResultT = TypeVar("ResultT")
 
 
 def retry_call(request: Callable[[], ResultT], timeout_s: float, description: str) -> ResultT:
-    """Call ``request`` until it succeeds, fails for good, or ``timeout_s`` seconds are over.
+    """Call ``request`` until it succeeds, fails permanently or ``timeout_s`` seconds have passed.
 
     Args:
-        request: Safe to repeat even if an earlier call was carried out and its answer lost.
-        timeout_s: Counted from the first call; a call that is under way is not broken off.
-        description: What is being done and where, for the log.
+        request: Must be safe to repeat if an earlier call succeeded and its response was lost.
+        timeout_s: Counted from the first call; a running call is not interrupted.
+        description: Operation and URI, for the log.
 
     Raises:
-        Exception: The last one of :data:`FAILURES`.
+        Exception: The last one, of :data:`REQUEST_ERRORS`.
     """
     started = time.monotonic()
-    attempt, has_spoken = 0, False
+    attempt, has_warned = 0, False
     while True:
         try:
             return request()
@@ -78,19 +78,17 @@ def retry_call(request: Callable[[], ResultT], timeout_s: float, description: st
             waited = time.monotonic() - started
             if not _is_transient(error) or waited + pause > timeout_s:
                 raise
-            if waited + pause > _WARN_AFTER_S and not has_spoken:
+            if waited + pause > _WARN_AFTER_S and not has_warned:
                 reason = error_code(error) or type(error).__name__
                 left = timeout_s - waited
-                logger.warning(
-                    "%s: no success yet (%s); for %.0f s more", description, reason, left
-                )
-                has_spoken = True
+                logger.warning("%s: failed (%s); retrying for %.0f s", description, reason, left)
+                has_warned = True
         time.sleep(pause)
         attempt += 1
 
 
 def error_code(error: Exception) -> str:
-    """Return the server's code, "" for what did not come from the server."""
+    """Return the error code of the server; "" if the error is not from the server."""
     response: dict[str, Any] = getattr(error, "response", None) or {}
     return str(response.get("Error", {}).get("Code", ""))
 
@@ -100,5 +98,5 @@ def _is_transient(error: Exception) -> bool:
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         return status in _TRANSIENT_STATUSES or error_code(error) in _TRANSIENT_CODES
     if isinstance(error, botocore.exceptions.SSLError):
-        return False  # a wrong certificate stays wrong
+        return False  # certificates do not change by retrying
     return isinstance(error, _TRANSIENT_ERRORS)

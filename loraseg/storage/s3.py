@@ -62,7 +62,7 @@ class S3Store:
     A request that fails for a reason that may pass (no connection, a broken answer, 429, 5xx) is
     repeated with growing, jittered pauses for ``patience_s`` seconds in all.
 
-    Threads may share a store, and forked processes may go on with their parent's.
+    Threads may share a store, and forked processes may use that of their parent.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class S3Store:
 
     @property
     def uri(self) -> str:
-        """Where the store is, as an ``s3://`` URI."""
+        """The ``s3://`` URI of the root."""
         return f"s3://{self._bucket}/{self._prefix}".rstrip("/")
 
     def __repr__(self) -> str:
@@ -103,18 +103,18 @@ class S3Store:
         return self._call("read", key, request)
 
     def put(self, key: str, data: bytes) -> str:
-        """Write the object, in parts when it is big, and return its etag."""
+        """Write the object, in parts if it is large, and return its etag."""
         target = self._target(key)
         if len(data) > MULTIPART_THRESHOLD_BYTES:
             return self._put_multipart(key, target, data)
         return self._call("write", key, lambda: self._put_single(target, data))
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Write the object unless the key is taken; of any number of racing writers one wins."""
+        """Write the object unless the key exists; of concurrent writers exactly one succeeds."""
         return self._put_conditional(key, data, {"IfNoneMatch": "*"})
 
     def put_if_match(self, key: str, data: bytes, etag: str) -> bool:
-        """Replace the object if it still has ``etag``; False when it has changed or is gone."""
+        """Replace the object if it still has ``etag``; False if it has changed or was deleted."""
         # Without quotes: Ceph RGW 16 compares the header's text with the bare etag.
         return self._put_conditional(key, data, {"IfMatch": _strip_quotes(etag)})
 
@@ -147,16 +147,16 @@ class S3Store:
             request["ContinuationToken"] = page["NextContinuationToken"]
 
     def delete(self, key: str) -> None:
-        """Remove the object; no error when there is none."""
+        """Delete the object; a missing object is not an error."""
         target = self._target(key)
         self._call("delete", key, lambda: self._client.delete_object(**target))
 
     def with_prefix(self, prefix: str) -> "S3Store":
-        """Return the same store seen from below ``prefix``, over the same connections."""
+        """Return the store rooted at ``prefix``, with the same connections."""
         return self._copy(self._prefix + check_key(prefix), self._retry_timeout_s)
 
     def with_retry_timeout(self, timeout_s: float) -> "S3Store":
-        """Return the same store with calls that try again for so many seconds."""
+        """Return the store with another retry timeout."""
         return self._copy(self._prefix.rstrip("/"), timeout_s)
 
     @property
@@ -206,7 +206,7 @@ class S3Store:
                 key, target, {**upload, "MultipartUpload": {"Parts": parts}}, mark
             )
         except BaseException:
-            # Parts of an upload that is neither completed nor aborted are billed for ever.
+            # Parts of an upload that is neither completed nor aborted are billed indefinitely.
             self._abort_multipart(upload)
             raise
 
@@ -261,7 +261,7 @@ class S3Store:
             raise self._store_error("write", key, error) from error
 
     def _stored_by_earlier_attempt(self, key: str, write_id: str) -> bool:
-        """Tell a lost race from the failure of our own second attempt.
+        """Distinguish a lost race from a failed repetition of our own write.
 
         When an attempt was stored but its answer was lost or a server error (Ceph RGW 16 gives 500
         to some of the writers in a race), the next attempt meets the object that it wrote itself
@@ -287,7 +287,7 @@ class S3Store:
         return result
 
     def _store_error(self, action: str, key: str, error: Exception) -> StoreError:
-        """Say what failed, where, and what to do next; never any part of a credential."""
+        """Return a message with operation, URI and advice, without any part of a credential."""
         what = f"cannot {action} {key!r} in {self.uri}" if key else f"cannot {action} {self.uri}"
         endpoint = _without_userinfo(self._client.meta.endpoint_url)
         if isinstance(error, botocore.exceptions.ClientError):
@@ -329,7 +329,7 @@ class _ProcessLocalClient:
         self._pid_and_client = os.getpid(), _new_client()
 
     def client(self) -> Any:
-        """Return the client of the process that asks."""
+        """Return the client of the current process."""
         made_by, client = self._pid_and_client
         if made_by != os.getpid():
             # Without a lock, which might be held at the next fork: should two threads come here at

@@ -1,4 +1,4 @@
-"""The one protocol of object storage, and the rules for keys that hold on every store."""
+"""The protocol of object stores, and the rules for keys."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,26 +18,26 @@ __all__ = [
     "key_error",
 ]
 
-# How long a call to a remote store tries again before it fails: a server that restarts takes
-# seconds, one that moves to another machine a minute.
+# How long a call to a remote store is retried: a server needs seconds to restart, and a minute to
+# move to another machine.
 RETRY_TIMEOUT_S = 120.0
-# Where a person waits, or where work can go on without the store.
+# For interactive calls, and calls whose failure does not stop the work.
 SHORT_RETRY_TIMEOUT_S = 15.0
 
 RESERVED_PREFIX = ".loraseg-"
-# S3 allows 1024 bytes for bucket prefix and key together, file systems 255 for one segment,
-# which a temporary name must fit into as well.
+# S3 allows 1024 bytes for prefix and key together; file systems allow 255 for a segment, including
+# the suffix of a temporary name.
 _MAX_KEY_BYTES = 900
 _MAX_SEGMENT_BYTES = 200
 
 
 class ObjectNotFoundError(StoreError, LookupError):
-    """The store holds no object under that key."""
+    """The store has no object under this key."""
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """An object as a listing shows it; ``etag`` is None where only reading the object tells."""
+    """An entry of a listing; ``etag`` is None if the store does not list etags."""
 
     key: str
     size_bytes: int
@@ -55,7 +55,7 @@ class ObjectStore(Protocol):
 
     @property
     def uri(self) -> str:
-        """Where the store is; ``open_store(store.uri)`` opens it again."""
+        """URI of the root; ``open_store(store.uri)`` opens the store again."""
         ...
 
     def get(self, key: str) -> bytes:
@@ -75,18 +75,18 @@ class ObjectStore(Protocol):
         ...
 
     def put(self, key: str, data: bytes) -> str:
-        """Write the object, replacing what was there, and return its etag."""
+        """Write the object, replacing an existing one, and return its etag."""
         ...
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Write the object unless the key is taken; of any number of racing writers one wins."""
+        """Write the object unless the key exists; of concurrent writers exactly one succeeds."""
         ...
 
     def put_if_match(self, key: str, data: bytes, etag: str) -> bool:
-        """Replace the object if it still has ``etag``; False when it has changed or is gone.
+        """Replace the object if it still has ``etag``; False if it has changed or was deleted.
 
-        After a broken connection False can also mean that the write landed and was overwritten
-        before it could be confirmed, so callers re-read and re-apply an idempotent change.
+        After a broken connection, False can also mean that the write succeeded and was overwritten
+        before it was confirmed, so callers read again and reapply an idempotent change.
         """
         ...
 
@@ -99,24 +99,24 @@ class ObjectStore(Protocol):
         ...
 
     def list_objects(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """Yield what :meth:`list` does, with sizes and, where they cost nothing, etags.
+        """Yield the keys of :meth:`list` with sizes, and etags if listing them is free.
 
-        Keys come as they are; whether they follow the rules is for the caller to find out.
+        Keys are not checked against :func:`check_key`; other programs may have written them.
         """
         ...
 
     def delete(self, key: str) -> None:
-        """Remove the object; no error when there is none."""
+        """Delete the object; a missing object is not an error."""
         ...
 
     def with_prefix(self, prefix: str) -> "ObjectStore":
-        """Return the same store seen from below ``prefix``, a key without trailing slash."""
+        """Return the store rooted at ``prefix``, a key without trailing slash."""
         ...
 
     def with_retry_timeout(self, timeout_s: float) -> "ObjectStore":
-        """Return the same store with calls that try again for so many seconds.
+        """Return the store with another retry timeout, by default :data:`RETRY_TIMEOUT_S`.
 
-        By default it is :data:`PATIENCE_S`; only faults that may pass are tried again.
+        Only transient failures are retried.
         """
         ...
 
@@ -144,9 +144,9 @@ def check_key(key: str) -> str:
 
 
 def key_error(key: str) -> str | None:
-    """Return why no store takes a key; None if each does.
+    """Return the reason why a key is invalid; None if it is valid.
 
-    A listing may name such keys: any program can write into a bucket or a folder.
+    Listings may contain such keys, written by other programs.
     """
     try:
         check_key(key)
@@ -159,7 +159,7 @@ def check_prefix(prefix: str) -> str:
     """Return ``prefix`` if keys that follow the rules of :func:`check_key` can start with it.
 
     Raises:
-        StoreError: It cannot be the beginning of a key.
+        StoreError: No valid key starts with it.
     """
     try:
         size_bytes = len(prefix.encode())

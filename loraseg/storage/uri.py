@@ -1,4 +1,4 @@
-"""Opening a store by its URI, and finding out whether it honours conditional writes."""
+"""Opens stores by URI and checks that they support conditional writes."""
 
 import contextlib
 import re
@@ -29,7 +29,7 @@ def open_store(uri: str) -> ObjectStore:
 
     An S3 store takes endpoint, region and credentials from the standard AWS variables and files
     (``AWS_ENDPOINT_URL_S3``, ``AWS_ENDPOINT_URL``, ``AWS_REGION``, ``AWS_ACCESS_KEY_ID``, ...).
-    Nothing is contacted or created yet.
+    No connection is made and nothing is created.
 
     Raises:
         ConfigError: The URI is malformed or of another kind.
@@ -49,10 +49,10 @@ def open_store(uri: str) -> ObjectStore:
 def absolute_uri(uri: str) -> str:
     """Return a URI with a scheme unchanged, and a plain path made absolute.
 
-    A worker's current directory is not the driver's.
+    Workers and the driver have different current directories.
 
     Raises:
-        ConfigError: It is empty, or one slash short of a URI.
+        ConfigError: The URI is empty or has a single slash after its scheme.
     """
     if not uri:
         raise ConfigError("store URI is empty; expected a path, file:///folder or s3://bucket")
@@ -89,25 +89,25 @@ def open_parent_store(uri: str) -> tuple[ObjectStore, str]:
     """Return the store and the key of a file.
 
     Raises:
-        ConfigError: The URI names no file, or a store of an unknown kind.
+        ConfigError: The URI names no file, or its scheme is unknown.
     """
     folder, name = split_uri(uri)
     return open_store(folder), name
 
 
 def probe_conditional_writes(store: ObjectStore) -> None:
-    """Make sure that the store honours the conditional writes which the library relies on.
+    """Check that the store supports conditional writes, which the library requires.
 
-    Writes, and removes again, one small object below ``probe/``.
+    Writes and deletes a small object below ``probe/``.
 
     Raises:
-        StoreError: The store ignores or refuses a conditional write, or cannot be used at all.
+        StoreError: The store ignores or rejects a conditional write, or cannot be used.
     """
     key = f"probe/{uuid.uuid4().hex}"
     try:
         problem = _conditional_write_problem(store, key)
     finally:
-        # A store that just failed may fail here too; its first error is the one worth reading.
+        # If the store has failed, this may fail too; the first error is the one to report.
         with contextlib.suppress(StoreError):
             store.with_retry_timeout(_CLEANUP_TIMEOUT_S).delete(key)
     if problem:
@@ -140,12 +140,12 @@ def _file_path(rest: str) -> Path:
 
 
 def _open_s3(rest: str) -> ObjectStore:
-    # Not at the top: boto3 takes a third of a second to import, which file stores need not pay.
+    # Imported here because boto3 takes 0.3 s to import and file stores do not need it.
     from loraseg.storage.s3 import S3Store
 
     bucket, _, prefix = rest.partition("/")
     if not _BUCKET.fullmatch(bucket):
-        # The text is not repeated: people paste keys and secrets into the place of the host.
+        # The URI is not shown: users paste keys and secrets in place of the host.
         raise ConfigError(
             "store URI s3://...: expected s3://bucket/prefix, the bucket of 2 to 63 letters, "
             "digits, '.', '_' or '-'; credentials belong into AWS_ACCESS_KEY_ID and "

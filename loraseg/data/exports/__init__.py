@@ -1,7 +1,7 @@
 """Committed synthetic pairs in the formats of others.
 
 Why whole folders that must not exist yet: an export is made beside its place and renamed when it is
-complete, so nobody trains on half of one, and nothing of an older one stays in it.
+complete, so a partial export is never visible, and no files of an older one remain.
 """
 
 from loraseg.data.exports.coco import export_coco

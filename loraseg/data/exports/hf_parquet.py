@@ -50,7 +50,7 @@ def export_hf_parquet(dataset: ShardDataset, folder: str | Path, *, split: str =
     Args:
         dataset: What to write.
         folder: Where to; it must not exist.
-        split: What the files' names begin with.
+        split: Prefix of the file names.
 
     Returns:
         How many pairs were written.

@@ -32,7 +32,7 @@ class ExportPair:
         label: Bytes of a PNG.
         pixels: The image, RGB.
         label_ids: The label (h, w), uint8 or uint16.
-        metadata: Whatever else is told of a pair, as JSON values.
+        metadata: The other columns of a pair, as JSON values.
     """
 
     id: str

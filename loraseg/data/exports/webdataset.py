@@ -28,8 +28,8 @@ def export_webdataset(
     Args:
         dataset: What to write.
         folder: Where to; it must not exist.
-        split: What the files' names begin with.
-        pairs_per_tar: At most so many in a file.
+        split: Prefix of the file names.
+        pairs_per_tar: Maximum number of pairs per file.
 
     Returns:
         How many pairs were written.

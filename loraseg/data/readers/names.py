@@ -1,4 +1,4 @@
-"""Which files of a dataset folder are images, and which names join an image with its mask."""
+"""File names of images, and the stems that pair an image with its mask."""
 
 from pathlib import PurePosixPath
 
@@ -8,7 +8,7 @@ _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 def image_stem(name: str) -> str | None:
-    """Return the stem of an image's file name, which its mask shares; None if it is no image."""
+    """Return the stem of an image's file name, shared with its mask; None for other files."""
     path = PurePosixPath(name)
     if path.suffix.lower() not in _IMAGE_SUFFIXES or name.startswith("."):
         return None
@@ -16,7 +16,7 @@ def image_stem(name: str) -> str | None:
 
 
 def is_safe_stem(stem: str) -> bool:
-    """Return whether a stem stays in its folder and can be written down as UTF-8."""
+    """Return whether a stem is printable and stays in its folder."""
     return (
         stem not in ("", ".", "..")
         and "/" not in stem

@@ -1,4 +1,4 @@
-"""Whether a committed synthetic dataset is whole."""
+"""Checks a committed synthetic dataset."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ _ALL = get_args(PairStatus)
 
 @dataclass(frozen=True, slots=True)
 class ShardAuditReport:
-    """What was found.
+    """The result of a check.
 
     Attributes:
-        rows: How many rows were read.
+        rows: Number of rows.
         problems: Damage, one line each.
-        uncommitted: Shards that the manifest does not name: of a run that goes on or was ended.
+        uncommitted: Shards that the manifest does not name, of a running or stopped job.
             Readers do not see them.
         digest: :func:`loraseg.data.shards.schema.rows_digest` of all rows, None if there is damage.
     """
@@ -38,7 +38,7 @@ class ShardAuditReport:
 
 
 def audit_shards(dataset: ShardDataset) -> ShardAuditReport:
-    """Read everything: compare every digest, decode every picture, look for doubled pairs.
+    """Compare every digest, decode every image, and search for duplicate pairs.
 
     Raises:
         StoreError: The store cannot be read.

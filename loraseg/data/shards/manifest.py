@@ -1,7 +1,7 @@
 """The manifest of a synthetic dataset: its commit point.
 
-Readers see the shards that it names and no others, so one conditional write of it makes any number
-of shards visible at once. It holds no time of day: equal inputs give equal bytes.
+Readers see only the shards that it names, so one conditional write makes any number of shards
+visible at once. It holds no time stamp: equal inputs give equal bytes.
 """
 
 import re
@@ -30,14 +30,14 @@ _MAX_BYTES = 2**28
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardEntry:
-    """A shard that is committed.
+    """A committed shard.
 
     Attributes:
-        file: Its key, ``shards/<hex digits>.parquet``.
-        sha256: Of its bytes.
-        size_bytes: Its size.
-        rows: How many rows it has.
-        statuses: How many of them have which status; all four are named.
+        file: The key, ``shards/<hex digits>.parquet``.
+        sha256: Digest of the file.
+        size_bytes: Size of the file.
+        rows: Number of rows.
+        statuses: Number of rows by status, for all four statuses.
 
     Raises:
         DatasetError: A value is of another form, or the statuses do not add up to ``rows``.
@@ -52,7 +52,7 @@ class ShardEntry:
     statuses: Mapping[str, int]
 
     def __post_init__(self) -> None:
-        """Check, and name the statuses that no row has."""
+        """Check the values, and add the statuses without rows."""
         if not _SHARD_KEY.fullmatch(self.file):
             raise DatasetError(f"shard {self.file[:80]!r}: expected {SHARDS_PREFIX}/<hex>.parquet")
         if not _SHA256.fullmatch(self.sha256):
@@ -79,14 +79,14 @@ class ShardEntry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardManifest:
-    """All that is committed of a synthetic dataset.
+    """The committed content of a synthetic dataset.
 
     Attributes:
-        generation: Counts the commits.
-        classes: Class names, id = place.
-        masks: How many masks the committed parts hold.
-        shards: Sorted by file, whatever their order was.
-        plans: sha256 of the plans that say which mask is in which part, in the order of use.
+        generation: Number of commits.
+        classes: Class names, id = index.
+        masks: Number of masks in the committed shards.
+        shards: The shards, sorted by file.
+        plans: sha256 of the plans, which assign masks to shards, in the order of use.
         dataset_sha256: Of the bytes of ``dataset.json``.
 
     Raises:
@@ -109,20 +109,20 @@ class ShardManifest:
             if not _SHA256.fullmatch(digest):
                 raise DatasetError(f"manifest: {digest[:80]!r} is not a sha256")
         if len({entry.file for entry in self.shards}) != len(self.shards):
-            raise DatasetError("manifest: a shard is there twice")
+            raise DatasetError("manifest: a shard is listed twice")
         ordered = tuple(sorted(self.shards, key=lambda entry: entry.file))
         object.__setattr__(self, "shards", ordered)
 
     @property
     def statuses(self) -> dict[str, int]:
-        """How many rows have which status; all four are named."""
+        """Number of rows by status, for all four statuses."""
         return {
             status: sum(entry.statuses[status] for entry in self.shards) for status in _STATUSES
         }
 
     @property
     def pairs(self) -> int:
-        """How many pairs are ``ok``."""
+        """Number of ``ok`` pairs."""
         return self.statuses["ok"]
 
     def to_bytes(self) -> bytes:
@@ -194,7 +194,7 @@ class _ManifestFile:
 
 
 def read_manifest(store: ObjectStore) -> tuple[ShardManifest, str] | None:
-    """Return what is committed and the manifest's etag; None if nothing is.
+    """Return the manifest and its etag; None if nothing is committed.
 
     Raises:
         IntegrityError: The manifest is damaged.

@@ -1,4 +1,4 @@
-"""The pictures in a shard: label maps as PNG of 8 or 16 bits, and pairs as arrays."""
+"""Images in a shard: label maps as PNG of 8 or 16 bits, and pairs as arrays."""
 
 import io
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from loraseg.tensor_types import UInt8, ndarray
 __all__ = ["decode_label", "decode_pair", "encode_label", "ignore_id"]
 
 _UINT16_IGNORE = 65_535
-# Type of the ids, and what a PNG has at byte 24: bits a sample, then 0 for grey, 3 for indexed.
+# Type of the ids, and byte 24 of the PNG: bit depth, then 0 for grey, 3 for indexed.
 _UINT8_PNG = ("uint8", (b"\x08\x00", b"\x08\x03"))
 _UINT16_PNG = ("uint16", (b"\x10\x00",))
 
@@ -31,7 +31,7 @@ def encode_label(labels: ndarray, classes: Sequence[str]) -> bytes:
     """Return a label map as PNG whose pixel values are the ids.
 
     Args:
-        labels: Ids (h, w), uint8 or uint16; see :func:`ignore_of`.
+        labels: Ids (h, w), uint8 or uint16; see :func:`ignore_id`.
         classes: Class names, whose colours become the palette of a PNG of 8 bits.
 
     Raises:
@@ -53,8 +53,8 @@ def decode_label(data: bytes, classes: int) -> ndarray:
     """Return the ids (h, w) of a label map: uint8, or uint16 with over 255 classes.
 
     Args:
-        data: PNG of one channel, 8 or 16 bits, grey or indexed; it may come from anybody.
-        classes: How many there are.
+        data: PNG of one channel, 8 or 16 bits, grey or indexed, from an untrusted source.
+        classes: Number of classes.
 
     Raises:
         DatasetError: It is something else, has too many pixels, or an id outside ``classes``.
@@ -86,11 +86,11 @@ def decode_pair(row: PairRow, classes: int, where: str) -> tuple[UInt8[ndarray, 
 
     Args:
         row: Any ``ok`` one, read with ``image``, ``label``, ``height`` and ``width``.
-        classes: How many there are.
-        where: What to call the dataset in errors.
+        classes: Number of classes.
+        where: Name of the dataset, for messages.
 
     Raises:
-        IntegrityError: A picture is missing, broken, or of another size than the row says.
+        IntegrityError: An image is missing, broken, or its size differs from the row.
     """
     try:
         if row.image is None or row.label is None:

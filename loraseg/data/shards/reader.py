@@ -1,4 +1,4 @@
-"""A synthetic dataset as readers see it: a snapshot of what one manifest names."""
+"""Reads a synthetic dataset: the shards of one manifest."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cached_property
@@ -22,8 +22,8 @@ class ShardDataset:
     again by URI.
 
     Attributes:
-        store: Where it lies.
-        manifest: What was committed when it was opened.
+        store: The store of the dataset.
+        manifest: The manifest at the time of opening.
     """
 
     def __init__(self, store: ObjectStore, manifest: ShardManifest) -> None:
@@ -47,11 +47,11 @@ class ShardDataset:
         return cls(store, found[0])
 
     def __reduce__(self) -> tuple[Callable[..., "ShardDataset"], tuple[str, ShardManifest]]:
-        """Leave the store's connections behind: no other process can use them."""
+        """Pickle without connections, which other processes cannot use."""
         return _reopen, (self.store.uri, self.manifest)
 
     def __len__(self) -> int:
-        """Return how many pairs are ``ok``."""
+        """Return the number of ``ok`` pairs."""
         return self.manifest.pairs
 
     @cached_property
@@ -60,7 +60,7 @@ class ShardDataset:
 
         Raises:
             DatasetError: There are over 255 of them, or two that only differ in case or blanks;
-                ``manifest.classes`` holds the names whatever they are.
+                ``manifest.classes`` has the names in any case.
         """
         return LabelSpace(self.manifest.classes)
 
@@ -74,13 +74,13 @@ class ShardDataset:
         """Yield rows shard by shard, in the order of the manifest.
 
         Args:
-            statuses: Of the rows wanted.
+            statuses: The rows to yield.
             columns: As in :func:`loraseg.data.shards.schema.read_rows`.
             verify: Whether to compare every shard with its sha256 before its rows are read.
 
         Raises:
             DatasetError: There is no such column.
-            IntegrityError: A shard is missing, damaged or another than the manifest says.
+            IntegrityError: A shard is missing, damaged or differs from the manifest.
             StoreError: The store cannot be read.
         """
         for entry in self.manifest.shards:
@@ -102,7 +102,7 @@ class ShardDataset:
             raise IntegrityError(f"{where}: rows {counts}, but the manifest has {entry.statuses}")
 
     def find_pair(self, pair_id_prefix: str) -> PairRow:
-        """Return the pair, of any status, whose id starts so.
+        """Return the pair, of any status, whose id starts with a prefix.
 
         Raises:
             DatasetError: There is none, or more than one.

@@ -1,4 +1,4 @@
-"""Synthetic pairs as Parquet: one row a pair, or a mask that made none.
+"""Synthetic pairs as Parquet: one row per pair, or per mask without a pair.
 
 A file holds plain columns of text, numbers and bytes, so that anything that reads Parquet reads
 it; images, labels and masks are whole PNG (or JPEG) files. The class names stand in the file's
@@ -39,8 +39,8 @@ MAX_CLASSES = 65_535
 _FORMAT = 1
 _STATUSES = frozenset(get_args(PairStatus))
 _METADATA_KEY = b"loraseg"
-# Whoever wants one row decodes a group; one that wants all holds no more than a group beside the
-# file. Both bounds are part of the format: they say where a file of equal rows is cut.
+# Reading a row decodes its group; reading all rows holds one group besides the file. Both bounds
+# are part of the format, because they decide where the rows are cut into groups.
 _GROUP_ROWS = 64
 _GROUP_BYTES = 64 * 2**20
 _HEX = re.compile(r"[0-9a-f]{1,64}")
@@ -48,7 +48,7 @@ _MAX_NAME_LENGTH = 1024
 _KEY_COLUMNS = ("pair_id", "status", "mask_name")
 _REQUIRED_IF_OK = ("pair_id", "image", "label", "height", "width")
 _BYTE_COLUMNS = ("image", "label", "mask", "predicted")
-# PNG does not get smaller, and what is not compressed cannot unfold into more than was read.
+# PNG does not compress further.
 _COMPRESSION = {"prompt": "zstd", "lineage": "zstd"}
 
 _ADAPTER_LIST = pa.list_(
@@ -97,34 +97,34 @@ class _ShardMetadata:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PairRow:
-    """One pair, or one mask that made none. The columns of a shard, see :data:`SCHEMA`.
+    """One pair, or one mask without a pair. The columns of a shard, see :data:`SHARD_SCHEMA`.
 
     Attributes:
         pair_id: Hex digits; None for a mask that made no pair.
-        status: ``ok``; ``dropped``, filtered away as a whole; ``bad_mask``; or ``duplicate``, a
+        status: ``ok``; ``dropped``, removed by the filter; ``bad_mask``; or ``duplicate``, a
             mask that is in the source twice.
         reason: Why it is not ``ok``; None if it is.
-        mask_name: As the source calls it, printable.
+        mask_name: Name in the source, printable.
         mask_id: sha256 (hex) of the mask's ids and shape.
-        k: Which image of its mask, from 0.
-        siblings: How many images of the mask voted.
+        k: Number of the image of its mask, from 0.
+        siblings: Number of images of the mask that voted.
         image: PNG or JPEG, RGB.
         label: PNG of class ids. Pixels that were filtered, or had no class in the mask, are 255;
             with over 255 classes it has 16 bits and they are 65535.
-        mask: PNG like ``label``, as the generator was told it.
-        predicted: PNG like ``label``: what the segmenter saw in the image.
+        mask: PNG like ``label``, the condition of the generator.
+        predicted: PNG like ``label``, the prediction of the segmenter.
         height: Of all four pictures, pixels.
         width: Of all four pictures, pixels.
         seed: Of the image's noise.
         prompt: What the text encoders read.
         generator: Digest (hex) of all that decides what a mask and a seed become.
-        adapters: (name, digest, weight) of what acted on all images.
-        heads: The same of what acted on this image beside them.
+        adapters: (name, digest, weight) of the adapters of all images.
+        heads: The same for additional adapters of this image.
         kept: Share of the mask's labelled pixels that kept their label, in [0, 1].
         kept_by_class: The same by class, None where the mask has no pixel of the class; empty
             where there was no vote.
-        lineage: JSON object, all that is needed to make the pair again.
-        code_revision: Which code made it.
+        lineage: JSON object with everything needed to reproduce the pair.
+        code_revision: Revision of the code.
     """
 
     pair_id: str | None
@@ -180,11 +180,11 @@ def encode_shard(rows: Sequence[PairRow], classes: Sequence[str]) -> bytes:
             seen.add(row.pair_id)
     about = json.dumps({"format": _FORMAT, "classes": names}, ensure_ascii=False)
     sink = pa.BufferOutputStream()
-    layout: dict[str, Any] = {  # its types are wider than pyarrow says
+    layout: dict[str, Any] = {  # pyarrow's annotations are too narrow
         "compression": {name: _COMPRESSION.get(name, "none") for name in _NAMES},
         "write_statistics": ["pair_id", "status"],
         "use_dictionary": False,
-        "store_schema": False,  # the types of Parquet say it all
+        "store_schema": False,  # the types of Parquet suffice
     }
     try:
         with pq.ParquetWriter(sink, SHARD_SCHEMA, **layout) as writer:
@@ -201,8 +201,8 @@ def decode_shard(data: bytes, where: str) -> list[PairRow]:
     """Return all rows of a file that :func:`encode_shard` made.
 
     Args:
-        data: The file; it may come from anybody.
-        where: What to call it in errors.
+        data: The file, from an untrusted source.
+        where: Name of the file, for messages.
 
     Raises:
         IntegrityError: It is no such file, unfolds into more than its own size allows, or a row
@@ -218,14 +218,14 @@ def read_rows(
     columns: Collection[str] | None = None,
     classes: Sequence[str] | None = None,
 ) -> Iterator[PairRow]:
-    """Yield the rows in their order, holding few of them at a time.
+    """Yield the rows in order, a batch in memory at a time.
 
     Args:
-        data: The file; it may come from anybody.
-        where: What to call it in errors.
-        columns: Which to read beside ``pair_id``, ``status`` and ``mask_name``; the others are
-            None or empty. By default all.
-        classes: What the shard's class names must be; by default anything.
+        data: The file, from an untrusted source.
+        where: Name of the file, for messages.
+        columns: The columns to read besides ``pair_id``, ``status`` and ``mask_name``, by default
+            all; the others are None or empty.
+        classes: Required class names; None for any.
 
     Raises:
         DatasetError: There is no such column.
@@ -246,7 +246,7 @@ def read_rows(
 
 
 def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
-    """Return the class names of a shard or manifest if they can be such.
+    """Return the class names of a shard or manifest if they are valid.
 
     Raises:
         DatasetError: None or over 65,535, or one is doubled, empty or not printable.
@@ -262,7 +262,7 @@ def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
 
 
 def rows_digest(rows: Iterable[PairRow]) -> str:
-    """Return the sha256 (hex) over rows in any order; which code made them is no matter.
+    """Return the sha256 (hex) over rows, in any order, without their code revision.
 
     It covers every column but ``code_revision``, also where that stands in the lineage.
     """
@@ -318,7 +318,7 @@ def _parse_row(
 
 
 def _row_error(row: PairRow, classes: int, columns: Collection[str]) -> str | None:
-    """Return what is wrong with a row of which the ``columns`` columns are known."""
+    """Return the first fault of a row that has ``columns``; None if it is valid."""
     if row.status not in _STATUSES:
         return f"status: got {row.status!r}, expected one of {', '.join(sorted(_STATUSES))}"
     if not row.mask_name.isprintable() or not 1 <= len(row.mask_name) <= _MAX_NAME_LENGTH:

@@ -18,7 +18,7 @@ ItemT = TypeVar("ItemT")
 
 
 class ShardStream(torch.utils.data.IterableDataset[dict[str, Any]]):
-    """All ``ok`` pairs once an epoch, shared out over ranks and their DataLoader workers.
+    """All ``ok`` pairs once per epoch, divided among ranks and their DataLoader workers.
 
     The shards are put in an order drawn for the epoch. Each consumer takes an equal stretch of the
     pairs in that order, so that it reads few shards that others read too and no count differs by
@@ -60,7 +60,7 @@ class ShardStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next iteration; workers that persist do not hear of it."""
+        """Set the epoch of the next iteration; persistent workers keep the old one."""
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

@@ -85,7 +85,7 @@ def test_a_long_wait_is_told_once(faulty, store, caplog, monkeypatch):
     faulty.faults = ["drop"] * 30
     store.put("key", b"data")
     (line,) = caplog.messages
-    assert line.startswith("s3://bucket/prefix: write 'key': no success yet (ConnectionClosedError")
+    assert line.startswith("s3://bucket/prefix: write 'key': failed (ConnectionClosedError")
 
 
 def test_refusals_are_not_repeated(faulty, store):

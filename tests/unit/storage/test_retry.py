@@ -90,7 +90,7 @@ def test_patience_ends_in_time(clock, request_s, caplog):
         retry.retry_call(request, 120.0, "s3://bucket: write 'key'")
     assert 110.0 < clock.now <= 120.0 + request_s
     (line,) = caplog.messages
-    assert line.startswith("s3://bucket: write 'key': no success yet (SlowDown)")
+    assert line.startswith("s3://bucket: write 'key': failed (SlowDown)")
 
 
 def test_pauses_grow_to_a_bound_and_differ():

@@ -99,7 +99,7 @@ def test_entries_that_break_the_rules(change, match):
         ({"masks": -1}, "below 0"),
         ({"plans": ("x",)}, "not a sha256"),
         ({"dataset_sha256": ""}, "not a sha256"),
-        ({"shards": (entry(), entry())}, "there twice"),
+        ({"shards": (entry(), entry())}, "listed twice"),
     ],
 )
 def test_manifests_that_break_the_rules(change, match):
