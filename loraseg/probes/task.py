@@ -15,7 +15,7 @@ from loraseg.probes.gradient import GradientProbeConfig, gradient_probe
 from loraseg.storage import absolute_uri, open_parent_store, open_store, split_uri
 from loraseg.synth.conditioning import Conditioner, ConditioningConfig
 from loraseg.synth.sizes import size_multiple
-from loraseg.train.core.task import task_digest
+from loraseg.train.core.task_digest import task_digest
 from loraseg.train.core.threads import fixed_threads
 from loraseg.train.generator_adapters.crops import CroppedImages, ViewConfig
 from loraseg.train.generator_adapters.latents import TensorCache

@@ -21,7 +21,7 @@ from loraseg.tensor_types import Tensor
 from loraseg.train.core.checkpoint import CheckpointStore
 from loraseg.train.core.loop import LoopConfig, LoopResult, run_loop
 from loraseg.train.core.progress import ProgressCallback, ProgressReporter
-from loraseg.train.core.task import task_digest
+from loraseg.train.core.task_digest import task_digest
 from loraseg.train.core.threads import fixed_threads
 from loraseg.train.segmenter_adapters.samples import (
     TrainingImages,

@@ -28,7 +28,7 @@ from loraseg.train.closed_set.loop import (
 )
 from loraseg.train.closed_set.recipes import SegmenterRecipe, named_segmenter_recipe
 from loraseg.train.closed_set.report import render_training_report
-from loraseg.train.core.task import task_digest
+from loraseg.train.core.task_digest import task_digest
 
 __all__ = [
     "SegmenterTrainingConfig",

@@ -1,15 +1,12 @@
 """What the adapter jobs of all roles share: the task, its data, checkpoints and publication."""
 
 import dataclasses
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
-from loraseg import config as configuration
 from loraseg.data import Dataset, Sample, few_shot, open_dataset
 from loraseg.data.datasets import check_samples
 from loraseg.errors import ConfigError, IntegrityError, LorasegError, StoreError
@@ -30,7 +27,6 @@ __all__ = [
     "TrainingTask",
     "open_samples",
     "run_each",
-    "task_digest",
 ]
 
 logger = logging.getLogger(__name__)
@@ -165,29 +161,6 @@ class TaskResult:
     seconds: float
     current: bool = True
     skipped_files: tuple[str, ...] = ()
-
-
-def task_digest(version: int, parts: Mapping[str, Any], *, compact: bool = True) -> str:
-    """Return the sha256 of everything that decides a task's result, as canonical JSON.
-
-    Equal digests mean equal results: they select checkpoints and published versions, so the JSON of
-    existing tasks must not change.
-
-    Args:
-        version: Raised when the same parts would give another result; the key "format" of the JSON.
-        parts: Config dataclasses and plain JSON values by name.
-        compact: Write the JSON without spaces. Closed-set runs are digested with spaces.
-    """
-    content = {
-        "format": version,
-        **{
-            name: configuration.to_dict(part) if dataclasses.is_dataclass(part) else part
-            for name, part in parts.items()
-        },
-    }
-    separators = (",", ":") if compact else None
-    text = json.dumps(content, sort_keys=True, separators=separators)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class SharedResources:

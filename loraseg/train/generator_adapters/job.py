@@ -28,8 +28,8 @@ from loraseg.train.core.task import (
     TrainingPlan,
     TrainingRun,
     open_samples,
-    task_digest,
 )
+from loraseg.train.core.task_digest import task_digest
 from loraseg.train.core.threads import fixed_threads
 from loraseg.train.generator_adapters.crops import CroppedImages
 from loraseg.train.generator_adapters.latents import TensorCache

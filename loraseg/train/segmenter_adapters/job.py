@@ -26,8 +26,8 @@ from loraseg.train.core.task import (
     TrainingPlan,
     TrainingRun,
     open_samples,
-    task_digest,
 )
+from loraseg.train.core.task_digest import task_digest
 from loraseg.train.segmenter_adapters.recipes import AdapterRecipe
 from loraseg.train.segmenter_adapters.samples import TrainingImages
 from loraseg.train.segmenter_adapters.task import SegmenterAdapterTask

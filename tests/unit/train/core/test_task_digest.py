@@ -12,7 +12,7 @@ from loraseg.train.base_segmenter import BaseRecipe
 from loraseg.train.closed_set.data_spec import TrainingDataDigests
 from loraseg.train.closed_set.job import _run_digest
 from loraseg.train.closed_set.recipes import named_segmenter_recipe
-from loraseg.train.core.task import task_digest
+from loraseg.train.core.task_digest import task_digest
 from loraseg.train.generator_adapters import job as generator_job
 from loraseg.train.generator_adapters.recipes import named_generator_recipe
 from loraseg.train.segmenter_adapters import job as segmenter_job
