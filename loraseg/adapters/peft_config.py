@@ -1,4 +1,4 @@
-"""``adapter_config.json`` as peft writes it: what of it matters, checked as if it were hostile."""
+"""``adapter_config.json`` as peft writes it: the keys that matter, checked as untrusted input."""
 
 import json
 import math
@@ -18,7 +18,7 @@ __all__ = ["MAX_CONFIG_BYTES", "MAX_RANK", "PeftLoraConfig", "parse_config", "re
 MAX_CONFIG_BYTES = 2**20
 MAX_RANK = 2**16
 
-# Settings under which A and B no longer say what the adapter does, each with the reason.
+# Settings under which A and B alone do not define the adapter, each with the reason.
 _UNSUPPORTED = {
     "layer_replication": "it changes the depth of the base model",
     "lora_bias": "it adds biases to the low-rank product",
@@ -32,7 +32,7 @@ _UNSUPPORTED = {
     "monteclora_config": "it samples its factors",
 }
 # Initialisers that move part of the base weight into the adapter; False, True, "gaussian" and
-# "orthogonal" leave the base alone.
+# "orthogonal" leave the base unchanged.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _FILE = "adapter_config.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -128,7 +128,7 @@ def parse_config(data: bytes) -> PeftLoraConfig:
 
 
 def _check_settings(values: Mapping[str, Any]) -> None:
-    """Refuse settings under which A and B do not say what the adapter does."""
+    """Refuse settings under which A and B alone do not define the adapter."""
     for key, reason in _UNSUPPORTED.items():
         if values.get(key):
             raise IntegrityError(f"{_FILE}: {key} is not supported: {reason}")

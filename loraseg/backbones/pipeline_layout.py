@@ -1,6 +1,6 @@
-"""What a diffusers pipeline folder must hold, checked as if a stranger had made it.
+"""Layout of a diffusers pipeline folder: its index, parts and files, checked as untrusted input.
 
-Only the parts that loraseg uses are looked at, each with the one class that it may have.
+Only the parts that loraseg uses are checked, each against the classes that it may have.
 """
 
 import hashlib
@@ -68,7 +68,7 @@ PIPELINE_PARTS: Mapping[PipelineKind, tuple[str, ...]] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class FileListing:
-    """The files that a folder or a store offers, and how to read one of them."""
+    """File names of a folder or store, with a function that reads one of them."""
 
     where: str
     names: frozenset[str]
@@ -79,10 +79,10 @@ def pipeline_digest(folder: Path) -> str:
     """Return sha256 (hex) of canonical JSON {relative path: sha256} of the files that are used.
 
     Those are model_index.json and, of each part that loraseg loads, configs, tokenizer files and
-    safetensors; what else lies in the folder does not change it.
+    safetensors; other files of the folder do not change it.
 
     Raises:
-        IntegrityError: The folder is no pipeline that can be loaded.
+        IntegrityError: The folder is not a pipeline that can be loaded.
     """
     digests: dict[str, str] = {}
     for name in used_files(local_listing(folder)):
@@ -113,18 +113,18 @@ def read_index(listing: FileListing) -> tuple[dict[str, Any], PipelineKind]:
         IntegrityError: The pipeline or a part is of another class than loraseg can use.
     """
     index = _read_object(listing, INDEX_FILE)
-    found = index.get("_class_name")
-    if not isinstance(found, str) or found not in PIPELINE_KINDS:
+    name = index.get("_class_name")
+    if not isinstance(name, str) or name not in PIPELINE_KINDS:
         raise IntegrityError(
-            f"{listing.where}/{INDEX_FILE}: the pipeline is a {str(found)[:80]}, expected "
+            f"{listing.where}/{INDEX_FILE}: the pipeline is a {str(name)[:80]}, expected "
             f"{' or '.join(PIPELINE_KINDS)}"
         )
-    kind = PIPELINE_KINDS[found]
+    kind = PIPELINE_KINDS[name]
     for part in PIPELINE_PARTS[kind]:
         _check_class(listing.where, part, index.get(part))
     if not isinstance(index.get("force_zeros_for_empty_prompt", True), bool):
         raise IntegrityError(
-            f"{listing.where}/{INDEX_FILE}: force_zeros_for_empty_prompt is no true or false"
+            f"{listing.where}/{INDEX_FILE}: force_zeros_for_empty_prompt is not a boolean"
         )
     return index, kind
 
@@ -172,10 +172,10 @@ def _files_of_part(listing: FileListing, part: str) -> list[str]:
     if part == "scheduler":
         return _require(listing, part, ["scheduler_config.json"])
     if part not in MODEL_PARTS:
-        there = [name for name in TOKENIZER_FILES if f"{part}/{name}" in listing.names]
-        words = ["tokenizer.json"] if "tokenizer.json" in there else ["vocab.json", "merges.txt"]
+        present = [name for name in TOKENIZER_FILES if f"{part}/{name}" in listing.names]
+        words = ["tokenizer.json"] if "tokenizer.json" in present else ["vocab.json", "merges.txt"]
         _require(listing, part, ["tokenizer_config.json", *words])
-        return there
+        return present
     weights = f"{MODEL_PARTS[part][2]}.safetensors"
     if f"{part}/{weights}.index.json" not in listing.names:
         return _require(listing, part, ["config.json", weights])
@@ -187,20 +187,20 @@ def _require(listing: FileListing, part: str, names: list[str]) -> list[str]:
     for name in names:
         if f"{part}/{name}" in listing.names:
             continue
-        there = sorted(n.partition("/")[2] for n in listing.names if n.startswith(f"{part}/"))
-        pickles = [other for other in there if other.endswith(_PICKLE_SUFFIXES)]
+        present = sorted(n.partition("/")[2] for n in listing.names if n.startswith(f"{part}/"))
+        pickles = [other for other in present if other.endswith(_PICKLE_SUFFIXES)]
         if name.endswith(".safetensors") and pickles:
             raise IntegrityError(
                 f"{listing.where}/{part}: {pickles[0]} is a pickle, which can run code when it is "
                 f"read; expected {name}"
             )
-        raise IntegrityError(f"{listing.where}/{part}: {name} is missing (files: {there[:10]})")
+        raise IntegrityError(f"{listing.where}/{part}: {name} is missing (files: {present[:10]})")
     return names
 
 
 def _shards(listing: FileListing, name: str) -> list[str]:
-    places = _read_object(listing, name).get("weight_map")
-    values = set(places.values()) if isinstance(places, dict) else set()
+    shard_of = _read_object(listing, name).get("weight_map")
+    values = set(shard_of.values()) if isinstance(shard_of, dict) else set()
     if not values or not all(isinstance(v, str) and _SHARD.fullmatch(v) for v in values):
         raise IntegrityError(
             f"{listing.where}/{name}: weight_map does not name plain .safetensors files"

@@ -25,18 +25,18 @@ _SCALAR_TYPES = (str, int, float, bool, NoneType)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerScore:
-    """What a probe found about one layer.
+    """Score of one layer, with its place in the UNet if it is an attention projection.
 
     Attributes:
         name: Full dotted module name.
         score: Final score; not negative.
-        history: The score at the end of each epoch, or as the method says.
-        numel: Values of its weight.
-        block: As in :class:`~loraseg.adapters.targets.unet.Projection`, and so the next three;
-            all None for a layer that is no attention projection.
-        cross: Whether it looks at the text.
-        part: Query, key, value or output.
-        factor: Side of the latent over the side at which it works.
+        history: Scores over the run, one per epoch unless the method defines otherwise.
+        numel: Number of elements of its weight.
+        block: As in :class:`~loraseg.adapters.targets.unet.Projection`, like the next three; all
+            None for a layer that is not an attention projection.
+        cross: Whether it belongs to cross-attention, over the text tokens.
+        part: Which projection: query, key, value or output.
+        factor: Side of the latent divided by the side of the layer's feature map.
     """
 
     name: str
@@ -50,7 +50,7 @@ class LayerScore:
 
     def __post_init__(self) -> None:
         if len(self.name) > _MAX_TEXT_LENGTH or not _NAME.fullmatch(self.name):
-            raise ConfigError(f"layer report: {self.name[:80]!r} is no dotted module name")
+            raise ConfigError(f"layer report: {self.name[:80]!r} is not a dotted module name")
         for value in (self.score, *self.history):
             if not (math.isfinite(value) and value >= 0):
                 raise ConfigError(
@@ -96,15 +96,15 @@ class LayerReport:
     """Scores of one model by one method, highest first, ties by name.
 
     Attributes:
-        method: How they were found, such as ``gradient``.
-        base_name: What the model is called.
+        method: Name of the scoring method, such as ``gradient``.
+        base_name: Name of the scored model.
         base_digest: sha256 (hex) of its weights.
-        scores: One a layer, given in any order.
-        samples: How many of what the scores rest on, such as ``{"images": 64, "epochs": 3}``.
-        settings: The method's own, flat: texts, numbers, flags and lists of one of them.
+        scores: One per layer, given in any order.
+        samples: Sizes of the data behind the scores, such as ``{"images": 64, "epochs": 3}``.
+        settings: Settings of the method, flat: strings, numbers, booleans, None, or lists of these.
 
     Raises:
-        ConfigError: There is no layer, a name occurs twice or is no module name, a score is
+        ConfigError: There is no layer, a name occurs twice or is not a module name, a score is
             negative or not finite, or a field is of the wrong type.
     """
 
@@ -126,7 +126,7 @@ class LayerReport:
         """Return the report of the attention projections alone.
 
         Raises:
-            ConfigError: It holds none.
+            ConfigError: The report has no attention projection.
         """
         kept = tuple(score for score in self.scores if score.is_projection)
         return replace(self, scores=kept)
@@ -201,7 +201,7 @@ def _check(report: LayerReport) -> None:
         if not text or len(text) > _MAX_TEXT_LENGTH or not text.isprintable():
             raise ConfigError(
                 f"layer report: {name} {text[:80]!r}, expected 1 to {_MAX_TEXT_LENGTH} "
-                f"printable letters"
+                f"printable characters"
             )
     if not _SHA256.fullmatch(report.base_digest):
         raise ConfigError(
@@ -221,14 +221,14 @@ def _check(report: LayerReport) -> None:
         if not 1 <= len(key) <= _MAX_TEXT_LENGTH or not key.isprintable():
             raise ConfigError(
                 f"layer report: name {key[:80]!r}, expected 1 to {_MAX_TEXT_LENGTH} printable "
-                f"letters"
+                f"characters"
             )
     for key, value in report.settings.items():
         values = value if isinstance(value, list | tuple) else [value]
         if not all(_is_json_scalar(item) for item in values):
             raise ConfigError(
-                f"layer report: setting {key[:80]!r} is {str(value)[:80]}, expected texts, finite "
-                f"numbers, flags or a list of them"
+                f"layer report: setting {key[:80]!r} is {str(value)[:80]}, expected strings, "
+                f"finite numbers, booleans or a list of them"
             )
 
 

@@ -124,7 +124,7 @@ def test_pickles_are_refused(folder, name):
             {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]},
             "cannot be loaded|has no",
         ),
-        ({"force_zeros_for_empty_prompt": "yes"}, "is no true or false"),
+        ({"force_zeros_for_empty_prompt": "yes"}, "is not a boolean"),
     ],
 )
 def test_other_classes_are_refused(folder, changes, message):
