@@ -165,8 +165,8 @@ def test_loss_equals_the_naive_mean(masked):
     label = torch.randint(0, 3, (2, 7, 13), generator=generator)
     label[0, :4] = 255
     expected = naive_catseg.loss(logits, label, 255, masked)
-    (expected,) = torch.autograd.grad(expected, logits)
-    got = catseg_bce(logits, label.to(torch.uint8), mask_ignored=masked)
-    (gradient,) = torch.autograd.grad(got, logits)
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
+    (expected_gradient,) = torch.autograd.grad(expected, logits)
+    actual = catseg_bce(logits, label.to(torch.uint8), mask_ignored=masked)
+    (gradient,) = torch.autograd.grad(actual, logits)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-12)
