@@ -263,10 +263,10 @@ class S3Store:
     def _stored_by_earlier_attempt(self, key: str, write_id: str) -> bool:
         """Distinguish a lost race from a failed repetition of our own write.
 
-        When an attempt was stored but its answer was lost or a server error (Ceph RGW 16 gives 500
-        to some of the writers in a race), the next attempt meets the object that it wrote itself
-        and is refused. The mark of the object that is stored tells whose it is; its bytes do not,
-        since another writer may have put the same.
+        If an attempt was stored and its response was lost or a server error (Ceph RGW 16 returns
+        500 to some of the writers in a race), the next attempt finds the object that this process
+        wrote, and is rejected. The write id in the metadata identifies the writer; the bytes do
+        not, because another writer may have written the same.
         """
         target = self._target(key)
         try:

@@ -112,8 +112,8 @@ def _block_corners(block: ndarray, class_ids: ndarray) -> ndarray:
         beside, below, across = here[quadrant ^ 1], here[quadrant ^ 2], here[quadrant ^ 3]
         convex = (own != beside) & (own != below)
         concave = convex & (beside == below) & (beside == across)
-        # Clockwise around a pixel, the way goes on horizontally at the corners of which the pixel
-        # is the bottom right or top left neighbour; around a hole of one pixel, at the others.
+        # Clockwise around a pixel, the outline leaves horizontally at corners whose bottom right or
+        # top left neighbour is the pixel; around a hole of one pixel, at the other corners.
         leaves = int(right == down)
         for chosen, label, leaving in ((convex, own, leaves), (concave, beside, 1 - leaves)):
             (at,) = np.nonzero(chosen & np.isin(label, class_ids))
@@ -189,7 +189,7 @@ def _assign_holes(rings: list[list[tuple[int, int]]], label_map: ndarray) -> lis
     rise = y[after] - y
     # The shoelace formula: with y down, clockwise is above 0. Horizontal edges add nothing.
     is_hole = np.add.reduceat(x * rise, firsts) < 0
-    # Going up, the class is to the right: these edges begin the runs of pixels of each row.
+    # On upward edges the class is to the right: they are the starts of the runs of a row.
     (up,) = np.nonzero(rise < 0)
     height = len(label_map)
     keys = x[up] * (height + 1) + y[after][up]
@@ -204,7 +204,7 @@ def _assign_holes(rings: list[list[tuple[int, int]]], label_map: ndarray) -> lis
         (others,) = np.nonzero(run != run[-1])
         start = int(others[-1]) + 1 if len(others) else 0
         edge = np.searchsorted(keys, start * (height + 1) + row, side="right") - 1
-        # The run begins at the exterior, or at a hole further left, whose exterior is known.
+        # The run starts at the exterior, or at a hole further left, whose exterior is known.
         around[hole] = around[owners[edge]]
     return _build_polygons(rings, is_hole.tolist(), around, label_map)
 
@@ -218,7 +218,7 @@ def _build_polygons(
     polygons: dict[int, dict[str, Any]] = {}
     for index, ring in enumerate(rings):
         if not is_hole[index]:
-            # An exterior begins with the top left corner of one of its pixels.
+            # The first point of an exterior is the top left corner of one of its pixels.
             column, row = ring[0]
             polygons[index] = {
                 "class_id": int(label_map[row, column]),

@@ -1,8 +1,8 @@
-"""Masks as run lengths in the compressed dialect of COCO, one string for each class.
+"""Masks as run lengths in COCO's compressed format (``rleToString`` of pycocotools), per class.
 
-The runs go down the columns, column by column, and begin with the pixels outside the mask. From
-the fourth on, each is written as its difference to the last but one; numbers are cut into groups of
-five bits, lowest first, each written as a character from 48 on that is 32 higher if more follow.
+Runs are in column-major order; the first is outside the mask. From the fourth on, a run is stored
+as the difference to the run two before it. Numbers are split into groups of five bits, lowest
+first; a group is the character 48 + bits, plus 32 if another group follows.
 """
 
 from collections.abc import Iterable, Mapping

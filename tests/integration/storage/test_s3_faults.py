@@ -1,4 +1,4 @@
-"""What goes wrong on the way to an S3 server, and what people are told about it."""
+"""Network faults between client and S3 server, and their messages."""
 
 import logging
 import multiprocessing
@@ -80,7 +80,7 @@ def test_lasting_failure_says_where(faulty, store, caplog):
     assert 10 < len(faulty.seen) <= 51, "as often as pauses of 0.01 s allow"
 
 
-def test_a_long_wait_is_told_once(faulty, store, caplog, monkeypatch):
+def test_a_long_wait_is_logged_once(faulty, store, caplog, monkeypatch):
     monkeypatch.setattr("loraseg.storage.retry._WARN_AFTER_S", 0.1)
     faulty.faults = ["drop"] * 30
     store.put("key", b"data")

@@ -127,7 +127,7 @@ def test_decompression_bombs_are_refused_unopened(tmp_path, side):
         read_image(path)
 
 
-def test_pixel_limit_counts_pixels(tmp_path):
+def test_pixel_limit(tmp_path):
     path = save_image(tmp_path / "x.png", Image.new("RGB", (10, 10)))
     assert read_image(path, max_pixels=100).shape == (10, 10, 3)
     with pytest.raises(DatasetError, match="10 x 10 pixels; from 1 to 99"):

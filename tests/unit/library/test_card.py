@@ -107,18 +107,18 @@ def test_hostile_bytes(data):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), object(), {1: 2}, {"a": {3}}])
-def test_only_json_goes_in(value):
+def test_values_must_be_json(value):
     with pytest.raises(IntegrityError, match="metrics"):
         AdapterCard(name="a", role="segmenter", base=BASE, metrics={"x": value})
 
 
-def test_a_card_of_unbounded_size_is_refused():
+def test_large_cards_are_rejected():
     card = AdapterCard(name="a", role="segmenter", base=BASE, recipe={"text": "x" * 5_000_000})
     with pytest.raises(IntegrityError, match="at most 4194304"):
         card.to_bytes()
 
 
-def test_parts_are_checked():
+def test_fields_are_checked():
     with pytest.raises(IntegrityError, match="base: digest"):
         BaseModelInfo("m", "short")
     with pytest.raises(IntegrityError, match="-2 images"):

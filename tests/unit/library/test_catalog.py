@@ -38,7 +38,7 @@ def test_an_empty_library(library):
         library.load("fog")
 
 
-def test_what_is_published_comes_back(library, store):
+def test_published_files_are_loaded(library, store):
     entry = publish(library, "fog")
     assert (entry.name, entry.version, entry.current) == ("fog", 1, True)
     assert entry.digest == files_digest(make_files())
@@ -144,7 +144,7 @@ def test_the_same_weights_by_another_task_are_news(library):
     assert library.publish("fog", files, again).version == 2
 
 
-def test_several_at_once_make_one_generation(library):
+def test_several_adapters_are_one_generation(library):
     items = [(name, make_files(name), make_card(name)) for name in ("c", "a", "b")]
     assert [entry.name for entry in library.publish_all(items)] == ["c", "a", "b"]
     assert name_version_pairs(library.entries()) == [("a", 1), ("b", 1), ("c", 1)]

@@ -67,7 +67,7 @@ def parse_centroid(values):
     return Centroid.from_file(file)
 
 
-def test_json_keeps_every_bit():
+def test_json_is_exact():
     centroid = centroid_of(np.random.default_rng(0).normal(size=(7, 20)) / 3)
     again = parse_centroid(centroid.to_json())
     assert again == centroid
@@ -86,7 +86,7 @@ def test_the_vector_is_a_read_only_copy():
 
 
 @pytest.mark.parametrize("rows", [np.zeros((0, 3)), [[math.nan, 0.0]], [[math.inf, 0.0]]])
-def test_useless_embeddings(rows):
+def test_empty_or_infinite_embeddings_are_rejected(rows):
     with pytest.raises(StageError, match="all values finite"):
         centroid_of(rows)
 

@@ -18,7 +18,7 @@ def pauses(monkeypatch):
     return made
 
 
-def test_who_is_alone_never_pauses(pauses):
+def test_a_single_writer_never_pauses(pauses):
     alone = contention.ContentionBackoff()
     for _ in range(5):
         alone.wait()

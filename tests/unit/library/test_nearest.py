@@ -80,7 +80,7 @@ def test_equals_brute_force(data):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("offset", [0, 1000, 1e6])
-def test_near_ties_far_from_the_origin_are_told_apart(dtype, offset):
+def test_near_ties_far_from_the_origin_are_resolved(dtype, offset):
     rng = np.random.default_rng(0)
     rows = (offset + 1e-3 * rng.normal(size=(2000, 256))).astype(dtype)
     check((offset + 1e-3 * rng.normal(size=(3, 256))).astype(dtype), rows, 7)

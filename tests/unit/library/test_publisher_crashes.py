@@ -1,4 +1,4 @@
-"""A publisher dies at each of its steps in turn; whatever it leaves, others go on."""
+"""A publisher dies at each of its steps in turn; other publishers continue."""
 
 import pytest
 

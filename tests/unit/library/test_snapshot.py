@@ -31,7 +31,7 @@ def test_same_entries_same_bytes():
     assert encode_snapshot(ENTRIES) == encode_snapshot(reversed(ENTRIES))
 
 
-def test_known_entries_are_taken_over_and_only_the_pointer_is_read():
+def test_cached_entries_are_reused_except_for_current():
     data = encode_snapshot([replace(ENTRIES[0], current=False), *ENTRIES[1:]])
     found = decode_snapshot(data, "here", ENTRIES[:2])
     assert found == (replace(ENTRIES[0], current=False), *ENTRIES[1:])
@@ -85,12 +85,12 @@ def replace_column(name, values):
         rewrite_snapshot(replace_column("version", [0, 1, 2])),
     ],
 )
-def test_damage_is_an_error_that_says_where(data):
+def test_damage_is_an_error_with_the_file_name(data):
     with pytest.raises(IntegrityError, match="here: "):
         decode_snapshot(data, "here")
 
 
-def test_vectors_keep_every_bit():
+def test_vectors_are_exact():
     vector = np.random.default_rng(0).normal(size=768)
     (found,) = decode_snapshot(
         encode_snapshot([entry("a", centroids=[make_centroid(vector)])]), "here"

@@ -90,7 +90,7 @@ def test_unreadable_folder_names_the_key(store):
         store.get("loop")
 
 
-def test_sub_and_whole_store_share_the_lock(store):
+def test_stores_with_a_prefix_share_the_lock(store):
     store.put("a/b/key", b"data")
     etag = store.get_with_etag("a/b/key")[1]
     assert store.with_prefix("a").with_prefix("b").put_if_match("key", b"new", etag) is True

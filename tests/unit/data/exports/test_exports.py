@@ -110,7 +110,7 @@ def test_webdataset_holds_samples_as_neighbours(dataset, tmp_path):
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == list(CLASSES)
 
 
-def test_tars_hold_ids_whatever_a_decoder_does_with_colours(tmp_path):
+def test_tars_hold_ids_for_every_decoder(tmp_path):
     label = random_arrays(0)[1]
     commit_shards(tmp_path / "data", [[make_pair(0, label=encode_label(label, CLASSES))]])
     export_webdataset(ShardDataset.open(str(tmp_path / "data")), tmp_path / "out")
@@ -204,7 +204,7 @@ def test_nothing_is_left_of_an_export_that_fails(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", EXPORTERS)
-def test_what_is_there_is_not_touched(dataset, tmp_path, name):
+def test_existing_files_are_not_changed(dataset, tmp_path, name):
     (tmp_path / "out").mkdir()
     with pytest.raises(DatasetError, match="is there already"):
         EXPORTERS[name](dataset, tmp_path / "out")

@@ -81,7 +81,7 @@ def check_polygon(polygon, regions, seen):
     np.testing.assert_array_equal(fill(rings, regions.shape), region)
     filled = fill([polygon["exterior"]], regions.shape)
     np.testing.assert_array_equal(filled, ndimage.binary_fill_holes(region))
-    # Holes of our rule do not hang together over points; those that touch are told apart.
+    # Holes are 4-connected: two that touch at a corner are separate.
     _, holes = ndimage.label(filled & ~region)
     assert len(polygon["holes"]) == holes
     seen.add(int(regions[y, x]))

@@ -123,7 +123,7 @@ def test_broken_samples_can_be_skipped(folder, path_of, how):
         raise DatasetError(reason)
 
 
-def test_all_bad_is_an_error(folder, path_of):
+def test_a_split_without_usable_samples_is_an_error(folder, path_of):
     for stem in STEMS:
         path_of("images", f"{stem}.png").write_bytes(b"")
     data = open_dataset(folder, skip_bad=True)
@@ -171,7 +171,7 @@ def test_empty_folder_and_stray_files(folder, path_of):
         open_dataset(folder).samples("empty")
 
 
-def test_two_images_of_one_stem(folder, path_of):
+def test_images_with_equal_stems_are_rejected(folder, path_of):
     Image.new("RGB", (8, 6)).save(path_of("images", "0001.jpg"))
     with pytest.raises(DatasetError, match=r"0001\.png: 0001\.jpg has the same stem"):
         open_dataset(folder).samples("train")
@@ -189,7 +189,7 @@ def test_two_images_of_one_stem(folder, path_of):
         ("a\x07b", "is not a plain file name"),
     ],
 )
-def test_lists_naming_wrong_stems(folder, line, match):
+def test_invalid_stems_in_lists(folder, line, match):
     (folder / "train.txt").write_text(f"0001\n{line}\n")
     with pytest.raises(DatasetError, match=match):
         open_dataset(folder).samples("train")
@@ -199,7 +199,7 @@ def test_lists_naming_wrong_stems(folder, line, match):
 
 
 @pytest.mark.parametrize("layout", ["lists"], indirect=True)
-def test_lists_that_cannot_be_read(folder):
+def test_unreadable_lists(folder):
     (folder / "train.txt").write_text("0001\n0002\n0001\n")
     with pytest.raises(DatasetError, match=r"train\.txt: stem '0001' is listed twice"):
         open_dataset(folder, skip_bad=True).samples("train")
@@ -211,7 +211,7 @@ def test_lists_that_cannot_be_read(folder):
         open_dataset(folder).samples("train")
 
 
-def test_digest_depends_on_content_and_on_nothing_else(folder, path_of, tmp_path):
+def test_digest_depends_only_on_content(folder, path_of, tmp_path):
     data = open_dataset(folder)
     samples = data.samples("train")
     digest = digest_samples(data, samples)
@@ -248,7 +248,7 @@ def test_digest_is_pinned(folder):
 
 
 @pytest.mark.skipif("LORASEG_TEST_DATA" not in os.environ, reason="LORASEG_TEST_DATA names no sets")
-def test_real_sets_read_whole():
+def test_every_sample_of_real_datasets_is_readable():
     roots = sorted(
         path.parent for path in Path(os.environ["LORASEG_TEST_DATA"]).glob("*/classes.json")
     )

@@ -76,7 +76,7 @@ def test_a_store_without_a_dataset(tmp_path, open_remote):
 
 
 @pytest.mark.parametrize("key", ["images/../../x.png", "images/a\\b.png", "images/a\nb.png"])
-def test_keys_that_leave_the_folder(key, tmp_path):
+def test_keys_outside_the_folder_are_rejected(key, tmp_path):
     class HostileStore:
         uri = "s3://bucket/set"
 

@@ -31,7 +31,7 @@ def write_settings(uri):
     return ShardDataset.open(store)
 
 
-def test_a_whole_dataset_has_no_problems(tmp_path):
+def test_a_complete_dataset_has_no_problems(tmp_path):
     commit_sample_dataset(tmp_path)
     audit = audit_shards(write_settings(tmp_path))
     dataset = ShardDataset.open(str(tmp_path))
@@ -53,7 +53,7 @@ def test_a_whole_dataset_has_no_problems(tmp_path):
         ([[make_pair(0, label=png_bytes(np.zeros((5, 8), np.uint8)))]], "8 x 5 pixels, not 8 x 6"),
     ],
 )
-def test_damage_is_told_and_the_rest_still_read(tmp_path, shards, expected):
+def test_damage_is_reported_and_the_rest_is_read(tmp_path, shards, expected):
     commit_shards(tmp_path, [*shards, [make_bad_mask("x")]])
     audit = audit_shards(write_settings(tmp_path))
     assert [expected in problem for problem in audit.problems] == [True]
@@ -82,7 +82,7 @@ def test_settings_belong_to_the_manifest(tmp_path):
     assert "is not the one" in audit_shards(dataset).problems[0]
 
 
-def test_what_is_not_committed_is_no_damage(tmp_path):
+def test_uncommitted_shards_are_not_damage(tmp_path):
     commit_sample_dataset(tmp_path)
     dataset = write_settings(tmp_path)
     (tmp_path / "shards" / "ffff.parquet").write_bytes(encode_shard([make_pair(99)], CLASSES))

@@ -33,7 +33,7 @@ def manifest(**changes):
     return ShardManifest(**values)
 
 
-def test_it_says_what_the_format_promises():
+def test_content_of_the_file():
     assert json.loads(manifest().to_bytes()) == {
         "format": 1,
         "generation": 2,

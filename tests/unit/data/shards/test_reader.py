@@ -33,7 +33,7 @@ def dataset(tmp_path):
     return ShardDataset.open(str(tmp_path))
 
 
-def test_ok_pairs_come_in_order_and_whole(dataset):
+def test_ok_pairs_are_complete_and_in_order(dataset):
     rows = list(dataset.rows())
     assert [astuple(row) for row in rows] == [astuple(make_pair(index)) for index in range(12)]
     assert len(dataset) == 12
@@ -71,7 +71,7 @@ def test_nothing_committed_is_no_dataset(tmp_path):
         ShardDataset.open(str(tmp_path))
 
 
-def test_a_changed_shard_is_noticed_unless_told_not_to_look(dataset, tmp_path):
+def test_a_changed_shard_is_detected_if_verified(dataset, tmp_path):
     path = tmp_path / "shards" / "0002.parquet"
     data = path.read_bytes()
     place = data.index(b"IDAT") + 6

@@ -54,7 +54,7 @@ def test_row_groups_are_small(monkeypatch):
     assert [metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)] == [3, 2]
 
 
-def test_a_stranger_reads_it_with_pyarrow_alone():
+def test_shards_are_readable_with_pyarrow():
     table = pq.read_table(io.BytesIO(encode_shard(ROWS, CLASSES)))
     for name in ("pair_id", "status", "image", "label", "k", "seed", "kept", "lineage"):
         assert table.column(name).to_pylist() == column_values(name)
@@ -66,7 +66,7 @@ def test_a_stranger_reads_it_with_pyarrow_alone():
     assert {field.type for field in SHARD_SCHEMA if not pa.types.is_nested(field.type)} <= plain
 
 
-def test_a_stranger_reads_it_with_pandas_alone():
+def test_shards_are_readable_with_pandas():
     frame = pandas.read_parquet(io.BytesIO(encode_shard(ROWS, CLASSES)))
     ok = frame[frame.status == "ok"]
     assert list(ok.pair_id) == [row.pair_id for row in ROWS if row.status == "ok"]
@@ -75,7 +75,7 @@ def test_a_stranger_reads_it_with_pandas_alone():
     assert list(ok.kept_by_class[0][[0, 2]]) == [0.5, 1.0]
 
 
-def test_a_stranger_reads_it_with_duckdb_alone(tmp_path):
+def test_shards_are_readable_with_duckdb(tmp_path):
     duckdb = pytest.importorskip("duckdb")
     path = tmp_path / "shard.parquet"
     path.write_bytes(encode_shard(ROWS, CLASSES))
@@ -241,7 +241,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("what", HOSTILE)
-def test_hostile_files_are_refused(what):
+def test_hostile_files_are_rejected(what):
     data = HOSTILE[what]()
     with pytest.raises(IntegrityError, match="where"):
         decode_shard(data, "where")
@@ -252,7 +252,7 @@ def limit_column_bytes(monkeypatch):
     monkeypatch.setattr(schema, "_LIMITS", limits)
 
 
-def test_a_short_file_that_unfolds_to_gigabytes_is_refused_before_it_does(monkeypatch):
+def test_columns_that_expand_are_rejected(monkeypatch):
     limit_column_bytes(monkeypatch)
     bomb = pa.array(["x" * 2**20, ""])
     with pytest.raises(IntegrityError, match="'lineage' expands to more than 1 MiB"):
@@ -272,7 +272,7 @@ def test_an_image_repeated_by_a_dictionary_counts_every_time(monkeypatch):
 
 
 def pages(data):
-    """Return, for each column chunk, its name and where its first page header begins and ends."""
+    """Yield the name of each column chunk, and start and end of its first page header."""
     metadata = pq.read_metadata(io.BytesIO(data))
     for place in range(metadata.num_columns):
         column = metadata.row_group(0).column(place)
@@ -292,7 +292,7 @@ def zigzag(value):
 
 
 @pytest.mark.parametrize("field", ["unfolded", "stored", "values"])
-def test_page_headers_that_claim_more_than_the_footer_are_refused(field):
+def test_page_headers_that_exceed_the_footer_are_rejected(field):
     # Lists of 4,096 numbers give the sizes two or more bytes, so that larger ones fit in place.
     lists = pa.array([[0.5] * 4096] * 2, pa.list_(pa.float64()))
     data = file_of(plain(kept_by_class=lists), write_statistics=False)
@@ -326,7 +326,7 @@ def test_any_changed_byte_gives_rows_or_an_integrity_error():
             decode_shard(data[: int(cut)], "x")
 
 
-def test_a_footer_may_be_as_long_as_it_says_only():
+def test_the_footer_size_is_checked():
     data = bytearray(encode_shard([make_pair(0)], CLASSES))
     data[-8:-4] = struct.pack("<I", 2**31 - 1)
     with pytest.raises(IntegrityError, match="a footer of 2147483647 bytes"):
