@@ -4,12 +4,11 @@ Step s depends only on s and the state. A run that is killed and resumed any num
 therefore ends like an uninterrupted one, on the CPU in the same bytes. It runs in one process or in
 several that torch.distributed connects, each with its part of every batch.
 """
-# pyright: basic
 
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -336,7 +335,7 @@ def _val_batches(pairs: PairSource, rank: int, world_size: int) -> Iterator[tupl
 
 
 @contextmanager
-def _isolated_torch_state(threads: int, device: torch.device) -> Iterator[None]:
+def _isolated_torch_state(threads: int, device: torch.device) -> Generator[None, None, None]:
     """Compute with ``threads`` threads; restore them and torch's generators on exit."""
     devices = [device] if device.type == "cuda" else []
     with fixed_threads(threads), torch.random.fork_rng(devices):

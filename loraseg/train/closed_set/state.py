@@ -3,7 +3,6 @@
 One safetensors file holds the tensors of the network, the optimiser and the best network; its
 header holds all other values as JSON.
 """
-# pyright: basic
 
 import json
 import math

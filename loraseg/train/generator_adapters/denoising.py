@@ -1,5 +1,4 @@
 """The denoising loss of diffusion models, for adapters and for full fine-tuning."""
-# pyright: basic
 
 import dataclasses
 from contextlib import nullcontext
