@@ -1,4 +1,3 @@
-# pyright: basic
 """Retries of S3 requests after transient failures."""
 
 import logging
