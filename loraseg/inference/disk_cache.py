@@ -116,7 +116,9 @@ class AdapterDiskCache:
         """Hold the lock of an adapter; yield False on a timeout or if the disk has no locks."""
         path = self._folder / f".{digest}{_LOCK_SUFFIX}"
         lock = FileLock(path, timeout=self._lock_timeout_s, poll_interval=_LOCK_POLL_S)
-        with suppress(OSError):  # filelock.Timeout is an OSError
+        # filelock.Timeout is an OSError. Before filelock 4, a file system without flock is reported
+        # by a NotImplementedError.
+        with suppress(OSError, NotImplementedError):
             lock.acquire()
         try:
             yield lock.is_locked
