@@ -132,8 +132,15 @@ def _class_loss(
 def _iter_losses(
     dataset: Dataset, segmenter: ClosedSetSegmenter, limit: int | None
 ) -> Iterator[tuple[UInt8[ndarray, "h w"], Float[ndarray, "h w"]]]:
-    """Yield the mask and the per-pixel loss of each labelled image."""
+    """Yield the mask and the per-pixel loss of each image.
+
+    Raises:
+        ConfigError: An image has no mask.
+        DatasetError: An image or a mask is broken.
+    """
     for sample in dataset.samples("train")[:limit]:
+        if sample.mask is None:
+            raise ConfigError(f"real: {dataset.location}: {sample.id} has no mask")
         image, mask = load_pair(dataset, sample)
         predicted = predict_pseudo_labels(segmenter, image[None], mask, outputs=("loss",))
         if predicted.loss is not None:
