@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEFAULT := not gpu and not slow and not bench
 
-.PHONY: install quickstart test faults lint bench
+.PHONY: install quickstart test test-library test-cluster faults lint bench
 
 install: .venv/.installed
 
@@ -15,9 +15,15 @@ install: .venv/.installed
 quickstart: install
 	$(BIN)/python -m jobs.quickstart
 
-# Tests that start Ray or a browser run last and one at a time: each of them uses all cores.
+# The tests that start Ray or a browser wait often (for processes to start and nodes to time out), so
+# they run beside the others; they themselves run one at a time.
 test: install
+	$(MAKE) --no-print-directory --jobs=2 test-library test-cluster
+
+test-library: install
 	$(BIN)/python -m pytest -rs -n auto --maxprocesses 4 -m "$(DEFAULT) and not ray and not e2e"
+
+test-cluster: install
 	$(BIN)/python -m pytest -rs -m "$(DEFAULT) and (ray or e2e)"
 
 # The long form of the fault tests: killed processes, failing stores and concurrent publishers.

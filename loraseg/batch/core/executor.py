@@ -118,6 +118,7 @@ class LocalExecutor:
         """Set the number of torch threads that stages and functions run with."""
         self.threads = threads
         self.device: Literal["cpu", "gpu"] = "cpu" if best_device().type == "cpu" else "gpu"
+        self._made: tuple[Sequence[Stage], Any, list[Callable[[Any], Any]]] | None = None
 
     def call(self, function: Callable[..., ResultT], *arguments: Any) -> ResultT:
         """Call a function with the executor's threads."""
@@ -128,10 +129,16 @@ class LocalExecutor:
         self, stages: Sequence[Stage], state: Any, units: Sequence[WorkUnit]
     ) -> Generator[UnitResult, None, None]:
         """Yield the results in the order of the units."""
-        steps = [stage.make(state) for stage in stages]
+        steps = self._steps(stages, state)
         for unit in units:
             result = UnitResult.start(unit)
             with fixed_threads(self.threads):
                 for step in steps:
                     result = result.apply(step)
             yield result
+
+    def _steps(self, stages: Sequence[Stage], state: Any) -> list[Callable[[Any], Any]]:
+        # A job calls `run` for each batch of units; its models are loaded once.
+        if self._made is None or self._made[0] is not stages or self._made[1] is not state:
+            self._made = (stages, state, [stage.make(state) for stage in stages])
+        return self._made[2]

@@ -48,6 +48,21 @@ def test_units_are_planned_in_batches(monkeypatch):
     assert counts == [3, 3, 3, 6, 6, 6, 7]
 
 
+def test_stages_are_made_once_for_all_batches_of_a_job(monkeypatch):
+    monkeypatch.setattr(core_run, "_UNITS_PER_BATCH", 2)
+    made = []
+
+    def make(state):
+        made.append(state)
+        return lambda unit: state + unit.number
+
+    stages, executor = (Stage("add", make),), LocalExecutor()
+    for state in (1000, 2000):
+        results = run_units(executor, stages, state, [NumberUnit(number) for number in range(5)])
+        assert [value for _, value in results] == [state + number for number in range(5)]
+    assert made == [1000, 2000]
+
+
 def test_an_error_of_a_unit_skips_its_later_stages_and_ends_the_loop():
     calls = []
 
