@@ -22,13 +22,16 @@ from pydantic import TypeAdapter, ValidationError
 
 from loraseg.errors import ConfigError, LorasegError
 
-__all__ = ["INLINED", "build", "digest", "load", "main", "to_dict"]
+__all__ = ["INLINED", "OMITTED_AT_DEFAULT", "build", "digest", "load", "main", "to_dict"]
 
 ConfigT = TypeVar("ConfigT")
 
 # Metadata of a dataclass field whose own fields become keys of the top-level config. A job uses it
 # to combine the config of the function that it calls with its own settings, in a flat list of keys.
 INLINED: Mapping[str, Any] = {"inlined": True}
+# Metadata of a field that :func:`to_dict` leaves out at its default. A field that is added to a
+# config with published digests has it, so that configs without the field keep their digest.
+OMITTED_AT_DEFAULT: Mapping[str, Any] = {"omitted_at_default": True}
 
 
 def build(cls: type[ConfigT], values: Mapping[str, Any], *, where: str = "config") -> ConfigT:
@@ -74,6 +77,9 @@ def to_dict(config: Any) -> dict[str, Any]:
     values = TypeAdapter(type(config)).dump_python(config, mode="json")
     for name in _inlined_fields(type(config)):
         values |= values.pop(name)
+    for field in dataclasses.fields(config):
+        if "omitted_at_default" in field.metadata and getattr(config, field.name) == field.default:
+            del values[field.name]
     return values
 
 

@@ -66,6 +66,21 @@ def test_errors_name_the_key(overrides, message):
         config.load(Outer, None, overrides)
 
 
+def test_a_field_that_is_omitted_at_its_default_does_not_change_the_digest():
+    @dataclass(frozen=True, kw_only=True)
+    class Old:
+        rank: int = 4
+
+    @dataclass(frozen=True, kw_only=True)
+    class New(Old):
+        init: str = field(default="lora", metadata=config.OMITTED_AT_DEFAULT)
+
+    assert config.digest(New()) == config.digest(Old())
+    assert config.to_dict(New(init="other")) == {"rank": 4, "init": "other"}
+    for value in (New(), New(init="other")):
+        assert config.build(New, config.to_dict(value)) == value
+
+
 def test_errors_name_the_config_file(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("- a\n- b\n")

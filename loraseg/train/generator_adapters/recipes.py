@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from loraseg.adapters.init import check_initialiser
+from loraseg.config import OMITTED_AT_DEFAULT
 from loraseg.errors import ConfigError
 from loraseg.synth.conditioning import ConditioningConfig
 from loraseg.train.core.loop import AveragingLoopConfig
@@ -80,6 +82,7 @@ class GeneratorRecipe:
             or a list of full names.
         top: Number of projections taken from the top of the layer report.
         share: Share of all projections taken from the top of the layer report, in (0, 1].
+        init: Initial pairs, a key of :data:`loraseg.adapters.init.INITIALISERS`.
         rank: r of every pair.
         alpha: The scale of the update is alpha / rank; None is the rank, scale 1.
         learning_rate: Peak rate of all parameters.
@@ -103,6 +106,7 @@ class GeneratorRecipe:
     targets: str | tuple[str, ...] = "matchmask"
     top: int | None = None
     share: float | None = None
+    init: str = dataclasses.field(default="lora", metadata=OMITTED_AT_DEFAULT)
     rank: int = 16
     alpha: float | None = None
     learning_rate: float = 4e-5
@@ -125,6 +129,7 @@ class GeneratorRecipe:
         Raises:
             ConfigError: A value is out of range.
         """
+        check_initialiser(self.init)
         for field in ("rank", "batch_size", "accumulate", "threads"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"{field}: got {getattr(self, field)}, expected at least 1")

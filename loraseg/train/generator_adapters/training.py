@@ -135,7 +135,9 @@ def train_generator(
     unet = base.unet
     names = generator_targets(unet, recipe)
     alpha = float(recipe.rank) if recipe.alpha is None else recipe.alpha
-    pairs = init_pairs(unet, names, rank=recipe.rank, alpha=alpha, seed=data.seed)
+    pairs = init_pairs(
+        unet, names, rank=recipe.rank, alpha=alpha, seed=data.seed, method=recipe.init
+    )
     control = _region_control(unet, recipe, attention_mix_modules(unet, recipe, names))
 
     @contextmanager

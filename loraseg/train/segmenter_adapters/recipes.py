@@ -5,7 +5,9 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from loraseg.adapters.init import check_initialiser
 from loraseg.adapters.targets.catseg import TARGET_RULES
+from loraseg.config import OMITTED_AT_DEFAULT
 from loraseg.data.transforms import AugmentConfig
 from loraseg.errors import ConfigError
 from loraseg.train.core.loop import LoopConfig
@@ -36,6 +38,7 @@ class AdapterRecipe:
         name: Name of the recipe that this is or was derived from; for information only.
         targets: Rule that selects the adapted layers, a key of
             :data:`loraseg.adapters.targets.catseg.TARGET_RULES`.
+        init: Initial pairs, a key of :data:`loraseg.adapters.init.INITIALISERS`.
         rank: r of every pair.
         alpha: The scale of the update is alpha / rank.
         learning_rate: Peak rate of all pairs.
@@ -56,6 +59,7 @@ class AdapterRecipe:
 
     name: str
     targets: str = "semla"
+    init: str = dataclasses.field(default="lora", metadata=OMITTED_AT_DEFAULT)
     rank: int = 8
     alpha: float = 16.0
     learning_rate: float = 1e-4
@@ -77,6 +81,7 @@ class AdapterRecipe:
         """
         if self.targets not in TARGET_RULES:
             raise ConfigError(f"targets: got {self.targets!r}, known: {', '.join(TARGET_RULES)}")
+        check_initialiser(self.init)
         for field in ("rank", "batch_size", "threads"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"{field}: got {getattr(self, field)}, expected at least 1")

@@ -187,7 +187,7 @@ class _AdapterTrainer:
         recipe = member.recipe
         self._model, self._mask_ignored = model, recipe.mask_ignored
         self.pairs: TrainablePairs = init_pairs(
-            model, names, rank=recipe.rank, alpha=recipe.alpha, seed=seed
+            model, names, rank=recipe.rank, alpha=recipe.alpha, seed=seed, method=recipe.init
         )
         self.loop = TrainingLoop(
             self.pairs.parameters(),

@@ -68,6 +68,7 @@ def test_overrides_reach_nested_fields_and_leave_the_rest():
         ("semla", {"learn_rate": 1}, "unknown key 'learn_rate'; did you mean 'learning_rate'"),
         ("semla", {"loop": {"stepz": 1}}, "unknown key 'loop.stepz'"),
         ("semla", {"rank": 0}, "rank: got 0"),
+        ("semla", {"init": "zeros"}, "init: got 'zeros', known: lora"),
         ("semla", {"learning_rate": -1.0}, "learning_rate: got -1"),
         ("semla", {"weight_decay": -1.0}, "weight_decay: got -1"),
         ("semla", {"resize": [0, 5]}, "resize: got"),

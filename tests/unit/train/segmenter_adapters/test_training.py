@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 import torch
 
+from loraseg.adapters.init import INITIALISERS, init_lora
 from loraseg.adapters.targets.catseg import TARGET_RULES, target_modules
 from loraseg.data import open_dataset
 from loraseg.errors import ConfigError, DatasetError, StageError
@@ -74,6 +75,20 @@ def test_all_pairs_train_and_the_loss_decreases(images):
     assert idle == {f"sem_seg_head.predictor.{last}{x}_proj" for x in "qk"}
     assert {pair.scale for pair in trained.pairs.values()} == {recipe.alpha / recipe.rank}
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_the_recipe_selects_the_initialiser(images, plain, monkeypatch):
+    def init_negated(*arguments, **options):
+        initial = init_lora(*arguments, **options)
+        pairs = {module: (-down, up) for module, (down, up) in initial.pairs.items()}
+        return dataclasses.replace(initial, pairs=pairs)
+
+    monkeypatch.setitem(INITIALISERS, "negated", init_negated)
+    negated = train(tiny_base(), images, init="negated").pairs
+    for module, pair in plain.items():
+        # The gradients of both factors are odd in the factors and AdamW is odd in the gradients.
+        assert torch.equal(negated[module].down, -pair.down)
+        assert torch.equal(negated[module].up, -pair.up)
 
 
 def test_inert_attention_pairs_stay_zero(images):
