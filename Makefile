@@ -16,12 +16,12 @@ quickstart: install
 	$(BIN)/python -m jobs.quickstart
 
 # The tests that start Ray or a browser wait often (for processes to start and nodes to time out), so
-# they run beside the others, which get the lower priority; they themselves run one at a time.
+# they run beside the others; they themselves run one at a time.
 test: install
 	$(MAKE) --no-print-directory --jobs=2 test-cluster test-library
 
 test-library: install
-	nice -n 5 $(BIN)/python -m pytest -rs -n auto --maxprocesses 4 -m "$(DEFAULT) and not ray and not e2e"
+	$(BIN)/python -m pytest -rs -n auto --maxprocesses 4 -m "$(DEFAULT) and not ray and not e2e"
 
 test-cluster: install
 	$(BIN)/python -m pytest -rs -m "$(DEFAULT) and (ray or e2e)"
