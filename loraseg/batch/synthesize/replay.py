@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from loraseg.batch.synthesize.models import load_generator
-from loraseg.batch.synthesize.state import SynthesisRunState, read_run_state
+from loraseg.batch.synthesize.state import read_run_state
 from loraseg.data.masks import decode_mask
 from loraseg.data.shards.reader import ShardDataset
 from loraseg.data.shards.schema import PairRow
@@ -51,11 +51,6 @@ class Replayer:
             raise DatasetError(f"{dataset.store.uri}: no dataset.json, so nothing can be replayed")
         self._dataset, self._state = dataset, state
         self._generator: Generator | None = None
-
-    @property
-    def run_state(self) -> SynthesisRunState:
-        """Run state of the dataset."""
-        return self._state
 
     def __call__(self, pair_id: str) -> ReplayedImage:
         """Regenerate the image of a pair.
